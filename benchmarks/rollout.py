@@ -43,6 +43,7 @@ from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.completion import Completion
 from rome.model.tokenizer import TINY, Chat, Tokenizer
+from rome.rollout import outcomes
 from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode
 from rome.rollout.group import GroupPlan
@@ -242,7 +243,7 @@ async def measure_row(
         waited += taken.waited
         for group, names in zip(taken.groups, taken.names, strict=True):
             workload.accounting.train(len(group))
-            staleness.update(step - trajectory.oldest_version for trajectory in group)
+            staleness.update(outcomes.staleness(group, step))
             trained_lengths += [workload.lengths[name] for name in names]
         await asyncio.sleep(train_seconds * scale)
     seconds = time.monotonic() - began

@@ -58,6 +58,8 @@ def engine() -> ml_collections.ConfigDict:
     block.count = 1  # embedded engines to start where `urls` is empty
     # requests that an embedded engine runs at once; fewer than `concurrency` evicts cached prefixes
     block.slots = 64
+    # for one answer of an engine, its queue included and publications of weights apart
+    block.completion_seconds = 600.0
     # comma-separated URLs of launch.mirror, one an engine: weights travel to its host as deltas
     block.mirrors = ""
     return block

@@ -50,7 +50,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.max_turns = 6
     config.temperature = 1.0
     config.concurrency = 64  # episodes at once
-    config.episode_seconds = 120.0
+    config.episode_seconds = 120.0  # for which the environment may work for one episode
+    config.start_seconds = 120.0  # for the start of an environment
     config.eval_every = 120  # steps; 0: only at step 0 and at the end
     config.eval_tasks = 18  # held-out tasks a family
     config.eval_temperature = 1.0
@@ -91,4 +92,5 @@ def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.max_turns = 32
     config.concurrency = 512
     config.episode_seconds = 1800.0
+    config.start_seconds = 600.0
     config.sandbox.isolation = "required"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+from typing import BinaryIO
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -51,6 +52,27 @@ def write_atomically(
         raise
     if fsync:
         sync(path.parent)
+
+
+def append_line(path: str | os.PathLike[str], text: str) -> None:
+    """Append a line of text and wait until it is on disk.
+
+    A line that a kill cut off stays a line of its own.
+    """
+    with open(path, "ab+") as file:
+        if _ends_within_line(file):
+            file.write(b"\n")
+        file.write(f"{text}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_within_line(file: BinaryIO) -> bool:
+    """Return whether the last line of a file is incomplete because a kill cut it off."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -39,7 +39,6 @@ EVIDENT = {
     "checkpoints_kept": "the newest ones",
     "clip": "global norm of the gradient",
     "clip_high": "see `clip_low`",
-    "episode_seconds": "wall clock of a whole episode",
     "eval_temperature": "of sampling in evaluations",
     "experiment": "name of the stage in reports",
     "lambda_il": "weight of the imitation term of Eq. 10",

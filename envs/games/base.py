@@ -26,11 +26,15 @@ _TOO_LONG = 200  # characters; no action of any game is longer
 
 @dataclasses.dataclass(frozen=True)
 class GameTask:
-    """The game of an episode; its name "family/seed" suffices to play it again."""
+    """The game of an episode; its name "family/seed" suffices to play it again.
+
+    `success` is the sum of rewards from which on it counts as won.
+    """
 
     name: str
     family: str
     seed: int
+    success: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,10 @@ class TextGame(Env):
         """Return the rules as the player reads them at the start."""
         raise NotImplementedError
 
+    def _success_reward(self) -> float:
+        """Return the sum of rewards from which on the game counts as won."""
+        return 1.0
+
     def _board(self) -> str:
         """Return the state as the player sees it."""
         raise NotImplementedError
@@ -145,7 +153,8 @@ class TextGame(Env):
         if seed is None:
             seed = self._next_seeds.randrange(1 << 31) if self._resets else self._seed
         self._resets += 1
-        self.task = GameTask(f"{self.family}/{seed}", self.family, seed)
+        name = f"{self.family}/{seed}"
+        self.task = GameTask(name, self.family, seed, self._success_reward())
         self._rng = random.Random(f"{self.family}/{seed}")
         self._turns = 0
         self._over = False

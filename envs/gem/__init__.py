@@ -12,7 +12,16 @@ envs.gem.tools, wrappers by name in envs.gem.wrapper_factory, gymnasium's enviro
 envs.gem.gymnasium, the REST service in envs.gem.server and its client in envs.gem.remote.
 """
 
-from envs.gem.core import Env, Info, StepResult, make, print_envs, register, registered
+from envs.gem.core import (
+    Env,
+    Info,
+    StepResult,
+    UnplayableTaskError,
+    make,
+    print_envs,
+    register,
+    registered,
+)
 from envs.gem.tool_call import ToolCall, ToolCallError, format_tool_call, parse_tool_calls
 from envs.gem.vector import (
     AsyncioVectorEnv,
@@ -37,6 +46,7 @@ __all__ = [
     "SyncVectorEnv",
     "ToolCall",
     "ToolCallError",
+    "UnplayableTaskError",
     "VectorEnv",
     "format_tool_call",
     "make",

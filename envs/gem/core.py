@@ -33,7 +33,8 @@ def _import_gem() -> ModuleType | None:
     handlers = list(root.handlers)
     level = root.level
     try:
-        return importlib.import_module("gem")
+        found = importlib.import_module("gem")
+        return found if hasattr(found, "Env") else None  # some other package or folder "gem"
     except ImportError:
         return None
     finally:
@@ -44,6 +45,10 @@ def _import_gem() -> ModuleType | None:
 _gem = _import_gem()
 _Base: type = _gem.Env if _gem else abc.ABC
 _ASYNC_TWINS = (("reset", "areset"), ("step", "astep"), ("close", "aclose"))
+
+
+class UnplayableTaskError(ValueError):
+    """A task is broken: its environment cannot be made, started or graded, whoever plays it."""
 
 
 class Env(_Base):
@@ -134,6 +139,20 @@ class Env(_Base):
         """Play one turn without blocking the event loop. See `step`."""
         return await asyncio.to_thread(self.step, action)
 
+    async def ajudge(self, ending: str) -> StepResult:
+        """Judge the work as it stands: a limit of the agent's has ended the episode.
+
+        An environment with a verifier overrides this: what is there counts, whatever ended the
+        episode. Here nothing is left to judge, and the rewards so far stand.
+
+        Args:
+          ending: what ended it, such as "truncated_tokens" or "timeout"; stands in the info.
+
+        Returns:
+          As `step`; the reward is added to those of the steps.
+        """
+        return "", 0.0, False, True, {"ending": ending}
+
     async def aclose(self) -> None:
         """Free what the episode holds without blocking the event loop. See `close`."""
         await asyncio.to_thread(self.close)
@@ -162,6 +181,12 @@ async def step_async(env: Any, action: Any) -> StepResult:
     if twin is None:
         return await asyncio.to_thread(env.step, action)
     return await twin(env, action)
+
+
+async def judge_async(env: Any, ending: str) -> StepResult:
+    """Judge the work in any environment as it stands; in gem-llm's the rewards so far stand."""
+    twin = getattr(type(env), "ajudge", Env.ajudge)
+    return await twin(env, ending)
 
 
 async def close_async(env: Any) -> None:

@@ -12,7 +12,15 @@ import copy
 from collections import deque
 from typing import Any, Protocol
 
-from envs.gem.core import Env, Info, StepResult, close_async, reset_async, step_async
+from envs.gem.core import (
+    Env,
+    Info,
+    StepResult,
+    close_async,
+    judge_async,
+    reset_async,
+    step_async,
+)
 
 
 class EnvWrapper(Env):
@@ -62,6 +70,9 @@ class EnvWrapper(Env):
 
     async def astep(self, action: str) -> StepResult:
         return self.after_step(action, await step_async(self.env, action))
+
+    async def ajudge(self, ending: str) -> StepResult:
+        return await judge_async(self.env, ending)
 
     async def aclose(self) -> None:
         await close_async(self.env)

@@ -12,10 +12,18 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from envs.gem.core import Env
-from envs.rock import AgentFault, SandboxError
+from envs.gem.core import Env, close_async
+from envs.rock import SandboxError
+from rome.agent.environment import (
+    GRADING_MARGIN_SECONDS,
+    EnvironmentFault,
+    OutOfTime,
+    PlayedEnv,
+    Turn,
+    task_name,
+)
 from rome.data.routes import extend_routes
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
@@ -28,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class ReplayError(RuntimeError):
-    """An environment answered a replayed action differently than it did the first time."""
+    """A replayed action was answered differently than the first time, or not in time."""
 
 
 class Generator(Protocol):
@@ -51,27 +59,26 @@ class Limits:
     Attributes:
       max_context: tokens of all prompts and actions together.
       max_new_tokens: tokens of one action.
-      episode_seconds: wall-clock time of the whole episode.
+      episode_seconds: for which the environment may work for the agent, over all turns; the time
+        of engines, of the start and of grading does not count.
+      start_seconds: for the start of the environment. The replay of a prefix then has
+        episode_seconds of its own.
+      completion_seconds: for one answer of an engine, its queue included. The time in which weights
+        are published does not count.
     """
 
     max_context: int
     max_new_tokens: int
     episode_seconds: float = 120.0
+    start_seconds: float = 120.0
+    completion_seconds: float = 600.0
 
-
-@dataclasses.dataclass
-class _Timed:
-    """An engine that measures how long its callers waited, cancelled waits included."""
-
-    engine: Generator
-    seconds: float = 0.0
-
-    async def generate(self, *args: Any, **options: Any) -> Completion:
-        began = time.monotonic()
-        try:
-            return await self.engine.generate(*args, **options)
-        finally:
-            self.seconds += time.monotonic() - began
+    def worst_seconds(self, turns: int, grading_seconds: float) -> float:
+        """Return how long an episode of so many turns may last at worst, publications apart."""
+        begin = self.start_seconds + self.episode_seconds  # with the replay of a prefix
+        turns_seconds = turns * self.completion_seconds + self.episode_seconds
+        end = 2 * (grading_seconds + GRADING_MARGIN_SECONDS) + CLOSE_SECONDS
+        return begin + turns_seconds + end
 
 
 class _Result(NamedTuple):
@@ -97,11 +104,13 @@ async def run_episode(
 ) -> Trajectory:
     """Play one episode to its typed ending.
 
-    Faults of the policy, a tool or a server become an ending; they are not raised.
+    Faults of the policy, a tool or a server become an ending; they are not raised. Where a limit
+    of tokens or time ends the episode, the environment judges what is there: the ending names the
+    limit, and the reward is the verifier's.
 
     Args:
       engine: samples the actions.
-      env: a GEM environment with async twins (`areset`, `astep`, `aclose`); closed here.
+      env: any GEM environment, gem-llm's own included; closed here.
       chat: writes instructions and observations as tokens.
       limits: bounds of tokens and time.
       seed: of the episode; the seed of turn k derives from (seed, k).
@@ -117,33 +126,26 @@ async def run_episode(
       The trajectory of the episode.
     """
     started = time.monotonic()
-    timed_engine = _Timed(engine)
+    played = PlayedEnv(env, limits.episode_seconds, limits.start_seconds)
     chunks: list[Chunk] = []
     instruction = ""
-    has_begun = False
     result = _Result(0.0, "cancelled", "")
     try:
-        async with asyncio.timeout(limits.episode_seconds):
-            instruction, _ = await env.areset()
-            await replay(env, prefix, chunks)
-            has_begun = True
-            result = await _play(
-                timed_engine, env, chat, limits, instruction, chunks, seed, temperature, routes
-            )
-    except ReplayError as error:
+        instruction, _ = await played.start()
+        await replay(played, prefix, chunks)
+        played.hand_over()
+        result = await _play(
+            engine, played, chat, limits, instruction, chunks, seed, temperature, routes
+        )
+    except (EnvironmentFault, ReplayError) as error:
         result = _Result(0.0, "infra_sandbox", str(error))
-    except TimeoutError:
-        result = _timeout_result(limits, timed_engine.seconds)
     except EngineError as error:
         result = _Result(0.0, "infra_engine", str(error))
-    except SandboxError as error:
-        is_agents = has_begun and isinstance(error, AgentFault)
-        result = _Result(0.0, "failure" if is_agents else "infra_sandbox", str(error))
     finally:
         await close_env(env)
     return Trajectory(
-        task=env.task.name,
-        family=env.task.family,
+        task=played.name,
+        family=played.family,
         chunks=chunks,
         reward=result.reward,
         ending=result.ending,
@@ -153,20 +155,8 @@ async def run_episode(
         instruction=instruction,
         seconds=round(time.monotonic() - started, 4),
         note=result.note,
+        success_reward=played.success_reward,
     )
-
-
-def _timeout_result(limits: Limits, engine_seconds: float) -> _Result:
-    """Return the ending of an episode that took too long.
-
-    Slow commands are the policy's doing. A slow engine is not, and must not become a reward of 0.
-    """
-    is_engine_slow = engine_seconds > limits.episode_seconds / 2
-    note = (
-        f"the episode passed its {limits.episode_seconds:g} s, {engine_seconds:.1f} s of them"
-        " waiting for the engine"
-    )
-    return _Result(0.0, "infra_engine" if is_engine_slow else "timeout", note)
 
 
 async def close_env(env: Env) -> None:
@@ -176,35 +166,40 @@ async def close_env(env: Env) -> None:
     """
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
-            await env.aclose()
+            await close_async(env)
     except (SandboxError, OSError) as error:  # TimeoutError is an OSError
         reason = str(error) or f"it did not end within {CLOSE_SECONDS:g} s"
-        log.warning("the sandbox of %s was not closed: %s", env.task.name, reason)
+        log.warning("the sandbox of %s was not closed: %s", task_name(env), reason)
 
 
-async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
+async def replay(played: PlayedEnv, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
     """Repeat the actions of `prefix` and append its chunks to `chunks` as context.
 
     Args:
-      env: started, at the beginning of its task.
+      played: started, at the beginning of its task.
       prefix: chunks of an earlier trajectory of the task.
       chunks: the trajectory so far; appended to.
 
     Raises:
-      ReplayError: the environment answered differently.
+      ReplayError: the environment answered differently, or not in time.
+      EnvironmentFault: it failed.
     """
     for number, chunk in enumerate(prefix, 1):
-        observation, _, terminated, truncated, info = await env.astep(chunk.text)
-        if terminated or truncated:
+        try:
+            turn = await played.step(chunk.text)
+        except OutOfTime as error:
+            where = f"turn {number} of {len(prefix)}"
+            raise ReplayError(f"the replay stopped in {where}: {error}") from error
+        if turn.ending:
             raise ReplayError(
-                f"the replay ended in turn {number} of {len(prefix)} as {info['ending']}:"
-                f" {info.get('note') or 'no detail'}"
+                f"the replay ended in turn {number} of {len(prefix)} as {turn.ending}:"
+                f" {turn.note or 'no detail'}"
             )
-        if observation != chunk.observation:
+        if turn.observation != chunk.observation:
             raise ReplayError(
-                f"turn {number} of {len(prefix)} was replayed, and {env.task.name} answered"
-                f" {observation[:100]!r} where it had answered {chunk.observation[:100]!r}; a task"
-                " that is not deterministic cannot be resampled from its middle"
+                f"turn {number} of {len(prefix)} was replayed, and {played.name} answered"
+                f" {turn.observation[:100]!r} where it had answered {chunk.observation[:100]!r}; a"
+                " task that is not deterministic cannot be resampled from its middle"
             )
         context = dataclasses.replace(
             chunk,
@@ -219,7 +214,7 @@ async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None
 
 async def _play(
     engine: Generator,
-    env: Env,
+    played: PlayedEnv,
     chat: Chat,
     limits: Limits,
     instruction: str,
@@ -242,7 +237,7 @@ async def _play(
         room = limits.max_context - len(context)
         if room < 1:
             note = f"no room left in a context of {limits.max_context} tokens"
-            return _Result(0.0, "truncated_tokens", note)
+            return await _judge(played, "truncated_tokens", note)
         sampling = Sampling(
             max_new_tokens=min(room, limits.max_new_tokens),
             temperature=temperature,
@@ -251,7 +246,7 @@ async def _play(
             routes_from=routes_from if routes else None,
         )
         completion = await engine.generate(
-            context, sampling, limits.episode_seconds, affinity=str(seed)
+            context, sampling, limits.completion_seconds, affinity=str(seed)
         )
         context += completion.output_ids
         routes_from = len(context) - 1
@@ -261,16 +256,29 @@ async def _play(
         if completion.finish_reason == "length":
             chunk.status = "malformed"
             note = f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens"
-            return _Result(0.0, "truncated_tokens", note)
-        observation, reward, terminated, truncated, info = await env.astep(chunk.text)
-        chunk.observation = observation
-        chunk.status = info["status"]
-        chunk.network_denials = info.get("network_denials", 0)
-        if info["use_tool"]:
-            chunk.tool_call = {"name": info["tool_type"], "arguments": info["tool_arguments"]}
-        if terminated or truncated:
-            return _Result(float(reward), info["ending"], str(info.get("note", "")))
-        prompt_ids = chat.observe([observation])
+            return await _judge(played, "truncated_tokens", note)
+        try:
+            turn = await played.step(chunk.text)
+        except OutOfTime as error:
+            chunk.status = "timeout"
+            return await _judge(played, "timeout", str(error))
+        chunk.observation = turn.observation
+        chunk.status = turn.status
+        chunk.exit_code = turn.exit_code
+        chunk.network_denials = turn.network_denials
+        chunk.tool_call = turn.tool_call
+        if turn.ending:
+            return _result_of(played, turn)
+        prompt_ids = chat.observe([turn.observation])
+
+
+async def _judge(played: PlayedEnv, ending: str, note: str) -> _Result:
+    """End the episode at a limit: what is there is judged."""
+    return _result_of(played, await played.judge(ending, note))
+
+
+def _result_of(played: PlayedEnv, turn: Turn) -> _Result:
+    return _Result(played.reward, turn.ending, turn.note)
 
 
 def _to_chunk(

@@ -86,8 +86,8 @@ def pack(
       chunks_per_row: C, the most chunks that a row holds.
       gamma: discount per chunk (Eq. 7).
       failure_reward: replaces every reward <= 0; 0.0 learns from successes only.
-      purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action
-        the policy took.
+      purpose: "sft" learns from chunks that are not context and whose call did not fail: status
+        "ok", whatever the command's exit status. "rl" learns from every action the policy took.
       routes_for: the model that is to replay the chunks' routes; they are checked against it. None:
         the batch has no routes.
       advantage: how the episodes of a group are compared (`rome.data.advantages`).
@@ -311,17 +311,17 @@ def _chunk_features(
 ) -> Example:
     turns = trajectory.turns
     reward = loss_reward(trajectory, options.failure_reward, options.denial_penalty)
-    succeeded = reward > 0
-    weight = 1.0 if succeeded else options.negative_weight
+    is_positive = reward > 0  # T+ of Eq. 9, also where the task is only partly solved
+    weight = 1.0 if is_positive else options.negative_weight
     kinds_K = np.array([_kind(chunk, options.purpose) for _, chunk in turns])
-    if not succeeded and _is_too_long(turns, options.negative_tokens):
+    if not is_positive and _is_too_long(turns, options.negative_tokens):
         kinds_K = np.where(kinds_K == RL, CONTEXT, kinds_K)
     ones_K = np.ones(len(turns))
     advantage_weight_K = np.where(advantage * ones_K < 0, options.negative_weight, 1.0)
     return {
         "return": weight * chunk_returns(reward, len(turns), options.gamma),
         "reward": weight * reward * ones_K,
-        "sign": (1.0 if succeeded else -1.0) * ones_K,
+        "sign": (1.0 if is_positive else -1.0) * ones_K,
         "advantage": advantage_weight_K * advantage,
         "kind": kinds_K,
     }
@@ -336,7 +336,7 @@ def _is_too_long(turns: list[tuple[list[int], Chunk]], limit: int) -> bool:
 def _kind(chunk: Chunk, purpose: Purpose) -> int:
     if purpose == "rl":
         return KINDS.index(chunk.kind)
-    if purpose == "sft":  # Eq. 2: an erroneous turn is read, not imitated
+    if purpose == "sft":  # Eq. 2: a turn whose call failed is read, not imitated
         imitated = chunk.status == "ok" and chunk.kind != "context"
         return IMITATION if imitated else CONTEXT
     raise ValueError(f"purpose {purpose!r} unknown; known: rl, sft")

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,19 @@ STATUSES = ("ok", "tool_error", "malformed", "timeout", "infra")
 # "context" is only read: a prefilled turn, or one that an error masks
 KINDS = ("rl", "imitation", "context")
 
-_EXTRA = ("task", "family", "reward", "ending", "group", "episode", "seed", "seconds", "note")
+_EXTRA = (
+    "task",
+    "family",
+    "reward",
+    "ending",
+    "group",
+    "episode",
+    "seed",
+    "seconds",
+    "note",
+    "success_reward",
+)
+REWARD_TOLERANCE = 1e-6  # of two rewards that count as equal: sums of steps are rounded
 
 
 @dataclasses.dataclass
@@ -58,9 +71,12 @@ class Chunk:
       text: the turn as text.
       tool_call: the call that was parsed from it, {"name", "arguments"}; None without one.
       observation: the environment's answer as text.
-      status: one of STATUSES.
+      status: one of STATUSES. All but "ok" say that the call failed (Err(k) of Eq. 1-2 of "Let It
+        Flow"): its arguments were bad, it was malformed or took too long, or the tool could not
+        run. A command that ran and ended with another exit status than 0 is no failed call.
       kind: one of KINDS.
       cached_tokens: prompt tokens that the engine found in its prefix cache.
+      exit_code: exit status of the turn's command; None without one.
       network_denials: attempts of the turn's command to reach addresses the sandbox does not grant.
       routes: experts of prompt and action tokens, [tokens, layers, k] (`rome.data.routes`); None
         where the engine was not asked for them.
@@ -80,6 +96,7 @@ class Chunk:
     kind: str = "rl"
     cached_tokens: int = 0
     network_denials: int = 0
+    exit_code: int | None = None
     routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -115,7 +132,7 @@ class Trajectory:
       task: name of the task.
       family: family of the task, for metrics.
       chunks: in the order of time.
-      reward: the verifier's, finite.
+      reward: sum of the rewards of its steps, the verifier's included; finite.
       ending: one of ENDINGS.
       group: number of the group of episodes of one task within a step.
       episode: number of the episode within its group.
@@ -123,6 +140,7 @@ class Trajectory:
       instruction: the task as text.
       seconds: wall-clock time of the episode.
       note: why an episode ended as infra_* or cancelled.
+      success_reward: the reward from which on the task counts as solved.
 
     Raises:
       ValueError: the ending is unknown or the reward is not finite.
@@ -139,6 +157,7 @@ class Trajectory:
     instruction: str = ""
     seconds: float = 0.0
     note: str = ""
+    success_reward: float = 1.0
 
     def __post_init__(self) -> None:
         if self.ending not in ENDINGS:
@@ -161,9 +180,19 @@ class Trajectory:
         return bool(self.chunks) and not spoiled
 
     @property
+    def succeeded(self) -> bool:
+        """Return whether the episode solved its task."""
+        return is_success(self.reward, self.success_reward)
+
+    @property
     def num_action_tokens(self) -> int:
-        """Return the number of sampled tokens."""
+        """Return the number of the agent's tokens, those of a replayed prefix included."""
         return sum(len(chunk.action_ids) for chunk in self.chunks)
+
+    @property
+    def own_chunks(self) -> list[Chunk]:
+        """Return the chunks that are not context: without the prefix that the episode replayed."""
+        return [chunk for chunk in self.chunks if chunk.kind != "context"]
 
     @property
     def network_denials(self) -> int:
@@ -186,9 +215,31 @@ class Trajectory:
         return turns  # what is pending now was never answered
 
     @property
-    def oldest_version(self) -> int:
-        """Return the first weight version that sampled a token; staleness is counted from it."""
-        return min((span[0] for chunk in self.chunks for span in chunk.versions), default=0)
+    def oldest_version(self) -> int | None:
+        """Return the first weight version that sampled a token; staleness is counted from it.
+
+        None where no engine sampled any: a replayed prefix may have left no room for a turn.
+        """
+        return min((span[0] for chunk in self.chunks for span in chunk.versions), default=None)
+
+
+def is_success(reward: float, success_reward: float = 1.0) -> bool:
+    """Return whether a reward counts as a success of its task, in training and evaluation alike.
+
+    Args:
+      reward: of one episode.
+      success_reward: the reward from which on the task counts as solved.
+    """
+    return reward >= success_reward - REWARD_TOLERANCE
+
+
+def rewards_differ(trajectories: Iterable[Trajectory]) -> bool:
+    """Return whether some of the episodes have another reward than others.
+
+    Without a difference there is nothing that comparing them could teach.
+    """
+    rewards = [trajectory.reward for trajectory in trajectories]
+    return bool(rewards) and max(rewards) - min(rewards) > REWARD_TOLERANCE
 
 
 def to_atif(trajectory: Trajectory) -> dict[str, Any]:
@@ -273,6 +324,7 @@ def _chunk_to_step(number: int, chunk: Chunk) -> dict[str, Any]:
         "versions": [list(span) for span in chunk.versions],
         "tool_call": chunk.tool_call,
         "network_denials": chunk.network_denials,
+        "exit_code": chunk.exit_code,
     }
     if chunk.routes is not None:
         step["extra"]["routes"] = routes_to_json(chunk.routes)
@@ -296,5 +348,6 @@ def _chunk_from_step(step: dict[str, Any]) -> Chunk:
         kind=extra["kind"],
         cached_tokens=metrics["cached_tokens"],
         network_denials=extra["network_denials"],
+        exit_code=extra.get("exit_code"),  # older files have none
         routes=routes,
     )

@@ -9,8 +9,10 @@ refused with an error that names its version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import aiohttp
@@ -30,6 +32,7 @@ from rome.engine.connection import (
     RETRY_STATUS,
     UPDATE_SECONDS,
     Connection,
+    Deadline,
     error_text,
     require_object,
 )
@@ -78,6 +81,7 @@ class Engine:
         )
         self._info_routes: dict[str, str] = {}
         self._held: asyncio.Event | None = None  # set when `release` ends a hold
+        self._deadlines: set[Deadline] = set()  # of running completions
         self._refused: str | None = None  # the cause, while the engine is out of service
         self._posts: set[asyncio.Task[dict[str, Any]]] = set()  # requests of running completions
         self._proven: list[int] = []  # verified versions, in order; while empty, any is accepted
@@ -113,6 +117,7 @@ class Engine:
           input_ids: tokens of the prompt.
           sampling: how to sample, and how much.
           deadline_seconds: for the whole call; afterwards the request is dropped on the server too.
+            It stands still while the engine is held.
           affinity: ignored here; `EnginePool.generate` chooses an engine by it.
           begun: what another engine sampled of this completion; continued in place.
 
@@ -128,10 +133,24 @@ class Engine:
           RequestRejected: the engine does not take this request.
         """
         completion = Completion.unfinished() if begun is None else begun
-        async with self._connection.deadline(deadline_seconds, "a completion"):
+        async with self._time_for(completion, deadline_seconds):
             while completion.finish_reason == "abort":
                 await self._continue_completion(completion, input_ids, sampling)
         return completion
+
+    @contextlib.asynccontextmanager
+    async def _time_for(self, completion: Completion, seconds: float) -> AsyncIterator[None]:
+        """Bound the time of a completion, apart from that in which the engine is held."""
+        async with self._connection.deadline(seconds, "a completion") as deadline:
+            self._deadlines.add(deadline)
+            if self._held is not None:
+                deadline.stop()
+            try:
+                yield
+            finally:
+                self._deadlines.discard(deadline)
+                deadline.go_on()
+                completion.seconds_held += deadline.seconds_stopped
 
     async def score(
         self, input_ids: list[int], deadline_seconds: float = CONTROL_SECONDS
@@ -267,16 +286,21 @@ class Engine:
     def hold(self) -> None:
         """Make `generate` wait before it sends or returns anything, until `release`.
 
-        Used during an update: new weights are not sampled from before they are verified.
+        Used during an update: new weights are not sampled from before they are verified. Deadlines
+        of completions stand still meanwhile.
         """
         if self._held is None:
             self._held = asyncio.Event()
+        for deadline in self._deadlines:
+            deadline.stop()
 
     def release(self) -> None:
         """End what `hold` began."""
         if self._held is not None:
             self._held.set()
         self._held = None
+        for deadline in self._deadlines:
+            deadline.go_on()
 
     async def _wait_while_held(self) -> None:
         while self._held is not None:  # a hold may follow another one before this wakes up

@@ -79,6 +79,7 @@ class Completion:
       cached_tokens: prompt tokens whose keys and values were in the engine's cache.
       routes: [prompt + output - 1 - routes_from, layers, k] as in `rome.data.routes`, or None where
         they were not asked for. The last token has no routes: it was sampled, but not computed.
+      seconds_held: for which it waited while engines took new weights.
     """
 
     output_ids: list[int]
@@ -87,6 +88,7 @@ class Completion:
     versions: list[tuple[int, int, int]]
     cached_tokens: int = 0
     routes: np.ndarray | None = None
+    seconds_held: float = dataclasses.field(default=0.0, compare=False)
 
     @classmethod
     def unfinished(cls) -> Completion:

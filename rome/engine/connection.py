@@ -165,14 +165,40 @@ class Connection:
 
 
 class Deadline:
-    """An `asyncio.timeout` that raises EngineError with a message instead of TimeoutError."""
+    """An `asyncio.timeout` that raises EngineError with a message instead of TimeoutError.
+
+    Attributes:
+      seconds_stopped: for which it stood still so far.
+    """
 
     def __init__(self, seconds: float, message: str):
+        self.seconds_stopped = 0.0
         self._message = message
         self._timeout = asyncio.timeout(max(seconds, 0.0))
+        self._stopped_at: float | None = None
+        self._left = 0.0  # when it was stopped
 
-    async def __aenter__(self) -> None:
+    def stop(self) -> None:
+        """Let its time stand still until `go_on`."""
+        when = self._timeout.when()
+        if when is None or self._timeout.expired():  # it stands still, or has passed already
+            return
+        self._stopped_at = asyncio.get_running_loop().time()
+        self._left = when - self._stopped_at
+        self._timeout.reschedule(None)
+
+    def go_on(self) -> None:
+        """End what `stop` began."""
+        if self._stopped_at is None:
+            return
+        now = asyncio.get_running_loop().time()
+        self.seconds_stopped += now - self._stopped_at
+        self._stopped_at = None
+        self._timeout.reschedule(now + self._left)
+
+    async def __aenter__(self) -> Deadline:
         await self._timeout.__aenter__()
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any

@@ -138,7 +138,7 @@ class EnginePool:
         Args:
           input_ids: tokens of the prompt.
           sampling: how to sample, and how much.
-          deadline_seconds: for the whole call.
+          deadline_seconds: for the whole call, apart from the time in which weights are published.
           affinity: requests with the same text go to the same engine where possible, because its
             cache holds their common prefix.
 
@@ -155,11 +155,11 @@ class EnginePool:
             if engine is None and rejections:
                 raise next(iter(rejections.values()))
             if engine is None:
-                await self.wait_ready(ends - time.monotonic())
+                await self.wait_ready(ends + completion.seconds_held - time.monotonic())
                 continue
             self.in_flight[engine.url] += 1
             try:
-                remaining = ends - time.monotonic()
+                remaining = ends + completion.seconds_held - time.monotonic()
                 done = await engine.generate(input_ids, sampling, remaining, begun=completion)
             except EngineDead as error:
                 self.mark_dead(engine, str(error))

@@ -15,10 +15,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from envs.gem import Env, Info, StepResult
+from envs.gem.core import judge_async
 from envs.rock import AgentFault, SandboxConfig, SandboxError
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
 from envs.tasks.terminal.demonstrator import FINAL_TURN, play_demonstration
 from envs.tasks.terminal.env import MissingProgramsError
+from rome.agent.environment import EnvironmentFault, PlayedEnv
 from rome.evals.cheats import tricks_of
 from rome.evals.tasks import EvalTask
 
@@ -84,7 +86,8 @@ class Agent(Protocol):
 class StartedEnv:
     """A started environment, for code that would start it itself.
 
-    `areset` returns the opening that is there. Turns are counted, and the last `info` is kept.
+    `areset` returns the opening that is there. Turns are counted, the rewards of the steps are
+    added up, and the last `info` is kept.
     """
 
     def __init__(self, env: Env, task: EvalTask, opening: tuple[str, Info]) -> None:
@@ -92,7 +95,18 @@ class StartedEnv:
         self.task = task
         self.opening = opening
         self.turns = 0
+        self.reward = 0.0
         self.last_info: Info = {}
+
+    @property
+    def is_grading(self) -> bool:
+        """Whether the environment's verifier runs."""
+        return getattr(self.env, "is_grading", False)
+
+    @property
+    def grading_seconds(self) -> float:
+        """Time limit of the environment's verifier."""
+        return getattr(self.env, "grading_seconds", 0.0)
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         """Return the opening of the environment, which is started already."""
@@ -102,6 +116,14 @@ class StartedEnv:
         """Take one turn."""
         result = await self.env.astep(action)
         self.turns += 1
+        return self._note(result)
+
+    async def ajudge(self, ending: str) -> StepResult:
+        """Judge the work as it stands, after a limit has ended the attempt."""
+        return self._note(await judge_async(self.env, ending))
+
+    def _note(self, result: StepResult) -> StepResult:
+        self.reward += float(result[1])
         self.last_info = result[4]
         return result
 
@@ -128,7 +150,8 @@ async def play_in_environment(
       task: makes the environment.
       config: of its sandbox.
       play: returns the outcome. It need not handle faults of the sandbox.
-      seconds: for playing; None for what the task's own limits add up to.
+      seconds: for playing; None for what the task's own limits add up to, infinite where `play`
+        has a deadline for each wait.
 
     Returns:
       The outcome of `play`, or a typed ending. A fault of the start spoils the attempt.
@@ -146,9 +169,14 @@ async def play_in_environment(
             async with asyncio.timeout(seconds):
                 return await play(started)
         except TimeoutError:
-            return started.outcome(0.0, "timeout", f"the attempt passed its {seconds:g} s")
+            played = PlayedEnv(started, seconds, task.start_seconds)
+            played.hand_over()
+            turn = await played.judge("timeout", f"the attempt passed its {seconds:g} s")
+            return started.outcome(started.reward, turn.ending, turn.note)
         except AgentFault as fault:
             return started.outcome(0.0, "failure", f"{type(fault).__name__}: {fault}")
+    except EnvironmentFault as fault:
+        return spoiled("infra_sandbox", str(fault))
     except (MissingProgramsError, TaskError) as error:
         # A step of a build may fail once; all other faults of this kind are permanent.
         is_permanent = not isinstance(error, BuildError)
@@ -252,9 +280,9 @@ async def _follow_demonstrator(started: StartedEnv, env: Any) -> Outcome:
     """Play the environment's own demonstrator, turn by turn."""
     observation = started.opening[0]
     while (action := env.demonstrator_action()) is not None:
-        observation, reward, terminated, truncated, info = await started.astep(action)
+        observation, _, terminated, truncated, info = await started.astep(action)
         if terminated or truncated:
-            return started.outcome(reward, info["ending"])
+            return started.outcome(started.reward, info["ending"])
     note = f"the demonstrator has no further turn; last observation: {observation}"
     return started.outcome(0.0, "failure", note)
 
@@ -269,10 +297,10 @@ async def _hand_in(started: StartedEnv, trick_number: int | None) -> Outcome:
         trick_note = f"trick: {name}"
     while True:
         for action in [*turns, FINAL_TURN]:
-            _, reward, terminated, truncated, info = await started.astep(action)
+            _, _, terminated, truncated, info = await started.astep(action)
             if terminated or truncated:
                 note = _join([trick_note, str(info.get("note", ""))])
-                return started.outcome(reward, info["ending"], note)
+                return started.outcome(started.reward, info["ending"], note)
 
 
 def _join(notes: list[str]) -> str:

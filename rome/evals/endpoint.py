@@ -24,6 +24,7 @@ import aiohttp
 
 from envs.proxies import environment_proxy
 from envs.rock import SandboxConfig
+from rome.agent.environment import OutOfTime, PlayedEnv, Turn
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment, spoiled
 from rome.evals.tasks import EvalTask
 
@@ -66,7 +67,6 @@ class _Response(NamedTuple):
 class _Usage:
     """What one attempt has used so far."""
 
-    seconds_waited: float = 0.0
     tokens: dict[str, int] = dataclasses.field(
         default_factory=lambda: {"prompt": 0, "completion": 0}
     )
@@ -90,7 +90,8 @@ class Endpoint:
       api_key: sent as a bearer token to this URL only.
       temperature: of sampling; not sent if None, since some models refuse it.
       max_tokens: of one answer; not sent if None.
-      episode_seconds: for one attempt.
+      episode_seconds: for which the environment may work in one attempt; the endpoint's own time
+        does not count.
       request_seconds: for one answer, with all its retries.
       first_wait_seconds: before the first retry; doubled each time.
       name: recorded with each attempt.
@@ -133,35 +134,29 @@ class Endpoint:
             return await self._converse(started, seed, usage)
 
         try:
-            outcome = await play_in_environment(task, self.config, converse, self.episode_seconds)
+            outcome = await play_in_environment(task, self.config, converse, math.inf)
         except EndpointError as error:
             outcome = spoiled("infra_engine", str(error), error.permanent)
-        is_endpoint_slow = usage.seconds_waited > self.episode_seconds / 2
-        if outcome.ending == "timeout" and is_endpoint_slow:  # not the model's failure
-            waited = f"{usage.seconds_waited:.1f} s of them waiting for the endpoint"
-            outcome = spoiled("infra_engine", f"{outcome.note}, {waited}")
         return dataclasses.replace(outcome, tokens=usage.tokens)
 
     async def _converse(self, started: StartedEnv, seed: int, usage: _Usage) -> Outcome:
-        """Play turn after turn to the end of the attempt."""
-        opening, info = started.opening
-        tools = info["tools"]
+        """Play turn after turn to the end of the attempt; a limit has its work judged."""
+        played = PlayedEnv(started, self.episode_seconds, started.task.start_seconds)
+        opening, info = await played.start()
+        tools = info.get("tools", [])
         messages: list[dict[str, Any]] = [
             {"role": "system", "content": getattr(started.env, "system", SYSTEM)},
             {"role": "user", "content": opening},
         ]
         while True:
-            began = time.monotonic()
             try:
                 choice, answer_usage = await self._ask(messages, tools, seed)
             except ContextFull as error:
-                return started.outcome(0.0, "truncated_tokens", str(error))
-            finally:
-                usage.seconds_waited += time.monotonic() - began
+                return _outcome(started, await played.judge("truncated_tokens", str(error)))
             usage.add(answer_usage)
             if choice.get("finish_reason") == "length":
                 note = f"turn {started.turns + 1} did not end within the answer's limit"
-                return started.outcome(0.0, "truncated_tokens", note)
+                return _outcome(started, await played.judge("truncated_tokens", note))
             message = choice["message"]
             calls = message.get("tool_calls") or []
             text = message.get("content") if isinstance(message.get("content"), str) else ""
@@ -169,11 +164,15 @@ class Endpoint:
             messages.append(said | {"tool_calls": calls} if calls else said)
             for call in calls[:MAX_CALLS] or [None]:
                 action = text if call is None else action_of(call)
-                observation, reward, terminated, truncated, info = await started.astep(action)
-                if terminated or truncated:
-                    return started.outcome(reward, info["ending"])
-                tools = info.get("tools", tools)  # some environments offer more of them later
-                messages.append(_observation_message(call, observation))
+                try:
+                    turn = await played.step(action)
+                except OutOfTime as error:
+                    return _outcome(started, await played.judge("timeout", str(error)))
+                if turn.ending:
+                    return _outcome(started, turn)
+                # some environments offer more of them later
+                tools = started.last_info.get("tools", tools)
+                messages.append(_observation_message(call, turn.observation))
             refusal = f"not run: a turn has at most {MAX_CALLS} calls"
             for call in calls[MAX_CALLS:]:
                 messages.append(_observation_message(call, refusal))
@@ -261,6 +260,10 @@ class Endpoint:
     def _hide_key(self, text: str) -> str:
         """Return the text without the API key, in case the endpoint repeats it."""
         return text.replace(self.api_key, "[key]") if self.api_key else text
+
+
+def _outcome(started: StartedEnv, turn: Turn) -> Outcome:
+    return started.outcome(started.reward, turn.ending, turn.note)
 
 
 def _observation_message(call: dict[str, Any] | None, observation: str) -> dict[str, Any]:

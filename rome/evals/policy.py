@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -15,7 +16,7 @@ from rome.agent.loop import Generator, Limits, run_episode
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
-from rome.evals.agents import CLOSE_SECONDS, Outcome, StartedEnv, play_in_environment
+from rome.evals.agents import Outcome, StartedEnv, play_in_environment
 from rome.evals.tasks import EvalTask
 from rome.model.hf.checkpoint import read_config
 from rome.model.tokenizer import TINY, Chat, Tokenizer
@@ -59,8 +60,7 @@ class Policy:
         async def play_episode(started: StartedEnv) -> Outcome:
             return await self._play_episode(started, attempt, seed)
 
-        seconds = self.limits.episode_seconds + CLOSE_SECONDS
-        return await play_in_environment(task, self.config, play_episode, seconds)
+        return await play_in_environment(task, self.config, play_episode, math.inf)
 
     async def _play_episode(self, started: StartedEnv, attempt: int, seed: int) -> Outcome:
         chat = self.chat
@@ -113,7 +113,7 @@ def open_policy(
       max_context: tokens of an episode; None for the model's own, at most DEFAULT_MAX_CONTEXT.
       max_tokens: of one turn; None for DEFAULT_MAX_TOKENS.
       temperature: of sampling; None for 1.
-      episode_seconds: of one attempt.
+      episode_seconds: for which the environment may work in one attempt.
       slots: attempts that the embedded engine keeps in its cache.
 
     Raises:

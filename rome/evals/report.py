@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rome.evals.statistics import Record, grouped, is_counted, summarise
+from rome.evals.statistics import Record, grouped, is_solved, summarise
 from rome.files import write_atomically
 
 MAX_SHOWN_ATTEMPTS = 2000  # in the pages; results.json has all
@@ -199,8 +199,7 @@ def _attempts_table(records: Sequence[Record]) -> Table:
 
 
 def _display_order(record: Record) -> tuple[bool, str, int]:
-    is_success = is_counted(record) and record["reward"] == 1.0
-    return is_success, record["task"], record["attempt"]
+    return is_solved(record), record["task"], record["attempt"]
 
 
 def share(value: float | None) -> str:

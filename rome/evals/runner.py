@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from rome.data.seeds import derive_seed
+from rome.data.trajectory import is_success
 from rome.evals.agents import Agent, Outcome
 from rome.evals.statistics import is_counted
 from rome.evals.tasks import EvalTask
@@ -221,6 +222,7 @@ async def play(job: Job, seed: int) -> Record:
         "attempt": job.attempt,
         "agent": job.agent.name,
         "reward": outcome.reward,
+        "success": outcome.reward is not None and is_success(outcome.reward, job.task.success),
         "ending": outcome.ending,
         "seconds": round(now - (began if outcome.spoiled else try_began), 3),
         "tries": number + 1,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rome.data.trajectory import is_success
 from rome.evals.agents import is_spoiled
 from rome.train.intervals import wilson
 
@@ -24,6 +25,14 @@ Record = Mapping[str, Any]  # of results.jsonl
 def is_counted(record: Record) -> bool:
     """Return whether the attempt says something about the agent."""
     return not is_spoiled(record["ending"])
+
+
+def is_solved(record: Record) -> bool:
+    """Return whether the attempt solved its task."""
+    if not is_counted(record):
+        return False
+    # records of older versions have no `success`
+    return record.get("success", is_success(record["reward"]))
 
 
 def pass_at_k(n: int, successes: int, k: int) -> float:
@@ -86,25 +95,28 @@ def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
 
     Returns:
       mean_reward: over tasks, of the mean over a task's counted attempts.
-      pass_at_1, pass_at_k: pass@1 and pass@k; a success is a reward of 1.
+      pass_at_1, pass_at_k: pass@1 and pass@k; a success is a reward of
+        the task's `success` or more, by default 1.
       avg_at_k: mean_reward over the tasks all of whose k attempts count.
       pass_at: {k': pass@k'} for powers of two up to k, and k, each over the tasks with at least k'
         counted attempts.
       intervals: of the first four; and the numbers of tasks and attempts that they rest on.
     """
     records = list(records)
-    rewards = _rewards_by_task(records)
-    tried = [values for values in rewards.values() if values]
-    complete = [values for values in tried if len(values) >= k]
-    pass_at = {size: _pass_at(tried, size) for size in _sizes_up_to(k)}
+    attempts = _counted_by_task(records)
+    tried = [counted for counted in attempts.values() if counted]
+    rewards = [[record["reward"] for record in counted] for counted in tried]
+    solved = [[is_solved(record) for record in counted] for counted in tried]
+    complete = [values for values in rewards if len(values) >= k]
+    pass_at = {size: _pass_at(solved, size) for size in _sizes_up_to(k)}
     metrics = {
-        "mean_reward": [_mean(values) for values in tried],
+        "mean_reward": [_mean(values) for values in rewards],
         "pass_at_1": pass_at[1],
         "pass_at_k": pass_at[k],
         "avg_at_k": [_mean(values) for values in complete],
     }
     summary: dict[str, Any] = {
-        "tasks_total": len(rewards),
+        "tasks_total": len(attempts),
         "tasks_counted": len(tried),
         "tasks_with_k_attempts": len(complete),
         "attempts": len(records),
@@ -120,14 +132,14 @@ def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
     return summary
 
 
-def _rewards_by_task(records: Iterable[Record]) -> dict[str, list[float]]:
-    """Return the rewards of the counted attempts at each task."""
-    rewards: dict[str, list[float]] = {}
+def _counted_by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return the counted attempts at each task."""
+    by_task: dict[str, list[Record]] = {}
     for record in records:
-        attempts = rewards.setdefault(record["task"], [])
+        attempts = by_task.setdefault(record["task"], [])
         if is_counted(record):
-            attempts.append(record["reward"])
-    return rewards
+            attempts.append(record)
+    return by_task
 
 
 def _sizes_up_to(k: int) -> list[int]:
@@ -136,11 +148,9 @@ def _sizes_up_to(k: int) -> list[int]:
     return sorted({*powers, k})
 
 
-def _pass_at(tried: Sequence[Sequence[float]], size: int) -> list[float]:
+def _pass_at(solved: Sequence[Sequence[bool]], size: int) -> list[float]:
     """Return pass@size of each task with at least `size` counted attempts."""
-    return [
-        pass_at_k(len(values), values.count(1.0), size) for values in tried if len(values) >= size
-    ]
+    return [pass_at_k(len(values), sum(values), size) for values in solved if len(values) >= size]
 
 
 def grouped(records: Sequence[Record], key: str) -> dict[str, dict[str, Any]]:

@@ -37,6 +37,7 @@ from envs.tasks.terminal import (
 )
 from envs.tasks.terminal.env import SETUP_TIMEOUT_SECONDS, VERIFIER_TIMEOUT_SECONDS, TerminalEnv
 from envs.tasks.terminal.task import Demonstration
+from rome.agent.environment import success_reward
 from rome.evals.worlds import SEEDS_APART, Made, is_made, load_made, parse_count
 
 GROUPS = {
@@ -90,6 +91,11 @@ class EvalTask:
             )
         limits = WIDE_LIMITS if self.family in WIDE_FAMILIES else {}
         return TerminalEnv(self.source, config, **limits)
+
+    @property
+    def success(self) -> float:
+        """Return the reward from which on the task counts as solved."""
+        return success_reward(self.source)
 
     def demonstrator(self) -> Demonstration:
         """Start the scripted solution of a terminal task."""

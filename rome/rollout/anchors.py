@@ -144,13 +144,13 @@ class Anchors:
         for trajectory in group:
             anchor = anchor_of(trajectory)
             if source_fits or anchor == 0:
-                task.add_outcome(anchor, trajectory.reward > 0)
+                task.add_outcome(anchor, trajectory.succeeded)
         if self.mode == "rollback" and self._has_recovered(task, task.position, len(group)):
             task.position -= 1
         if task.position < 0 or self._has_recovered(task, 0, self.group_size):
             del self.tasks[name]
             return
-        successes = [trajectory for trajectory in group if trajectory.reward > 0]
+        successes = [trajectory for trajectory in group if trajectory.succeeded]
         shortest = min(successes, key=lambda success: len(success.chunks), default=None)
         if shortest is not None and len(shortest.chunks) <= task.chunks:
             task.replace_source(source_of(shortest), len(shortest.chunks))
@@ -252,7 +252,7 @@ def fork_imitation(source: Trajectory, group: Iterable[Trajectory]) -> Trajector
     """
     succeeded: dict[int, bool] = collections.defaultdict(bool)
     for trajectory in group:
-        succeeded[anchor_of(trajectory)] |= trajectory.reward > 0
+        succeeded[anchor_of(trajectory)] |= trajectory.succeeded
     failed = [anchor for anchor, success in succeeded.items() if not success]
     if not failed:
         return None

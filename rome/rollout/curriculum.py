@@ -44,6 +44,6 @@ class Curriculum:
         The order matters a little: pass them in the order of their groups.
         """
         for trajectory in trajectories:
-            success = float(trajectory.reward > 0)
+            success = float(trajectory.succeeded)
             old_rate = self.rates[trajectory.family]
             self.rates[trajectory.family] = MEMORY * old_rate + (1 - MEMORY) * success

@@ -1,7 +1,8 @@
 """Demonstrations: scripted players solve their tasks in real sandboxes, as token trajectories.
 
-For SFT the demonstrators sometimes make a mistake and recover. Such turns keep their status
-(`tool_error`) and are context only: the recovery is learnt, the mistake is not. For IPA they show
+For SFT the demonstrators sometimes make a mistake and recover. Such turns are context only: the
+recovery is learnt, the mistake is not. So are turns whose call failed (Err(k) of Eq. 1-2); a
+command that ended with another exit status than 0 did not fail as a call. For IPA they show
 how to solve the tasks that no sampled episode of a step solved: the imitation term of Eq. 10.
 """
 
@@ -10,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
+from envs.gem import UnplayableTaskError
 from envs.rock import SandboxError
 from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
-from rome.rollout.episode import RolloutError
+from rome.rollout.episode import RolloutError, SpoiledTaskError
 
 ATTEMPTS = 3  # at a demonstration that the infrastructure spoils
 
@@ -26,8 +28,20 @@ class SpoiledDemonstration(RolloutError):
     """The infrastructure lost a demonstration, which says nothing about the task."""
 
 
+class FailedDemonstration(RolloutError):
+    """A demonstrator failed its own task, so the task or its demonstrator is broken.
+
+    Attributes:
+      ending: of its episode.
+    """
+
+    def __init__(self, ending: str, message: str) -> None:
+        super().__init__(message)
+        self.ending = ending
+
+
 async def collect_demonstrations(
-    tasks: Sequence[str],
+    tasks: Mapping[int, str],
     make_env: Callable[[str], TerminalEnv],
     chat: Chat,
     *,
@@ -35,51 +49,82 @@ async def collect_demonstrations(
     concurrency: int,
     record: Callable[[int], pathlib.Path],
     first_group: int = 0,
-) -> list[Trajectory]:
-    """Play one demonstration of each task and return them in the same order.
+    on_spoiled: Callable[[SpoiledTaskError], None] | None = None,
+    seconds: float | None = None,
+) -> dict[int, Trajectory]:
+    """Play one demonstration of each task and return them by number.
 
     Args:
-      tasks: names of the tasks.
+      tasks: names of the tasks by number.
       make_env: makes a fresh environment of a task.
       chat: the chat template.
       error_rate: probability that a demonstrator makes a mistake, and recovers.
       concurrency: demonstrations at once.
       record: returns the file of the n-th trajectory. If it exists already and is of the same
         task, it is returned instead of playing.
-      first_group: group number of the first trajectory. Each is a group of its own, which keeps it
-        out of the statistics of groups that were sampled.
+      first_group: group number of trajectory 0. Each is a group of its own, which keeps it out of
+        the statistics of groups that were sampled.
+      on_spoiled: called for each task that cannot be shown; it is left out of the result. None: it
+        is an error.
+      seconds: for one attempt at a demonstration; None for no limit.
 
     Raises:
-      RolloutError: a demonstrator failed its own task, so the task or the sandbox is broken.
-      SandboxError: no sandbox could be started, ATTEMPTS times.
+      SpoiledTaskError: without `on_spoiled`: a demonstrator failed its own task, so the task or its
+        demonstrator is broken, or the infrastructure failed ATTEMPTS times.
     """
     places = asyncio.Semaphore(concurrency)
 
-    async def collect_one(number: int, task: str) -> Trajectory:
+    async def collect_one(number: int, task: str) -> Trajectory | None:
         path = record(number)
         if path.exists():
             kept = load_trajectory(path)
             if kept.task == task:  # a resumed run may show other tasks when it repeats a step
                 return kept
         async with places:
-            trajectory = await _demonstrate_until_played(make_env, task, chat, error_rate)
+            try:
+                trajectory = await _demonstrate_until_played(
+                    make_env, task, chat, error_rate, seconds
+                )
+            except SpoiledTaskError as fault:
+                if on_spoiled is None:
+                    raise
+                on_spoiled(fault)
+                return None
         trajectory.group = first_group + number
         save_trajectory(trajectory, path)
         return trajectory
 
-    return await asyncio.gather(*(collect_one(number, task) for number, task in enumerate(tasks)))
+    played = await asyncio.gather(*(collect_one(*numbered) for numbered in tasks.items()))
+    return {
+        number: trajectory
+        for number, trajectory in zip(tasks, played, strict=True)
+        if trajectory is not None
+    }
 
 
 async def _demonstrate_until_played(
-    make_env: Callable[[str], TerminalEnv], task: str, chat: Chat, error_rate: float
+    make_env: Callable[[str], TerminalEnv],
+    task: str,
+    chat: Chat,
+    error_rate: float,
+    seconds: float | None,
 ) -> Trajectory:
-    """Play a demonstration, again if the infrastructure spoils it."""
-    for _ in range(ATTEMPTS - 1):
+    """Play a demonstration, again if the infrastructure spoils it.
+
+    Raises:
+      SpoiledTaskError: the demonstrator failed its task, or each attempt was spoiled.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
         try:
-            return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
-        except (SpoiledDemonstration, SandboxError):
-            continue
-    return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
+            async with asyncio.timeout(seconds):
+                return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
+        except FailedDemonstration as failure:
+            raise SpoiledTaskError(task, failure.ending, str(failure), attempt) from failure
+        except (SpoiledDemonstration, SandboxError, UnplayableTaskError, TimeoutError) as error:
+            reason = str(error) or f"it did not end within {seconds} s"
+            note = f"{type(error).__name__}: {reason}"
+            last = SpoiledTaskError(task, "infra_sandbox", note, attempt)
+    raise last
 
 
 def _rng_of(task: str) -> random.Random:
@@ -99,16 +144,17 @@ async def demonstrate(
 
     Raises:
       SpoiledDemonstration: the infrastructure failed.
-      RolloutError: the demonstrator did not solve its task.
+      FailedDemonstration: the demonstrator did not solve its task.
     """
     played = await play_demonstration(env, rng, error_rate)
     if played.ending != "success":
-        is_spoiled = played.ending.startswith("infra_")
-        error_type = SpoiledDemonstration if is_spoiled else RolloutError
-        raise error_type(
+        message = (
             f"the demonstration of {played.task} ended as {played.ending}, not as a success; its"
             f" last observation: {played.turns[-1].observation!r}"
         )
+        if played.ending.startswith("infra_"):
+            raise SpoiledDemonstration(message)
+        raise FailedDemonstration(played.ending, message)
     chunks = []
     prompt_ids = chat.open(played.instruction)
     for turn in played.turns:
@@ -121,7 +167,8 @@ async def demonstrate(
                 text=turn.text,
                 observation=turn.observation,
                 status=turn.status,
-                kind="imitation" if turn.status == "ok" else "context",
+                exit_code=turn.exit_code,
+                kind="context" if turn.is_mistake or turn.status != "ok" else "imitation",
             )
         )
         prompt_ids = chat.observe([turn.observation])

@@ -19,6 +19,27 @@ class RolloutError(RuntimeError):
     """An episode failed for a reason that playing it again does not cure."""
 
 
+class SpoiledTaskError(RolloutError):
+    """A task cannot be played: each attempt at it ended as infrastructure.
+
+    Args:
+      task: its name.
+      ending: of the last attempt.
+      note: why.
+      attempts: how often it was tried.
+    """
+
+    def __init__(self, task: str, ending: str, note: str, attempts: int) -> None:
+        times = "once" if attempts == 1 else f"{attempts} times in a row"
+        super().__init__(
+            f"{task} was spoiled {times}, last as {ending}: {note or 'no detail'}. Finished"
+            " trajectories are kept; remove the cause and run the same command again."
+        )
+        self.task = task
+        self.ending = ending
+        self.note = note
+
+
 @dataclasses.dataclass(frozen=True)
 class Episode:
     """One episode to play.

@@ -13,8 +13,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from envs.gem.core import Env
+from envs.gem.core import Env, StepResult
 from envs.rock import SandboxError
+from rome.agent.environment import EnvironmentFault, PlayedEnv, task_name
 from rome.agent.loop import CLOSE_SECONDS, ReplayError, close_env, replay
 from rome.data.trajectory import Chunk
 
@@ -69,18 +70,19 @@ class Forks:
         env = self._make_env()
         if not hasattr(env, "asnapshot"):
             return
+        played = PlayedEnv(env, REPLAY_SECONDS, REPLAY_SECONDS)
         try:
             async with asyncio.timeout(REPLAY_SECONDS):
-                await env.areset()
+                await played.start()
                 for anchor, chunk in enumerate(self._longest, start=1):
-                    await replay(env, [chunk], [])
+                    await replay(played, [chunk], [])
                     if anchor in self._anchors:
                         self._snapshots[anchor] = await env.asnapshot()
-        except (SandboxError, ReplayError, TimeoutError) as error:
+        except (EnvironmentFault, SandboxError, ReplayError, TimeoutError) as error:
             # Episodes at later anchors replay the actions themselves and report what they meet.
             copies = len(self._snapshots)
             reason = str(error) or f"the replay did not end within {REPLAY_SECONDS:g} s"
-            logging.info("%s has %d copies and not all: %s", env.task.name, copies, reason)
+            logging.info("%s has %d copies and not all: %s", task_name(env), copies, reason)
         finally:
             await close_env(env)
 
@@ -126,13 +128,26 @@ class Forked(Env):
     async def areset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
         return await self._env.arestore(self._snapshot)
 
-    async def astep(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    async def astep(self, action: str) -> StepResult:
         if self._turn == len(self._prefix):
             return await self._env.astep(action)
         chunk = self._prefix[self._turn]
         self._turn += 1
         info = {"status": chunk.status, "use_tool": chunk.tool_call is not None}
         return chunk.observation, 0.0, False, False, info
+
+    async def ajudge(self, ending: str) -> StepResult:
+        return await self._env.ajudge(ending)
+
+    @property
+    def is_grading(self) -> bool:
+        """Whether the environment's verifier runs."""
+        return getattr(self._env, "is_grading", False)
+
+    @property
+    def grading_seconds(self) -> float:
+        """Time limit of the environment's verifier."""
+        return getattr(self._env, "grading_seconds", 0.0)
 
     async def aclose(self) -> None:
         await self._env.aclose()

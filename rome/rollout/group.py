@@ -6,7 +6,7 @@ import asyncio
 import collections
 import dataclasses
 
-from rome.data.trajectory import Chunk, Trajectory
+from rome.data.trajectory import Chunk, Trajectory, rewards_differ
 from rome.rollout.forks import Forks
 
 
@@ -41,7 +41,8 @@ class Group:
     Args:
       number: its place among all groups of the run.
       plan: what its episodes play.
-      attempt: how many groups without spread (all successes or all failures) it replaces.
+      attempt: how many groups it replaces: without spread (of equal rewards), or of a task that
+        was set aside.
       running: asyncio tasks of the episodes in play, by episode number.
       versions: the weight version that started each running or finished episode.
       finished: trajectories by episode number.
@@ -65,9 +66,8 @@ class Group:
 
     @property
     def has_spread(self) -> bool:
-        """Whether the group has both a success and a failure."""
-        outcomes = {trajectory.reward > 0 for trajectory in self.finished.values()}
-        return len(outcomes) == 2
+        """Whether its episodes earned different rewards."""
+        return rewards_differ(self.finished.values())
 
     def age(self, version: int) -> int:
         """Return the staleness of its oldest sample if it were trained on at `version`."""

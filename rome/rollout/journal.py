@@ -7,11 +7,11 @@ take the same groups with the same trajectories, so the run reaches the same wei
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
+from rome.files import append_line
 from rome.rollout.group import Group
 
 GroupKey = tuple[int, int]  # Group.key: number and attempt
@@ -69,7 +69,7 @@ class Journal:
         }
         self._keep(entry)
         if self._path is not None:
-            _append_line(self._path, json.dumps(entry))
+            append_line(self._path, json.dumps(entry))
 
     def _is_recorded(self, step: int, groups: Sequence[Group]) -> bool:
         if self.groups(step) != [group.key for group in groups]:
@@ -92,21 +92,3 @@ class Journal:
         # Nothing was kept so far, so nothing is kept of an entry that is incomplete.
         self._groups[step] = groups
         self._episodes.update(episodes)
-
-
-def _append_line(path: pathlib.Path, text: str) -> None:
-    """Append a line and wait until it is on disk."""
-    with open(path, "ab+") as file:
-        if _ends_within_line(file):
-            file.write(b"\n")
-        file.write(f"{text}\n".encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _ends_within_line(file: BinaryIO) -> bool:
-    """Whether the last line of a file is incomplete because a kill cut it off."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 
 import numpy as np
 
-from rome.data.trajectory import Trajectory
+from rome.data.trajectory import Trajectory, rewards_differ
 
 
 def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """Return the episodes of groups with both a success and a failure.
+    """Return the episodes of groups whose episodes earned different rewards.
 
     If there is no such group, all episodes are returned.
     """
-    outcomes: dict[int, set[bool]] = collections.defaultdict(set)
+    groups: dict[int, list[Trajectory]] = collections.defaultdict(list)
     for trajectory in trajectories:
-        outcomes[trajectory.group].add(trajectory.reward > 0)
-    mixed = {group for group, seen in outcomes.items() if len(seen) == 2}
+        groups[trajectory.group].append(trajectory)
+    mixed = {group for group, members in groups.items() if rewards_differ(members)}
     if not mixed:
         return trajectories
     return [trajectory for trajectory in trajectories if trajectory.group in mixed]
@@ -34,27 +35,31 @@ def rollout_metrics(
       seconds: time in which they were collected.
 
     Returns:
-      Means over episodes, unless the name says otherwise. `success` is the share of episodes with
-      a positive reward; `tokens` counts sampled tokens; shares of statuses are over chunks, and
-      `cached_token_share` is over the tokens that the engines were sent.
+      Means over episodes, unless the name says otherwise. A prefix that was replayed is in none of
+      them. `success` is the share of episodes that solved their task; `tokens` counts sampled
+      tokens; shares of statuses are over turns; `cached_token_share` is over the tokens that the
+      engines were sent.
     """
-    tokens = np.array([trajectory.num_action_tokens for trajectory in trajectories])
-    succeeded = np.array([trajectory.reward > 0 for trajectory in trajectories])
-    staleness = [version - trajectory.oldest_version for trajectory in trajectories]
-    denied = [trajectory.network_denials > 0 for trajectory in trajectories]
-    chunks = [chunk for trajectory in trajectories for chunk in trajectory.chunks]
+    turns = [trajectory.own_chunks for trajectory in trajectories]
+    tokens = np.array([sum(len(chunk.action_ids) for chunk in own) for own in turns])
+    succeeded = np.array([trajectory.succeeded for trajectory in trajectories])
+    chunks = [chunk for own in turns for chunk in own]
+    denied = [any(chunk.network_denials for chunk in own) for own in turns]
     statuses = [chunk.status for chunk in chunks]
+    failed_commands = sum(bool(chunk.exit_code) for chunk in chunks)
+    ages = staleness(trajectories, version) or [0]
     sent_tokens = sum(_sent_tokens(trajectory) for trajectory in trajectories)
     cached_tokens = sum(chunk.cached_tokens for chunk in chunks)
     metrics = {
         "reward": float(np.mean([trajectory.reward for trajectory in trajectories])),
         "success": float(succeeded.mean()),
-        "turns": float(np.mean([len(trajectory.chunks) for trajectory in trajectories])),
+        "turns": float(np.mean([len(own) for own in turns])),
         "tokens": float(tokens.mean()),
-        "staleness": float(np.mean(staleness)),
+        "staleness": float(np.mean(ages)),
         "tokens_per_s": float(tokens.sum() / seconds),
-        "tool_error_share": statuses.count("tool_error") / len(statuses),
-        "malformed_share": statuses.count("malformed") / len(statuses),
+        "nonzero_exit_share": failed_commands / max(1, len(chunks)),
+        "tool_error_share": statuses.count("tool_error") / max(1, len(statuses)),
+        "malformed_share": statuses.count("malformed") / max(1, len(statuses)),
         "network_denial_share": float(np.mean(denied)),
         "cached_token_share": cached_tokens / max(1, sent_tokens),
     }
@@ -66,12 +71,22 @@ def rollout_metrics(
     return metrics
 
 
+def staleness(trajectories: Iterable[Trajectory], version: int) -> list[int]:
+    """Return how many versions old each episode is when `version` is trained on it.
+
+    Episodes without a sampled token have no age and are left out.
+    """
+    oldest = [trajectory.oldest_version for trajectory in trajectories]
+    return [version - sampled for sampled in oldest if sampled is not None]
+
+
 def _sent_tokens(trajectory: Trajectory) -> int:
     """Count the tokens that the engine was sent: each turn sends the whole context again."""
     context = 0
     sent = 0
     for chunk in trajectory.chunks:
         context += len(chunk.prompt_ids)
-        sent += context
+        if chunk.kind != "context":  # a replayed turn went to the environment only
+            sent += context
         context += len(chunk.action_ids)
     return sent

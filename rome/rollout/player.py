@@ -4,7 +4,7 @@ The scheduler (`scheduler.py`) decides which episodes training plays and when. E
 independently: generation, commands and grading of different episodes overlap. A finished
 trajectory is on disk before it is counted, so a run that was killed does not play it again. An
 episode that the infrastructure spoiled is played again from the same initial state with another
-seed; it never becomes a reward of 0.
+seed; it never becomes a reward of 0. A task that is spoiled each time is set aside.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajec
 from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
-from rome.rollout.episode import Episode, RolloutError, Stopped
+from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError, Stopped
 
 POLL_SECONDS = 0.5  # between two calls of should_stop
 # Before an episode is played again; doubled each time, so that a fault of a moment may pass.
@@ -59,6 +59,7 @@ class EpisodePlayer:
         accounting: Accounting | None = None,
         record: Callable[[Episode], pathlib.Path] | None = None,
         on_finish: Callable[[Trajectory], None] | None = None,
+        on_spoiled: Callable[[SpoiledTaskError], None] | None = None,
         routes: bool = False,
     ) -> list[Trajectory]:
         """Play all episodes and return their trainable trajectories in the same order.
@@ -70,25 +71,34 @@ class EpisodePlayer:
           record: returns the file of an episode's trajectory. If it exists already, it is returned
             instead of playing the episode.
           on_finish: called with each trajectory as soon as it is there.
+          on_spoiled: called for each episode whose task cannot be played; it is left out of the
+            result. None: it is an error.
           routes: ask the engine for the experts of each token and keep them in the chunks.
 
         Raises:
           Stopped: `should_stop` returned True.
-          RolloutError: an episode was spoiled `attempts` times.
+          SpoiledTaskError: an episode was spoiled `attempts` times, without `on_spoiled`.
+          RolloutError: the engines failed for an episode `attempts` times.
         """
         counts = accounting or Accounting()
         places = asyncio.Semaphore(self.concurrency)
 
-        async def play_in_turn(episode: Episode) -> Trajectory:
+        async def play_in_turn(episode: Episode) -> Trajectory | None:
             async with places:
                 counts.begin()
-                trajectory = await self.play_one(
-                    episode,
-                    temperature=temperature,
-                    accounting=counts,
-                    path=record(episode) if record is not None else None,
-                    routes=routes,
-                )
+                try:
+                    trajectory = await self.play_one(
+                        episode,
+                        temperature=temperature,
+                        accounting=counts,
+                        path=record(episode) if record is not None else None,
+                        routes=routes,
+                    )
+                except SpoiledTaskError as fault:
+                    if on_spoiled is None:
+                        raise
+                    on_spoiled(fault)
+                    return None
             if on_finish is not None:
                 on_finish(trajectory)
             return trajectory
@@ -101,9 +111,10 @@ class EpisodePlayer:
                 task.cancel()
             # Return only when the sandboxes of cancelled episodes are closed.
             await asyncio.gather(*tasks, return_exceptions=True)
-        return [task.result() for task in tasks]
+        played = (task.result() for task in tasks)
+        return [trajectory for trajectory in played if trajectory is not None]
 
-    async def _wait_for(self, tasks: Collection[asyncio.Task[Trajectory]]) -> None:
+    async def _wait_for(self, tasks: Collection[asyncio.Task[Trajectory | None]]) -> None:
         """Wait until all tasks are done; raise the first error, or Stopped."""
         pending = set(tasks)
         while pending:
@@ -135,26 +146,33 @@ class EpisodePlayer:
           routes: ask the engine for the experts of each token and keep them in the chunks.
 
         Raises:
-          RolloutError: the episode was spoiled `attempts` times.
+          SpoiledTaskError: the episode was spoiled `attempts` times. Its last attempt counts as
+            dropped for "spoiled_task".
+          RolloutError: it was, and its last attempt by the engines, which says nothing about the
+            task.
         """
         kept = _load_finished(path, episode) if path is not None else None
         if kept is not None:
             return kept
         for attempt in range(self.attempts):
             if attempt:
-                await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
                 accounting.begin()
+                await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             trajectory = await self._play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
                 if path is not None:
                     save_trajectory(trajectory, path)
                 return trajectory
-            accounting.drop(trajectory.ending)
-        raise RolloutError(
-            f"{episode.task} was spoiled {self.attempts} times in a row, last as"
-            f" {trajectory.ending}: {trajectory.note or 'no detail'}. Finished trajectories are"
-            " kept; remove the cause and run the same command again."
+            if attempt + 1 < self.attempts:
+                accounting.drop(trajectory.ending)
+        fault = SpoiledTaskError(
+            episode.task, trajectory.ending, trajectory.note, attempts=self.attempts
         )
+        if trajectory.ending == "infra_engine":
+            accounting.drop(trajectory.ending)
+            raise RolloutError(str(fault))
+        accounting.drop("spoiled_task")
+        raise fault
 
     async def _play_attempt(
         self, episode: Episode, attempt: int, temperature: float, routes: bool
@@ -164,9 +182,23 @@ class EpisodePlayer:
         is_last_resort = attempt > 0 and attempt + 1 == self.attempts
         prefix = () if is_last_resort else episode.prefix
         seed = derive_seed(episode.seed, "attempt", attempt) if attempt else episode.seed
+        try:
+            env = await self._make_env(episode, attempt, prefix)
+        except Exception as error:  # nobody has acted yet: whatever it is, it is the task's
+            return Trajectory(
+                episode.task,
+                family="",
+                chunks=[],
+                reward=0.0,
+                ending="infra_sandbox",
+                group=episode.group,
+                episode=episode.episode,
+                seed=seed,
+                note=f"{type(error).__name__}: {error}",
+            )
         return await run_episode(
             self.engine,
-            await self._make_env(episode, attempt, prefix),
+            env,
             self.chat,
             self.limits,
             temperature=temperature,

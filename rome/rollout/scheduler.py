@@ -14,8 +14,9 @@ groups, at most `concurrency` at once. Each episode then moves alone. It continu
 are updated, and each of its tokens keeps the version that sampled it.
 
 **Complete.** A group is complete when `group_size` of its episodes have finished; those of its
-`redundancy` that still run are cancelled. With `replace_equal`, a group without spread (all
-successes or all failures, so no advantage to learn from) is replaced by a group of another task.
+`redundancy` that still run are cancelled. With `replace_equal`, a group without spread (equal
+rewards, so no advantage to learn from) is replaced by a group of another task. So is, with all of
+its siblings, a group whose task cannot be played (`rome.rollout.spoiled`).
 
 **Take.** A step takes the `groups_per_step` oldest complete groups, as soon as they exist. The
 capacity rule bounds how many samples are ahead, but not how old the slowest of them gets: short
@@ -39,7 +40,9 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import collections
 import dataclasses
+import math
 import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -47,15 +50,16 @@ from typing import Any, Literal
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Trajectory
 from rome.rollout.accounting import Accounting
-from rome.rollout.episode import Episode, RolloutError, Stopped
-from rome.rollout.forks import Forks
+from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError, Stopped
 from rome.rollout.group import Group, GroupPlan, Taken
 from rome.rollout.journal import Journal
 from rome.rollout.pending import PendingEpisodes
+from rome.rollout.spoiled import Replacement, SpoiledTasks
 
 StaleSamples = Literal["wait", "keep", "drop"]
 POLL_SECONDS = 0.5  # between two calls of should_stop while a step waits for its groups
 MAX_REPLACEMENTS = 4  # of a group without spread; the last one is taken as it is
+MAX_DRAWS = 100  # of another task for a group, before none counts as left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +104,15 @@ class RolloutScheduler:
         infrastructure failures make necessary, but not the start of the episode.
       plan: returns the plans of a wave's groups. It is called when the wave may start, so it can
         use what was trained on until then.
-      replan: called with (group number, attempt); returns the plan of the group that replaces one
-        without spread. None: groups are never replaced.
+      replan: called with (number, attempt); returns the plan of the group that replaces one
+        without spread, or one whose task cannot be played (of siblings, the first one's number).
+        None: groups are never replaced, and a task that cannot be played ends the run.
       accounting: where samples are counted.
       should_stop: polled while a step waits; True makes `take` raise Stopped.
       forget: removes the file of an episode, so that it is played again.
       journal: file of the record of what each step took; None keeps the record in memory.
+      spoiled: the tasks that were set aside, with those of a run that is resumed.
+      quiet_seconds: for which a step waits although no episode ends; longer than one may take.
     """
 
     def __init__(
@@ -119,6 +126,8 @@ class RolloutScheduler:
         should_stop: Callable[[], bool] = lambda: False,
         forget: Callable[[Episode], None] = lambda episode: None,
         journal: pathlib.Path | None = None,
+        spoiled: SpoiledTasks | None = None,
+        quiet_seconds: float = math.inf,
     ) -> None:
         self.rules = rules
         self.accounting = accounting
@@ -126,6 +135,10 @@ class RolloutScheduler:
         self._play = play
         self._plan = plan
         self._replan = replan
+        self._spoiled = SpoiledTasks() if spoiled is None else spoiled
+        self._spoiled_in_wave: collections.Counter[int] = collections.Counter()
+        self._quiet_seconds = quiet_seconds
+        self._ended_at = -math.inf  # when an episode ended last
         self._forget = forget
         self._should_stop = should_stop
         self._journal = Journal(journal)
@@ -163,7 +176,8 @@ class RolloutScheduler:
 
         Raises:
           Stopped: `should_stop` returned True.
-          RolloutError: an episode failed for good.
+          RolloutError: an episode failed for good, too many tasks of a wave cannot be played, or
+            no episode ended for `quiet_seconds`.
         """
         now = asyncio.get_running_loop().time
         called_at = now()
@@ -313,6 +327,7 @@ class RolloutScheduler:
 
     def _on_task_end(self, task: asyncio.Task) -> None:
         del self._playing[task]
+        self._ended_at = asyncio.get_running_loop().time()
         self._start_pending()
 
     async def _run(self, group: Group, number: int) -> None:
@@ -329,8 +344,14 @@ class RolloutScheduler:
             self._on_finish(group, number, trajectory)
 
     def _on_failure(self, group: Group, number: int, error: BaseException) -> None:
-        """Keep the error for the step that waits: it ends the run."""
+        """Set a task aside that cannot be played; any other error ends the step that waits."""
         del group.running[number]
+        if isinstance(error, SpoiledTaskError) and self._replan is not None:
+            try:
+                self._set_aside(group, error)
+                return
+            except RolloutError as failure:
+                error = failure
         if isinstance(error, asyncio.CancelledError):
             error = RolloutError(
                 f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled,"
@@ -394,6 +415,7 @@ class RolloutScheduler:
             self._add_group(Group(number, plan))
 
     def _add_group(self, group: Group) -> None:
+        group = self._playable(group)
         self._groups[group.number] = group
         recorded = self._journal.episodes(group)
         for number in recorded or range(self.rules.group_size + self.rules.redundancy):
@@ -417,6 +439,86 @@ class RolloutScheduler:
         is_resampled = bool(group.plan.source)
         return not is_resampled and not group.has_spread
 
+    def _set_aside(self, group: Group, fault: SpoiledTaskError) -> None:
+        """Let the group of a task that cannot be played, and its siblings, go on with another one.
+
+        Siblings change together: what a step takes of them counts as one group of one task.
+
+        Raises:
+          RolloutError: too many tasks of the wave are spoiled, or no other task is left.
+        """
+        siblings = [
+            other
+            for other in self._groups.values()
+            if self._task_group(other) == self._task_group(group)
+            and other.plan.task == group.plan.task
+        ]
+        self._spoiled.note(fault)
+        try:
+            successor = self._playable(self._successor(group))
+        except RolloutError:
+            self._spoiled.add(fault)
+            raise
+        key = self._task_group(group), group.attempt
+        self._spoiled.add(fault, key, Replacement(successor.plan.task, successor.attempt))
+        for sibling in siblings:
+            self._leave(sibling)
+            self._add_group(Group(sibling.number, successor.plan, successor.attempt))
+        self._changed.set()
+
+        wave = group.number // self.rules.groups_per_step
+        self._spoiled_in_wave[wave] += 1
+        number = self._spoiled_in_wave[wave]
+        tasks_per_wave = self.rules.groups_per_step // self.rules.siblings
+        if self._spoiled.too_many(number, tasks_per_wave):
+            raise RolloutError(self._spoiled.failure(number, tasks_per_wave))
+
+    def _leave(self, group: Group) -> None:
+        """Drop the episodes of a group whose task was set aside."""
+        group.closed = True
+        if group.number in self._complete:
+            self._complete.remove(group.number)
+        self.accounting.drop("spoiled_task", len(group.finished) + len(group.running))
+        for task in group.running.values():
+            task.cancel()
+        group.running.clear()
+        self._close_unused_forks(group)
+
+    def _playable(self, group: Group) -> Group:
+        """Return the group, or the one that replaces it where its task was set aside.
+
+        A group that a step has taken stays as it was, so that a resumed run can repeat the step.
+
+        Raises:
+          RolloutError: no other task is left.
+        """
+        first_attempt = group.attempt
+        while group.plan.task in self._spoiled and self._replan is not None:
+            if self._journal.episodes(group) is not None:
+                return group
+            if group.attempt - first_attempt >= MAX_DRAWS:
+                raise RolloutError(
+                    f"the last {MAX_DRAWS} tasks that were drawn for group {group.number} are all"
+                    f" set aside in {self._spoiled.path or 'the record'}: no task is left that can"
+                    " be played"
+                )
+            group = self._successor(group)
+        return group
+
+    def _successor(self, group: Group) -> Group:
+        """Return the group that takes the place of one whose task was set aside."""
+        known = self._spoiled.replacement((self._task_group(group), group.attempt))
+        if known is not None:
+            return Group(group.number, GroupPlan(known.task), known.attempt)
+        assert self._replan is not None
+        attempt = group.attempt + 1
+        first_sibling = self._task_group(group) * self.rules.siblings
+        return Group(group.number, self._replan(first_sibling, attempt), attempt)
+
+    def _task_group(self, group: Group) -> int:
+        """Return the number that the group shares with its siblings."""
+        return group.number // self.rules.siblings
+
     def _close_group(self, group: Group) -> None:
         """Start no further episode of a complete group and cancel those that still run."""
         group.closed = True
@@ -427,11 +529,13 @@ class RolloutScheduler:
         group.running.clear()
 
     async def _wait_for_groups(self, step: int) -> list[Group]:
+        since = asyncio.get_running_loop().time()
         while True:
             if self._failure is not None:
                 raise self._failure
             if self._should_stop():
                 raise Stopped
+            self._require_progress(step, since)
             self._changed.clear()
             chosen = self._choose(step)
             if chosen is not None:
@@ -441,6 +545,16 @@ class RolloutScheduler:
                     await self._changed.wait()
             except TimeoutError:
                 pass
+
+    def _require_progress(self, step: int, since: float) -> None:
+        """Raise RolloutError where no episode has ended for longer than one may take."""
+        quiet = asyncio.get_running_loop().time() - max(since, self._ended_at)
+        if quiet > self._quiet_seconds:
+            raise RolloutError(
+                f"step {step} waits for its groups, and none of {len(self._playing)} episodes has"
+                f" ended for {quiet:.0f} s, longer than one may take: a sandbox or an engine hangs;"
+                " see its log. Finished trajectories are kept; run the same command again."
+            )
 
     def _choose(self, step: int) -> list[Group] | None:
         """Return the groups that the step takes; None while it must wait."""
@@ -497,12 +611,14 @@ class RolloutScheduler:
         """Remove a group that was taken; the last group that uses its forks closes them."""
         del self._groups[group.number]
         self._complete.remove(group.number)
-        forks = group.plan.forks
-        if forks is None or any(other.plan.forks is forks for other in self._groups.values()):
-            return
-        self._close_forks(forks)
+        self._close_unused_forks(group)
 
-    def _close_forks(self, forks: Forks) -> None:
+    def _close_unused_forks(self, group: Group) -> None:
+        """Close the forks of a group that is not played any more, unless others use them."""
+        forks = group.plan.forks
+        others = (other for other in self._groups.values() if other is not group)
+        if forks is None or any(other.plan.forks is forks for other in others):
+            return
         closing = asyncio.get_running_loop().create_task(forks.aclose())
         self._closing_forks.add(closing)
         closing.add_done_callback(self._closing_forks.discard)

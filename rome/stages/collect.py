@@ -12,6 +12,7 @@ import contextlib
 import functools
 import pathlib
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,12 +28,12 @@ from rome.rollout.anchors import Anchors, anchor_of
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.forks import REPLAY_SECONDS, Forks
 from rome.rollout.group import GroupPlan, Taken
-from rome.rollout.outcomes import mixed_groups, rollout_metrics
-from rome.rollout.player import Accounting, Episode, RolloutError
-from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
+from rome.rollout.outcomes import mixed_groups, rollout_metrics, staleness
+from rome.rollout.player import Accounting, Episode
+from rome.rollout.scheduler import RolloutScheduler, Rules
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
-from rome.stages.players import Players, count_waves, load_when_visible
+from rome.stages.players import Players, load_when_visible
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
@@ -113,6 +114,8 @@ class Collector:
             should_stop=self._team.wants_to_stop,
             forget=self._forget,
             journal=self._journal,
+            spoiled=self._players.spoiled,
+            quiet_seconds=self._quiet_seconds(),
         )
 
     # -- what the stage calls
@@ -264,7 +267,7 @@ class Collector:
         return [plan for plan in plans for _ in range(config.group_size)]
 
     def _plan_replacement(self, number: int, attempt: int) -> GroupPlan:
-        """Plan the group that takes the place of one without spread."""
+        """Plan the group that takes the place of one without spread, or of a spoiled task."""
         rng = random.Random(f"tasks/{self.config.seed}/{number}/{attempt}")
         family = self.curriculum.draw(1, rng)[0]
         return plan_new_task(family, rng)
@@ -322,34 +325,15 @@ class Collector:
         return [*kept, *(one.trajectory for one in shown.values())], document
 
     def _wait_for_groups(self, step: int) -> Taken:
-        seconds = self._take_seconds()
-        try:
-            return run_async(self.rollouts.take(step), seconds)
-        except TimeoutError:
-            raise RolloutError(
-                f"step {step} had no {self.config.groups} complete groups within {seconds:.0f} s,"
-                " more than their episodes may take by"
-                f" episode_seconds={self.config.episode_seconds:g}: a sandbox or an engine hangs;"
-                " see its log. Finished trajectories are kept; run the same command again."
-            ) from None
+        # The scheduler ends a wait in which nothing moves.
+        return run_async(self.rollouts.take(step), threading.TIMEOUT_MAX)
 
-    def _take_seconds(self) -> float:
-        """Return how long the groups of a step may take at worst.
-
-        That is: all episodes that may be in flight, one wave after the other, each as often as it
-        may be replaced, and the replay of a source that its group waits for.
-        """
-        config = self.config
-        rollout = config.rollout
-        episodes_of_step = config.groups * (config.group_size + rollout.redundancy)
-        waves = count_waves((rollout.async_ratio + 1) * episodes_of_step, config.concurrency)
-        times = self._players.attempts
-        if rollout.replace_equal:
-            times *= 1 + MAX_REPLACEMENTS
-        seconds_of_wave = times * config.episode_seconds
-        if rollout.resampling != "off":
-            seconds_of_wave += REPLAY_SECONDS
-        return CONTROL_SECONDS + waves * seconds_of_wave
+    def _quiet_seconds(self) -> float:
+        """Return how long a step may wait at worst until one of its episodes ends."""
+        seconds = CONTROL_SECONDS + self._players.worst_seconds
+        if self.config.rollout.resampling != "off":
+            seconds += REPLAY_SECONDS  # of the source that a group waits for
+        return seconds
 
     def _observe_anchors(
         self, groups: Sequence[TaskGroup], shown: dict[int, Shown], files: dict[int, str]
@@ -373,11 +357,12 @@ class Collector:
             "demonstrations": shown,
             "trainer_wait": taken.waited / max(taken.seconds, 1e-9),
             "open_episodes": taken.open_episodes,
-            "max_staleness": max(step - trajectory.oldest_version for trajectory in sampled),
+            "spoiled_tasks": len(self._players.spoiled),
+            "max_staleness": max(staleness(sampled, step), default=0),
         }
         if self.config.rollout.resampling == "off":
             return metrics
-        resampled = [trajectory.reward > 0 for trajectory in sampled if anchor_of(trajectory)]
+        resampled = [trajectory.succeeded for trajectory in sampled if anchor_of(trajectory)]
         metrics["resampled"] = len(resampled)
         metrics["hard_tasks"] = len(self.anchors.tasks)
         metrics["crucial_chunks"] = self.anchors.crucial()

@@ -58,6 +58,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "clip": "schedule",
     "skip_nonfinite_updates": "schedule",
     "episode_seconds": "schedule",
+    "start_seconds": "operation",
     "alarm_kl": "operation",
     "concurrency": "operation",
     "eval_every": "operation",

@@ -47,7 +47,7 @@ def play_held_out(players: Players, *, seed: int, tasks_of_family: int, temperat
         {
             "task": trajectory.task,
             "family": trajectory.family,
-            "success": int(trajectory.reward == 1.0),
+            "success": int(trajectory.succeeded),
             "unseen_family": trajectory.family in HELD_OUT_FAMILIES,
         }
         for trajectory in players.play_all(episodes, temperature)

@@ -35,7 +35,7 @@ class TaskGroup:
     @property
     def is_solved(self) -> bool:
         """Whether an episode of the group succeeded."""
-        return any(trajectory.reward > 0 for trajectory in self.members)
+        return any(trajectory.succeeded for trajectory in self.members)
 
 
 class Shown(NamedTuple):
@@ -55,6 +55,8 @@ def show_solutions(
 ) -> dict[int, Shown]:
     """Return a trajectory to imitate for each unsolved group, by group number.
 
+    A task whose demonstrator fails has none.
+
     Each trajectory is a group of its own, with a number beyond those of all sampled groups, so that
     it stays out of their statistics. Its file is NAME_STEP_expert_N.json or NAME_STEP_fork_N.json.
     """
@@ -72,17 +74,21 @@ def show_solutions(
         error_rate=0.0,
         record=demonstration_path,
         first_group=first_group,
+        of=config.groups,
     )
     shown = {}
     for place, (group, trajectory) in enumerate(zip(unsolved, played, strict=True)):
-        shown[group.number] = Shown(demonstration_path(place).name, trajectory)
+        if trajectory is not None:
+            shown[group.number] = Shown(demonstration_path(place).name, trajectory)
+    forks = 0
     for group in groups:
         if not group.source:
             continue
         imitated = fork_imitation(load_trajectory(files / group.source), group.members)
         if imitated is None:
             continue
-        number = len(shown)
+        number = len(unsolved) + forks
+        forks += 1
         imitated = dataclasses.replace(imitated, group=first_group + number)
         save_trajectory(imitated, path("fork", number))
         shown[group.number] = Shown(path("fork", number).name, imitated)

@@ -10,13 +10,16 @@ from collections.abc import Awaitable, Callable, Sequence
 import ml_collections
 
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
+from rome.agent.environment import GRADING_MARGIN_SECONDS
 from rome.agent.loop import Limits
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.model.tokenizer import Chat, Tokenizer
-from rome.rollout.demonstrations import collect_demonstrations
+from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
+from rome.rollout.episode import RolloutError
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.config import sandbox_config
-from rome.stages.engines import Engines
+from rome.stages.engines import PUBLISH_SECONDS, Engines
 from rome.stages.waiting import wait_for_episodes
 from rome.train.team import Team
 
@@ -44,25 +47,38 @@ class Players:
         self._chat = chat
         self._engines = engines
         self._team = team
+        self.spoiled = SpoiledTasks(engines.workdir / "spoiled.jsonl")
 
     @functools.cached_property
     def policy(self) -> EpisodePlayer:
         """The player of the policy's episodes."""
         config = self.config
-        limits = Limits(config.max_context, config.max_new_tokens, config.episode_seconds)
         return EpisodePlayer(
             self._engines.pool,
             self.make_env,
             self._chat,
-            limits,
+            self.limits,
             config.concurrency,
             self._team.wants_to_stop,
         )
 
     @property
-    def attempts(self) -> int:
-        """How often an episode that the infrastructure spoils is played at most."""
-        return self.policy.attempts
+    def limits(self) -> Limits:
+        """The bounds of the policy's episodes."""
+        config = self.config
+        return Limits(
+            config.max_context,
+            config.max_new_tokens,
+            config.episode_seconds,
+            config.start_seconds,
+            config.engine.completion_seconds,
+        )
+
+    @property
+    def worst_seconds(self) -> float:
+        """How long an episode may take at worst until it counts, its replacements included."""
+        once = self.limits.worst_seconds(self.config.max_turns, TerminalEnv.grading_seconds)
+        return self.policy.attempts * once + PUBLISH_SECONDS
 
     def make_env(self, task: str) -> TerminalEnv:
         """Return a new environment for one episode of a task."""
@@ -94,14 +110,25 @@ class Players:
     def play_all(self, episodes: Sequence[Episode], temperature: float) -> list[Trajectory]:
         """Play episodes of the policy and wait for all of them.
 
+        Tasks that cannot be played are set aside and left out, now and the next time.
+
         Raises:
-          RolloutError: after the time that they may take at worst, one wave after the other.
+          RolloutError: too many of them are, or they took longer than the episodes may at worst,
+            one wave after the other.
         """
-        waves = count_waves(len(episodes), self.config.concurrency)
-        deadline = SLACK_SECONDS + waves * self.attempts * self.config.episode_seconds
-        playing = self.policy.play(episodes, temperature=temperature)
-        what = f"the policy's play of {len(episodes)} episodes"
-        return wait_for_episodes(playing, deadline, what)
+        playable = [episode for episode in episodes if episode.task not in self.spoiled]
+        waves = count_waves(len(playable), self.config.concurrency)
+        deadline = SLACK_SECONDS + waves * self.worst_seconds
+        playing = self.policy.play(playable, temperature=temperature, on_spoiled=self.spoiled.add)
+        what = f"the policy's play of {len(playable)} episodes"
+        played = wait_for_episodes(playing, deadline, what)
+        self._require_most(len(episodes) - len(played), len(episodes))
+        return played
+
+    def _require_most(self, spoiled: int, of: int) -> None:
+        """Raise RolloutError where more tasks are spoiled than single ones may be."""
+        if self.spoiled.too_many(spoiled, of):
+            raise RolloutError(self.spoiled.failure(spoiled, of))
 
     def demonstrate(
         self,
@@ -110,30 +137,42 @@ class Players:
         error_rate: float,
         record: Callable[[int], pathlib.Path],
         first_group: int = 0,
-    ) -> list[Trajectory]:
+        of: int = 0,
+    ) -> list[Trajectory | None]:
         """Let the scripted demonstrators play tasks and wait for all of them.
+
+        A task whose demonstrator fails is set aside; its place in the result is None.
 
         Args:
           tasks: names, one for each trajectory.
           error_rate: share of turns that a typical mistake precedes.
           record: (number) -> the file of that trajectory; one that is there is not played again.
           first_group: group number of the first trajectory; each is a group of its own.
+          of: number of tasks that failing ones are a share of; by default those that are played.
 
         Raises:
-          RolloutError: after the time that they may take at worst, one wave after the other.
+          RolloutError: too many demonstrators fail, or they took longer than they may at worst, one
+            wave after the other.
         """
-        waves = count_waves(len(tasks), DEMONSTRATION_CONCURRENCY)
-        deadline = SLACK_SECONDS + waves * self.config.episode_seconds
+        playable = {number: task for number, task in enumerate(tasks) if task not in self.spoiled}
+        waves = count_waves(len(playable), DEMONSTRATION_CONCURRENCY)
+        once = self.config.start_seconds + self.config.episode_seconds + GRADING_MARGIN_SECONDS
+        deadline = SLACK_SECONDS + waves * ATTEMPTS * once
         playing = collect_demonstrations(
-            tasks,
+            playable,
             self.make_env,
             self._chat,
             error_rate=error_rate,
             concurrency=DEMONSTRATION_CONCURRENCY,
             record=record,
             first_group=first_group,
+            on_spoiled=self.spoiled.add,
+            seconds=once,
         )
-        return wait_for_episodes(playing, deadline, f"the demonstration of {len(tasks)} tasks")
+        what = f"the demonstration of {len(playable)} tasks"
+        played = wait_for_episodes(playing, deadline, what)
+        self._require_most(len(tasks) - len(played), of or len(tasks))
+        return [played.get(number) for number in range(len(tasks))]
 
 
 def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:

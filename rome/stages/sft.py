@@ -90,13 +90,13 @@ class SFTStage(TrainingStage):
 
     def _load_demonstrations(self) -> list[Trajectory]:
         """Return the demonstrations; the leader plays those that are not in the workdir yet."""
-        count = self.config.demonstrations
-        played, _ = self.team.share_part("experts", lambda: (self._play_demonstrations(), None))
+        played, numbers = self.team.share_part("experts", self._play_demonstrations)
         if played is not None:
             return played
-        return [load_when_visible(self._path(number)) for number in range(count)]
+        return [load_when_visible(self._path(number)) for number in numbers]
 
-    def _play_demonstrations(self) -> list[Trajectory]:
+    def _play_demonstrations(self) -> tuple[list[Trajectory], list[int]]:
+        """Return the demonstrations and their numbers; tasks that cannot be shown have none."""
         rng = random.Random(f"experts/{self.config.seed}")
         tasks = []
         for number in range(self.config.demonstrations):
@@ -105,9 +105,18 @@ class SFTStage(TrainingStage):
         self.display.note(
             f"demonstrators play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox"
         )
-        return self.players.demonstrate(
+        played = self.players.demonstrate(
             tasks, error_rate=self.config.demonstration_error_rate, record=self._path
         )
+        numbered = [
+            (number, trajectory)
+            for number, trajectory in enumerate(played)
+            if trajectory is not None
+        ]
+        if len(numbered) < len(tasks):
+            left_out = len(tasks) - len(numbered)
+            self.display.note(f"{left_out} tasks cannot be shown; they are named in spoiled.jsonl")
+        return [trajectory for _, trajectory in numbered], [number for number, _ in numbered]
 
     def _path(self, number: int) -> pathlib.Path:
         return self.workdir / "trajectories" / f"expert_{number:06d}.json"

@@ -12,7 +12,6 @@ import asyncio
 import dataclasses
 import pathlib
 import shlex
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +38,8 @@ FINAL_TURN = "done"
 class HarborEnv(ShellEnv):
     """An environment that plays one task folder, whatever the seed.
 
-    The agent's time limit counts from the reset, or from a step's instruction.
+    The agent's time limit is for its commands in a step: how long a model thinks is bounded by
+    tokens, because the load of its engine is not its doing.
     """
 
     def __init__(
@@ -141,6 +141,7 @@ class HarborEnv(ShellEnv):
             await self.aclose()
             raise
         self._begin()
+        self._worked_before_step = 0.0
         return instruction, {
             "task": self.task.name,
             "family": self.task.family,
@@ -186,7 +187,7 @@ class HarborEnv(ShellEnv):
             if "setup.sh" in step.setup:
                 await self._run_setup(step)
         await self._healthy(step.healthcheck)
-        self._step_began = time.monotonic()
+        self._worked_before_step = self._seconds_worked
         return step.instruction
 
     async def _write(self, folder: str, files: Files) -> None:
@@ -232,8 +233,7 @@ class HarborEnv(ShellEnv):
         limit = self._step.agent_timeout
         timeout = self._command_timeout
         if limit:
-            left = limit - (time.monotonic() - self._step_began)
-            timeout = min(timeout, max(left, 0.1))
+            timeout = min(timeout, max(limit - self._seconds_of_step(), 0.1))
         result = await self._sandbox.execute(
             self.built.command(command), timeout=timeout, env=self.built.inner_env()
         )
@@ -243,21 +243,23 @@ class HarborEnv(ShellEnv):
             stderr=self.built.paths.outward(result.stderr),
         )
 
+    def _seconds_of_step(self) -> float:
+        """Return how long commands of this step have run."""
+        return self._seconds_worked - self._worked_before_step
+
     async def _observe(self, observation: str, info: Info) -> StepResult:
         limit = self._step.agent_timeout
-        if limit and time.monotonic() - self._step_began >= limit:
-            return await self._finish(await self._grade(), info, "timeout", observation)
+        if limit and self._seconds_of_step() >= limit:
+            return await self._grade(info, observation, cut="timeout")
         return await super()._observe(observation, info)
-
-    async def _out_of_turns(self, observation: str, info: Info) -> StepResult:
-        """Grade the work although it was not handed in."""
-        return await self._finish(await self._grade(), info, "truncated_turns", observation)
 
     # -- Grading
     # ---------------------------------------------------------------------------------------------
 
-    async def _verify(self, info: Info) -> StepResult:
-        graded = await self._grade()
+    async def _verify(self, info: Info, observation: str = "", cut: str = "") -> StepResult:
+        graded = await self._grade_step()
+        if cut:
+            return await self._finish(graded, info, cut, observation)
         is_last = self._step_index + 1 == len(self.task.steps)
         if is_last or not reaches(graded, self._step.min_reward):
             return await self._finish(graded, info, "failure")
@@ -276,7 +278,7 @@ class HarborEnv(ShellEnv):
         )
         return instruction, 0.0, False, False, info
 
-    async def _grade(self) -> Grade:
+    async def _grade_step(self) -> Grade:
         await self._sandbox.kill_all()
         for command in self._step.collect:
             await self._sandbox.execute(
@@ -303,16 +305,16 @@ class HarborEnv(ShellEnv):
     async def _finish(
         self, graded: Grade, info: Info, ending: str, observation: str = "", note: str = ""
     ) -> StepResult:
-        """End the episode; `ending` is its ending unless the reward is 1."""
+        """End the episode; a "failure" with the full reward is a success."""
         rewards = [one.reward for one in self._grades]
         reward = combine(rewards, len(self.task.steps), self.task.reward_strategy)
         info.update(step_rewards=rewards, test_output=graded.output)
         return await self._end(
-            "success" if reward == 1.0 else ending,
+            "success" if ending == "failure" and reward == 1.0 else ending,
             info,
             observation,
             reward,
-            truncated=ending == "truncated_turns",
+            truncated=ending.startswith("truncated"),
             note=note or graded.note,
         )
 

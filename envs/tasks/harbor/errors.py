@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pathlib
 
+from envs.gem import UnplayableTaskError
 
-class TaskError(ValueError):
+
+class TaskError(UnplayableTaskError):
     """A task folder is malformed.
 
     `line` counts from 1; it is 0 where the fault concerns the whole file.

@@ -36,11 +36,16 @@ _COMPOUND = re.compile(r"[|;\n]|<<|\$\((?!\()")
 
 @dataclasses.dataclass(frozen=True)
 class DemonstrationTurn:
-    """One turn of a demonstration: the text, the observation and the environment's status."""
+    """One turn of a demonstration: the text, the observation and the environment's status.
+
+    `is_mistake` marks the deliberate mistake; `exit_code` is of its command.
+    """
 
     text: str
     observation: str
     status: str
+    exit_code: int | None = None
+    is_mistake: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +103,16 @@ async def play_demonstration(
         wrong_command = rng.choice([1, 2])  # every demonstrator has two commands or more
     turns: list[DemonstrationTurn] = []
 
-    async def take_turn(text: str) -> tuple[str, float, bool, str]:
+    async def take_turn(text: str, is_mistake: bool = False) -> tuple[str, float, bool, str]:
         observation, reward, terminated, truncated, info = await env.astep(text)
-        turns.append(DemonstrationTurn(text, observation, info["status"]))
+        turn = DemonstrationTurn(
+            text, observation, info["status"], info.get("exit_code"), is_mistake
+        )
+        turns.append(turn)
         return observation, reward, terminated or truncated, info.get("ending", "")
 
-    async def run_command(command: str) -> tuple[str, float, bool, str]:
-        return await take_turn(format_tool_call("bash", {"command": command}))
+    async def run_command(command: str, is_mistake: bool = False) -> tuple[str, float, bool, str]:
+        return await take_turn(format_tool_call("bash", {"command": command}), is_mistake)
 
     try:
         demonstration = env.task.demonstrator()
@@ -114,7 +122,8 @@ async def play_demonstration(
         while command is not None:
             number += 1
             if number == wrong_command:
-                _, reward, ended, ending = await run_command(mistaken(command, rng))
+                wrong = mistaken(command, rng)
+                _, reward, ended, ending = await run_command(wrong, is_mistake=True)
                 if ended:
                     break
             observation, reward, ended, ending = await run_command(command)

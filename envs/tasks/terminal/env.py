@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 from envs.gem import Info, StepResult, format_tool_call
-from envs.rock import Sandbox, SandboxConfig, SandboxError, Snapshot
+from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxError, Snapshot
 from envs.rock.sync import run
 from envs.tasks.terminal.reward import VerifierError, parse_reward
 from envs.tasks.terminal.shell import (
@@ -204,7 +204,7 @@ class TerminalEnv(ShellEnv):
     # -- Grading
     # ---------------------------------------------------------------------------------------------
 
-    async def _verify(self, info: Info) -> StepResult:
+    async def _verify(self, info: Info, observation: str = "", cut: str = "") -> StepResult:
         """Run the verifier and end the episode with its reward.
 
         The agent made the files that the verifier reads and that fill the sandbox's memory, so a
@@ -212,27 +212,33 @@ class TerminalEnv(ShellEnv):
         the infrastructure.
         """
         verdict = await self._sandbox.verify(self.task.verifier, timeout=VERIFIER_TIMEOUT_SECONDS)
+        ending, reward, note = self._judge(verdict)
+        if cut and ending != "infra_verifier":
+            ending = cut
+        return await self._end(
+            ending, info, observation, reward, truncated=ending.startswith("truncated"), note=note
+        )
+
+    def _judge(self, verdict: CommandResult) -> tuple[str, float, str]:
+        """Return ending, reward and note of a verifier's run."""
         if verdict.timed_out:
             limit = f"{VERIFIER_TIMEOUT_SECONDS:g} s"
-            note = f"verifier of {self.task.name} was stopped after {limit}"
-            return await self._end("failure", info, note=note)
+            return "failure", 0.0, f"verifier of {self.task.name} was stopped after {limit}"
         try:
             reward = parse_reward(verdict.stdout, self.task.name)
         except VerifierError as error:
             if self.task.runs_agent_code:
                 # A program of the agent's that kills its grader must not hide the failure.
-                note = f"{error}; what the agent wrote ran inside it"
-                return await self._end("failure", info, note=note)
+                return "failure", 0.0, f"{error}; what the agent wrote ran inside it"
             if "memory" in verdict.limits_hit:
                 note = f"{error}; it or what it ran was killed: the sandbox's memory was full"
-                return await self._end("failure", info, note=note)
+                return "failure", 0.0, note
             if verdict.exit_code == KILLED:
                 note = f"{error}; it was killed, which only the sandbox's processes or limits do"
-                return await self._end("failure", info, note=note)
+                return "failure", 0.0, note
             note = f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})"
-            return await self._end("infra_verifier", info, note=note)
-        ending = "success" if reward == 1.0 else "failure"
-        return await self._end(ending, info, reward=reward)
+            return "infra_verifier", 0.0, note
+        return ("success" if reward == 1.0 else "failure"), reward, ""
 
     def _next_task(self, seed: int | None) -> Task:
         if self._fixed_task is not None:

@@ -1,7 +1,8 @@
 """The episode loop that all environments over a shell in a sandbox share.
 
 An action is one turn of the model. A turn with a tool call runs a command in the sandbox, and its
-output is the observation. A turn without a call hands in the work, and the subclass grades it.
+output is the observation. A turn without a call hands in the work, and the subclass grades it. It
+also grades what is there when a limit of turns, tokens or time ends the episode.
 `step` accepts any text: a malformed call becomes an observation for the model.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import abc
 import logging
 import time
+from collections.abc import Coroutine
 from typing import Any, ClassVar
 
 from envs.gem import (
@@ -54,6 +56,7 @@ class ShellEnv(Env):
 
     tools: ClassVar[list[dict[str, Any]]] = [BASH_TOOL]
     grading_seconds = 0.0  # time limit of `_verify`
+    is_grading = False  # whether `_verify` runs: that is not the agent's time
 
     def __init__(
         self, max_turns: int, command_timeout: float, max_observation_chars: int, max_malformed: int
@@ -64,6 +67,8 @@ class ShellEnv(Env):
         self._max_malformed = max_malformed
         self._sandbox: Sandbox | None = None
         self._over = True
+        self._end_result: StepResult | None = None  # of an episode that has ended
+        self._seconds_worked = 0.0  # of the agent's commands
 
     @property
     @abc.abstractmethod
@@ -79,10 +84,18 @@ class ShellEnv(Env):
         """
 
     @abc.abstractmethod
-    async def _verify(self, info: Info) -> StepResult:
-        """Grade the work that the model handed in."""
+    async def _verify(self, info: Info, observation: str = "", cut: str = "") -> StepResult:
+        """Grade the work that is there.
+
+        Args:
+          info: of the turn.
+          observation: of the turn, where a limit ended the episode with it.
+          cut: the ending where a limit ended the episode; "" where the model handed in.
+        """
 
     def _begin(self) -> None:
+        self._end_result = None
+        self._seconds_worked = 0.0
         self._turns = 0
         self._calls = 0
         self._good_calls = 0
@@ -123,9 +136,25 @@ class ShellEnv(Env):
         """
         if self._over:
             raise RuntimeError(f"episode of {self.name} is over or not begun; call reset()")
-        began = time.monotonic()
         self._turns += 1
-        info: Info = {
+        info = self._new_info(action)
+        return await self._finish_turn(self._turn(action, info), info)
+
+    async def ajudge(self, ending: str) -> StepResult:
+        """Grade the work as it stands; see `envs.gem.Env.ajudge`.
+
+        Raises:
+          RuntimeError: the episode was not begun by a reset.
+        """
+        if self._end_result is not None:  # the turn that was cut off had ended the episode
+            return self._end_result
+        if self._over:
+            raise RuntimeError(f"episode of {self.name} is over or not begun; call reset()")
+        info = self._new_info("")
+        return await self._finish_turn(self._grade(info, cut=ending), info)
+
+    def _new_info(self, action: str) -> Info:
+        return {
             "step_counter": self._turns,
             "parsed_action": action,
             "tool_type": None,
@@ -134,8 +163,12 @@ class ShellEnv(Env):
             "exit_code": None,
             "network_denials": 0,
         }
+
+    async def _finish_turn(self, turn: Coroutine[Any, Any, StepResult], info: Info) -> StepResult:
+        """Return a turn's result; where the sandbox failed, it ends the episode."""
+        began = time.monotonic()
         try:
-            result = await self._turn(action, info)
+            result = await turn
         except AgentFault as fault:
             info["status"] = "tool_error"
             result = await self._end("failure", info, note=f"{type(fault).__name__}: {fault}")
@@ -148,6 +181,13 @@ class ShellEnv(Env):
             tool_success_counter=self._good_calls,
         )
         return result
+
+    async def _grade(self, info: Info, observation: str = "", cut: str = "") -> StepResult:
+        self.is_grading = True
+        try:
+            return await self._verify(info, observation, cut)
+        finally:
+            self.is_grading = False
 
     async def aclose(self) -> None:
         """Stop the sandbox. Calling it twice is safe."""
@@ -167,7 +207,7 @@ class ShellEnv(Env):
             return await self._malformed(str(error), info)
         self._malformed_in_a_row = 0
         if command is None:
-            return await self._verify(info)
+            return await self._grade(info)
         info.update(
             parsed_action=command,
             tool_type="bash",
@@ -175,14 +215,15 @@ class ShellEnv(Env):
             use_tool=True,
         )
         self._calls += 1
+        began = time.monotonic()
         result = await self._execute(command)
+        self._seconds_worked += time.monotonic() - began
         info["exit_code"] = result.exit_code
         info["network_denials"] = result.network_denials
+        # A command that ends with another exit status than 0 has run: the call is no error.
         if result.timed_out:
             info["status"] = "timeout"
-        elif result.exit_code != 0:
-            info["status"] = "tool_error"
-        else:
+        elif result.exit_code == 0:
             self._good_calls += 1
         return await self._observe(self._describe(result), info)
 
@@ -195,12 +236,9 @@ class ShellEnv(Env):
         return await self._observe(trim(message, self._max_observation_chars), info)
 
     async def _observe(self, observation: str, info: Info) -> StepResult:
-        if self._turns >= self._max_turns:
-            return await self._out_of_turns(observation, info)
+        if self._turns >= self._max_turns:  # what is there counts although it was not handed in
+            return await self._grade(info, observation, cut="truncated_turns")
         return observation, 0.0, False, False, info
-
-    async def _out_of_turns(self, observation: str, info: Info) -> StepResult:
-        return await self._end("truncated_turns", info, observation, truncated=True)
 
     async def _end(
         self,
@@ -212,13 +250,14 @@ class ShellEnv(Env):
         note: str = "",
     ) -> StepResult:
         info.update(ending=ending, note=note)
+        self._end_result = (observation, reward, not truncated, truncated, info)
         try:
             await self.aclose()
         except SandboxError as error:
             # The episode has its result. If this changed it, an agent whose sandbox is slow to end
             # would have its failure masked.
             logging.warning("the sandbox of %s was not closed: %s", self.name, error)
-        return observation, reward, not truncated, truncated, info
+        return self._end_result
 
     # -- Helpers
     # ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode
 from rome.rollout.group import GroupPlan, Taken
+from rome.rollout.outcomes import staleness
 from rome.rollout.scheduler import RolloutScheduler, Rules
 from rome.rollout.simulator.clock import Level, VirtualLoop, run
 from rome.rollout.simulator.engines import Sample, SimulatedEngines, SimulatedEpisode
@@ -264,8 +265,7 @@ class _Simulation:
         self.waited += taken.waited
         for group, names in zip(taken.groups, taken.names, strict=True):
             self.accounting.train(len(group))
-            for trajectory in group:
-                self.staleness[step - trajectory.oldest_version] += 1
+            self.staleness.update(staleness(group, step))
             for name in names:
                 self.trained.append(self.finished.pop(name))
 

@@ -2,6 +2,7 @@
 over its, word for word.
 """
 
+import asyncio
 import contextlib
 import copy
 import io
@@ -15,7 +16,9 @@ from envs.games import GAMES
 from envs.gem import wrapper_factory as our_factory
 from envs.gem.tools import BM25Index, PythonCodeTool, SearchTool, ShellTool, ToolEnvWrapper
 from envs.rock import SandboxConfig
+from rome.agent.loop import Limits, run_episode
 from tests.envs.gem.worlds import Counter
+from tests.rome.rollout.worlds import CHAT, ScriptedEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.live]
 try:
@@ -62,15 +65,19 @@ def episode(env, seed=5, turns=6):
     np.random.seed(seed)
     seen = [copy.deepcopy(env.reset(seed=seed))]
     for turn in range(turns):
-        try:
-            action = env.unwrapped.sample_random_action()
-        except NotImplementedError:  # some of gem's have none
-            action = "\\boxed{A C}"
+        action = random_action(env)
         seen.append(copy.deepcopy(env.step(action if turn % 3 else f"Let me think. {action}")))
         if seen[-1][2] or seen[-1][3]:
             break
     seen.append(copy.deepcopy(env.reset(seed=seed + 1)))
     return seen
+
+
+def random_action(env):
+    try:
+        return env.unwrapped.sample_random_action()
+    except NotImplementedError:  # some of gem's have none
+        return "\\boxed{A C}"
 
 
 def quietly(function, *args, **kwargs):
@@ -306,3 +313,16 @@ def test_gems_thread_pool_runs_our_sandboxes():
     assert observations == ["0", "1", "2"] and [info["status"] for info in infos] == ["ok"] * 3
     for env in vector.envs:
         env.close()
+
+
+@pytest.mark.parametrize("game", GEM_GAMES)
+def test_our_agent_loop_plays_its_games_to_their_end(game):
+    """They have no task, no typed endings, and nothing asynchronous; some put a board into info."""
+    env = gem.make(game)
+    engine = ScriptedEngine([random_action(env) for _ in range(60)])
+    limits = Limits(max_context=6000, max_new_tokens=200)
+    trajectory = asyncio.run(run_episode(engine, env, CHAT, limits, seed=1))
+    assert trajectory.ending in ("success", "failure", "truncated_turns", "truncated_tokens")
+    assert trajectory.chunks and trajectory.task == game
+    if trajectory.ending == "success":
+        assert trajectory.succeeded

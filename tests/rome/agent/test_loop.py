@@ -1,4 +1,6 @@
-"""The agent loop: tokens are appended and never rendered again, and every way to end is typed."""
+"""The agent loop: tokens are appended and never rendered again, and every way to end is typed. The
+reward is what the environment says, whatever ended the episode; its clock is the agent's own time.
+"""
 
 import asyncio
 import dataclasses
@@ -6,9 +8,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from envs.games import Sokoban
+from envs.gem import UnplayableTaskError
 from envs.rock import AgentFault, SandboxError, SandboxFileError
 from rome.agent import loop
+from rome.agent.environment import PlayedEnv
 from rome.agent.loop import Limits, run_episode
+from rome.data.trajectory import is_success
 from rome.engine.errors import EngineError
 from tests.rome.rollout.worlds import (
     CHAT,
@@ -100,7 +106,7 @@ def test_a_full_context_ends_the_episode():
             ScriptedEngine(["done"], delay=9.0),
             EchoEnv("copy/1"),
             "infra_engine",
-        ),  # a slow engine is not the policy's failure
+        ),  # an engine that gives no answer is not the policy's failure
         (
             ScriptedEngine(["red", "done"]),
             EchoEnv("copy/1", delay=9.0),
@@ -109,7 +115,8 @@ def test_a_full_context_ends_the_episode():
     ],
 )
 def test_faults_become_typed_endings_and_the_environment_is_closed(engine, env, ending):
-    trajectory = play(engine, env, dataclasses.replace(LIMITS, episode_seconds=0.2))
+    limits = dataclasses.replace(LIMITS, episode_seconds=0.2, completion_seconds=0.2)
+    trajectory = play(engine, env, limits)
     assert trajectory.ending == ending and trajectory.note and env.closed == 1
 
 
@@ -131,7 +138,8 @@ def test_what_an_agent_can_bring_about_is_its_failure_once_it_has_acted(fault, e
             raise fault
 
     trajectory = play(ScriptedEngine(["red"]), Broken("copy/1"))
-    assert (trajectory.ending, trajectory.reward, trajectory.note) == (ending, 0.0, str(fault))
+    assert (trajectory.ending, trajectory.reward) == (ending, 0.0)
+    assert str(fault) in trajectory.note
     assert trajectory.trainable == (ending == "failure")
     assert play(ScriptedEngine(["red"]), NeverBegun("copy/1")).ending == "infra_sandbox"
 
@@ -156,3 +164,188 @@ def test_an_environment_that_does_not_end_costs_a_bounded_wait_and_no_result(
     trajectory = play(ScriptedEngine(["done"]), env)
     assert trajectory.ending == "success" and trajectory.seconds < 5 and env.closed == 1
     assert "copy/1 was not closed" in caplog.text and words in caplog.text
+
+
+class Shaped(EchoEnv):
+    """Pays 0.5 for each turn; "done" pays 0.25."""
+
+    async def astep(self, action):
+        observation, _, terminated, truncated, info = await super().astep(action)
+        return observation, 0.25 if terminated else 0.5, terminated, truncated, info
+
+
+def test_an_episode_earns_the_sum_of_its_steps():
+    assert play(ScriptedEngine(["red", "blue", "done"]), Shaped("copy/1")).reward == 1.25
+    cut = play(ScriptedEngine(["red"] * 50), Shaped("copy/1"), max_context(60))
+    assert cut.ending == "truncated_tokens" and cut.reward == 0.5 * (len(cut.chunks))
+
+
+def max_context(tokens):
+    return dataclasses.replace(LIMITS, max_context=tokens)
+
+
+class Judged(EchoEnv):
+    """A verifier that looks for the word red; a limit does not keep it from looking."""
+
+    is_red = False
+
+    async def astep(self, action):
+        self.is_red |= action == "red"
+        return await super().astep(action)
+
+    async def ajudge(self, ending):
+        return "", float(self.is_red), False, True, {"ending": ending, "note": "looked"}
+
+
+class Unjudgeable(Judged):
+    async def ajudge(self, ending):
+        raise SandboxError("the sandbox is gone")
+
+
+@pytest.mark.parametrize("said, reward", [("red", 1.0), ("blue", 0.0)])
+@pytest.mark.parametrize(
+    "limits, options, ending",
+    [
+        (max_context(60), {}, "truncated_tokens"),
+        (LIMITS, {"finish_reason": "length"}, "truncated_tokens"),
+        (dataclasses.replace(LIMITS, episode_seconds=0.1), {"slow": 9.0}, "timeout"),
+    ],
+    ids=["context", "turn", "time"],
+)
+def test_whatever_limit_ends_it_the_work_that_is_there_is_judged(
+    said, reward, limits, options, ending
+):
+    env = Judged("copy/1")
+    turns = [said] * 50
+    engine = ScriptedEngine(turns)
+    original = engine.generate
+
+    async def generate(input_ids, *args, **kwargs):
+        completion = await original(input_ids, *args, **kwargs)
+        if len(engine.requests) == 2:  # the word was said in the turn before
+            env.delay = options.get("slow", 0.0)
+            completion.finish_reason = options.get("finish_reason", "stop")
+        return completion
+
+    engine.generate = generate
+    trajectory = play(engine, env, limits)
+    assert (trajectory.ending, trajectory.reward) == (ending, reward)
+    assert trajectory.note.endswith("; looked") and trajectory.trainable
+    assert trajectory.succeeded == (said == "red")
+
+
+def test_work_that_cannot_be_judged_is_masked_and_not_a_zero():
+    trajectory = play(ScriptedEngine(["red"] * 50), Unjudgeable("copy/1"), max_context(60))
+    assert trajectory.ending == "infra_sandbox" and not trajectory.trainable
+
+
+@pytest.mark.parametrize("engine_seconds", [0.0, 0.3])
+def test_an_engine_may_take_longer_than_the_environment_may(engine_seconds):
+    """Waits of an engine, its queue and publications included, are none of the policy's doing."""
+    limits = dataclasses.replace(LIMITS, episode_seconds=0.25)
+    engine = ScriptedEngine(["red", "blue", "done"], delay=engine_seconds)
+    assert play(engine, EchoEnv("copy/1", delay=0.01), limits).ending == "success"
+    late = play(engine, EchoEnv("copy/1", delay=0.2), limits)
+    assert late.ending == "timeout" and "0.25 s" in late.note  # of two turns together
+
+
+@pytest.mark.parametrize("seconds, ending", [(0.3, "success"), (9.0, "infra_sandbox")])
+def test_a_start_is_on_its_own_clock_and_a_late_one_is_infrastructure(seconds, ending):
+    class SlowStart(EchoEnv):
+        async def areset(self, seed=None):
+            await asyncio.sleep(seconds)
+            return await super().areset(seed)
+
+    limits = dataclasses.replace(LIMITS, episode_seconds=0.2, start_seconds=1.0)
+    trajectory = play(ScriptedEngine(["red", "done"]), SlowStart("copy/1"), limits)
+    assert trajectory.ending == ending and ("within 1 s" in trajectory.note) == (seconds > 1)
+
+
+@pytest.mark.parametrize("error", [TypeError("no such file"), UnplayableTaskError("task.toml:3")])
+def test_an_environment_that_cannot_start_is_infrastructure_whatever_it_raises(error):
+    class Broken(EchoEnv):
+        async def areset(self, seed=None):
+            raise error
+
+    trajectory = play(ScriptedEngine([]), Broken("copy/1"))
+    assert trajectory.ending == "infra_sandbox" and str(error) in trajectory.note
+
+
+def test_grading_is_not_the_time_of_the_agent():
+    class SlowVerifier(EchoEnv):
+        is_grading = False
+        grading_seconds = 5.0
+
+        async def astep(self, action):
+            self.is_grading = action == "done"
+            await asyncio.sleep(0.4 * self.is_grading)
+            return await super().astep(action)
+
+    limits = dataclasses.replace(LIMITS, episode_seconds=0.2)
+    assert play(ScriptedEngine(["red", "done"]), SlowVerifier("copy/1"), limits).ending == "success"
+
+
+class Bare:
+    """An environment as gem-llm writes them: no task, no typed infos, nothing asynchronous."""
+
+    def __init__(self, rewards, truncates=False):
+        self.rewards = list(rewards)
+        self.truncates = truncates
+
+    def reset(self, seed=None):
+        return "Guess.", {"suffix": "Board: ?"}
+
+    def step(self, action):
+        reward = self.rewards.pop(0)
+        over = not self.rewards
+        return "Again.", reward, over and not self.truncates, over and self.truncates, {}
+
+
+@pytest.mark.parametrize(
+    "env, reward, ending",
+    [
+        (Bare([0.0, 0.4, 0.6]), 1.0, "success"),
+        (Bare([0.1] * 10), 1.0, "success"),  # as a float, the sum is a little less
+        (Bare([1.0, -0.5]), 0.5, "failure"),
+        (Bare([0.0, 0.25], truncates=True), 0.25, "truncated_turns"),
+        (Bare([0.0, float("nan")]), 0.0, "infra_verifier"),
+    ],
+    ids=["sum", "rounded", "penalty", "cut", "nan"],
+)
+def test_an_environment_without_typed_infos_plays_to_its_end(env, reward, ending):
+    trajectory = play(ScriptedEngine(["red"] * 10), env, max_context(2000))
+    assert trajectory.reward == pytest.approx(reward) and trajectory.ending == ending
+    assert trajectory.succeeded == (ending == "success")
+    assert (trajectory.task, trajectory.family) == ("Bare", "Bare")
+
+
+def test_the_board_of_an_opening_is_shown():
+    trajectory = play(ScriptedEngine(["red"]), Bare([1.0]))
+    assert "Guess.\nBoard: ?" in CHAT.tokenizer.decode(trajectory.chunks[0].prompt_ids)
+    assert trajectory.instruction == "Guess.\nBoard: ?"
+
+
+def test_a_task_says_from_which_reward_on_it_is_solved():
+    class Half(Shaped):
+        def __init__(self, name):
+            super().__init__(name)
+            self.task.success = 0.7
+
+    solved = [play(ScriptedEngine(turns), Half("copy/1")) for turns in (["done"], ["red", "done"])]
+    assert [(one.reward, one.succeeded) for one in solved] == [(0.25, False), (0.75, True)]
+
+
+@pytest.mark.parametrize("moves, is_solved", [(1, False), (100, True)])
+def test_a_game_of_shaped_rewards_is_solved_where_it_is_won(moves, is_solved):
+    async def play_planned():
+        env = Sokoban(seed=4, dim_room=(6, 6), num_boxes=2, max_turns=100)
+        played = PlayedEnv(env, seconds=60.0, start_seconds=60.0)
+        opening, info = await played.start()
+        assert opening.endswith(info["suffix"])
+        for _ in range(moves):
+            turn = await played.step(env.demonstrator_action())
+            if turn.ending:
+                break
+        return is_success(played.reward, played.success_reward), turn.ending
+
+    assert asyncio.run(play_planned()) == (is_solved, "success" if is_solved else "")

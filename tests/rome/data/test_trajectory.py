@@ -46,6 +46,7 @@ def chunks(draw):
         observation=draw(text),
         status=draw(st.sampled_from(STATUSES)),
         kind=draw(st.sampled_from(KINDS)),
+        exit_code=draw(st.none() | st.integers(0, 255)),
         cached_tokens=draw(st.integers(0, 99)),
         routes=(
             np.arange(tokens * 6)

@@ -12,7 +12,9 @@ import pytest
 
 from rome.engine.client import Engine
 from rome.engine.completion import Sampling
+from rome.engine.connection import Deadline
 from rome.engine.errors import EngineDead, EngineError
+from rome.rollout.simulator.clock import run as run_virtually
 from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, serve
 
 PROMPT = [(5 * i) % 200 + 3 for i in range(20)]
@@ -146,7 +148,27 @@ def test_a_held_engine_sends_nothing_until_it_is_released(server):
         engine.release()
         return await task
 
-    assert len(talk(server, conversation).output_ids) == 5
+    completion = talk(server, conversation)
+    assert len(completion.output_ids) == 5
+    assert completion.seconds_held >= 0.2  # which did not count for its deadline
+
+
+def test_a_deadline_stands_still_while_it_is_stopped():
+    """On a virtual clock: a publication may take longer than the deadline of an answer."""
+
+    async def wait(hold_seconds, then_seconds):
+        async with Deadline(10.0, "too late") as deadline:
+            await asyncio.sleep(4.0)
+            deadline.stop()
+            deadline.stop()  # a publication may follow another one
+            await asyncio.sleep(hold_seconds)
+            deadline.go_on()
+            await asyncio.sleep(then_seconds)
+        return deadline.seconds_stopped
+
+    assert run_virtually(wait(900.0, 5.9)) == 900.0
+    with pytest.raises(EngineError, match="too late"):
+        run_virtually(wait(900.0, 6.1))
 
 
 def test_a_refused_request_says_why_with_the_url(server):

@@ -3,6 +3,7 @@ agent did is no agent's failure.
 """
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -93,6 +94,40 @@ def test_a_policy_plays_a_task_folder_and_its_tokens_are_counted(tmp_path):
     assert sum(outcome.tokens.values()) == len(asked) + len(CHAT.turn("done")) and outcome.tokens[
         "completion"
     ] == sum(len(CHAT.turn(turn)) for turn in engine.turns)
+
+
+WRITES = format_tool_call("bash", {"command": "echo hello > out.txt"})
+SLEEPS = format_tool_call("bash", {"command": "sleep 30"})
+
+
+@pytest.mark.parametrize(
+    "turns, changes, ending",
+    [
+        ([WRITES, "done"], {}, "success"),
+        ([WRITES, "word " * 300], {"max_new_tokens": 60}, "truncated_tokens"),
+        ([WRITES] * 50, {"max_context": 260}, "truncated_tokens"),
+        ([WRITES, SLEEPS], {"episode_seconds": 0.6}, "timeout"),
+        ([WRITES] * 50, {"max_context": 20_000}, "truncated_turns"),
+    ],
+    ids=["handed in", "turn", "context", "time", "turns"],
+)
+def test_the_same_finished_file_earns_1_whatever_ended_the_attempt(
+    tmp_path, turns, changes, ending
+):
+    write_task(tmp_path, "task")
+    engine = ScriptedEngine(turns)
+    original = engine.generate
+
+    async def generate(input_ids, sampling, *args, **options):
+        completion = await original(input_ids, sampling, *args, **options)
+        if len(completion.output_ids) > sampling.max_new_tokens:
+            completion.finish_reason = "length"
+        return completion
+
+    engine.generate = generate
+    limits = dataclasses.replace(LIMITS, **changes)
+    outcome = play(Policy(engine, CHAT, limits, CONFIG), *load_tasks(str(tmp_path)))
+    assert (outcome.reward, outcome.ending) == (1.0, ending)
 
 
 def test_a_dead_engine_spoils_the_attempt(tmp_path):

@@ -161,15 +161,33 @@ def test_a_redirect_does_not_carry_the_key_away(task):
 
 
 def test_a_slow_endpoint_is_no_failure_of_the_model(task):
-    outcome = play(task, Answers(lambda: says("done"), delay=3.0), episode_seconds=0.4)
-    assert (outcome.reward, outcome.ending) == (None, "infra_engine")
+    outcome = play(task, Answers(lambda: says("done"), delay=0.3), episode_seconds=0.2)
+    assert (outcome.reward, outcome.ending) == (0.0, "failure")  # it had done nothing
     outcome = play(task, Answers(lambda: says("done"), delay=3.0), request_seconds=0.2)
     assert (outcome.reward, outcome.ending) == (None, "infra_engine") and "0.2 s" in outcome.note
 
 
 def test_slow_commands_are(task):
-    outcome = play(task, Answers(lambda: says(None, "sleep 3")), episode_seconds=1.0)
+    outcome = play(task, Answers(lambda: says(None, "sleep 3")), episode_seconds=0.5)
     assert (outcome.reward, outcome.ending) == (0.0, "timeout")
+
+
+@pytest.mark.parametrize(
+    "answer, options, ending",
+    [
+        (lambda: says("a", reason="length"), {}, "truncated_tokens"),
+        (
+            lambda: fails(400, '{"error": {"code": "context_length_exceeded"}}'),
+            {},
+            "truncated_tokens",
+        ),
+        (lambda: says(None, "sleep 30"), {"episode_seconds": 0.6}, "timeout"),
+    ],
+    ids=["turn", "context", "time"],
+)
+def test_a_finished_file_counts_whatever_ended_the_attempt(task, answer, options, ending):
+    outcome = play(task, Answers(lambda: says(None, "echo hello > out.txt"), answer), **options)
+    assert (outcome.reward, outcome.ending) == (1.0, ending)
 
 
 @pytest.mark.parametrize(

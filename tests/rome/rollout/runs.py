@@ -7,9 +7,11 @@ import random
 
 from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.accounting import Accounting
+from rome.rollout.episode import SpoiledTaskError
 from rome.rollout.group import GroupPlan
 from rome.rollout.scheduler import RolloutScheduler, Rules
 from rome.rollout.simulator.clock import run
+from rome.rollout.spoiled import SpoiledTasks
 
 RULES = Rules(groups_per_step=3, group_size=2, concurrency=4, steps=6)
 
@@ -35,6 +37,13 @@ class World:
     journal: object = None
     steps: list = dataclasses.field(default_factory=list)
     stop: bool = False
+    spoiled: object = None  # path of the tasks that were set aside
+    broken: frozenset = frozenset()  # tasks that cannot be played,
+    breaks: object = None  # episode -> whether it breaks; None: all of them
+    length: object = None  # episode -> seconds
+    life: int = 0  # another one draws other tasks in place of those set aside
+    tasks: set = dataclasses.field(default_factory=set)  # that were played
+    set_aside: set = dataclasses.field(default_factory=set)
     saves_cancelled: bool = False  # a cancelled episode leaves its file, as if it had just ended
 
     def make(self):
@@ -46,6 +55,7 @@ class World:
             accounting=self.accounting,
             forget=lambda episode: self.files.pop(episode.name, None),
             journal=self.journal,
+            spoiled=SpoiledTasks(self.spoiled),
             should_stop=lambda: self.stop,
         )
         return self.rollouts
@@ -57,12 +67,15 @@ class World:
         ]
 
     def replan(self, number, attempt):
-        return GroupPlan(f"task/{number}_again{attempt}")
+        life = "" if self.rules.replace_equal else f"_in{self.life}"
+        return GroupPlan(f"task/{number}_again{attempt}{life}")
 
     async def play(self, episode):
-        if episode.name in self.files:
-            return self.files[episode.name]
+        kept = self.files.get(episode.name)
+        if kept is not None and kept.task == episode.task:
+            return kept
         self.played[episode.name] += 1
+        self.tasks.add(episode.task)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -70,6 +83,13 @@ class World:
             if self.fault is not None and (error := self.fault(episode)) is not None:
                 raise error
             length = random.Random(f"{self.seed}/{episode.seed}").lognormvariate(0, 1)
+            if self.length is not None:
+                length = self.length(episode)
+            if episode.task in self.broken and (self.breaks is None or self.breaks(episode)):
+                await asyncio.sleep(length)
+                self.set_aside.add(episode.task)
+                self.accounting.drop("spoiled_task")  # as the player does
+                raise SpoiledTaskError(episode.task, "infra_verifier", "it breaks", 3)
             try:
                 await asyncio.sleep(length)
             except asyncio.CancelledError:

@@ -1,13 +1,18 @@
 """Demonstrations: what the infrastructure spoils is played again, a failed one is an error."""
 
 import asyncio
+import dataclasses
 
 import pytest
 
 from envs.rock import SandboxConfig
+from envs.tasks.terminal.demonstrator import DemonstrationEpisode, DemonstrationTurn
 from envs.tasks.terminal.env import TerminalEnv
+from rome.data.batch import CONTEXT, IMITATION
+from rome.data.packing import pack
+from rome.data.trajectory import load_trajectory
 from rome.rollout import demonstrations
-from rome.rollout.episode import RolloutError
+from rome.rollout.episode import SpoiledTaskError
 from tests.rome.rollout.worlds import CHAT
 
 
@@ -23,31 +28,61 @@ class Losing(TerminalEnv):
         return await super().astep(action)
 
 
-def collect(tmp_path):
+def collect(tmp_path, error_rate=0.0, **options):
     def make_env(task):
         return Losing(task, SandboxConfig(isolation="best_available"))
 
     return asyncio.run(
         demonstrations.collect_demonstrations(
-            ["count/3"],
+            {7: "count/3"},
             make_env,
             CHAT,
-            error_rate=0.0,
+            error_rate=error_rate,
             concurrency=1,
             record=lambda number: tmp_path / f"{number}.json",
+            **options,
         )
     )
 
 
 def test_a_demonstration_whose_sandbox_is_lost_plays_again(tmp_path):
     Losing.lost = demonstrations.ATTEMPTS - 1
-    (trajectory,) = collect(tmp_path)
-    assert trajectory.reward == 1.0 and Losing.lost == 0
+    played = collect(tmp_path)
+    assert played[7].reward == 1.0 and Losing.lost == 0
+
+
+def test_the_mistake_is_read_and_a_failed_command_is_no_mistake(tmp_path):
+    """Err(k) is a failed call: this one ran, and its exit status stays in the record."""
+    Losing.lost = 0
+    [trajectory] = collect(tmp_path, error_rate=1.0).values()
+    kinds = [chunk.kind for chunk in trajectory.chunks]
+    assert kinds.count("context") == 1
+    wrong = trajectory.chunks[kinds.index("context")]
+    assert wrong.status == "ok" and wrong.exit_code > 0
+    assert trajectory == load_trajectory(tmp_path / "7.json")
+    # The same turn of somebody who made it on purpose, such as a test that is to fail, is learnt.
+    learnt = dataclasses.replace(wrong, kind="rl")
+    options = {"row_length": 400, "chunks_per_row": 8, "gamma": 1.0, "failure_reward": 0.0}
+    for chunk, kind in [(wrong, CONTEXT), (learnt, IMITATION)]:
+        batch = pack([dataclasses.replace(trajectory, chunks=[chunk])], purpose="sft", **options)
+        assert batch.kind_BC[0, 0] == kind
 
 
 def test_a_sandbox_that_is_lost_every_time_ends_the_run_with_its_cause(tmp_path):
     Losing.lost = 100
-    with pytest.raises(RolloutError, match="count/3 ended as infra_sandbox"):
+    with pytest.raises(SpoiledTaskError, match="count/3 ended as infra_sandbox"):
         collect(tmp_path)
     assert Losing.lost == 100 - demonstrations.ATTEMPTS and not list(tmp_path.iterdir())
     Losing.lost = 0
+
+
+def test_a_demonstrator_that_fails_its_task_costs_that_task_only(tmp_path, monkeypatch):
+    async def play(env, *_):
+        turn = DemonstrationTurn("done", "", "ok")
+        return DemonstrationEpisode(env.task.name, "count", "Count.", [turn], 0.0, "failure")
+
+    monkeypatch.setattr(demonstrations, "play_demonstration", play)
+    faults = []
+    assert collect(tmp_path, on_spoiled=faults.append) == {} and not list(tmp_path.iterdir())
+    assert [(fault.task, fault.ending) for fault in faults] == [("count/3", "failure")]
+    assert "not as a success" in faults[0].note

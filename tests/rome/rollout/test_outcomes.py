@@ -1,7 +1,9 @@
 """Metrics of a step's episodes mean what they are called, and groups that teach are found."""
 
+import dataclasses
+
 from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.outcomes import mixed_groups, rollout_metrics
+from rome.rollout.outcomes import mixed_groups, rollout_metrics, staleness
 
 
 def trajectory(group=0, reward=0.0, chunks=()):
@@ -53,6 +55,12 @@ def test_metrics_of_a_step():
     assert "tokens_success" not in rollout_metrics([trajectory()], 4, 1.0)
 
 
+def test_a_command_that_failed_is_counted_and_is_no_failed_call():
+    ran = [dataclasses.replace(chunk(), exit_code=code) for code in (0, 1, 127, None)]
+    metrics = rollout_metrics([trajectory(chunks=ran)], 4, 1.0)
+    assert metrics["nonzero_exit_share"] == 0.5 and metrics["tool_error_share"] == 0.0
+
+
 def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
     won, lost, mixed = (
         [trajectory(0, 1.0)] * 2,
@@ -61,3 +69,33 @@ def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
     )
     assert mixed_groups(won + lost + mixed) == mixed
     assert mixed_groups(won + lost) == won + lost
+
+
+def test_groups_differ_by_reward_and_not_by_its_sign():
+    partly = [trajectory(0, 0.2), trajectory(0, 0.9)]
+    alike = [trajectory(1, 0.3), trajectory(1, 0.1 + 0.2)]  # but for rounding
+    assert mixed_groups(partly + alike) == partly
+
+
+def test_what_is_partly_solved_is_no_success():
+    metrics = rollout_metrics([trajectory(0, 0.5), trajectory(0, 1.0 - 1e-9)], 4, 1.0)
+    assert metrics["success"] == 0.5 and metrics["reward"] > 0.7
+
+
+def test_a_replayed_prefix_is_in_no_figure():
+    led = chunk(prompt=3, action=50, status="tool_error")
+    led = dataclasses.replace(led, kind="context", versions=[], network_denials=2)
+    resampled = trajectory(chunks=[led, chunk(prompt=4, action=2, cached=53)])
+    metrics = rollout_metrics([resampled, trajectory()], 6, 1.0)
+    assert (metrics["tokens"], metrics["turns"], metrics["tokens_failure"]) == (2.0, 1.0, 2.0)
+    assert metrics["tool_error_share"] == metrics["network_denial_share"] == 0.0
+    assert metrics["cached_token_share"] == 53 / (3 + 50 + 4 + 3)
+
+
+def test_an_episode_without_a_token_of_its_own_has_no_age():
+    led = dataclasses.replace(chunk(), kind="context", versions=[])
+    without_own = trajectory(chunks=[led])
+    assert without_own.oldest_version is None
+    assert staleness([without_own, trajectory()], 6) == [2]
+    assert rollout_metrics([without_own, trajectory()], 6, 1.0)["staleness"] == 2.0
+    assert rollout_metrics([without_own], 6, 1.0)["tool_error_share"] == 0.0

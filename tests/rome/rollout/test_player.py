@@ -8,10 +8,12 @@ import time
 
 import pytest
 
+from envs.gem import UnplayableTaskError
 from rome.agent.loop import Limits
+from rome.engine.errors import EngineError
 from rome.rollout import player
 from rome.rollout.accounting import Accounting
-from rome.rollout.episode import Episode, RolloutError, Stopped
+from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError, Stopped
 from rome.rollout.player import EpisodePlayer
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
@@ -87,6 +89,56 @@ def test_a_task_that_is_always_spoiled_stops_the_run_with_its_cause():
                 )
             )
         )
+
+
+@pytest.mark.parametrize("kind", ["ending", "task", "make"])
+def test_a_task_that_cannot_be_played_is_left_out_where_that_is_allowed(kind, monkeypatch):
+    monkeypatch.setattr(player, "RETRY_SECONDS", 0.0)
+
+    class Broken(EchoEnv):
+        async def areset(self, seed=None):
+            raise UnplayableTaskError("task.toml:3: no such image")
+
+    def make_env(name):
+        if name != "copy/2":
+            return EchoEnv(name)
+        if kind == "make":
+            raise UnplayableTaskError("task.toml:3: malformed")
+        return Broken(name) if kind == "task" else EchoEnv(name, "infra_verifier")
+
+    faults = []
+    accounting = Accounting()
+    played = play(make(make_env=make_env), accounting=accounting, on_spoiled=faults.append)
+    assert [one.task for one in played] == ["copy/0"] * 4 + ["copy/1"] * 4
+    assert {fault.task for fault in faults} == {"copy/2"} and len(faults) == 4
+    ending = "infra_verifier" if kind == "ending" else "infra_sandbox"
+    assert {fault.ending for fault in faults} == {ending} and all(fault.note for fault in faults)
+    assert accounting.dropped == {ending: 8, "spoiled_task": 4} and accounting.in_flight == 8
+
+
+def test_engines_that_fail_say_nothing_about_the_task(monkeypatch):
+    monkeypatch.setattr(player, "RETRY_SECONDS", 0.0)
+    engine = ScriptedEngine(["done"], error=EngineError("no engine is left"))
+    with pytest.raises(RolloutError, match="no engine is left") as caught:
+        play(make(engine), on_spoiled=pytest.fail)
+    assert not isinstance(caught.value, SpoiledTaskError)
+
+
+def test_an_episode_that_waits_before_it_is_played_again_is_in_flight(monkeypatch):
+    monkeypatch.setattr(player, "RETRY_SECONDS", 60.0)
+    accounting = Accounting()
+
+    async def look():
+        accounting.begin()
+        spoiled = make(make_env=lambda name: EchoEnv(name, "infra_sandbox"))
+        playing = spoiled.play_one(EPISODES[0], temperature=1.0, accounting=accounting)
+        task = asyncio.create_task(playing)
+        while not accounting.dropped:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        return accounting.to_json()
+
+    assert asyncio.run(look())["in_flight"] == 1
 
 
 def test_a_stop_comes_soon_and_keeps_what_was_finished(tmp_path):

@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_and_resumed_takes_the_same_groups_with_the_same_tr
 def test_a_lost_journal_costs_samples_that_became_too_old_but_no_more():
     rules = dataclasses.replace(RULES, async_ratio=1)
     world = World(rules)
-    old = Trajectory("task/1_0", "f", [Chunk([1], [2], [-0.5], [(0, 0, 1)])], 1.0, "success")
+    old = Trajectory("t", "f", [Chunk([1], [2], [-0.5], [(0, 0, 1)])], 1.0, "success")
 
     async def main():
         world.make().set_state(
@@ -131,6 +131,7 @@ def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, late_save=0.0, **op
         journal=tmp_path / "steps.jsonl",
         files=first.files,
         accounting=Accounting.from_json(saved["accounting"]),
+        life=1,
         **options,
     )
 
@@ -143,51 +144,65 @@ def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, late_save=0.0, **op
     return first, second
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.integers(0, 2),
+    st.integers(1, 3),
     st.integers(1, 3),
     st.integers(1, 3),
     st.integers(1, 8),
     st.sampled_from(["wait", "keep", "drop"]),
     st.integers(0, 2),
     st.booleans(),
+    st.sets(st.tuples(st.integers(0, 6), st.integers(0, 2)), max_size=7),
+    st.booleans(),
     st.integers(0, 3),
     st.integers(0, 3),
     st.floats(0, 3),
     st.integers(0, 10**6),
 )
-def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
+def test_whatever_the_rules_and_the_broken_tasks_a_resumed_run_repeats_its_steps(
     tmp_path_factory,
     alpha,
     groups,
     size,
+    siblings,
     concurrency,
     stale_samples,
     redundancy,
     replace,
+    broken,
+    flaky,
     save_at,
     more,
     late_save,
     seed,
 ):
+    size = 1 if siblings > 1 else size
     rules = Rules(
-        groups_per_step=groups,
+        groups_per_step=groups * siblings,
         group_size=size,
         concurrency=concurrency,
         steps=7,
         async_ratio=alpha,
-        redundancy=redundancy,
-        replace_equal=replace,
+        redundancy=0 if siblings > 1 else redundancy,
+        replace_equal=replace and siblings == 1,
         stale_samples=stale_samples,
+        siblings=siblings,
     )
+    one_a_wave = {wave: index % groups for wave, index in broken}
+    names_of_broken = frozenset(f"task/{wave}_{index}" for wave, index in one_a_wave.items())
+    folder = tmp_path_factory.mktemp("run")
     first, second = killed_and_resumed(
         rules,
-        tmp_path_factory.mktemp("run"),
+        folder,
         save_at=save_at,
         kill_at=save_at + more,
         seed=seed,
         late_save=late_save,
+        broken=names_of_broken,
+        breaks=lambda episode: episode.seed % 2 or not flaky,
+        spoiled=folder / "spoiled.jsonl",
     )
     assert [taken.groups for _, taken in second.steps[:more]] == [
         taken.groups for _, taken in first.steps[save_at:]
@@ -195,11 +210,38 @@ def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
     everything = [
         name for step in names(first.steps[:save_at]) + names(second.steps) for name in step
     ]
-    assert len(everything) == len(set(everything)) == 7 * groups * size
+    assert len(everything) == len(set(everything)) == 7 * groups * siblings * size
+    for _, taken in first.steps + second.steps:
+        tasks = {(t.group, t.task) for group in taken.groups for t in group}
+        assert len(tasks) == len({group for group, _ in tasks})  # siblings are of one task
+        assert flaky or not names_of_broken & {task for _, task in tasks}
+    # What one life has set aside, the other never plays.
+    assert not first.set_aside & second.tasks
     assert stale_samples == "keep" or max(staleness(second.steps)) <= alpha
-    assert (
-        stale_samples == "drop" or not second.accounting.dropped["stale"]
-    ) and second.accounting.trained == 7 * groups * size
+    assert stale_samples == "drop" or not second.accounting.dropped["stale"]
+    assert second.accounting.trained == 7 * groups * siblings * size
+
+
+def test_what_was_taken_of_a_task_before_it_was_set_aside_is_taken_again(tmp_path):
+    """The first of two siblings is taken; the second breaks afterwards, and goes on elsewhere."""
+    rules = Rules(2, 1, 8, 4, async_ratio=1, siblings=2, stale_samples="keep")
+    first, second = killed_and_resumed(
+        rules,
+        tmp_path,
+        save_at=0,
+        kill_at=3,
+        broken=frozenset({"task/0_0"}),
+        breaks=lambda episode: episode.episode == 1,
+        length=lambda episode: 1.5 if (episode.group, episode.episode) == (0, 1) else 0.5,
+        spoiled=tmp_path / "spoiled.jsonl",
+    )
+    tasks = [[t.task for group in taken.groups for t in group] for _, taken in first.steps]
+    assert tasks[0] == ["task/0_0", "task/1_0"] and any(
+        "task/0_again1_in0" in step for step in tasks[1:]
+    )
+    assert [taken.groups for _, taken in second.steps[:3]] == [
+        taken.groups for _, taken in first.steps
+    ]
 
 
 def test_a_repeated_step_takes_the_episodes_that_it_took_although_redundant_ones_are_on_disk_too(

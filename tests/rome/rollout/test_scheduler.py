@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -168,6 +169,72 @@ def test_an_episode_that_fails_for_good_ends_the_step_with_its_cause_and_the_res
     assert world.files and not world.running
 
 
+def test_a_task_that_cannot_be_played_is_set_aside_by_name_counted_and_replaced(tmp_path):
+    path = tmp_path / "spoiled.jsonl"
+    world = play_all(RULES, broken=frozenset({"task/1_2"}), spoiled=path, train_s=0.1)
+    [line] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert line == {
+        "task": "task/1_2",
+        "ending": "infra_verifier",
+        "note": "it breaks",
+        "group": [5, 0],
+        "replacement": ["task/5_again1_in0", 1],
+    }
+    assert [t.task for t in world.steps[1][1].groups[2]] == ["task/5_again1_in0"] * 2
+    assert world.accounting.trained == 36 and world.accounting.dropped == {"spoiled_task": 2}
+
+
+def test_a_wave_of_which_more_than_a_quarter_cannot_be_played_ends_the_run(tmp_path):
+    rules = Rules(groups_per_step=8, group_size=1, concurrency=1, steps=2)
+
+    def run_with(number):
+        broken = frozenset(f"task/0_{index}" for index in range(number))
+        world = World(rules, broken=broken, spoiled=tmp_path / f"{number}.jsonl")
+
+        async def main():
+            world.make()
+            try:
+                await world.train()
+            finally:
+                await world.rollouts.close()
+
+        run(main())
+        return world
+
+    assert len(run_with(2).steps) == 2
+    with pytest.raises(RolloutError, match=r"3 of 8 tasks could not be played.*task/0_2 \(infra_"):
+        run_with(3)
+    # The same command gets past them: they are known now.
+    assert len(run_with(3).steps) == 2
+
+
+def test_tasks_that_are_all_set_aside_leave_nothing_to_play(tmp_path):
+    world = World(dataclasses.replace(RULES, steps=1), broken=frozenset({"task/0_0"}))
+    world.replan = lambda number, attempt: GroupPlan("task/0_0")
+
+    async def main():
+        world.make()
+        with pytest.raises(RolloutError, match="no task is left that can be played"):
+            await world.train()
+        await world.rollouts.close()
+
+    run(main())
+
+
+def test_a_step_in_which_nothing_ends_says_so():
+    world = World(RULES)
+
+    async def main():
+        world.make()._quiet_seconds = 50.0
+        world.play = lambda episode: asyncio.sleep(1000)
+        world.rollouts._play = world.play
+        with pytest.raises(RolloutError, match=r"none of 4 episodes has ended for 5[01] s"):
+            await world.train()
+        await world.rollouts.close()
+
+    run(main())
+
+
 def test_a_stop_is_heard_while_waiting_and_what_runs_is_closed():
     world = World(RULES)
 
@@ -237,6 +304,20 @@ class SharedForks:
 
     async def aclose(self):
         self.closed += 1
+
+
+def test_forks_of_a_task_that_was_set_aside_are_closed_with_the_last_of_its_siblings():
+    world, forks = World(Rules(4, 1, 4, 1, siblings=4), broken=frozenset({"hard"})), SharedForks()
+    world.plan = lambda wave: [GroupPlan("hard", source="expert.json", forks=forks)] * 4
+
+    async def main():
+        world.make()
+        await world.train()
+        await world.rollouts.close()
+
+    run(main())
+    tasks = [t.task for group in world.steps[0][1].groups for t in group]
+    assert tasks == ["task/0_again1_in0"] * 4 and forks.closed == 1
 
 
 def test_forks_of_siblings_are_closed_with_the_last_of_them():

@@ -10,6 +10,7 @@ import numpy as np
 from envs.gem.core import Env
 from envs.rock import SandboxError
 from rome.engine.completion import Completion, Sampling
+from rome.engine.errors import EngineError
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 
 CHAT = Chat(Tokenizer.load(TINY))
@@ -43,7 +44,10 @@ class ScriptedEngine:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            await asyncio.sleep(self.delay)
+            async with asyncio.timeout(deadline_s):
+                await asyncio.sleep(self.delay)
+        except TimeoutError:
+            raise EngineError(f"no answer within {deadline_s:g} s") from None
         finally:
             self.running -= 1
         if self.error is not None:

@@ -11,10 +11,13 @@ import types
 import numpy as np
 import pytest
 
+from rome.agent.loop import Limits
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.rollout.demonstrations import collect_demonstrations
+from rome.rollout.episode import SpoiledTaskError
 from rome.rollout.player import RolloutError
+from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.collect import Collector
 from rome.stages.config import load_config
 from rome.stages.old_logprobs import OldLogprobs
@@ -24,8 +27,11 @@ from rome.train.team import Team
 class Players:
     """In place of sandboxes: every episode fails and every demonstration succeeds, at once."""
 
-    attempts = 3
+    worst_seconds = 60.0
     make_env = None
+
+    def __init__(self):
+        self.spoiled = SpoiledTasks()
 
     async def play_one(self, episode, *, path, **_):
         if path.exists():
@@ -44,13 +50,30 @@ class Players:
         save_trajectory(trajectory, path)
         return trajectory
 
-    def demonstrate(self, tasks, *, error_rate, record, first_group=0):
+    def demonstrate(self, tasks, *, error_rate, record, first_group=0, of=0):
         shown = []
         for number, task in enumerate(tasks):
             chunks = [Chunk([1], [2], [0.0], kind="imitation")] * 2
             shown.append(Trajectory(task, "f", chunks, 1.0, "success", first_group + number))
             save_trajectory(shown[-1], record(number))
         return shown
+
+
+class BrokenTasks(Players):
+    """The first task that is drawn cannot be played."""
+
+    def __init__(self, workdir):
+        self.spoiled = SpoiledTasks(workdir / "spoiled.jsonl")
+        self.broken = set(self.spoiled.causes)
+        self.tried = []
+
+    async def play_one(self, episode, *, accounting, **options):
+        self.tried.append(episode.task)
+        self.broken = self.broken or {episode.task}
+        if episode.task in self.broken:
+            accounting.drop("spoiled_task")
+            raise SpoiledTaskError(episode.task, "infra_sandbox", "task.toml:3: no image", 3)
+        return await super().play_one(episode, **options)
 
 
 class BrokenDemonstrators(Players):
@@ -108,6 +131,27 @@ def test_a_step_that_fails_after_it_took_its_groups_is_repeated_with_them(tmp_pa
     assert second.accounting.to_json() == alone.accounting.to_json()
 
 
+def test_a_task_that_cannot_be_played_is_not_drawn_again_by_a_resumed_run(tmp_path):
+    first = make(tmp_path, BrokenTasks(tmp_path))
+    before = first.get_state(0)
+    first.begin(STATE)
+    metrics = first.collect(0, STATE).metrics
+    first.close()
+    [broken] = first._players.broken
+    assert metrics["spoiled_tasks"] == 1 and first.accounting.dropped["spoiled_task"]
+    assert first.accounting.trained == 4
+
+    resumed = make(tmp_path, BrokenTasks(tmp_path))
+    resumed.set_state(before)
+    resumed.begin(STATE)
+    again = resumed.collect(0, STATE)
+    resumed.close()
+    assert broken in first._players.tried and broken not in resumed._players.tried
+    assert set(resumed._players.tried) == set(first._players.tried) - {broken}
+    assert again.metrics["reward"] == metrics["reward"]
+    assert (tmp_path / "steps.jsonl").read_text().count("\n") == 1  # the same groups
+
+
 def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_published(tmp_path):
     collector = make(tmp_path)
     collector.begin(STATE)
@@ -118,14 +162,12 @@ def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_pu
     assert counts[1]["trained"] == 4 and counts[1]["in_flight"] == 0  # whatever was published
 
 
-def test_the_deadline_of_a_step_has_room_for_every_replacement_and_every_replay(tmp_path):
-    def deadline(**changes):
-        return make(tmp_path, concurrency=4, episode_seconds=10.0, **changes)._take_seconds()
-
-    assert deadline() == 60 + 1 * 3 * 10
-    assert deadline(redundancy=1, async_ratio=1) == 60 + 3 * 3 * 10
-    assert deadline(replace_equal=True) == 60 + 5 * 3 * 10
-    assert deadline(resampling="parallel") == 60 + 3 * 10 + 600
+def test_a_step_waits_quietly_for_as_long_as_one_episode_may_take(tmp_path):
+    assert make(tmp_path)._quiet_seconds() == 60 + 60
+    assert make(tmp_path, resampling="parallel")._quiet_seconds() == 60 + 60 + 600
+    limits = Limits(160, 48, episode_seconds=10.0, start_seconds=5.0, completion_seconds=3.0)
+    # start and replay, six turns, two gradings with their margins, the end
+    assert limits.worst_seconds(6, 4.0) == (5 + 10) + (6 * 3 + 10) + 2 * (4 + 30) + 30
 
 
 def test_the_speed_of_a_step_counts_no_episode_that_an_evaluation_ran_beside(tmp_path):
@@ -169,14 +211,14 @@ def test_a_demonstration_of_another_task_that_a_repeated_step_showed_is_not_take
 
     def show(*tasks):
         playing = collect_demonstrations(
-            tasks,
+            dict(enumerate(tasks)),
             lambda task: task,
             None,
             error_rate=0.0,
             concurrency=2,
             record=lambda number: tmp_path / f"{number}.json",
         )
-        return asyncio.run(playing)
+        return list(asyncio.run(playing).values())
 
     first = show("a/1", "b/1")
     save_trajectory(dataclasses.replace(first[1], seconds=7.0), tmp_path / "1.json")
@@ -189,9 +231,9 @@ def test_a_step_whose_episodes_hang_ends_in_time_with_what_to_look_at(tmp_path, 
             await asyncio.sleep(60)
 
     collector = make(tmp_path, Hanging())
-    monkeypatch.setattr(collector, "_take_seconds", lambda: 0.2)
+    monkeypatch.setattr(collector, "_quiet_seconds", lambda: 0.2)
     collector.begin(STATE)
-    with pytest.raises(RolloutError, match="step 0 had no 2 complete groups within 0 s"):
+    with pytest.raises(RolloutError, match=r"none of 4 episodes has ended .*; see its log"):
         collector.collect(0, STATE)
     collector.close()
 

@@ -13,13 +13,13 @@ from tests.envs.tasks.harbor.playing import bash, play
 
 def test_what_was_done_counts_when_the_turns_or_the_time_are_over(harbor, run):
     reward, info = run(play(harbor(), "true", "echo x > /app/out.txt", max_turns=2))
-    assert (reward, info["ending"]) == (1.0, "success")
+    assert (reward, info["ending"]) == (1.0, "truncated_turns")
     assert (
         run(play(harbor(name="b"), "true", "true", max_turns=2))[1]["ending"] == "truncated_turns"
     )
     late = harbor({"task.toml": "[agent]\ntimeout_sec = 0.4\n"}, name="late")
     reward, info = run(play(late, "echo x > /app/out.txt; sleep 30"))
-    assert (reward, info["ending"], info["status"]) == (1.0, "success", "timeout")
+    assert (reward, info["ending"], info["status"]) == (1.0, "timeout", "timeout")
     assert run(play(late, "sleep 30"))[1]["ending"] == "timeout"
 
 

@@ -85,8 +85,8 @@ def test_a_command_runs_among_the_tasks_files_and_its_output_is_the_observation(
     ("command", "observation", "status"),
     [
         ("true", "(no output)", "ok"),
-        ("exit 3", "[exit 3]", "tool_error"),
-        ("echo a; echo b >&2; false", "a\nb\n[exit 1]", "tool_error"),
+        ("exit 3", "[exit 3]", "ok"),  # it ran: no failed call
+        ("echo a; echo b >&2; false", "a\nb\n[exit 1]", "ok"),
         ("printf 'x%.0s' {1..60}", "x" * 50 + "... (10 more)", "ok"),
         ("printf '\\377\\n'", "\N{REPLACEMENT CHARACTER}", "ok"),
     ],
