@@ -13,7 +13,13 @@ envs.gem.gymnasium, the REST service in envs.gem.server and its client in envs.g
 """
 
 from envs.gem.core import Env, Info, StepResult, make, print_envs, register, registered
-from envs.gem.tool_call import ToolCall, ToolCallError, format_tool_call, parse_tool_calls
+from envs.gem.tool_call import (
+    ToolCall,
+    ToolCallError,
+    format_tool_call,
+    parse_tool_calls,
+    read_turn,
+)
 from envs.gem.vector import (
     AsyncioVectorEnv,
     AsyncVectorEnv,
@@ -43,6 +49,7 @@ __all__ = [
     "make_vec",
     "parse_tool_calls",
     "print_envs",
+    "read_turn",
     "register",
     "registered",
 ]

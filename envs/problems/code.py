@@ -13,7 +13,8 @@ import json
 import random
 from typing import Any
 
-from envs.gem import StepResult
+from envs.gem import StepResult, read_turn
+from envs.gem.code_blocks import PYTHON, fenced_blocks
 from envs.problems.base import ProblemEnv
 from envs.problems.code_families import FAMILIES
 from envs.rock import Sandbox, SandboxConfig, SandboxError
@@ -27,7 +28,6 @@ SHOWN = 2  # inputs in the problem's text
 MIN_DISTINCT_RESULTS = 5
 MAX_DRAWS = 200
 MAX_CODE_BYTES = 100_000
-_FENCES = ("```python", "```py", "```")
 # Runs in the sandbox in the process of the submitted code. It reports results and judges nothing.
 # The code's own output goes to stderr.
 RUNNER = """\
@@ -241,16 +241,13 @@ def same(output: dict[str, Any], truth: Any) -> bool:
 
 
 def read_code(action: str) -> str | None:
-    """Return the last fenced block of a turn.
+    """Return the last fenced block of Python that a turn says.
 
     Without fences, return the text itself if it begins like Python code, else None.
     """
-    action = action.rsplit("</think>", 1)[-1]
-    end = action.rfind("```")
-    start = action.rfind("```", 0, max(end, 0))
-    if start < 0:
-        is_code = action.lstrip().startswith(("def ", "import ", "from "))
-        return action if is_code else None
-    block = action[start:end]
-    fence = next(fence for fence in _FENCES if block.startswith(fence))
-    return block[len(fence) :].lstrip("\r\n") or None
+    spoken = read_turn(action).spoken
+    blocks = [block for block in fenced_blocks(spoken) if block.language in ("", *PYTHON)]
+    if blocks:
+        return blocks[-1].content or None
+    is_code = spoken.lstrip().startswith(("def ", "import ", "from "))
+    return spoken if is_code and "```" not in spoken else None

@@ -273,19 +273,12 @@ def _observation_message(call: dict[str, Any] | None, observation: str) -> dict[
 def action_of(call: dict[str, Any]) -> str:
     """Return a tool call of the protocol as the turn that the environment reads.
 
-    Arguments that are not JSON become a malformed call.
+    Arguments are passed on as they came: the environment says what is wrong with them.
     """
     function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
-        arguments = None
-    if isinstance(arguments, dict):
-        body = json.dumps({"name": function["name"], "arguments": arguments})
-    else:
-        body = "arguments are not JSON"
-    body = body.replace("<", "\\u003c")  # a command may contain </tool_call>
-    return f"<tool_call>\n{body}\n</tool_call>"
+    name = json.dumps(function["name"])
+    arguments = function["arguments"] or "{}"
+    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
 
 def read_answer(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
