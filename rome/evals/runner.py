@@ -228,6 +228,7 @@ async def play(job: Job, seed: int) -> Record:
         "note": outcome.note,
         "domain": job.task.domain,
         "difficulty": job.task.difficulty,
+        "cluster": job.task.cluster,
     }
     if outcome.tokens is not None:
         record["tokens"] = outcome.tokens

@@ -61,6 +61,8 @@ class EvalTask:
       family: of generated tasks, or the folder of others.
       domain: reports group by it.
       difficulty: reports group by it.
+      cluster: tasks of one cluster resemble each other: seeds of a family, bugs of a package. Other
+        tasks are each their own.
       instruction: for the agent. The text of a task folder may be hostile.
       source: makes the environment.
       start_seconds: limit for starting the environment.
@@ -73,6 +75,7 @@ class EvalTask:
     family: str
     domain: str
     difficulty: str
+    cluster: str
     instruction: str
     source: Task | HarborTask | Made
     start_seconds: float
@@ -244,6 +247,7 @@ def _of_terminal(task: Task) -> EvalTask:
         family=task.family,
         domain=family.domain,
         difficulty=str(family.difficulty),
+        cluster=task.family,
         instruction=task.instruction,
         source=task,
         start_seconds=start_seconds + MARGIN_SECONDS,
@@ -268,6 +272,7 @@ def _of_harbor(
         family=task.family,
         domain=task.category or UNGROUPED,
         difficulty=task.difficulty or UNGROUPED,
+        cluster=task.metadata["package"] if task.format == "repair" else task.name,
         instruction="\n".join(step.instruction for step in task.steps),
         source=task,
         start_seconds=start_seconds + MARGIN_SECONDS,
@@ -283,6 +288,7 @@ def _of_made(made: Made) -> EvalTask:
         family=made.family,
         domain=made.domain,
         difficulty=made.difficulty,
+        cluster=made.cluster,
         instruction=made.text,
         source=made,
         start_seconds=SandboxConfig().start_timeout + MARGIN_SECONDS,
