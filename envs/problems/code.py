@@ -28,6 +28,7 @@ SHOWN = 2  # inputs in the problem's text
 MIN_DISTINCT_RESULTS = 5
 MAX_DRAWS = 200
 MAX_CODE_BYTES = 100_000
+NO_SUCH_PROGRAM = 127  # a shell's exit code, and one that the code itself may choose
 # Runs in the sandbox in the process of the submitted code. It reports results and judges nothing.
 # The code's own output goes to stderr.
 RUNNER = """\
@@ -82,7 +83,8 @@ os._exit(0)
 class CodeEnv(ProblemEnv):
     """A Python function to write in a ```python block; see ProblemEnv.
 
-    A run beyond its time ends as `timeout`, a failure of the sandbox as `infra_sandbox`.
+    A run beyond its time ends as `timeout`, a failure of the sandbox as `infra_sandbox`, and a
+    sandbox without python3 as `infra_verifier`.
     """
 
     subject = "code"
@@ -214,6 +216,9 @@ class CodeEnv(ProblemEnv):
             result = await sandbox.execute("exec python3 -I runner.py", timeout=TIMEOUT_SECONDS)
         if result.timed_out:
             return [], "timeout", f"the code did not end within {TIMEOUT_SECONDS:g} s"
+        if result.exit_code == NO_SUCH_PROGRAM and await self._lacks_python(config):
+            note = "the tests need python3, which the sandbox lacks; install it, or name an image"
+            return [], "infra_verifier", note
         try:
             outputs = [json.loads(line) for line in result.stdout.splitlines()]
         except (ValueError, RecursionError):
@@ -225,6 +230,12 @@ class CodeEnv(ProblemEnv):
             )
             return [], "failure", note
         return outputs, "", ""
+
+    async def _lacks_python(self, config: SandboxConfig) -> bool:
+        """Ask a sandbox in which no submitted code ran."""
+        async with Sandbox(config) as sandbox:
+            found = await sandbox.execute("command -v python3", timeout=TIMEOUT_SECONDS)
+        return found.exit_code != 0
 
 
 def same(output: dict[str, Any], truth: Any) -> bool:

@@ -112,8 +112,14 @@ class StartedEnv:
     def outcome(self, reward: float, ending: str, note: str = "") -> Outcome:
         """Return the outcome of the attempt; the note defaults to the last turn's."""
         note = note or str(self.last_info.get("note", ""))
-        counted_reward = None if is_spoiled(ending) else float(reward)
-        return Outcome(counted_reward, ending, note[:MAX_NOTE_CHARACTERS], self.turns)
+        is_permanent = is_spoiled(ending) and bool(self.last_info.get("permanent"))
+        return Outcome(
+            None if is_spoiled(ending) else float(reward),
+            ending,
+            note[:MAX_NOTE_CHARACTERS],
+            self.turns,
+            permanent=is_permanent,
+        )
 
 
 async def play_in_environment(

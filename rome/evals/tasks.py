@@ -23,7 +23,7 @@ from envs.gem import Env
 from envs.rock import SandboxConfig
 from envs.tasks.datasets import SUFFIXES, load_files
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
-from envs.tasks.harbor.env import SOLVE_TIMEOUT_SECONDS
+from envs.tasks.harbor.env import reference_seconds
 from envs.tasks.repair import repair_tasks, shipped
 from envs.tasks.terminal import (
     FAMILIES,
@@ -260,12 +260,8 @@ def _of_harbor(
     images: Mapping[str, tuple[str, ...]] | None = None,
     build_egress: tuple[str, ...] | None = None,
 ) -> EvalTask:
-    play_seconds = MARGIN_SECONDS
-    for step in task.steps:
-        play_seconds += step.agent_timeout or SOLVE_TIMEOUT_SECONDS
-        play_seconds += step.verifier_timeout
-        if step.verifier_environment:
-            play_seconds += step.verifier_environment.build_timeout
+    # Twice: a doubtful grade is compared with that of the reference solution.
+    play_seconds = 2 * reference_seconds(task) + MARGIN_SECONDS
     start_seconds = task.environment.build_timeout + SandboxConfig().start_timeout
     return EvalTask(
         name=task.name,
