@@ -38,6 +38,7 @@ class Outcome:
       tokens: {prompt, completion} of a model. `Policy` counts prompt tokens that the environment
         appended, `Endpoint` those that the endpoint bills.
       permanent: whether another try would end the same way.
+      notes: settings of the task that were not honoured as they stand.
     """
 
     reward: float | None
@@ -46,6 +47,7 @@ class Outcome:
     turns: int = 0
     tokens: dict[str, int] | None = None
     permanent: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def spoiled(self) -> bool:
@@ -94,6 +96,11 @@ class StartedEnv:
         self.turns = 0
         self.last_info: Info = {}
 
+    @property
+    def system(self) -> str | None:
+        """What every model is told of the environment before the task; None for nothing."""
+        return getattr(self.env, "system", None) or None
+
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         """Return the opening of the environment, which is started already."""
         return self.opening
@@ -119,6 +126,7 @@ class StartedEnv:
             note[:MAX_NOTE_CHARACTERS],
             self.turns,
             permanent=is_permanent,
+            notes=tuple(self.opening[1].get("notes", ())),
         )
 
 

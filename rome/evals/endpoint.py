@@ -33,11 +33,6 @@ MAX_REQUESTS = 8  # for one answer
 MAX_WAIT_SECONDS = 60.0
 MAX_ANSWER_BYTES = 8 << 20
 MAX_CALLS = 16  # of one turn
-SYSTEM = (
-    "You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a"
-    " new shell in the working directory. When the work is done, answer without a tool call; then"
-    " it is graded."
-)
 
 
 class EndpointError(RuntimeError):
@@ -146,10 +141,9 @@ class Endpoint:
         """Play turn after turn to the end of the attempt."""
         opening, info = started.opening
         tools = info["tools"]
-        messages: list[dict[str, Any]] = [
-            {"role": "system", "content": getattr(started.env, "system", SYSTEM)},
-            {"role": "user", "content": opening},
-        ]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": opening}]
+        if started.system is not None:
+            messages.insert(0, {"role": "system", "content": started.system})
         while True:
             began = time.monotonic()
             try:

@@ -230,6 +230,10 @@ async def play(job: Job, seed: int) -> Record:
         "difficulty": job.task.difficulty,
         "cluster": job.task.cluster,
     }
+    if outcome.permanent:
+        record["permanent"] = True
+    if outcome.notes:
+        record["notes"] = list(outcome.notes)
     if outcome.tokens is not None:
         record["tokens"] = outcome.tokens
     return record

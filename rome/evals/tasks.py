@@ -140,7 +140,7 @@ def load_tasks(
     if is_made(dataset):
         return [_of_made(made) for made in load_made(dataset, seed)]
     if kind == "repair":
-        return [_of_harbor(task) for task in _load_repair(dataset, seed)]
+        return [_of_harbor(task) for task in _load_repair(dataset, seed, faults)]
     name = dataset
     if dataset == "harbor":
         name = str(EXAMPLES)
@@ -196,7 +196,7 @@ def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
     return tasks
 
 
-def _load_repair(dataset: str, seed: int) -> list[HarborTask]:
+def _load_repair(dataset: str, seed: int, faults: list[TaskError] | None) -> list[HarborTask]:
     """Return the tasks of repair[:PACKAGES[:N]].
 
     N bugs (by default one for each package) in packages of this repository or in the folders named;
@@ -213,7 +213,7 @@ def _load_repair(dataset: str, seed: int) -> list[HarborTask]:
             " example repair:csvlite:20 or repair::100; packages that ship here:"
             f" {', '.join(shipped())}"
         )
-    return repair_tasks(names, count, seed)
+    return repair_tasks(names, count, seed, faults)
 
 
 def dataset_digest(tasks: Sequence[EvalTask]) -> str:

@@ -22,7 +22,7 @@ from envs.rock.sync import run
 from envs.tasks.harbor import offline
 from envs.tasks.harbor.build_cache import start_built
 from envs.tasks.harbor.containers import build_image, enter
-from envs.tasks.harbor.environment import Built, egress_of
+from envs.tasks.harbor.environment import Built, egress_of, limit_notes
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
 from envs.tasks.harbor.load import line_of, load_task
@@ -144,7 +144,11 @@ class HarborEnv(ShellEnv):
             "family": self.task.family,
             "seed": seed,
             "tools": self.tools,
-            "notes": [*self.built.notes, *self.task.notes],
+            "notes": [
+                *self.built.notes,
+                *self.task.notes,
+                *limit_notes(self.task, self._sandbox_config),
+            ],
         }
 
     async def _start(self, config: SandboxConfig) -> None:

@@ -30,6 +30,11 @@ CALL_TIMEOUT_SECONDS = 60.0
 # In the landlock tier commands cannot read /etc at all. git and node fail on that unless these
 # variables tell them not to look there.
 WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
+SYSTEM = (
+    "You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a"
+    " new shell in the working directory. When the work is done, answer without a tool call; then"
+    " it is graded."
+)
 BASH_TOOL = {
     "type": "function",
     "function": {
@@ -54,6 +59,7 @@ class ShellEnv(Env):
     ends the episode.
     """
 
+    system = SYSTEM
     tools: ClassVar[list[dict[str, Any]]] = [BASH_TOOL]
     grading_seconds = 0.0  # time limit of `_verify`
 

@@ -11,6 +11,7 @@ from envs.gem import make
 from envs.tasks.harbor import (
     EXAMPLES,
     BuildError,
+    HarborEnv,
     TaskError,
     load_task,
 )
@@ -260,3 +261,17 @@ def test_examples_are_registered_and_the_environment_is_a_gem_one():
 
 def test_a_task_can_be_given_as_a_record(run):
     assert run(play(load_task(EXAMPLES / "log-triage")))[0] == 0.0
+
+
+def test_limits_that_the_sandbox_does_not_give_are_said(harbor, run):
+    settings = 'version = "1.0"\n[environment]\nstorage_mb = 10240\nmemory_mb = 512\n'
+
+    async def notes():
+        env = HarborEnv(harbor({"task.toml": settings}), CONFIG)
+        try:
+            return (await env.areset())[1]["notes"]
+        finally:
+            await env.aclose()
+
+    said = [note for note in run(notes()) if "_mb" in note]
+    assert said == ["environment.storage_mb = 10240, and the sandbox has 256"]
