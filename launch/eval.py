@@ -150,27 +150,36 @@ def main(argv: list[str]) -> int:
     tasks = load_tasks(
         _DATASET.value,
         _SEED.value,
-        faults if _VALIDATE.value else None,
+        faults,
         _FETCH.value,
         dict(map(read_alias, _STANDS_FOR.value)),
         read_build_egress(),
         read_task_env(),
     )
+    if faults and not tasks and not _VALIDATE.value:
+        more = f" (and {len(faults) - 1} tasks more)" if len(faults) > 1 else ""
+        raise ValueError(f"no task of {_DATASET.value} can be used: {faults[0]}{more}")
     if _DECONTAMINATE.value:
-        return run_decontamination(tasks)
+        return run_decontamination(tasks, faults)
     if _VALIDATE.value:
         return run_validation(tasks, faults)
-    return run_evaluation(tasks)
+    return run_evaluation(tasks, faults)
 
 
 # -- the three jobs
 # -------------------------------------------------------------------------------------------------
 
 
-def run_evaluation(tasks: list[EvalTask]) -> int:
+def run_evaluation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
     """Play and report; return 1 if no attempt counts, else 0, whatever the metrics."""
     from rome.evals.cheats import CHEATS
-    from rome.evals.run import Progress, describe_results, evaluate, make_identity
+    from rome.evals.run import (
+        Progress,
+        describe_left_out,
+        describe_results,
+        evaluate,
+        make_identity,
+    )
     from rome.evals.runner import open_results
 
     out = pathlib.Path(_OUT.value)
@@ -189,11 +198,14 @@ def run_evaluation(tasks: list[EvalTask]) -> int:
             concurrency=_CONCURRENCY.value,
             seed=_SEED.value,
             tasks=tasks,
+            faults=faults,
             settings=settings,
             on_finish=progress,
         )
         results = asyncio.run(until_sigterm(job))
-    print(progress.summary(results["attempts"]))
+    print(
+        "\n".join([*describe_left_out(results["left_out"]), progress.summary(results["attempts"])])
+    )
     print(f"{describe_results(results)}\nreport: {out / 'report.md'}", flush=True)
     return 0 if results["attempts_counted"] else 1
 
@@ -223,15 +235,17 @@ def run_validation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
     return 0 if proof["valid"] else 1
 
 
-def run_decontamination(tasks: list[EvalTask]) -> int:
-    """Search the corpus and report; return 1 if a task is found."""
+def run_decontamination(tasks: list[EvalTask], faults: list[TaskError]) -> int:
+    """Search the corpus and report; return 1 if a task is found, or cannot be searched for."""
     from rome.evals.run import decontaminate, describe_contamination
 
     out = pathlib.Path(_OUT.value)
     found = decontaminate(_DATASET.value, tasks, _DECONTAMINATE.value, out)
     print("\n".join(describe_contamination(found, len(tasks))))
+    for fault in faults:
+        print(f"not searched for: {fault}")
     print(f"report: {out / 'contamination.md'}", flush=True)
-    return 1 if found["hits"] else 0
+    return 1 if found["hits"] or faults else 0
 
 
 async def until_sigterm(job: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 r"""The base of all text games: seeds, turns, reading an action out of any text, and the infos.
 
-An action is a turn of text. The game reads the first of these that the turn has: one tool call; the
-last <answer>...</answer> (ROLL's form); the last \boxed{...} (gem's form); the whole text without
-thoughts and chat marks. A turn that names no action of the game costs a turn and `format_penalty`,
+An action is a turn of text. The game reads the first of these that the turn says after its
+thoughts: one tool call; the last <answer>...</answer> (ROLL's form); the last \boxed{...} (gem's
+form); the whole text. A turn that names no action of the game costs a turn and `format_penalty`,
 and the observation explains what an action is.
 
 The board is in `info["suffix"]`, as in ROLL and gem, whose observation wrappers put the newest
@@ -17,10 +17,9 @@ import dataclasses
 import random
 from typing import Any, ClassVar, NamedTuple
 
-from envs.gem import Env, Info, StepResult, ToolCallError, parse_tool_calls
+from envs.gem import Env, Info, StepResult, ToolCallError, parse_tool_calls, read_turn
 
 STATE_IN = ("suffix", "observation")
-CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 _TOO_LONG = 200  # characters; no action of any game is longer
 
 
@@ -285,15 +284,9 @@ class TextGame(Env):
 
     def _read_turn(self, action: str) -> Reading:
         """Find the part of a turn that is meant as the action; the module says in which order."""
-        for mark in CHAT_MARKS:
-            action = action.replace(mark, "")
-        thoughts = ""
-        spoken = action
-        if "</think>" in action:
-            thoughts, spoken = action.rsplit("</think>", 1)
-            thoughts = thoughts.replace("<think>", "").strip()
-        if "<tool_call>" in spoken or "<function=" in spoken:
-            return self._read_call(spoken, thoughts)
+        thoughts, spoken, _, is_thinking = read_turn(action)
+        if is_thinking or "<tool_call>" in spoken or "<function=" in spoken:
+            return self._read_call(action, thoughts)
         end = spoken.rfind("</answer>")
         start = spoken.rfind("<answer>", 0, max(end, 0))
         if start >= 0:
@@ -304,12 +297,15 @@ class TextGame(Env):
             return Reading(spoken[start + len("\\boxed{") : end].strip(), thoughts)
         return Reading(spoken.strip(), thoughts)
 
-    def _read_call(self, spoken: str, thoughts: str) -> Reading:
-        """Read the action of a turn with tool calls: the call's arguments, separated by spaces."""
+    def _read_call(self, action: str, thoughts: str) -> Reading:
+        """Read the action of a turn with tool calls: the call's arguments, separated by spaces.
+
+        A turn that ends within its thoughts is read so, too: it has no call and is told why.
+        """
         function = self.tools[0]["function"]
         needed = function["parameters"]["required"]
         try:
-            calls = parse_tool_calls(spoken)
+            calls = parse_tool_calls(action)
         except ToolCallError as error:
             return Reading(None, thoughts, complaint=f": {error}")
         if len(calls) != 1:

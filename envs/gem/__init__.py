@@ -22,7 +22,13 @@ from envs.gem.core import (
     register,
     registered,
 )
-from envs.gem.tool_call import ToolCall, ToolCallError, format_tool_call, parse_tool_calls
+from envs.gem.tool_call import (
+    ToolCall,
+    ToolCallError,
+    format_tool_call,
+    parse_tool_calls,
+    read_turn,
+)
 from envs.gem.vector import (
     AsyncioVectorEnv,
     AsyncVectorEnv,
@@ -53,6 +59,7 @@ __all__ = [
     "make_vec",
     "parse_tool_calls",
     "print_envs",
+    "read_turn",
     "register",
     "registered",
 ]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from envs.gem import read_turn
+
 MAX_CHARS = 200  # length of an answer; no value here needs more
 _FRAC = re.compile(r"\\[dt]?frac\{?([^{}]*)\}?\{([^{}]*)\}")
 _NAME = re.compile(r"^\s*[a-zA-Z]\s*=\s*")
@@ -22,8 +24,8 @@ Value = tuple[Fraction, ...]
 
 
 def final_answer(text: str) -> str | None:
-    """Return the text's answer, or None where it has none. Takes linear time."""
-    text = text.rsplit("</think>", 1)[-1]
+    """Return the answer that a turn says, or None where it says none. Takes linear time."""
+    text = read_turn(text).spoken
     start = text.rfind("\\boxed{")
     if start >= 0:
         return _braced(text, start + len("\\boxed"))

@@ -10,7 +10,12 @@ from typing import Any, ClassVar
 from envs.gem import Env, Info, StepResult
 
 LEVELS = ("easy", "medium", "hard")
-_STATUS = {"malformed": "malformed", "timeout": "timeout", "infra_sandbox": "infra"}  # by ending
+_STATUS = {  # by ending
+    "malformed": "malformed",
+    "timeout": "timeout",
+    "infra_sandbox": "infra",
+    "infra_verifier": "infra",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,8 @@ class ProblemEnv(Env):
     from it. With family "all" each seed also draws the family.
 
     The info after the turn has `status` (ok, malformed where no answer was found, timeout or
-    infra), `ending` (success, failure, malformed, timeout or infra_sandbox) and `correct`.
+    infra), `ending` (success, failure, malformed, timeout, infra_sandbox or infra_verifier)
+    and `correct`.
     """
 
     subject = ""
@@ -155,4 +161,6 @@ class ProblemEnv(Env):
             "parsed_action": action,
             "step_counter": 1,
         }
+        if ending == "infra_verifier":
+            info["permanent"] = True  # what the sandbox lacks, another one lacks too
         return "", float(ending == "success"), True, False, info

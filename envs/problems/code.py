@@ -13,7 +13,8 @@ import json
 import random
 from typing import Any
 
-from envs.gem import StepResult
+from envs.gem import StepResult, read_turn
+from envs.gem.code_blocks import PYTHON, fenced_blocks
 from envs.problems.base import ProblemEnv
 from envs.problems.code_families import FAMILIES
 from envs.rock import AgentFault, Sandbox, SandboxConfig, SandboxError
@@ -27,7 +28,7 @@ SHOWN = 2  # inputs in the problem's text
 MIN_DISTINCT_RESULTS = 5
 MAX_DRAWS = 200
 MAX_CODE_BYTES = 100_000
-_FENCES = ("```python", "```py", "```")
+NO_SUCH_PROGRAM = 127  # a shell's exit code, and one that the code itself may choose
 # Runs in the sandbox in the process of the submitted code. It reports results and judges nothing.
 # The code's own output goes to stderr.
 RUNNER = """\
@@ -82,8 +83,9 @@ os._exit(0)
 class CodeEnv(ProblemEnv):
     """A Python function to write in a ```python block; see ProblemEnv.
 
-    A run beyond its time ends as `timeout`, a failure of the sandbox as `infra_sandbox`,
-    except where the code can bring it about: that is a `failure`.
+    A run beyond its time ends as `timeout`, a sandbox without python3 as `infra_verifier`, and a
+    failure of the sandbox as `infra_sandbox`, except where the code can bring it about: that is a
+    `failure`.
     """
 
     subject = "code"
@@ -217,6 +219,9 @@ class CodeEnv(ProblemEnv):
             result = await sandbox.execute("exec python3 -I runner.py", timeout=TIMEOUT_SECONDS)
         if result.timed_out:
             return [], "timeout", f"the code did not end within {TIMEOUT_SECONDS:g} s"
+        if result.exit_code == NO_SUCH_PROGRAM and await self._lacks_python(config):
+            note = "the tests need python3, which the sandbox lacks; install it, or name an image"
+            return [], "infra_verifier", note
         try:
             outputs = [json.loads(line) for line in result.stdout.splitlines()]
         except (ValueError, RecursionError):
@@ -228,6 +233,12 @@ class CodeEnv(ProblemEnv):
             )
             return [], "failure", note
         return outputs, "", ""
+
+    async def _lacks_python(self, config: SandboxConfig) -> bool:
+        """Ask a sandbox in which no submitted code ran."""
+        async with Sandbox(config) as sandbox:
+            found = await sandbox.execute("command -v python3", timeout=TIMEOUT_SECONDS)
+        return found.exit_code != 0
 
 
 def same(output: dict[str, Any], truth: Any) -> bool:
@@ -244,16 +255,13 @@ def same(output: dict[str, Any], truth: Any) -> bool:
 
 
 def read_code(action: str) -> str | None:
-    """Return the last fenced block of a turn.
+    """Return the last fenced block of Python that a turn says.
 
     Without fences, return the text itself if it begins like Python code, else None.
     """
-    action = action.rsplit("</think>", 1)[-1]
-    end = action.rfind("```")
-    start = action.rfind("```", 0, max(end, 0))
-    if start < 0:
-        is_code = action.lstrip().startswith(("def ", "import ", "from "))
-        return action if is_code else None
-    block = action[start:end]
-    fence = next(fence for fence in _FENCES if block.startswith(fence))
-    return block[len(fence) :].lstrip("\r\n") or None
+    spoken = read_turn(action).spoken
+    blocks = [block for block in fenced_blocks(spoken) if block.language in ("", *PYTHON)]
+    if blocks:
+        return blocks[-1].content or None
+    is_code = spoken.lstrip().startswith(("def ", "import ", "from "))
+    return spoken if is_code and "```" not in spoken else None

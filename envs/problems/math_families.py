@@ -137,8 +137,9 @@ def committees(rng: random.Random, size: int) -> Drawn:
 
 def arrangements(rng: random.Random, size: int) -> Drawn:
     """Count the different rearrangements of letters."""
-    alphabet = "ABCDE"[: 2 + size]
-    letters = "".join(rng.choice(alphabet) for _ in range(4 + 2 * size))
+    alphabet = rng.sample("ABCDE", rng.randint(2, 2 + size))
+    length = rng.randint(4 + size, 5 + 3 * size)
+    letters = "".join(rng.choice(alphabet) for _ in range(length))
     count = math.factorial(len(letters))
     for repeats in Counter(letters).values():
         count //= math.factorial(repeats)
@@ -233,11 +234,11 @@ def recurrence(rng: random.Random, size: int) -> Drawn:
 
 def divisors(rng: random.Random, size: int) -> Drawn:
     """Count the divisors of a number."""
-    primes = rng.sample([2, 3, 5, 7, 11], size + 1)
+    primes = sorted(rng.sample([2, 3, 5, 7, 11], size + 1))
     number = 1
     count = 1
     for prime in primes:
-        exponent = rng.randint(1, 2 + size // 2)
+        exponent = rng.randint(1, 6 if prime == primes[0] else 3)
         number *= prime**exponent
         count *= exponent + 1
     return f"How many positive divisors does {number} have?", (count,)

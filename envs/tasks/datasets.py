@@ -71,9 +71,10 @@ def load_files(
         return load_dataset(file, faults, environ)
     if file.suffix == ".json" and _is_registry(file):
         return load_registry(file, None, None, faults, fetch, environ)
-    first = next(iter(read_rows(file)), None)
+    broken: list[TaskError] = []
+    first = next(read_rows(file, None if faults is None else broken), None)
     if first is None:
-        raise TaskError(file, 0, "no rows are in it")
+        raise broken[0] if broken else TaskError(file, 0, "no rows are in it")
     if is_instance(first):
         return load_swebench(file, faults)
     columns = [pair for pair in ARCHIVES if set(pair) <= set(first.values)]
@@ -86,7 +87,7 @@ def load_files(
         )
     name, archive = columns[0]
     loads = []
-    for row in read_rows(file):
+    for row in read_rows(file, faults):
         loads.append((row.fault, functools.partial(_load_archive, row, name, archive, environ)))
     return collect_tasks(faults, loads)
 

@@ -59,8 +59,12 @@ class Row:
         return value
 
 
-def read_rows(file: pathlib.Path) -> Iterator[Row]:
+def read_rows(file: pathlib.Path, faults: list[TaskError] | None = None) -> Iterator[Row]:
     """Yield the rows of a .jsonl, .json or .parquet file.
+
+    Args:
+      file: the file.
+      faults: a list to which rows that are no objects are added as errors instead of being raised.
 
     Raises:
       TaskError: the file cannot be read; names the line where there is one.
@@ -77,21 +81,33 @@ def read_rows(file: pathlib.Path) -> Iterator[Row]:
             raise TaskError(
                 file, 0, f"the suffix {file.suffix!r} is not one of {', '.join(readers)}"
             )
-        yield from readers[file.suffix](file)
+        for row in readers[file.suffix](file):
+            if isinstance(row, Row):
+                yield row
+            elif faults is None:
+                raise row
+            else:
+                faults.append(row)
     except OSError as error:
         raise TaskError(file, 0, f"cannot be read: {error}") from error
 
 
-def _json_lines(file: pathlib.Path) -> Iterator[Row]:
+def _json_lines(file: pathlib.Path) -> Iterator[Row | TaskError]:
     number = 0
     with open(file, "rb") as lines:
         for line, content in enumerate(lines, 1):
-            if content.strip():
-                number += 1
-                yield _row(file, number, line, parse_json(file, content, line))
+            if not content.strip():
+                continue
+            number += 1
+            try:
+                value = parse_json(file, content.rstrip(), line)
+            except TaskError as error:
+                yield error
+            else:
+                yield _row(file, number, line, value)
 
 
-def _json_list(file: pathlib.Path) -> Iterator[Row]:
+def _json_list(file: pathlib.Path) -> Iterator[Row | TaskError]:
     values = parse_json(file, file.read_bytes(), 1)
     if not isinstance(values, list):
         raise TaskError(
@@ -101,12 +117,11 @@ def _json_list(file: pathlib.Path) -> Iterator[Row]:
         yield _row(file, number, 0, value)
 
 
-def _row(file: pathlib.Path, number: int, line: int, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise TaskError(
-            file, line, f"row {number} is a {type(value).__name__}, but must be an object"
-        )
-    return Row(file, number, line, value)
+def _row(file: pathlib.Path, number: int, line: int, value: Any) -> Row | TaskError:
+    if isinstance(value, dict):
+        return Row(file, number, line, value)
+    message = f"row {number} is a {type(value).__name__}, but must be an object"
+    return TaskError(file, line, message)
 
 
 def parse_json(file: pathlib.Path, content: bytes, line: int) -> Any:

@@ -19,7 +19,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from envs.games.base import CHAT_MARKS
 from envs.gem import (
     Env,
     Info,
@@ -27,6 +26,7 @@ from envs.gem import (
     ToolCall,
     ToolCallError,
     parse_tool_calls,
+    read_turn,
 )
 from envs.worlds.names import day
 from envs.worlds.scenario import Scenario, format_call
@@ -161,7 +161,7 @@ class WorldEnv(Env):
             "parsed_action": action,
             "step_counter": self._turns,
         }
-        observation = self._take(_spoken(action), info)
+        observation = self._take(action, info)
         info.update(
             tool_use_counter=len(self.calls),
             tool_success_counter=sum(answer is not None for _, answer in self.calls),
@@ -300,22 +300,19 @@ class WorldEnv(Env):
         self._malformed_in_a_row = 0
         self._over = False
 
-    def _take(self, spoken: str, info: Info) -> str:
+    def _take(self, action: str, info: Info) -> str:
         """Return the observation of a turn; changes the user's state and the database."""
         try:
-            calls = parse_tool_calls(spoken)
-            json.dumps([call.arguments for call in calls], allow_nan=False)  # they go into records
+            calls = parse_tool_calls(action)
         except ToolCallError as error:
             return self._malformed(str(error), info)
-        except (ValueError, RecursionError):
-            return self._malformed("an argument is no JSON value: NaN, Infinity, or too deep", info)
         if len(calls) > MAX_CALLS:
             return self._malformed(
                 f"{len(calls)} tool calls in one turn; make at most {MAX_CALLS}", info
             )
         if not calls:
             self._malformed_in_a_row = 0
-            message = spoken.strip()
+            message = read_turn(action).spoken.strip()
             if not message:
                 return self._malformed(
                     "an empty turn; call a tool or say something to the user", info
@@ -402,10 +399,3 @@ def clean(observation: str) -> str:
     if rest <= 0:
         return observation
     return f"{observation[:MAX_OBSERVATION_CHARS]}... ({rest} more characters)"
-
-
-def _spoken(action: str) -> str:
-    """Remove chat marks and thoughts from a turn."""
-    for mark in CHAT_MARKS:
-        action = action.replace(mark, "")
-    return action.rsplit("</think>", 1)[-1]

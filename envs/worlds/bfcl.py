@@ -231,9 +231,9 @@ class BfclEnv(WorldEnv):
         self.toolbox = Toolbox([tool for tool in self.world.tools if tool.name not in later])
         self.tools = self.toolbox.schemas()
 
-    def _take(self, spoken: str, info: Info) -> str:
+    def _take(self, action: str, info: Info) -> str:
         known = self.tools
-        observation = super()._take(spoken, info)
+        observation = super()._take(action, info)
         if self.tools != known:
             info["tools"] = copy.deepcopy(self.tools)
         if not self.user.over and self._turns - self._turn_start >= STEPS_A_TURN:

@@ -40,6 +40,7 @@ class Outcome:
       tokens: {prompt, completion} of a model. `Policy` counts prompt tokens that the environment
         appended, `Endpoint` those that the endpoint bills.
       permanent: whether another try would end the same way.
+      notes: settings of the task that were not honoured as they stand.
     """
 
     reward: float | None
@@ -48,6 +49,7 @@ class Outcome:
     turns: int = 0
     tokens: dict[str, int] | None = None
     permanent: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def spoiled(self) -> bool:
@@ -108,6 +110,11 @@ class StartedEnv:
         """Time limit of the environment's verifier."""
         return getattr(self.env, "grading_seconds", 0.0)
 
+    @property
+    def system(self) -> str | None:
+        """What every model is told of the environment before the task; None for nothing."""
+        return getattr(self.env, "system", None) or None
+
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         """Return the opening of the environment, which is started already."""
         return self.opening
@@ -134,8 +141,15 @@ class StartedEnv:
     def outcome(self, reward: float, ending: str, note: str = "") -> Outcome:
         """Return the outcome of the attempt; the note defaults to the last turn's."""
         note = note or str(self.last_info.get("note", ""))
-        counted_reward = None if is_spoiled(ending) else float(reward)
-        return Outcome(counted_reward, ending, note[:MAX_NOTE_CHARACTERS], self.turns)
+        is_permanent = is_spoiled(ending) and bool(self.last_info.get("permanent"))
+        return Outcome(
+            None if is_spoiled(ending) else float(reward),
+            ending,
+            note[:MAX_NOTE_CHARACTERS],
+            self.turns,
+            permanent=is_permanent,
+            notes=tuple(self.opening[1].get("notes", ())),
+        )
 
 
 async def play_in_environment(

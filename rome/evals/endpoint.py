@@ -34,11 +34,6 @@ MAX_REQUESTS = 8  # for one answer
 MAX_WAIT_SECONDS = 60.0
 MAX_ANSWER_BYTES = 8 << 20
 MAX_CALLS = 16  # of one turn
-SYSTEM = (
-    "You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a"
-    " new shell in the working directory. When the work is done, answer without a tool call; then"
-    " it is graded."
-)
 
 
 class EndpointError(RuntimeError):
@@ -144,10 +139,9 @@ class Endpoint:
         played = PlayedEnv(started, self.episode_seconds, started.task.start_seconds)
         opening, info = await played.start()
         tools = info.get("tools", [])
-        messages: list[dict[str, Any]] = [
-            {"role": "system", "content": getattr(started.env, "system", SYSTEM)},
-            {"role": "user", "content": opening},
-        ]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": opening}]
+        if started.system is not None:
+            messages.insert(0, {"role": "system", "content": started.system})
         while True:
             try:
                 choice, answer_usage = await self._ask(messages, tools, seed)
@@ -276,19 +270,12 @@ def _observation_message(call: dict[str, Any] | None, observation: str) -> dict[
 def action_of(call: dict[str, Any]) -> str:
     """Return a tool call of the protocol as the turn that the environment reads.
 
-    Arguments that are not JSON become a malformed call.
+    Arguments are passed on as they came: the environment says what is wrong with them.
     """
     function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
-        arguments = None
-    if isinstance(arguments, dict):
-        body = json.dumps({"name": function["name"], "arguments": arguments})
-    else:
-        body = "arguments are not JSON"
-    body = body.replace("<", "\\u003c")  # a command may contain </tool_call>
-    return f"<tool_call>\n{body}\n</tool_call>"
+    name = json.dumps(function["name"])
+    arguments = function["arguments"] or "{}"
+    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
 
 def read_answer(text: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -66,8 +66,7 @@ class Policy:
         chat = self.chat
         if self.tell_tools:
             tools = started.opening[1]["tools"]
-            system = getattr(started.env, "system", None)
-            chat = Chat(chat.tokenizer, tools, system)
+            chat = Chat(chat.tokenizer, tools, started.system)
         trajectory = await run_episode(
             self.engine,
             started,

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from envs.tasks.harbor import TaskError
 from rome.evals.statistics import Record, grouped, is_solved, summarise
 from rome.files import write_atomically
 
@@ -60,28 +61,65 @@ class Table(NamedTuple):
 # -------------------------------------------------------------------------------------------------
 
 
-def build_results(identity: Mapping[str, Any], records: Sequence[Record], k: int) -> dict[str, Any]:
+def build_results(
+    identity: Mapping[str, Any],
+    records: Sequence[Record],
+    k: int,
+    faults: Sequence[TaskError] = (),
+) -> dict[str, Any]:
     """Return the content of results.json.
 
     Args:
       identity: what was evaluated; its fields come first.
       records: of all attempts.
       k: attempts at each task.
+      faults: of tasks that could not be read.
 
     Returns:
-      `identity`, the metrics of `summarise`, the same by domain and difficulty, endings, cost, and
-      every attempt.
+      `identity`, the metrics of `summarise`, `counted` (the number of tasks that they rest on),
+      `left_out` ([{task, reason}]: tasks that could not be read, or not be played here), the
+      metrics by domain and difficulty, endings, approximated settings, cost, and every attempt.
     """
     endings = collections.Counter(record["ending"] for record in records)
+    summary = summarise(records, k)
     return {
         **identity,
-        **summarise(records, k),
+        **summary,
+        "counted": summary["tasks_counted"],
+        "left_out": _left_out(records, faults),
+        "approximated": _approximated(records),
         "by_domain": grouped(records, "domain"),
         "by_difficulty": grouped(records, "difficulty"),
         "by_ending": dict(sorted(endings.items())),
         "cost": _sum_cost(records),
         "tasks": list(records),
     }
+
+
+def _left_out(records: Sequence[Record], faults: Sequence[TaskError]) -> list[dict[str, str]]:
+    """Return the tasks that say nothing about the agent, whatever is tried, and why."""
+    left_out = []
+    for fault in faults:
+        place = f"{fault.file}:{fault.line}" if fault.line else str(fault.file)
+        left_out.append({"task": place, "reason": fault.message})
+    attempts: dict[str, list[Record]] = {}
+    for record in records:
+        attempts.setdefault(record["task"], []).append(record)
+    for task, tried in attempts.items():
+        if all(record.get("permanent") for record in tried):
+            left_out.append({"task": task, "reason": tried[0]["note"] or tried[0]["ending"]})
+    return left_out
+
+
+def _approximated(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return each setting of tasks that was not honoured as it stands, and the tasks' names."""
+    tasks: dict[str, list[str]] = {}
+    for record in records:
+        for note in record.get("notes", ()):
+            names = tasks.setdefault(note, [])
+            if record["task"] not in names:
+                names.append(record["task"])
+    return [{"note": note, "tasks": names} for note, names in sorted(tasks.items())]
 
 
 def _sum_cost(records: Sequence[Record]) -> dict[str, Any]:
@@ -119,12 +157,19 @@ def write_pages(out: pathlib.Path, name: str, title: str, tables: Sequence[Table
 def result_tables(results: Mapping[str, Any]) -> list[Table]:
     """Return the tables of a report, from the content of results.json."""
     endings = [[name, str(count)] for name, count in results["by_ending"].items()]
+    left_out = [[one["task"], one["reason"]] for one in results["left_out"]]
+    approximated = []
+    for one in results["approximated"]:
+        shown = ", ".join(one["tasks"][:3]) + (", ..." if len(one["tasks"]) > 3 else "")
+        approximated.append([one["note"], str(len(one["tasks"])), shown])
     return [
         _about_table(results),
         _metrics_table(results),
         _group_table(results, "domain"),
         _group_table(results, "difficulty"),
         Table("Endings", ["ending", "attempts"], endings),
+        Table(f"Left out: {len(left_out)} tasks", ["task", "reason"], left_out),
+        Table("Settings that were not honoured", ["setting", "tasks", "such as"], approximated),
         _cost_table(results["cost"]),
         _attempts_table(results["tasks"]),
     ]

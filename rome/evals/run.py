@@ -30,6 +30,7 @@ from rome.evals.tasks import EvalTask, dataset_digest, load_tasks
 from rome.evals.validate import build_proof, describe_proof, proof_jobs, write_proof
 
 ORACLE_RUNS = 3  # of a validation: several find flaky tasks
+MAX_SHOWN = 20  # lines about tasks that are left out
 PROGRESS_SECONDS = 10.0  # between two lines of progress
 
 
@@ -42,10 +43,13 @@ async def evaluate(
     concurrency: int = 4,
     seed: int = 0,
     tasks: Sequence[EvalTask] | None = None,
+    faults: Sequence[TaskError] = (),
     settings: Mapping[str, Any] | None = None,
     on_finish: Callable[[Record], None] | None = None,
 ) -> dict[str, Any]:
     """Play an agent on a dataset, and write results.json, report.md and report.html.
+
+    A task that cannot be read, or that cannot be played here, is left out and named in the report.
 
     An evaluation that was interrupted is continued by the same call: attempts that are recorded in
     `out` are not played again, except those that the infrastructure spoiled.
@@ -58,13 +62,14 @@ async def evaluate(
       concurrency: attempts at once, each in a sandbox of its own.
       seed: of sampling, and of the instances of generated datasets.
       tasks: of the dataset, where they are loaded already.
+      faults: of tasks that could not be read (`load_tasks(..., faults=[])`).
       settings: everything else that makes the evaluation this one, such as a checkpoint or a
         temperature, as JSON values; recorded, and compared when `out` is used again.
       on_finish: called with the record of each attempt that ends, such as a `Progress`.
 
     Returns:
       The content of results.json: metrics with 95 % intervals (`rome.evals.statistics.summarise`),
-      groups, cost, and every attempt under "tasks".
+      groups, cost, "left_out" with the reason for each task, and every attempt under "tasks".
 
     Raises:
       EvalError: `out` belongs to another evaluation, or another process works there.
@@ -72,7 +77,9 @@ async def evaluate(
     """
     out = pathlib.Path(out)
     if tasks is None:
-        tasks = load_tasks(dataset, seed)
+        found: list[TaskError] = []
+        tasks = load_tasks(dataset, seed, found)
+        faults = [*faults, *found]
     identity = make_identity(dataset, tasks, agent.name, seed, settings)
     jobs = [Job(agent, task, attempt) for task in tasks for attempt in range(attempts)]
     with open_results(out, identity) as results:
@@ -80,17 +87,22 @@ async def evaluate(
             await run_jobs(jobs, results, concurrency=concurrency, seed=seed, on_finish=on_finish)
         finally:  # also if it was interrupted: the report then covers what was played
             await agent.close()
-            report = _write_report(out, identity, jobs, results, attempts)
+            report = _write_report(out, identity, jobs, results, attempts, faults)
     return report
 
 
 def _write_report(
-    out: pathlib.Path, identity: Mapping[str, Any], jobs: Sequence[Job], results: Results, k: int
+    out: pathlib.Path,
+    identity: Mapping[str, Any],
+    jobs: Sequence[Job],
+    results: Results,
+    k: int,
+    faults: Sequence[TaskError],
 ) -> dict[str, Any]:
     """Write the report on what was played, which may not be all, and return its content."""
     records = results.find(jobs)
     is_complete = len(records) == len(jobs)
-    report = build_results({**identity, "complete": is_complete}, records, k)
+    report = build_results({**identity, "complete": is_complete}, records, k, faults)
     write_results(out, report)
     return report
 
@@ -224,11 +236,22 @@ def describe_results(results: Mapping[str, Any]) -> str:
             text = f"{label} {share(results[name])} ({bounds(results['intervals'][name])})"
         shown.append(text)
     endings = ", ".join(f"{name} {count}" for name, count in results["by_ending"].items())
-    return (
+    text = (
         f"{results['agent']} on {results['dataset']}: {', '.join(shown)};"
         f" {results['attempts_counted']} of {results['attempts']} attempts count; endings:"
-        f" {endings}"
+        f" {endings or 'none'}"
     )
+    if results["left_out"]:
+        text += f"; {len(results['left_out'])} tasks are left out"
+    return text
+
+
+def describe_left_out(left_out: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return a line for each task that is left out, at most MAX_SHOWN of them."""
+    lines = [f"left out: {one['task']}: {one['reason']}" for one in left_out[:MAX_SHOWN]]
+    if len(left_out) > MAX_SHOWN:
+        lines.append(f"left out: {len(left_out) - MAX_SHOWN} more, see results.json")
+    return lines
 
 
 def describe_validation(proof: Mapping[str, Any]) -> list[str]:

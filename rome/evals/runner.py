@@ -230,7 +230,12 @@ async def play(job: Job, seed: int) -> Record:
         "note": outcome.note,
         "domain": job.task.domain,
         "difficulty": job.task.difficulty,
+        "cluster": job.task.cluster,
     }
+    if outcome.permanent:
+        record["permanent"] = True
+    if outcome.notes:
+        record["notes"] = list(outcome.notes)
     if outcome.tokens is not None:
         record["tokens"] = outcome.tokens
     return record

@@ -2,7 +2,8 @@
 
 Attempts at one task resemble each other, so the task is the unit: every metric is the mean over
 tasks of one value for each task, and its 95 % interval says what other tasks of the same kind would
-have given. Attempts that the infrastructure spoiled are in no metric.
+have given. Seeds of one family resemble each other, too: where the tasks are of several families,
+the interval is clustered by family. Attempts that the infrastructure spoiled are in no metric.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from rome.data.trajectory import is_success
 from rome.evals.agents import is_spoiled
-from rome.train.intervals import wilson
+from rome.train.intervals import Z_95, wilson
 
 RESAMPLES = 2000
 MIN_TASKS = 10  # for the bootstrap; fewer values make its intervals too short
@@ -56,22 +57,28 @@ def pass_at_k(n: int, successes: int, k: int) -> float:
     return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
 
 
-def interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
+def interval(
+    values: Sequence[float], clusters: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Return the 95 % interval of the mean of values from 0 to 1, one for each task.
 
-    Wilson's interval over tasks if every value is 0 or 1. It is also taken where a bootstrap would
-    be too short (fewer than MIN_TASKS tasks, or all values equal): values between 0 and 1 vary less
-    than that, so it is then too long rather than too short. Otherwise the percentile bootstrap over
-    tasks.
+    Where several tasks share a cluster it is `clustered_interval`. Otherwise it is Wilson's
+    interval over tasks if every value is 0 or 1, also where a bootstrap would be too short (fewer
+    than MIN_TASKS tasks, or all values equal): values between 0 and 1 vary less than that, so it is
+    then too long rather than too short. Otherwise it is the percentile bootstrap over tasks.
 
     Args:
       values: at least one.
+      clusters: the cluster of each value; None where each is its own. Values of a single cluster
+        are taken as such, too: one family says nothing about how families differ.
       seed: of the bootstrap.
 
     Returns:
       {low, high, method}.
     """
     distinct = set(values)
+    if clusters is not None and 1 < len(set(clusters)) < len(values):
+        return clustered_interval(values, clusters)
     is_binary = distinct <= {0.0, 1.0}
     if is_binary or len(values) < MIN_TASKS or len(distinct) == 1:
         low, high = wilson(min(math.fsum(values), len(values)), len(values))
@@ -84,6 +91,55 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
         means.append(array[chosen].mean())
     low, high = np.quantile(np.array(means), [0.025, 0.975])
     return {"low": float(low), "high": float(high), "method": "bootstrap over tasks"}
+
+
+def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """Return the standard error of the mean where values of one cluster are not independent.
+
+    It is the cluster-robust error with the factor G / (G - 1) for G clusters (Liang and Zeger 1986;
+    for evaluations Miller 2024, "Adding Error Bars to Evals"):
+    sqrt(G / (G - 1) * sum over clusters of (sum of the cluster's deviations) ** 2) / n.
+
+    Args:
+      values: one for each task.
+      clusters: the cluster of each; at least two different ones.
+    """
+    mean = math.fsum(values) / len(values)
+    deviations: dict[str, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        deviations[cluster] = deviations.get(cluster, 0.0) + value - mean
+    count = len(deviations)
+    squares = math.fsum(deviation**2 for deviation in deviations.values())
+    return math.sqrt(count / (count - 1) * squares) / len(values)
+
+
+def clustered_interval(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
+    """Return the 95 % interval of the mean of values from 0 to 1 over clusters of tasks.
+
+    It is Wilson's interval for the effective number of tasks: so many independent ones would have
+    this standard error. The number is multiplied by (z / t) ** 2, t with G - 1 degrees of freedom,
+    since few clusters tell little of how clusters differ (Korn and Graubard 1998). It is never more
+    than the number of tasks; where all clusters have the same mean it is the number of clusters.
+
+    Args:
+      values: one for each task.
+      clusters: the cluster of each; at least two different ones.
+
+    Returns:
+      {low, high, method}.
+    """
+    from scipy.special import stdtrit  # half a second of imports, needed only here
+
+    mean = min(math.fsum(values) / len(values), 1.0)
+    count = len(set(clusters))
+    error = clustered_error(values, clusters)
+    effective = float(count)
+    if error > 1e-9:
+        t = float(stdtrit(count - 1, 0.975))
+        effective = mean * (1.0 - mean) / error**2 * (Z_95 / t) ** 2
+        effective = min(effective, float(len(values)))
+    low, high = wilson(mean * effective, effective)
+    return {"low": low, "high": high, "method": f"wilson over {count} families of tasks"}
 
 
 def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
@@ -104,16 +160,17 @@ def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
     """
     records = list(records)
     attempts = _counted_by_task(records)
-    tried = [counted for counted in attempts.values() if counted]
-    rewards = [[record["reward"] for record in counted] for counted in tried]
-    solved = [[is_solved(record) for record in counted] for counted in tried]
-    complete = [values for values in rewards if len(values) >= k]
+    clusters = {record["task"]: record.get("cluster", record["task"]) for record in records}
+    tried = {task: counted for task, counted in attempts.items() if counted}
+    rewards = {task: [record["reward"] for record in tried[task]] for task in tried}
+    solved = {task: [is_solved(record) for record in tried[task]] for task in tried}
+    complete = {task: values for task, values in rewards.items() if len(values) >= k}
     pass_at = {size: _pass_at(solved, size) for size in _sizes_up_to(k)}
     metrics = {
-        "mean_reward": [_mean(values) for values in rewards],
+        "mean_reward": {task: _mean(values) for task, values in rewards.items()},
         "pass_at_1": pass_at[1],
         "pass_at_k": pass_at[k],
-        "avg_at_k": [_mean(values) for values in complete],
+        "avg_at_k": {task: _mean(values) for task, values in complete.items()},
     }
     summary: dict[str, Any] = {
         "tasks_total": len(attempts),
@@ -123,11 +180,11 @@ def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
         "attempts_counted": sum(map(is_counted, records)),
         "k": k,
     }
-    for name, values in metrics.items():
-        summary[name] = _mean_or_none(values)
-    summary["pass_at"] = {str(size): _mean_or_none(values) for size, values in pass_at.items()}
+    for name, by_task in metrics.items():
+        summary[name] = _mean_or_none(by_task)
+    summary["pass_at"] = {str(size): _mean_or_none(found) for size, found in pass_at.items()}
     summary["intervals"] = {
-        name: interval(values) if values else None for name, values in metrics.items()
+        name: _interval_or_none(by_task, clusters) for name, by_task in metrics.items()
     }
     return summary
 
@@ -148,9 +205,13 @@ def _sizes_up_to(k: int) -> list[int]:
     return sorted({*powers, k})
 
 
-def _pass_at(solved: Sequence[Sequence[bool]], size: int) -> list[float]:
+def _pass_at(solved: Mapping[str, Sequence[bool]], size: int) -> dict[str, float]:
     """Return pass@size of each task with at least `size` counted attempts."""
-    return [pass_at_k(len(values), sum(values), size) for values in solved if len(values) >= size]
+    found = {}
+    for task, values in solved.items():
+        if len(values) >= size:
+            found[task] = pass_at_k(len(values), sum(values), size)
+    return found
 
 
 def grouped(records: Sequence[Record], key: str) -> dict[str, dict[str, Any]]:
@@ -181,5 +242,13 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _mean_or_none(values: Sequence[float]) -> float | None:
-    return _mean(values) if values else None
+def _mean_or_none(by_task: Mapping[str, float]) -> float | None:
+    return _mean(list(by_task.values())) if by_task else None
+
+
+def _interval_or_none(
+    by_task: Mapping[str, float], clusters: Mapping[str, str]
+) -> dict[str, Any] | None:
+    if not by_task:
+        return None
+    return interval(list(by_task.values()), [clusters[task] for task in by_task])

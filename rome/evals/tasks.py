@@ -23,7 +23,7 @@ from envs.gem import Env
 from envs.rock import SandboxConfig
 from envs.tasks.datasets import SUFFIXES, load_files
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
-from envs.tasks.harbor.env import SOLVE_TIMEOUT_SECONDS
+from envs.tasks.harbor.env import reference_seconds
 from envs.tasks.repair import repair_tasks, shipped
 from envs.tasks.terminal import (
     FAMILIES,
@@ -62,6 +62,8 @@ class EvalTask:
       family: of generated tasks, or the folder of others.
       domain: reports group by it.
       difficulty: reports group by it.
+      cluster: tasks of one cluster resemble each other: seeds of a family, bugs of a package. Other
+        tasks are each their own.
       instruction: for the agent. The text of a task folder may be hostile.
       source: makes the environment.
       start_seconds: limit for starting the environment.
@@ -74,6 +76,7 @@ class EvalTask:
     family: str
     domain: str
     difficulty: str
+    cluster: str
     instruction: str
     source: Task | HarborTask | Made
     start_seconds: float
@@ -146,7 +149,7 @@ def load_tasks(
     if is_made(dataset):
         return [_of_made(made) for made in load_made(dataset, seed)]
     if kind == "repair":
-        return [_of_harbor(task) for task in _load_repair(dataset, seed)]
+        return [_of_harbor(task) for task in _load_repair(dataset, seed, faults)]
     name = dataset
     if dataset == "harbor":
         name = str(EXAMPLES)
@@ -203,7 +206,7 @@ def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
     return tasks
 
 
-def _load_repair(dataset: str, seed: int) -> list[HarborTask]:
+def _load_repair(dataset: str, seed: int, faults: list[TaskError] | None) -> list[HarborTask]:
     """Return the tasks of repair[:PACKAGES[:N]].
 
     N bugs (by default one for each package) in packages of this repository or in the folders named;
@@ -220,7 +223,7 @@ def _load_repair(dataset: str, seed: int) -> list[HarborTask]:
             " example repair:csvlite:20 or repair::100; packages that ship here:"
             f" {', '.join(shipped())}"
         )
-    return repair_tasks(names, count, seed)
+    return repair_tasks(names, count, seed, faults)
 
 
 def dataset_digest(tasks: Sequence[EvalTask]) -> str:
@@ -254,6 +257,7 @@ def _of_terminal(task: Task) -> EvalTask:
         family=task.family,
         domain=family.domain,
         difficulty=str(family.difficulty),
+        cluster=task.family,
         instruction=task.instruction,
         source=task,
         start_seconds=start_seconds + MARGIN_SECONDS,
@@ -266,18 +270,15 @@ def _of_harbor(
     images: Mapping[str, tuple[str, ...]] | None = None,
     build_egress: tuple[str, ...] | None = None,
 ) -> EvalTask:
-    play_seconds = MARGIN_SECONDS
-    for step in task.steps:
-        play_seconds += step.agent_timeout or SOLVE_TIMEOUT_SECONDS
-        play_seconds += step.verifier_timeout
-        if step.verifier_environment:
-            play_seconds += step.verifier_environment.build_timeout
+    # Twice: a doubtful grade is compared with that of the reference solution.
+    play_seconds = 2 * reference_seconds(task) + MARGIN_SECONDS
     start_seconds = task.environment.build_timeout + SandboxConfig().start_timeout
     return EvalTask(
         name=task.name,
         family=task.family,
         domain=task.category or UNGROUPED,
         difficulty=task.difficulty or UNGROUPED,
+        cluster=task.metadata["package"] if task.format == "repair" else task.name,
         instruction="\n".join(step.instruction for step in task.steps),
         source=task,
         start_seconds=start_seconds + MARGIN_SECONDS,
@@ -293,6 +294,7 @@ def _of_made(made: Made) -> EvalTask:
         family=made.family,
         domain=made.domain,
         difficulty=made.difficulty,
+        cluster=made.cluster,
         instruction=made.text,
         source=made,
         start_seconds=SandboxConfig().start_timeout + MARGIN_SECONDS,

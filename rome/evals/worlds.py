@@ -38,6 +38,7 @@ class Made:
     Attributes:
       name: with its seed.
       family: of the environment.
+      cluster: of instances that resemble each other.
       domain: reports group by it.
       difficulty: reports group by it.
       text: the words of the user or of the problem.
@@ -47,6 +48,7 @@ class Made:
 
     name: str
     family: str
+    cluster: str
     domain: str
     difficulty: str
     text: str
@@ -153,6 +155,7 @@ def _of_environment(kind: str, env_id: str, seed: int) -> Made:
     return Made(
         name=f"{name}/{seed}",
         family=env.task.family,
+        cluster=env.task.family,
         domain="games" if kind == "games" else name.split("/")[0],
         difficulty=getattr(env, "difficulty", "(none)"),
         text="\n".join(env.scenario.user.requests) if kind == "worlds" else opening,
@@ -168,6 +171,7 @@ def _of_published(entry: Any, domain: str) -> Made:
     return Made(
         name=env.task.name,
         family=env.family,
+        cluster=env.task.name,
         domain=domain,
         difficulty=env.difficulty,
         text="\n".join(env.scenario.user.requests),

@@ -7,12 +7,12 @@ import math
 Z_95 = 1.959963984540054
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: float) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a success rate.
 
     Args:
       successes: number of successes, 0 to `n`.
-      n: number of trials.
+      n: number of trials; a fraction where it is an effective one.
 
     Returns:
       (low, high), shares between 0 and 1; (0, 1) without any trial.

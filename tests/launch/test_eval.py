@@ -102,6 +102,23 @@ def test_after_a_kill_the_same_command_plays_only_what_is_missing_and_another_is
     )
 
 
+def test_one_task_that_is_not_supported_is_left_out_and_the_others_are_played(tmp_path):
+    write_task(tmp_path / "tasks", "good")
+    write_task(tmp_path / "tasks", "new", task_toml='version = "2.0"\n')
+    write_task(tmp_path / "tasks", "gpu", task_toml='version = "1.0"\n[environment]\ngpus = 1\n')
+    command = ("--dataset", tmp_path / "tasks", "--agent", "oracle", "--out", tmp_path / "out")
+    status, said, error = run(*command)
+    assert status == 0, error
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    new, gpu = results["left_out"]
+    assert "new/task.toml" in new["task"] and "2.0" in new["reason"]
+    assert gpu["task"] == "gpu" and "gpus = 1" in gpu["reason"]
+    assert results["counted"] == 1 and results["pass_at_1"] == 1.0
+    assert "left out: gpu: " in said and "2 tasks are left out" in said
+    status, _, error = run("--dataset", tmp_path / "tasks" / "new", *command[2:-1], tmp_path / "o")
+    assert status == 2 and "can be used" in error and error.count("\n") == 1
+
+
 def test_validation_fails_with_the_tasks_and_why(tmp_path):
     write_task(tmp_path / "tasks", "free", test="#!/bin/bash\necho 1 > /logs/verifier/reward.txt\n")
     status, said, _ = run(

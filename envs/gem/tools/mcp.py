@@ -14,20 +14,16 @@ import atexit
 import contextlib
 import importlib.util
 import json
-import re
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from envs.gem.tool_call import CLOSE, OPEN, ToolCall, ToolCallError, parse_tool_calls
+from envs.gem.tool_call import ToolCall, ToolCallError, iterate_tool_calls
 from envs.gem.tools.base import BaseTool, ToolResult
 from envs.rock.errors import SandboxError
 from envs.rock.sync import run
 
-_GEM_CALL = re.compile(
-    r"\s*<tool_name>([^<]+)</tool_name>\s*<arguments>(.*)</arguments>\s*", re.DOTALL
-)
 CONNECTION_CLOSED = -32000  # the mcp package's JSON-RPC code for a server that is gone
 OPEN_SHARE = 0.5  # of a call's time, in which its server must have opened a session
 RETRY_SECONDS = 30.0  # after which a server that could not be reached is tried again
@@ -93,8 +89,8 @@ class MCPTool(BaseTool):
     def execute_action(self, action: str) -> ToolResult:
         try:
             found = _first_call(action)
-        except ToolCallError:
-            found = None
+        except ToolCallError as error:
+            return True, True, f"\n<tool_response>\n[{error}]\n</tool_response>\n", action
         if found is None:
             return False, True, "", ""
         call, parsed_action = found
@@ -175,28 +171,14 @@ def _servers(config: str | Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _first_call(action: str) -> tuple[ToolCall, str] | None:
-    """Return the first call of a turn, and the turn up to its end; None for a turn without any.
+    """Return the first call that a turn says, and the turn up to its end; None without any.
 
     Raises:
       ToolCallError: it is malformed.
     """
-    start = action.find(OPEN)
-    end = action.find(CLOSE)
-    parsed_action = action if end < 0 else action[: end + len(CLOSE)]
-    match = None
-    if 0 <= start < end:
-        match = _GEM_CALL.fullmatch(action, start + len(OPEN), end)
-    if match is None:
-        calls = parse_tool_calls(parsed_action)
-        return (calls[0], parsed_action) if calls else None
-    name, encoded = match.groups()
-    try:
-        arguments = json.loads(encoded.strip() or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ToolCallError("arguments are not JSON") from error
-    if not isinstance(arguments, dict):
-        raise ToolCallError("arguments are no JSON object")
-    return ToolCall(name.strip(), arguments), parsed_action
+    for call, end in iterate_tool_calls(action):
+        return call, action[:end]
+    return None
 
 
 class _Server:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from envs.gem.code_blocks import find_blocks
+from envs.gem.tool_call import read_turn
 from envs.gem.tools.base import BaseTool, ToolResult
 from envs.rock import AgentFault, CommandResult, Sandbox, SandboxConfig
 from envs.rock.sync import run
@@ -25,44 +25,18 @@ PRELUDE = (
     "except ImportError:\n"
     "    pass\n"
 )
-Fences = tuple[tuple[str, str], ...]  # (opening, closing) marks of a block
-
-
-class Block(NamedTuple):
-    """A block of code in a turn."""
-
-    content: str
-    parsed_action: str  # the turn up to the end of the block
-
-
-def first_block(action: str, fences: Fences) -> Block | None:
-    """Return the block that ends first; None where none is complete. Takes linear time."""
-    best: Block | None = None
-    best_end = len(action) + 1
-    for opening, closing in fences:
-        start = action.find(opening)
-        if start < 0:
-            continue
-        content_start = start + len(opening)
-        content_end = action.find(closing, content_start)
-        if content_end < 0:
-            continue
-        end = content_end + len(closing)
-        if end < best_end:
-            best = Block(action[content_start:content_end].strip(), action[:end])
-            best_end = end
-    return best
 
 
 class BlockTool(BaseTool):
-    """A tool that runs the first block of code in a turn. Subclasses say how (`run_block`).
+    """A tool that runs the first block of code that a turn says. Subclasses say how (`run_block`).
 
     Args:
       timeout: seconds for one run.
       sandbox_config: limits of the sandboxes; the defaults of SandboxConfig without one.
     """
 
-    fences: Fences = ()
+    tag = ""  # a block between <tag> and </tag> is run
+    languages: tuple[str, ...] = ()  # of the fenced blocks that are run
 
     def __init__(self, timeout: float, sandbox_config: SandboxConfig | None) -> None:
         super().__init__()
@@ -70,15 +44,17 @@ class BlockTool(BaseTool):
         self.sandbox_config = sandbox_config or SandboxConfig()
 
     def execute_action(self, action: str) -> ToolResult:
-        block = first_block(action, self.fences)
-        if block is None:
+        turn = read_turn(action)
+        blocks = find_blocks(turn.spoken, self.tag, self.languages)
+        if not blocks:
             return False, True, "", action
+        first = min(blocks, key=lambda block: block.end)
         try:
-            failed, observation = self.run_block(block.content)
+            failed, observation = self.run_block(first.content.strip())
         except AgentFault as fault:
             failed = True
             observation = f"The sandbox could not run this: {fault}\n"
-        return True, failed, observation, block.parsed_action
+        return True, failed, observation, action[: turn.start + first.end]
 
     def run_block(self, code: str) -> tuple[bool, str]:
         """Run the code of a block; return whether it failed, and the observation."""
@@ -100,7 +76,8 @@ class PythonCodeTool(BlockTool):
     """
 
     tool_type = "python_code"
-    fences = (("<python>", "</python>"), ("```python", "```"), ("```\npython", "```"))
+    tag = "python"
+    languages = ("python", "py", "python3")
 
     def __init__(
         self,
@@ -159,7 +136,8 @@ class ShellTool(BlockTool):
     """
 
     tool_type = "bash"
-    fences = (("<bash>", "</bash>"), ("```bash\n", "```"), ("```sh\n", "```"))
+    tag = "bash"
+    languages = ("bash", "sh")
 
     def __init__(
         self,

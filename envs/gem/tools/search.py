@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+from envs.gem.tool_call import read_turn
 from envs.gem.tools.base import BaseTool, ToolResult
 
 OPEN = "<search>"
@@ -126,7 +127,7 @@ class SearchTool(BaseTool):
         )
 
     def execute_action(self, action: str) -> ToolResult:
-        start = action.find(OPEN)
+        start = action.find(OPEN, read_turn(action).start)
         end = action.find(CLOSE, start) if start >= 0 else -1
         if end < 0:
             return False, True, "", ""

@@ -16,15 +16,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from envs.gem import Info, StepResult
-from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxFileError
+from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxError, SandboxFileError
 from envs.rock.sync import run
 from envs.tasks.harbor import offline
 from envs.tasks.harbor.build_cache import start_built
 from envs.tasks.harbor.containers import build_image, enter
-from envs.tasks.harbor.environment import Built, egress_of
+from envs.tasks.harbor.environment import Built, egress_of, limit_notes
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
 from envs.tasks.harbor.load import line_of, load_task
+from envs.tasks.harbor.reference import fault_of, find_reference, is_doubtful
 from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import Files, HarborTask, Healthcheck, Step
 from envs.tasks.terminal.shell import ShellEnv
@@ -86,6 +87,7 @@ class HarborEnv(ShellEnv):
         self._images = images
         self._build_egress = build_egress
         self.built: Built | None = None
+        self._is_reference = False
 
     @property
     def name(self) -> str:
@@ -94,13 +96,9 @@ class HarborEnv(ShellEnv):
 
     @property
     def grading_seconds(self) -> float:
-        """Return the time that grading may take, builds of separate verifiers included."""
+        """Return the time that grading may take, with a reference solution to compare with."""
         seconds = self._step.verifier_timeout + 3 * READ_TIMEOUT_SECONDS
-        for step in self.task.steps:
-            seconds += step.verifier_timeout
-            if step.verifier_environment:
-                seconds += step.verifier_environment.build_timeout
-        return seconds
+        return seconds + reference_seconds(self.task)
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         """Start an episode; the synchronous form of `areset`."""
@@ -147,7 +145,11 @@ class HarborEnv(ShellEnv):
             "family": self.task.family,
             "seed": seed,
             "tools": self.tools,
-            "notes": [*self.built.notes, *self.task.notes],
+            "notes": [
+                *self.built.notes,
+                *self.task.notes,
+                *limit_notes(self.task, self._sandbox_config),
+            ],
         }
 
     async def _start(self, config: SandboxConfig) -> None:
@@ -261,7 +263,7 @@ class HarborEnv(ShellEnv):
         if cut:
             return await self._finish(graded, info, cut, observation)
         is_last = self._step_index + 1 == len(self.task.steps)
-        if is_last or not reaches(graded, self._step.min_reward):
+        if is_last or graded.fault or not reaches(graded, self._step.min_reward):
             return await self._finish(graded, info, "failure")
         await clean_up(self._sandbox)
         self._step_index += 1
@@ -299,8 +301,48 @@ class HarborEnv(ShellEnv):
                 self._images,
                 self._build_egress,
             )
+        if is_doubtful(graded) and not self._is_reference:
+            graded = await self._compared(graded)
         self._grades.append(graded)
         return graded
+
+    async def _compared(self, graded: Grade) -> Grade:
+        """Return a doubtful grade, with its fault where it is not the agent's."""
+        settings = {name: self._settings[name] for name in self._settings if name != "seed"}
+        egress = self._sandbox_config.egress
+        reference = await find_reference(
+            self.task,
+            repr(settings),
+            bool(egress) or self._step.verifier_environment is not None,
+            self._play_reference,
+        )
+        fault = fault_of(graded, reference, self._step, self._step_index)
+        return dataclasses.replace(graded, fault=fault)
+
+    async def _play_reference(self) -> tuple[list[Grade], bool]:
+        """Return the grades of the reference solution in an environment that no agent has touched.
+
+        Where there is none, or none that could be run here, they are those of doing nothing.
+
+        Raises:
+          SandboxError: a fault of the machine, also where the environment could not be built again.
+        """
+        has_solution = all(step.solve_script is not None for step in self.task.steps)
+        for is_solution in (True, False) if has_solution else (False,):
+            env = self.spawn()
+            env._is_reference = True
+            try:
+                await env.areset()
+                await (env.asolve() if is_solution else env.astep(FINAL_TURN))
+                return env._grades, is_solution
+            except UnsupportedError as error:
+                if not is_solution:
+                    raise SandboxError(f"an untouched environment: {error}") from error
+            except TaskError as error:
+                raise SandboxError(f"an untouched environment: {error}") from error
+            finally:
+                await env.aclose()
+        raise AssertionError("the untouched environment was graded, or an error was raised")
 
     async def _finish(
         self, graded: Grade, info: Info, ending: str, observation: str = "", note: str = ""
@@ -309,6 +351,9 @@ class HarborEnv(ShellEnv):
         rewards = [one.reward for one in self._grades]
         reward = combine(rewards, len(self.task.steps), self.task.reward_strategy)
         info.update(step_rewards=rewards, test_output=graded.output)
+        if graded.fault:
+            info["permanent"] = True  # another attempt would end in the same way
+            return await self._end("infra_verifier", info, observation, note=graded.fault)
         return await self._end(
             "success" if ending == "failure" and reward == 1.0 else ending,
             info,
@@ -345,6 +390,17 @@ class HarborEnv(ShellEnv):
         )
         await self._sandbox.execute(f"rm -rf {shlex.quote(place)}")
         self.solution_result = result
+
+
+def reference_seconds(task: HarborTask) -> float:
+    """Return the time that a reference solution may take: its environment, its work, its tests."""
+    seconds = task.environment.build_timeout + SandboxConfig().start_timeout
+    for step in task.steps:
+        seconds += step.agent_timeout or SOLVE_TIMEOUT_SECONDS
+        seconds += step.verifier_timeout
+        if step.verifier_environment:
+            seconds += step.verifier_environment.build_timeout
+    return seconds
 
 
 def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable
 
-from envs.rock.config import parse_grant
+from envs.rock.config import SandboxConfig, parse_grant
 from envs.tasks.harbor.errors import TaskError, UnsupportedError
 from envs.tasks.harbor.load import line_of
 from envs.tasks.harbor.paths import PathMap
@@ -45,6 +45,21 @@ class Built:
         """Return an agent's command as it runs in the sandbox, in the working directory."""
         place = shlex.quote(self.paths.place(self.workdir))
         return f"cd -- {place} 2> /dev/null\n{self.paths.inward(text)}"
+
+
+def limit_notes(task: HarborTask, config: SandboxConfig) -> list[str]:
+    """Return the limits that the task asks for and the sandbox does not give, as sentences."""
+    environment = task.environment
+    asked_and_given = (
+        ("storage_mb", environment.storage_mb, config.disk_mb),
+        ("memory_mb", environment.memory_mb, config.memory_mb),
+        ("cpus", environment.cpus, config.cpus),
+    )
+    notes = []
+    for name, asked, given in asked_and_given:
+        if asked is not None and asked > given:
+            notes.append(f"environment.{name} = {asked:g}, and the sandbox has {given:g}")
+    return notes
 
 
 def conventional_roots(steps: Iterable[Step]) -> set[str]:

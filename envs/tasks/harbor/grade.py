@@ -84,20 +84,21 @@ class Grade:
 
     `rewards` has several entries where reward.json has; `reward` is the one that counts. `note`
     says why the reward is 0 if that was not the tests' verdict. `output` is the end of the script's
-    output.
+    output. `fault` says why the grade tells nothing about the agent (reference.py).
     """
 
     reward: float
     rewards: dict[str, float]
     note: str = ""
     output: str = ""  # the end of what the script printed
+    fault: str = ""
 
 
 async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
     """Run the step's tests in the agent's sandbox.
 
     A script that left no valid reward or did not end earns 0: the agent shares its world and could
-    have caused that. That the tests themselves are sound is shown by the oracle, which must earn 1.
+    have caused that. Whether it did is decided by the reference solution, see reference.py.
 
     Raises:
       SandboxError: a fault of the machine, and only that.

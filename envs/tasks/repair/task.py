@@ -49,7 +49,10 @@ ADD pytest.tar.gz /opt/pytest/
 
 
 def repair_tasks(
-    packages: Sequence[str] = (), count: int | None = None, seed: int = 0
+    packages: Sequence[str] = (),
+    count: int | None = None,
+    seed: int = 0,
+    faults: list[TaskError] | None = None,
 ) -> list[HarborTask]:
     """Return `count` tasks, spread evenly over packages, and in each over the kinds of bugs.
 
@@ -57,6 +60,8 @@ def repair_tasks(
       packages: names of the packages in this repository, or paths; none for all in this repository.
       count: the number of tasks; None for one of each package.
       seed: the seed of the draws.
+      faults: a list to which packages that cannot be used are added as errors instead of being
+        raised. Their share of the tasks is missing then.
 
     Raises:
       TaskError: a package's own tests fail here, or they detect fewer bugs than asked for.
@@ -64,22 +69,40 @@ def repair_tasks(
     """
     names = list(packages) or list(shipped())
     count = len(names) if count is None else count
-    loaded = [load_package(name) for name in names]
+    loaded = []
+    for name in names:
+        try:
+            loaded.append(load_package(name))
+        except TaskError as error:
+            if faults is None or len(names) == 1:
+                raise
+            faults.append(error)
+    if not loaded:
+        return []
     if len({package.name for package in loaded}) < len(loaded):
         listed = ", ".join(package.name for package in loaded)
         raise TaskError(loaded[0].path, 0, f"two packages have one name among {listed}")
-    each, rest = divmod(count, len(loaded))
-    share = [each + (number < rest) for number in range(len(loaded))]
-    found = run(_all(loaded, share, seed), PROOF_SECONDS)
+    each, rest = divmod(count, len(names))
+    share = [each + (number < rest) for number in range(len(names))][: len(loaded)]
+    found = []
+    for made in run(_all(loaded, share, seed), PROOF_SECONDS):
+        if isinstance(made, list):
+            found.append(made)
+        elif faults is None or not isinstance(made, TaskError):
+            raise made
+        else:
+            faults.append(made)
     return [task for row in itertools.zip_longest(*found) for task in row if task is not None]
 
 
 async def _all(
     packages: Sequence[Package], share: Sequence[int], seed: int
-) -> list[list[HarborTask]]:
+) -> list[list[HarborTask] | BaseException]:
+    """Return the tasks of each package, or the error that kept it from having any."""
     gate = asyncio.Semaphore(MAX_SANDBOXES)
     pairs = zip(packages, share, strict=True)
-    return await asyncio.gather(*(_tasks(package, count, seed, gate) for package, count in pairs))
+    made = [_tasks(package, count, seed, gate) for package, count in pairs]
+    return await asyncio.gather(*made, return_exceptions=True)
 
 
 async def _tasks(

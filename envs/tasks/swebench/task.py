@@ -77,7 +77,7 @@ def load_swebench(
     Raises:
       TaskError: a row is malformed, or its repository cannot be used.
     """
-    rows = read_rows(pathlib.Path(file))
+    rows = read_rows(pathlib.Path(file), faults)
     return collect_tasks(faults, ((row.fault, functools.partial(_load, row)) for row in rows))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _SCRIPT = r"""
@@ -92,6 +92,20 @@ def json_holds(path: str, value: Any) -> str:
 def ini_holds(path: str, value: dict[str, dict[str, str]]) -> str:
     """Return a check that an INI file has these sections and keys, in any order."""
     return _call("ini", path, json.dumps(value, sort_keys=True))
+
+
+def hidden_files(files: Mapping[str, str]) -> list[str]:
+    """Return shell lines that lay out files for the checks after them, which no agent has seen.
+
+    The output of an agent's program on files that the agent knew could be written into the program.
+    Paths have a folder; whatever lies at that folder is removed.
+    """
+    folders = sorted({path.rpartition("/")[0] for path in files})
+    tops = sorted({folder.partition("/")[0] for folder in folders})
+    steps = [f"rm -rf -- {shlex.join(tops)}", f"mkdir -p -- {shlex.join(folders)} || fail"]
+    for path, text in files.items():
+        steps.append(f"printf %s {shlex.quote(text)} > {shlex.quote(path)} || fail")
+    return steps
 
 
 def prints(expected: str, *command: str) -> str:

@@ -22,7 +22,7 @@ from envs.tasks.terminal.shell import (
     read_command,
     trim,
 )
-from envs.tasks.terminal.task import Task, make_task
+from envs.tasks.terminal.task import VERIFIER_PATH, Task, make_task
 
 VERIFIER_TIMEOUT_SECONDS = 10.0
 SETUP_TIMEOUT_SECONDS = 20.0
@@ -249,7 +249,7 @@ class TerminalEnv(ShellEnv):
 
 
 async def prepare(sandbox: Sandbox, task: Task) -> None:
-    """Check that the task's programs are installed in the sandbox, and run the task's setup.
+    """Check that the task's programs are where its verifier looks, and run the task's setup.
 
     Raises:
       MissingProgramsError: a program is missing.
@@ -259,13 +259,13 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
         return
     wanted = " ".join(shlex.quote(program) for program in task.programs)
     result = await sandbox.execute(
-        f"for p in {wanted}; do command -v $p > /dev/null || echo $p; done",
+        f"PATH={VERIFIER_PATH}; for p in {wanted}; do command -v $p > /dev/null || echo $p; done",
         timeout=SETUP_TIMEOUT_SECONDS,
     )
     if missing := result.stdout.split():
         raise MissingProgramsError(
-            f"task {task.name} needs {', '.join(missing)}, which the sandbox lacks; install it or"
-            f" leave out family {task.family!r}"
+            f"task {task.name} needs {', '.join(missing)} in {VERIFIER_PATH}, which the sandbox"
+            f" lacks; install it or leave out family {task.family!r}"
         )
     if task.setup:
         result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS)

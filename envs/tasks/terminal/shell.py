@@ -30,6 +30,11 @@ from envs.rock.sync import run
 MAX_COMMAND_BYTES = 32_768
 # For a synchronous reset, step or close, beyond the time that its command and verifier may take.
 CALL_TIMEOUT_SECONDS = 60.0
+SYSTEM = (
+    "You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a"
+    " new shell in the working directory. When the work is done, answer without a tool call; then"
+    " it is graded."
+)
 BASH_TOOL = {
     "type": "function",
     "function": {
@@ -54,6 +59,7 @@ class ShellEnv(Env):
     ends the episode.
     """
 
+    system = SYSTEM
     tools: ClassVar[list[dict[str, Any]]] = [BASH_TOOL]
     grading_seconds = 0.0  # time limit of `_verify`
     is_grading = False  # whether `_verify` runs: that is not the agent's time

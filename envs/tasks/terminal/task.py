@@ -117,8 +117,10 @@ class Draw:
 # -- Checks of the final state
 # -------------------------------------------------------------------------------------------------
 
-_PRELUDE = """\
-export PATH=/usr/bin:/bin LC_ALL=C
+VERIFIER_PATH = "/usr/bin:/bin"  # nothing that the agent could write to
+_PRELUDE = (
+    f"export PATH={VERIFIER_PATH} LC_ALL=C\n"
+    + """\
 fail() { echo 0; exit 0; }
 file() { [ -f "$1" ] && [ ! -L "$1" ] || fail; }
 holds() { file "$1"; [ "$(head -c 4096 -- "$1" | tr -d '\\000')" = "$2" ] || fail; }
@@ -126,6 +128,7 @@ gone() { [ ! -e "$1" ] && [ ! -L "$1" ] || fail; }
 folder() { [ -d "$1" ] && [ ! -L "$1" ] || fail; }
 mode() { file "$1"; [[ "$(stat -c %A -- "$1")" == $2 ]] || fail; }
 """
+)
 
 
 def holds(path: str, text: str) -> str:

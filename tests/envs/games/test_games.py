@@ -231,7 +231,8 @@ def test_the_forms_of_an_action():
         (format_tool_call("bash", {"command": "ls"}), "the tool is move(direction)"),
         (format_tool_call("move", {"direction": ["Up"]}), "the tool is move(direction)"),
         (format_tool_call("move", {"direction": "Up"}) * 2, "2 tool calls"),
-        ("<tool_call>{}", "no </tool_call>"),
+        (format_tool_call("move", {"direction": "Up"})[: -len("</tool_call>")], "no </tool_call>"),
+        ("<think>Up is right", "the turn ends within its thoughts"),
     ],
 )
 def test_a_wrong_tool_call_is_told_what_is_wrong(call, says):

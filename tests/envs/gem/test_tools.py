@@ -575,3 +575,11 @@ def test_mcp_tools_of_an_http_server():
 def test_calls_are_read_in_gems_form_and_in_qwens(text, call):
     found = _first_call(text)
     assert (found and found[0]) == call
+
+
+def test_a_malformed_call_of_a_server_is_told_and_is_no_answer():
+    pytest.importorskip("mcp")
+    found, failed, observation, _ = MCPTool("http://127.0.0.1:9/mcp").execute_action(
+        "<tool_call><tool_name>a</tool_name><arguments>{1}</arguments></tool_call>"
+    )
+    assert found and failed and "is not JSON" in observation

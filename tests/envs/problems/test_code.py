@@ -11,7 +11,7 @@ from envs.problems import LEVELS, CodeEnv
 from envs.problems import code as code_module
 from envs.problems.code import read_code, same
 from envs.problems.code_families import FAMILIES
-from envs.rock import SandboxConfig, SandboxError
+from envs.rock import Sandbox, SandboxConfig, SandboxError
 
 CONFIG = SandboxConfig(isolation="best_available")
 
@@ -133,6 +133,20 @@ def test_a_run_past_its_time_is_a_timeout_and_a_lost_sandbox_no_ones_failure(mon
     monkeypatch.setattr(code_module, "Sandbox", Lost)
     (outcome,) = submit_all([("inversions", "easy", 0, demonstrator)])
     assert outcome == (0.0, "infra_sandbox", "SandboxError: no sandbox")
+
+
+def test_a_sandbox_without_python_is_named_and_code_cannot_pretend_it(monkeypatch):
+    pretending = "```python\nimport os\nos.write(2, b'python3: not found')\nos._exit(127)\n```"
+    (outcome,) = submit_all([("inversions", "easy", 0, pretending)])
+    assert outcome[:2] == (0.0, "failure")
+
+    class WithoutPrograms(Sandbox):
+        async def execute(self, command, **options):
+            return await super().execute(f"PATH=/nowhere\n{command}", **options)
+
+    monkeypatch.setattr(code_module, "Sandbox", WithoutPrograms)
+    (outcome,) = submit_all([("inversions", "easy", 0, demonstrator)])
+    assert outcome[:2] == (0.0, "infra_verifier") and "need python3" in outcome[2]
 
 
 def test_a_value_counts_with_its_type():

@@ -328,6 +328,22 @@ def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypat
         load_files(str(tmp_path / "x.parquet"))
 
 
+def test_rows_that_cannot_be_used_are_left_out_by_name(tmp_path):
+    row = make(tmp_path).row
+    django = {**row, "instance_id": "django__django-1", "FAIL_TO_PASS": ["test_zero (a.Tests)"]}
+    lines = ["{", "[1]", json.dumps(django), json.dumps(row)]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    faults = []
+    (task,) = load_files(str(tmp_path / "mixed.jsonl"), faults)
+    assert task.name == row["instance_id"]
+    assert [fault.line for fault in faults] == [1, 2, 3]
+    reasons = [fault.message for fault in faults]
+    assert "not JSON" in reasons[0] and "is a list" in reasons[1] and "node id" in reasons[2]
+    (tmp_path / "broken.jsonl").write_text("{\n[1]\n")
+    with pytest.raises(TaskError, match=r"broken.jsonl:1: not JSON"):
+        load_files(str(tmp_path / "broken.jsonl"), [])
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.gem import parse_tool_calls
+from rome.agent.loop import Limits
 from rome.evals.endpoint import MAX_WAIT_SECONDS, Endpoint, action_of, retry_after
+from rome.evals.policy import Policy
 from rome.evals.tasks import load_tasks
 from tests.rome.evals.tasks import CONFIG, write_task
+from tests.rome.rollout.worlds import CHAT, ScriptedEngine
 
 KEY = "sk-very-secret"
 
@@ -98,6 +101,25 @@ def play(task, answers, **options):
             await runner.cleanup()
 
     return asyncio.run(session())
+
+
+@pytest.mark.parametrize("dataset", ["folder", "terminal:count:1", "games:frozen_lake:1"])
+def test_policy_and_endpoint_are_told_the_same(task, dataset):
+    if dataset != "folder":
+        (task,) = load_tasks(dataset)
+    answers = Answers(lambda: says("done"))
+    play(task, answers)
+    *system, opening = answers.bodies[0]["messages"]
+    engine = ScriptedEngine(["done"] * 100)
+    limits = Limits(max_context=4096, max_new_tokens=64)
+    policy = Policy(engine, CHAT, limits, CONFIG, tell_tools=True)
+    asyncio.run(policy.play(task, 0, seed=5))
+    told = CHAT.tokenizer.decode(engine.requests[0][0], skip_special=False)
+    for message in (*system, opening):
+        assert message["content"] in told
+    assert ("in a Linux shell" in told) is (dataset != "games:frozen_lake:1")
+    for tool in answers.bodies[0]["tools"]:
+        assert json.dumps(tool, ensure_ascii=False) in told
 
 
 def test_it_solves_a_task_by_tool_calls_and_what_it_cost_is_counted(task):

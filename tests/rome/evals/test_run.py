@@ -3,8 +3,9 @@
 import asyncio
 import json
 
-from rome.evals.agents import spoiled
-from rome.evals.run import Progress, describe_results, evaluate
+from envs.tasks.harbor import TaskError
+from rome.evals.agents import Outcome, spoiled
+from rome.evals.run import Progress, describe_left_out, describe_results, evaluate
 from tests.rome.evals.tasks import Played, terminal, won
 
 
@@ -45,3 +46,37 @@ def test_spoiled_attempts_are_in_no_metric(tmp_path):
     agent = Played(lambda *_: spoiled("infra_sandbox", "no room", permanent=True))
     results, _ = play(agent, tmp_path)
     assert results["pass_at_1"] is None and results["attempts_counted"] == 0
+
+
+def test_tasks_that_say_nothing_are_named_counted_and_left_out(tmp_path):
+    """One cannot be read, one not be played here; one was spoiled by chance and is no such task."""
+    unplayable, unlucky = sorted(task.name for task in terminal())[:2]
+
+    def end(task, attempt, tries):
+        if task == unplayable:
+            return spoiled("infra_verifier", "the tests need pandas", permanent=True)
+        if task == unlucky and attempt == 0:
+            return spoiled("infra_sandbox", "no room")
+        return won()
+
+    faults = [TaskError("tasks/new/task.toml", 1, "version 2.0 is not known")]
+    results, _ = play(Played(end), tmp_path, attempts=2, faults=faults)
+    assert results["left_out"] == [
+        {"task": "tasks/new/task.toml:1", "reason": "version 2.0 is not known"},
+        {"task": unplayable, "reason": "the tests need pandas"},
+    ]
+    assert results["counted"] == 3 and results["pass_at_1"] == 1.0
+    assert describe_results(results).endswith("; 2 tasks are left out")
+    assert describe_left_out(results["left_out"])[1] == (
+        f"left out: {unplayable}: the tests need pandas"
+    )
+    page = (tmp_path / "report.md").read_text()
+    assert "Left out: 2 tasks" in page and "the tests need pandas" in page
+
+
+def test_settings_that_were_not_honoured_are_said(tmp_path):
+    note = "environment.storage_mb = 10240, and the sandbox has 256"
+    results, _ = play(Played(lambda *_: Outcome(1.0, "success", notes=(note,))), tmp_path)
+    names = [task.name for task in terminal()]
+    assert results["approximated"] == [{"note": note, "tasks": names}]
+    assert "storage\\_mb" in (tmp_path / "report.md").read_text().replace("_", "\\_")

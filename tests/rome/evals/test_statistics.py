@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.evals.statistics import grouped, interval, is_counted, pass_at_k, summarise
+from rome.evals.statistics import (
+    clustered_error,
+    clustered_interval,
+    grouped,
+    interval,
+    is_counted,
+    pass_at_k,
+    summarise,
+)
 from rome.train.intervals import wilson
 
 
@@ -155,3 +163,90 @@ def test_groups_keep_their_spoiled_attempts_apart():
         and found["x"]["attempts_counted"] == 1
     )
     assert found["y"]["pass_at_1"] is None and found["y"]["interval"] is None
+
+
+# -- Families
+# -------------------------------------------------------------------------------------------------
+
+# success of the tasks of four families, unequally many
+FAMILIES = {"a": [1, 1, 1, 0], "b": [0, 0], "c": [1, 0, 0], "d": [1]}
+
+
+def flattened(families):
+    values = [float(value) for family in families.values() for value in family]
+    return values, [name for name, family in families.items() for _ in family]
+
+
+def test_the_clustered_error_is_the_sandwich_of_a_regression_on_a_constant():
+    values, clusters = flattened(FAMILIES)
+    ones = np.ones((len(values), 1))
+    bread = np.linalg.inv(ones.T @ ones)
+    residuals = np.asarray(values) - np.mean(values)
+    meat = np.zeros((1, 1))
+    for name in FAMILIES:
+        chosen = np.asarray(clusters) == name
+        score = ones[chosen].T @ residuals[chosen]
+        meat += np.outer(score, score)
+    variance = (4 / 3) * bread @ meat @ bread
+    assert clustered_error(values, clusters) == pytest.approx(np.sqrt(variance[0, 0]), rel=1e-12)
+
+
+def test_the_clustered_interval_in_numbers():
+    """By hand: the mean is 0.5, the clusters' sums of deviations are 1, -1, -0.5 and 0.5."""
+    values, clusters = flattened(FAMILIES)
+    error = np.sqrt(4 / 3 * 2.5) / 10
+    effective = 0.25 / error**2 * (1.959964 / 3.182446) ** 2  # t of 3 degrees of freedom
+    found = clustered_interval(values, clusters)
+    expected = wilson(0.5 * effective, effective)
+    assert (found["low"], found["high"]) == pytest.approx(expected, abs=1e-6)
+    assert found["method"] == "wilson over 4 families of tasks"
+
+
+def test_repeating_every_task_of_each_family_tells_no_more_of_families():
+    values, clusters = flattened({name: [sum(map(ord, name)) % 2] for name in "abcdefgh"})
+    often = clustered_interval(values * 20, clusters * 20)
+    once = clustered_interval(values, clusters)
+    assert (often["low"], often["high"]) == pytest.approx((once["low"], once["high"]))
+    assert interval(values * 20)["high"] - interval(values * 20)["low"] < 0.5 * (
+        often["high"] - often["low"]
+    )
+
+
+def test_clustered_intervals_hold_the_truth_as_often_as_they_say_and_others_do_not():
+    """16 families of 25 seeds: families differ in how hard they are, on average by half."""
+    generator = np.random.default_rng(0)
+    clusters = [f"f{family}" for family in range(16) for _ in range(25)]
+    held = {"clustered": 0, "tasks": 0}
+    for _ in range(300):
+        rates = generator.beta(1.0, 1.0, size=16)  # of mean 0.5
+        values = (generator.random((16, 25)) < rates[:, None]).astype(float).ravel().tolist()
+        for name, found in (
+            ("clustered", interval(values, clusters)),
+            ("tasks", interval(values)),
+        ):
+            held[name] += found["low"] <= 0.5 <= found["high"]
+    assert 0.92 <= held["clustered"] / 300 <= 0.985
+    assert held["tasks"] / 300 < 0.65
+
+
+def test_tasks_of_one_family_or_each_of_its_own_are_not_clustered():
+    values = [1.0, 0.0, 1.0]
+    assert interval(values, ["a", "b", "c"]) == interval(values) == interval(values, ["a"] * 3)
+
+
+def test_equal_families_are_not_taken_for_certainty():
+    values, clusters = flattened({"a": [1] * 50, "b": [1] * 50, "c": [1] * 50})
+    found = clustered_interval(values, clusters)
+    assert (found["low"], found["high"]) == wilson(3, 3)
+
+
+def test_the_summary_is_clustered_by_what_the_records_say():
+    records = [
+        record(f"{name}/{seed}", 0, float(value), cluster=name)
+        for name, family in FAMILIES.items()
+        for seed, value in enumerate(family)
+    ]
+    values, clusters = flattened(FAMILIES)
+    summary = summarise(records, 1)
+    assert summary["intervals"]["pass_at_1"] == clustered_interval(values, clusters)
+    assert summary["pass_at_1"] == 0.5

@@ -13,6 +13,7 @@ from envs.gem import make
 from envs.tasks.harbor import (
     EXAMPLES,
     BuildError,
+    HarborEnv,
     TaskError,
     load_task,
 )
@@ -289,3 +290,17 @@ def test_a_copied_repository_keeps_the_empty_folders_that_it_needs(harbor, run):
     )
     subprocess.run(make, shell=True, cwd=repository, check=True)
     assert run(play(folder, "true"))[0] == 1.0
+
+
+def test_limits_that_the_sandbox_does_not_give_are_said(harbor, run):
+    settings = 'version = "1.0"\n[environment]\nstorage_mb = 10240\nmemory_mb = 512\n'
+
+    async def notes():
+        env = HarborEnv(harbor({"task.toml": settings}), CONFIG)
+        try:
+            return (await env.areset())[1]["notes"]
+        finally:
+            await env.aclose()
+
+    said = [note for note in run(notes()) if "_mb" in note]
+    assert said == ["environment.storage_mb = 10240, and the sandbox has 256"]

@@ -1,5 +1,7 @@
 """Grading in real sandboxes: only a valid reward counts, and no agent can bring one about."""
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from envs.tasks.harbor import (
     RewardError,
 )
 from envs.tasks.harbor.grade import pick, read_rewards
-from tests.envs.tasks.harbor.conftest import CONFIG
+from tests.envs.tasks.harbor.conftest import CONFIG, PASSES
 from tests.envs.tasks.harbor.playing import play
 
 
@@ -32,41 +34,49 @@ def test_tests_come_only_when_the_agent_is_dead_and_the_solution_never(harbor, r
     assert run(play(folder, spy, "sleep 0.2; ls /tests /solution"))[0] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("script", "note"),
-    [
-        ("echo nan > /logs/verifier/reward.txt", "finite"),
-        ("echo inf > /logs/verifier/reward.txt", "finite"),
-        ("echo 1e9 > /logs/verifier/reward.txt", "from 0 to 1"),
-        ("echo yes > /logs/verifier/reward.txt", "not one number"),
-        ("true", "neither reward.txt nor reward.json"),
-        ("echo 1 > /app/one; ln -s /app/one /logs/verifier/reward.txt", "not a regular file"),
-        ("echo 1 > /app/one; ln /app/one /logs/verifier/reward.txt", "not a regular file"),
-        ("mkdir /logs/verifier/reward.json", "not a regular file"),
-        ("mkfifo /logs/verifier/reward.txt", "not a regular file"),
+NO_VALID_REWARDS = [
+    ("echo nan > /logs/verifier/reward.txt", "finite"),
+    ("echo inf > /logs/verifier/reward.txt", "finite"),
+    ("echo 1e9 > /logs/verifier/reward.txt", "from 0 to 1"),
+    ("echo yes > /logs/verifier/reward.txt", "not one number"),
+    ("true", "neither reward.txt nor reward.json"),
+    ("echo 1 > /app/one; ln -s /app/one /logs/verifier/reward.txt", "not a regular file"),
+    ("echo 1 > /app/one; ln /app/one /logs/verifier/reward.txt", "not a regular file"),
+    ("mkdir /logs/verifier/reward.json", "not a regular file"),
+    ("mkfifo /logs/verifier/reward.txt", "not a regular file"),
+    (
         (
-            (
-                "rm -rf /logs/verifier; mkdir /app/v; echo 1 > /app/v/reward.txt; ln -s /app/v"
-                " /logs/verifier"
-            ),
-            "not a regular file",
+            "rm -rf /logs/verifier; mkdir /app/v; echo 1 > /app/v/reward.txt; ln -s /app/v"
+            " /logs/verifier"
         ),
-        (
-            (
-                "echo 1 > /logs/verifier/reward.txt; echo '{\"reward\": 0}' >"
-                " /logs/verifier/reward.json"
-            ),
-            "reward.txt says 1 and reward.json says 0",
-        ),
-        ('echo \'{"a": 1, "b": 1}\' > /logs/verifier/reward.json', "none is named"),
-        ("echo 1 > /logs/verifier/reward.txt; kill -9 $$", "killed"),
-        ("echo 1 > /logs/verifier/reward.txt; kill -TERM $$; sleep 5", "killed"),
-        ("echo 1 > /logs/verifier/reward.txt; kill -9 -1", "killed"),
-    ],
-)
-def test_what_is_no_valid_reward_is_0_with_the_reason(harbor, run, script, note):
-    reward, info = run(play(harbor({"tests/test.sh": f"{script}\n"})))
-    assert reward == 0.0 and info["ending"] == "failure" and note in info["note"], info
+        "not a regular file",
+    ),
+    (
+        ("echo 1 > /logs/verifier/reward.txt; echo '{\"reward\": 0}' > /logs/verifier/reward.json"),
+        "reward.txt says 1 and reward.json says 0",
+    ),
+    ('echo \'{"a": 1, "b": 1}\' > /logs/verifier/reward.json', "none is named"),
+    ("echo 1 > /logs/verifier/reward.txt; kill -9 $$", "killed"),
+    ("echo 1 > /logs/verifier/reward.txt; kill -TERM $$; sleep 5", "killed"),
+    ("echo 1 > /logs/verifier/reward.txt; kill -9 -1", "killed"),
+]
+
+
+def test_what_is_no_valid_reward_is_0_with_the_reason(harbor, run):
+    """The agent made the tests do so: the reference solution has a verdict."""
+    folders = []
+    for number, (script, _) in enumerate(NO_VALID_REWARDS):
+        tests = (
+            f"if [ -f /app/out.txt ]; then echo 1 > /logs/verifier/reward.txt; else {script}; fi"
+        )
+        folders.append(harbor({"tests/test.sh": f"{tests}\n"}, name=f"task{number}"))
+
+    async def together():
+        return await asyncio.gather(*map(play, folders))
+
+    for (script, note), (reward, info) in zip(NO_VALID_REWARDS, run(together()), strict=True):
+        assert (reward, info["ending"]) == (0.0, "failure"), (script, info)
+        assert note in info["note"], (script, info)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ def test_tests_that_do_not_end_are_a_failure(harbor, run):
             harbor(
                 {
                     "task.toml": "[verifier]\ntimeout_sec = 0.5\n",
-                    "tests/test.sh": "echo 1 > /logs/verifier/reward.txt\nsleep 60\n",
+                    "tests/test.sh": f"{PASSES}[ -f /app/out.txt ] || sleep 60\n",
                 }
             )
         )

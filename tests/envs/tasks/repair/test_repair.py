@@ -345,3 +345,12 @@ def test_tasks_are_graded_in_the_landlock_tier_too(tasks):
         asyncio.run(oracle(tasks[0], weak)) == (1.0, "success")
         and asyncio.run(play(tasks[0], config=weak))[0] == 0.0
     )
+
+
+def test_a_package_that_cannot_be_used_is_left_out_by_name(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    faults = []
+    tasks = repair_tasks(["intervals", str(tmp_path / "nothing")], count=2, faults=faults)
+    assert [task.metadata["package"] for task in tasks] == ["intervals"]
+    (fault,) = faults
+    assert fault.file == tmp_path / "nothing"

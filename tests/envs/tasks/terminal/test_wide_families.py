@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import random
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from envs.tasks.terminal import (
     FAMILY_TABLE,
     HELD_OUT_FAMILIES,
     WIDE_FAMILIES,
+    checks,
     eval_seed,
     make_task,
 )
@@ -298,9 +300,35 @@ def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
         finally:
             await env.aclose()
 
-    with pytest.raises(MissingProgramsError, match=r"git_merge/3 needs git, which.*'git_merge'"):
+    needs_git = r"git_merge/3 needs git in /usr/bin:/bin, which.*'git_merge'"
+    with pytest.raises(MissingProgramsError, match=needs_git):
         asyncio.run(reset("git_merge"))
     assert asyncio.run(reset("pivot"))
+
+
+# what the checks of checks.py run beyond bash, coreutils, grep, sed and find
+PROGRAMS_OF_CHECKS = {
+    "archive": {"tar", "gzip"},
+    "archived": {"tar", "gzip"},
+    "json": {"python3"},
+    "ini": {"python3"},
+    **{name: {"git"} for name in ("committed", "uncommitted", "subjects", "parents", "head_is")},
+}
+
+
+@pytest.mark.parametrize("name", WIDE_FAMILIES)
+def test_a_family_declares_every_program_that_its_verifier_runs(name):
+    """One that is missing would make a check fail, and the agent's work count as wrong."""
+    task = make_task(name, 0)
+    body = task.verifier.partition(checks.PRELUDE)[2]
+    needed = set()
+    for check, programs in PROGRAMS_OF_CHECKS.items():
+        if re.search(rf"^{check} ", body, re.MULTILINE):
+            needed |= programs
+    for program in ("python3", "node", "make", "git"):
+        if re.search(rf"/usr/bin/{program}\b", body):
+            needed.add(program)
+    assert needed <= set(task.programs)
 
 
 @pytest.mark.parametrize(("domain", "difficulty"), [("games", 3), ("files", 0), ("files", 6)])

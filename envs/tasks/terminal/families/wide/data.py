@@ -214,7 +214,8 @@ def access_log(draw: Draw) -> TaskDraft:
     source = draw.word() + ".log"
     paths = draw.words(4)
     code = draw.number(500, 504)
-    counts = [5, 3, 2, 1]
+    most = draw.number(4, 9)
+    counts = [most, most - draw.number(1, 3), 2, 1]
     rows = [
         f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{path} HTTP/1.1" {code}'
         f" {draw.number(100, 999)}"
@@ -244,7 +245,7 @@ def access_log(draw: Draw) -> TaskDraft:
     return TaskDraft(
         instruction,
         {source: lines(*draw.shuffled(rows))},
-        [holds("out.txt", f"/{paths[0]} 5")],
+        [holds("out.txt", f"/{paths[0]} {most}")],
         demonstrator,
     )
 
@@ -316,16 +317,18 @@ def rejects(draw: Draw) -> TaskDraft:
 @wide_family("pivot", "data", 5, "python3")
 def pivot(draw: Draw) -> TaskDraft:
     products = sorted(draw.words(3))
-    months = ["2024-01", "2024-02", "2024-03"]
+    year = draw.number(2019, 2026)
+    first = draw.number(1, 10)
+    months = [f"{year}-{month:02d}" for month in range(first, first + 3)]
     cells = {(product, month): draw.number(0, 3) for product in products for month in months}
     rows = [
         f"{month}-{draw.number(1, 28):02d},{product}"
         for (product, month), count in cells.items()
         for _ in range(count)
     ]
-    rows += [f"2024-01-05,{product}" for product in products]  # every product occurs
-    for product in products:
-        cells[product, "2024-01"] += 1
+    for product in products:  # every product occurs
+        rows.append(f"{months[0]}-05,{product}")
+        cells[product, months[0]] += 1
 
     def demonstrator() -> Demonstration:
         yield "head -n 3 sales.csv"

@@ -58,15 +58,21 @@ def wrong_result(draw: Draw) -> TaskDraft:
     )
 
 
+def _named_files(draw: Draw, folder: str) -> tuple[dict[str, str], str]:
+    """Draw files with and without spaces in their names, and what count.sh prints of them."""
+    names = [f"{draw.word()} {draw.word()}.txt", *draw.names(draw.number(1, 3))]
+    files = {f"{folder}/{name}": lines(*draw.words(draw.number(1, 5))) for name in names}
+    rows = [f"{name} {files[f'{folder}/{name}'].count(chr(10))}" for name in sorted(names)]
+    return files, lines(*rows)
+
+
 @wide_family("shell_quotes", "debugging", 3, runs_agent_code=True)
 def shell_quotes(draw: Draw) -> TaskDraft:
+    """Draw a folder on which the script fails, and a hidden one on which it is judged."""
     folder = f"{draw.word()} {draw.word()}"
-    one = f"{draw.word()} {draw.word()}.txt"
-    plain = draw.names(1)[0]
-    files = {
-        f"{folder}/{one}": lines(*draw.words(draw.number(2, 4))),
-        f"{folder}/{plain}": lines(*draw.words(2)),
-    }
+    hidden = f"{draw.word()} {draw.word()}"
+    files, _ = _named_files(draw, folder)
+    hidden_files, answer = _named_files(draw, hidden)
     broken, fixed = (
         """\
 for file in {}; do
@@ -74,9 +80,6 @@ for file in {}; do
 done
 """.format(*names)
         for names in (("$(ls $1/*)", "$file", "$file"), ('"$1"/*', '"$file"', '"$file"'))
-    )
-    answer = lines(
-        *(f"{name} {files[f'{folder}/{name}'].count(chr(10))}" for name in sorted((one, plain)))
     )
 
     def demonstrator() -> Demonstration:
@@ -88,12 +91,12 @@ done
         "count.sh prints the name of each file in the folder that it is given, and how many lines"
         " it has. It fails where names have spaces. Mend it."
     )
-    return TaskDraft(
-        instruction,
-        {"count.sh": broken, **files},
-        [*unchanged(files), checks.prints(answer, "/bin/bash", "count.sh", folder)],
-        demonstrator,
-    )
+    found = [
+        *unchanged(files),
+        *checks.hidden_files(hidden_files),
+        checks.prints(answer, "/bin/bash", "count.sh", hidden),
+    ]
+    return TaskDraft(instruction, {"count.sh": broken, **files}, found, demonstrator)
 
 
 @wide_family("makefile", "debugging", 3, "make", runs_agent_code=True)

@@ -273,12 +273,10 @@ def git_merge(draw: Draw) -> TaskDraft:
 @wide_family("git_bisect", "debugging", 5, "git", "python3")
 def git_bisect(draw: Draw) -> TaskDraft:
     module = draw.word()
-    subjects = [
-        f"{verb} {draw.word()}"
-        for verb in ("add", "move", "tidy", "speed", "trim", "name", "sort", "fold")
-    ]
-    count = 8
-    bad = draw.number(2, 6)
+    verbs = ("add", "move", "tidy", "speed", "trim", "name", "sort", "fold")
+    count = 14
+    subjects = [f"{draw.choose(*verbs)} {draw.word()}" for _ in range(count)]
+    bad = draw.number(1, count - 2)
     factor = draw.number(2, 9)
     steps = []
     for index in range(count):

@@ -59,6 +59,23 @@ def _word(rng: random.Random) -> str:
     return "".join(rng.choice("abcdeilnorst") for _ in range(rng.randint(3, 7)))
 
 
+def _coins(rng: random.Random, count: int) -> list[bool]:
+    return [rng.random() < 0.5 for _ in range(count)]
+
+
+def _brackets(rng: random.Random, is_balanced: bool) -> str:
+    """Draw a text of three pairs of brackets, or one in which a closing one is of another kind."""
+    text = ""
+    for opening, closing in (rng.choice(("()", "[]", "{}")) for _ in range(3)):
+        inside = rng.randint(0, 1)
+        text = f"{opening}{text}{closing}" if inside else f"{text}{opening}{closing}"
+    if is_balanced:
+        return text
+    place = rng.choice([place for place, letter in enumerate(text) if letter in ")]}"])
+    other = rng.choice([letter for letter in ")]}" if letter != text[place]])
+    return text[:place] + other + text[place + 1 :]
+
+
 PROGRAMS = (
     Program(
         "running_max",
@@ -250,7 +267,7 @@ def balanced(text):
             ("[(])",),
             ("{(a)[b]}",),
             ("}",),
-            ("".join(rng.choice("()[]") for _ in range(4)),),
+            *((_brackets(rng, is_balanced),) for is_balanced in _coins(rng, 6)),
         ],
     ),
     Program(

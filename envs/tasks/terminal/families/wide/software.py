@@ -359,7 +359,8 @@ module.exports = {{ {name} }};
     module = draw.word()
     right, wrong = draw.rng.choice(bugs)
     found = []
-    for values in ([], [10, 9, 9, 2, 100, 11, 3, 4], [draw.number(1, 30) for _ in range(6)]):
+    drawn = [[draw.number(1, 30) for _ in range(draw.number(6, 12))] for _ in range(3)]
+    for values in ([], [10, 9, 9, 2, 100, 11, 3, 4], *drawn):
         code = f"console.log(JSON.stringify(require('./{module}.js').{name}({json.dumps(values)})))"
         found.append(
             checks.prints(

@@ -379,13 +379,21 @@ def port_conflict(draw: Draw) -> TaskDraft:
     )
 
 
+def _backup_folder(draw: Draw, root: str, plain: int) -> tuple[dict[str, str], str]:
+    """Draw the files of a folder and the name of its inner one, where a name has a space."""
+    inner = draw.word()
+    names = [*draw.names(plain), f"{inner}/{draw.word()} {draw.word()}.txt"]
+    return {f"{root}/{name}": lines(draw.word()) for name in names}, inner
+
+
 @wide_family("backup_script", "system", 4, runs_agent_code=True)
 def backup_script(draw: Draw) -> TaskDraft:
-    source, inner, target = draw.words(3)
-    files = {
-        f"{source}/{name}": lines(draw.word())
-        for name in [*draw.names(2), f"{inner}/{draw.word()} {draw.word()}.txt"]
-    }
+    """Draw a folder to try the script on, and a hidden one on which it is judged."""
+    source, hidden, target = draw.words(3)
+    counts = draw.rng.sample(range(1, 7), 2)
+    files, _ = _backup_folder(draw, source, counts[0])
+    hidden_files, inner = _backup_folder(draw, hidden, counts[1])
+    example = draw.number(8, 99)
 
     def demonstrator() -> Demonstration:
         yield f"find {source} -type f"
@@ -401,19 +409,22 @@ echo "$(find "$1" -type f | wc -l) files"
         )
         yield f"bash backup.sh {source} ${{TMPDIR:-/tmp}}/trial"
 
-    copied = {path.removeprefix(f"{source}/"): text for path, text in files.items()}
+    copied = {path.removeprefix(f"{hidden}/"): text for path, text in hidden_files.items()}
     found = [
         *unchanged(files),
         gone(target),
-        checks.prints("3 files", "/bin/bash", "backup.sh", source, target),
+        *checks.hidden_files(hidden_files),
+        checks.prints(f"{len(copied)} files", "/bin/bash", "backup.sh", hidden, target),
         folder(target),
         checks.tree(target, copied, [inner]),
         *(holds(f"{target}/{path}", text) for path, text in copied.items()),
+        *unchanged(hidden_files),
         "refuses /bin/bash backup.sh no-such-folder /tmp/none",
     ]
     instruction = (
         "Write backup.sh: `bash backup.sh FROM TO` copies all that is in the folder FROM into the"
-        " folder TO, which it makes, and prints how many files FROM has, for example `3 files`. It"
-        f" ends with an error where FROM is missing. Do not leave a folder {target} behind."
+        " folder TO, which it makes, and prints how many files FROM has, for example"
+        f" `{example} files`. It ends with an error where FROM is missing. Do not leave a folder"
+        f" {target} behind."
     )
     return TaskDraft(instruction, files, found, demonstrator)

@@ -40,7 +40,8 @@ def unique_field(draw: Draw) -> TaskDraft:
 def most_frequent(draw: Draw) -> TaskDraft:
     source = draw.input()
     words = draw.words(8)
-    counts = [7, 5, *(draw.number(1, 4) for _ in range(6))]
+    most = draw.number(5, 9)
+    counts = [most, most - draw.number(1, 2), *(draw.number(1, 3) for _ in range(6))]
     text = draw.shuffled(
         [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
     )
@@ -55,7 +56,7 @@ def most_frequent(draw: Draw) -> TaskDraft:
         " separated by a space, to out.txt."
     )
     return TaskDraft(
-        instruction, {source: lines(*rows)}, [holds("out.txt", f"{words[0]} 7")], demonstrator
+        instruction, {source: lines(*rows)}, [holds("out.txt", f"{words[0]} {most}")], demonstrator
     )
 
 
