@@ -181,9 +181,7 @@ class FromGymnasium(Env):
         reward = float(given_reward)
         truncated = truncated or (is_last_turn and not terminated)
         info = {**own_info, **info}
-        if terminated:  # gymnasium knows no success; a last reward above 0 is taken for one
-            info["ending"] = "success" if reward > 0 else "failure"
-        elif truncated:
+        if truncated and not terminated:  # gymnasium knows no success: the rewards say it
             info["ending"] = "truncated_turns"
         return self._text(observation), reward, bool(terminated), bool(truncated), info
 

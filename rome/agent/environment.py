@@ -24,6 +24,7 @@ from envs.gem.core import (
 from envs.rock import AgentFault, SandboxError
 from rome.data.trajectory import ENDINGS, STATUSES, is_success
 
+CANCEL_SECONDS = 10.0  # for a step that was cut off
 GRADING_MARGIN_SECONDS = 30.0  # beyond the limit of the environment's own verifier
 
 
@@ -247,8 +248,8 @@ def _describe(error: BaseException) -> str:
 
 
 async def _cancel(step: asyncio.Future[StepResult]) -> None:
-    """Cancel a step that still runs, and wait until it has ended."""
+    """Cancel a step that still runs, and give it some time to end."""
     if step.done():
         return
     step.cancel()
-    await asyncio.wait([step])
+    await asyncio.wait([step], timeout=CANCEL_SECONDS)

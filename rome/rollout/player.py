@@ -24,6 +24,7 @@ from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError, Stopped
 
+ATTEMPTS = 3  # at an episode that the infrastructure spoils
 POLL_SECONDS = 0.5  # between two calls of should_stop
 # Before an episode is played again; doubled each time, so that a fault of a moment may pass.
 RETRY_SECONDS = 0.5
@@ -49,7 +50,7 @@ class EpisodePlayer:
     limits: Limits
     concurrency: int
     should_stop: Callable[[], bool] = lambda: False
-    attempts: int = 3
+    attempts: int = ATTEMPTS
 
     async def play(
         self,

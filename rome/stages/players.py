@@ -16,6 +16,7 @@ from rome.data.trajectory import Trajectory, load_trajectory
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
 from rome.rollout.episode import RolloutError
+from rome.rollout.player import ATTEMPTS as EPISODE_ATTEMPTS
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.config import sandbox_config
@@ -78,7 +79,7 @@ class Players:
     def worst_seconds(self) -> float:
         """How long an episode may take at worst until it counts, its replacements included."""
         once = self.limits.worst_seconds(self.config.max_turns, TerminalEnv.grading_seconds)
-        return self.policy.attempts * once + PUBLISH_SECONDS
+        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS
 
     def make_env(self, task: str) -> TerminalEnv:
         """Return a new environment for one episode of a task."""

@@ -143,7 +143,8 @@ def test_frozen_lake_of_gymnasium_is_a_gem_environment():
     *_, info = env.step("Down")
     assert twin.step("Down")[4] == info and "ending" not in info
     assert "ending" not in env.step("Right")[4]
-    assert env.step("Right")[4]["ending"] == "success"
+    _, reward, terminated, _, info = env.step("Right")
+    assert terminated and reward == 1.0 and "ending" not in info
     env.close()
 
 

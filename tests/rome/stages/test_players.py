@@ -41,6 +41,13 @@ def no_waits(monkeypatch):
     monkeypatch.setattr(demonstrations, "play_demonstration", play)
 
 
+def test_how_long_an_episode_may_take_is_known_before_engines_are_started(tmp_path):
+    """A run that resumes restores its rollouts first."""
+    players = make(tmp_path, (), [])
+    del players._engines.pool
+    assert players.worst_seconds > 3 * players.config.engine.completion_seconds
+
+
 def evaluate(players, workdir):
     episodes = [Episode(task, 0, 0, seed=1) for task in TASKS]
     return [trajectory.task for trajectory in players.play_all(episodes, 1.0)]
