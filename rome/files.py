@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pathlib
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import BinaryIO, ParamSpec
+
+Arguments = ParamSpec("Arguments")
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -82,3 +86,18 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+async def to_thread_until_done(
+    write: Callable[Arguments, None], *args: Arguments.args, **options: Arguments.kwargs
+) -> None:
+    """Write in a thread; a task that is cancelled meanwhile ends when the file is written.
+
+    So nothing is written any more once the task is gone, and the file may be deleted or replaced.
+    """
+    writing = asyncio.ensure_future(asyncio.to_thread(write, *args, **options))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise

@@ -12,8 +12,9 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from envs.gem import ToolCallError, parse_tool_calls
 from envs.gem.core import Env, close_async
 from envs.rock import SandboxError
 from rome.agent.environment import (
@@ -261,6 +262,7 @@ async def _play(
             turn = await played.step(chunk.text)
         except OutOfTime as error:
             chunk.status = "timeout"
+            chunk.tool_call = _call_of(chunk.text)
             return await _judge(played, "timeout", str(error))
         chunk.observation = turn.observation
         chunk.status = turn.status
@@ -279,6 +281,15 @@ async def _judge(played: PlayedEnv, ending: str, note: str) -> _Result:
 
 def _result_of(played: PlayedEnv, turn: Turn) -> _Result:
     return _Result(played.reward, turn.ending, turn.note)
+
+
+def _call_of(text: str) -> dict[str, Any] | None:
+    """Return the call of a turn that the environment did not answer; None where it has none."""
+    try:
+        calls = parse_tool_calls(text)
+    except ToolCallError:
+        return None
+    return dataclasses.asdict(calls[0]) if calls else None
 
 
 def _to_chunk(

@@ -56,7 +56,7 @@ class TrajectoryFiles:
     def __getitem__(self, index: int) -> Trajectory:
         path = self.paths[index]
         try:
-            return load_trajectory(path)
+            return load_trajectory(path, routes=False)  # no likelihood replays them
         except ValueError as error:  # JSON errors are ValueErrors too
             raise ValueError(f"{path}: {error}") from error
 

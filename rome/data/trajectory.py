@@ -5,13 +5,20 @@ in order: prompt ids came from the environment (task, tool results, turn headers
 sampled by the policy, stop token included. Nothing is ever re-tokenised: these are the ids that the
 engine was given and gave back.
 
-On disk a trajectory is one JSON file in ATIF (agent trajectory interchange format); what ATIF has
-no field for goes into `extra`.
+On disk a trajectory is one JSON file in ATIF (agent trajectory interchange format, of Harbor); what
+ATIF has no field for goes into `extra`. Fields of ATIF mean what they mean there, so that its tools
+read the files: a step with `metrics` is one call of the model, `prompt_tokens` counts the whole
+prompt with its history, and `prompt_token_ids`, which would hold all of it again in every step, is
+left out. Each step's own prompt ids are in its `extra`.
+
+The routes of a trajectory, many times its other bytes, lie beside it in NAME.npz. It is written
+before NAME.json, which holds its hash.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -21,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from rome.data.routes import routes_from_json, routes_to_json
+from rome.data.routes import routes_from_npz, routes_to_npz
 from rome.files import write_atomically
 from rome.version import describe
 
@@ -55,6 +62,7 @@ _EXTRA = (
     "note",
     "success_reward",
 )
+_ROUTES = "routes"  # in `extra`: the hash of the file of routes
 REWARD_TOLERANCE = 1e-6  # of two rewards that count as equal: sums of steps are rounded
 
 
@@ -141,6 +149,7 @@ class Trajectory:
       seconds: wall-clock time of the episode.
       note: why an episode ended as infra_* or cancelled.
       success_reward: the reward from which on the task counts as solved.
+      model: name of the model that sampled the turns; "" where none did.
 
     Raises:
       ValueError: the ending is unknown or the reward is not finite.
@@ -158,6 +167,7 @@ class Trajectory:
     seconds: float = 0.0
     note: str = ""
     success_reward: float = 1.0
+    model: str = ""
 
     def __post_init__(self) -> None:
         if self.ending not in ENDINGS:
@@ -245,28 +255,37 @@ def rewards_differ(trajectories: Iterable[Trajectory]) -> bool:
 def to_atif(trajectory: Trajectory) -> dict[str, Any]:
     """Return the trajectory as an ATIF document.
 
-    `from_atif(to_atif(t))` equals t, logprobs bit for bit.
+    `from_atif(to_atif(t))` equals t without its routes, logprobs bit for bit.
     """
     steps: list[dict[str, Any]] = [
         {"step_id": 1, "source": "user", "message": trajectory.instruction}
     ]
+    history = 0  # tokens that the model has read or written before the step
     for number, chunk in enumerate(trajectory.chunks):
-        steps.append(_chunk_to_step(number, chunk))
+        steps.append(_chunk_to_step(number, chunk, history))
+        history += len(chunk.prompt_ids) + len(chunk.action_ids)
+    agent = {"name": "rome", "version": describe()}
+    if trajectory.model:
+        agent["model_name"] = trajectory.model
+    calls = [step["metrics"] for step in steps if "metrics" in step]
+    totals: dict[str, int] = {
+        f"total_{name}": sum(call[name] for call in calls)
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
+    }
     return {
         "schema_version": ATIF_VERSION,
         "session_id": f"{trajectory.task}/{trajectory.seed}",
-        "agent": {"name": "rome", "version": describe()},
+        "agent": agent,
         "steps": steps,
-        "final_metrics": {
-            "total_completion_tokens": trajectory.num_action_tokens,
-            "total_steps": len(steps),
-        },
+        "final_metrics": totals | {"total_steps": len(steps)},
         "extra": {name: getattr(trajectory, name) for name in _EXTRA},
     }
 
 
 def from_atif(document: dict[str, Any]) -> Trajectory:
-    """Read a document that `to_atif` wrote.
+    """Read a document that `to_atif` wrote, also where another program has written it again.
+
+    Such programs leave out fields that are null, or add those of ATIF that are missing as null.
 
     Raises:
       ValueError: the document is anything else; the message names the missing part.
@@ -275,28 +294,87 @@ def from_atif(document: dict[str, Any]) -> Trajectory:
         steps = [step for step in document["steps"] if step["source"] == "agent"]
         chunks = [_chunk_from_step(step) for step in steps]
         instruction = document["steps"][0]["message"]
-        return Trajectory(chunks=chunks, instruction=instruction, **document["extra"])
-    except (KeyError, TypeError, IndexError) as error:
+        extra = {name: value for name, value in document["extra"].items() if name != _ROUTES}
+        model = document["agent"].get("model_name") or ""
+        return Trajectory(chunks=chunks, instruction=instruction, model=model, **extra)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"not a trajectory of this project: {type(error).__name__} {error}"
         ) from error
 
 
 def save_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
-    """Write one ATIF file; it is on disk, whole, when this returns."""
-    write_atomically(path, json.dumps(to_atif(trajectory)))
+    """Write one ATIF file, and before it that of its routes; both are on disk when this returns.
+
+    Args:
+      trajectory: what to write. Where no chunk has routes, there is no file of them.
+      path: of the ATIF file, NAME.json.
+    """
+    document = to_atif(trajectory)
+    routes = {
+        number: chunk.routes
+        for number, chunk in enumerate(trajectory.chunks)
+        if chunk.routes is not None
+    }
+    if routes:
+        content = routes_to_npz(routes)
+        document["extra"][_ROUTES] = hashlib.sha256(content).hexdigest()
+        write_atomically(routes_path(path), content)
+    write_atomically(path, json.dumps(document))
 
 
-def load_trajectory(path: str | os.PathLike[str]) -> Trajectory:
-    """Read one ATIF file.
+def load_trajectory(path: str | os.PathLike[str], *, routes: bool = True) -> Trajectory:
+    """Read one ATIF file and the file of its routes.
+
+    Args:
+      path: of the ATIF file.
+      routes: False leaves out the routes: only the trainer replays them, and a run deletes those of
+        trajectories that no step trains on any more.
 
     Raises:
-      ValueError: the file is no JSON or no trajectory of this project.
+      ValueError: the file is no JSON or no trajectory of this project, or its routes are gone or
+        those of another trajectory.
     """
-    return from_atif(json.loads(pathlib.Path(path).read_text()))
+    document = json.loads(pathlib.Path(path).read_text())
+    trajectory = from_atif(document)
+    if routes and _ROUTES in document["extra"]:
+        _add_routes(trajectory, routes_path(path), document["extra"][_ROUTES])
+    return trajectory
 
 
-def _chunk_to_step(number: int, chunk: Chunk) -> dict[str, Any]:
+def routes_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the file of the routes of a trajectory's file."""
+    return pathlib.Path(path).with_suffix(".npz")
+
+
+def _add_routes(trajectory: Trajectory, path: pathlib.Path, digest: str) -> None:
+    """Give the chunks their routes.
+
+    Raises:
+      ValueError: the file is not the one that was written with the trajectory.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"its routes, {path}, are gone: a run keeps them until their step is trained and saved;"
+            " read the trajectory without them"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"its routes, {path}, are damaged, or those of another trajectory")
+    for number, routes_PLk in routes_from_npz(content).items():
+        chunk = trajectory.chunks[number]
+        trajectory.chunks[number] = dataclasses.replace(chunk, routes=routes_PLk)
+
+
+def _chunk_to_step(number: int, chunk: Chunk, history: int) -> dict[str, Any]:
+    """Return the step of a chunk.
+
+    Args:
+      number: of the chunk.
+      chunk: what to write.
+      history: tokens of the chunks before it.
+    """
     step: dict[str, Any] = {"step_id": number + 2, "source": "agent", "message": chunk.text}
     if chunk.tool_call is not None:
         call_id = f"call_{number}"
@@ -310,15 +388,15 @@ def _chunk_to_step(number: int, chunk: Chunk) -> dict[str, Any]:
         step["observation"] = {"results": [result]}
     elif chunk.observation:
         step["observation"] = {"results": [{"content": chunk.observation}]}
-    step["metrics"] = {
-        "prompt_tokens": len(chunk.prompt_ids),
-        "completion_tokens": len(chunk.action_ids),
+    if chunk.kind == "context":  # no reader of the file should learn from it either
+        step["is_copied_context"] = True
+    sampled = {
         "cached_tokens": chunk.cached_tokens,
-        "prompt_token_ids": list(map(int, chunk.prompt_ids)),
         "completion_token_ids": list(map(int, chunk.action_ids)),
         "logprobs": list(map(float, chunk.logprobs)),
     }
     step["extra"] = {
+        "prompt_token_ids": list(map(int, chunk.prompt_ids)),  # since the step before
         "status": chunk.status,
         "kind": chunk.kind,
         "versions": [list(span) for span in chunk.versions],
@@ -326,28 +404,34 @@ def _chunk_to_step(number: int, chunk: Chunk) -> dict[str, Any]:
         "network_denials": chunk.network_denials,
         "exit_code": chunk.exit_code,
     }
-    if chunk.routes is not None:
-        step["extra"]["routes"] = routes_to_json(chunk.routes)
+    if chunk.versions:
+        step["llm_call_count"] = 1
+        step["metrics"] = sampled | {
+            "prompt_tokens": history + len(chunk.prompt_ids),
+            "completion_tokens": len(chunk.action_ids),
+        }
+    else:  # a demonstrator's turn, or a replayed one: ATIF has no metrics where no model was called
+        step["llm_call_count"] = 0
+        step["extra"] |= sampled
     return step
 
 
 def _chunk_from_step(step: dict[str, Any]) -> Chunk:
-    results = step.get("observation", {}).get("results", [])
-    metrics = step["metrics"]
+    observation = step.get("observation") or {"results": []}
+    results = observation["results"]
     extra = step["extra"]
-    routes = routes_from_json(extra["routes"]) if "routes" in extra else None
+    sampled = step.get("metrics") or extra
     return Chunk(
-        prompt_ids=metrics["prompt_token_ids"],
-        action_ids=metrics["completion_token_ids"],
-        logprobs=metrics["logprobs"],
+        prompt_ids=extra["prompt_token_ids"],
+        action_ids=sampled["completion_token_ids"],
+        logprobs=sampled["logprobs"],
         versions=[tuple(span) for span in extra["versions"]],
         text=step["message"],
-        tool_call=extra["tool_call"],
+        tool_call=extra.get("tool_call"),
         observation=results[0]["content"] if results else "",
         status=extra["status"],
         kind=extra["kind"],
-        cached_tokens=metrics["cached_tokens"],
+        cached_tokens=sampled["cached_tokens"],
         network_denials=extra["network_denials"],
-        exit_code=extra.get("exit_code"),  # older files have none
-        routes=routes,
+        exit_code=extra.get("exit_code"),
     )

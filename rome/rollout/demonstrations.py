@@ -18,6 +18,7 @@ from envs.rock import SandboxError
 from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
+from rome.files import to_thread_until_done
 from rome.model.tokenizer import Chat
 from rome.rollout.episode import RolloutError, SpoiledTaskError
 
@@ -77,7 +78,7 @@ async def collect_demonstrations(
     async def collect_one(number: int, task: str) -> Trajectory | None:
         path = record(number)
         if path.exists():
-            kept = load_trajectory(path)
+            kept = await asyncio.to_thread(load_trajectory, path)
             if kept.task == task:  # a resumed run may show other tasks when it repeats a step
                 return kept
         async with places:
@@ -91,7 +92,7 @@ async def collect_demonstrations(
                 on_spoiled(fault)
                 return None
         trajectory.group = first_group + number
-        save_trajectory(trajectory, path)
+        await to_thread_until_done(save_trajectory, trajectory, path)
         return trajectory
 
     played = await asyncio.gather(*(collect_one(*numbered) for numbered in tasks.items()))
@@ -168,6 +169,7 @@ async def demonstrate(
                 observation=turn.observation,
                 status=turn.status,
                 exit_code=turn.exit_code,
+                tool_call=turn.tool_call,
                 kind="context" if turn.is_mistake or turn.status != "ok" else "imitation",
             )
         )

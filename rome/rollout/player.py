@@ -19,6 +19,7 @@ from envs.gem.core import Env
 from rome.agent.loop import Generator, Limits, run_episode
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
+from rome.files import to_thread_until_done
 from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
@@ -42,6 +43,7 @@ class EpisodePlayer:
       concurrency: episodes that `play` runs at once.
       should_stop: polled by `play`; True cancels what runs and raises Stopped.
       attempts: how often an episode is played in all if infrastructure keeps spoiling it.
+      model: name of the model that the engine serves, for the files of trajectories.
     """
 
     engine: Generator
@@ -51,6 +53,7 @@ class EpisodePlayer:
     concurrency: int
     should_stop: Callable[[], bool] = lambda: False
     attempts: int = ATTEMPTS
+    model: str = ""
 
     async def play(
         self,
@@ -152,17 +155,20 @@ class EpisodePlayer:
           RolloutError: it was, and its last attempt by the engines, which says nothing about the
             task.
         """
-        kept = _load_finished(path, episode) if path is not None else None
-        if kept is not None:
-            return kept
+        # Files are read and written in threads: the loop times the commands of all episodes.
+        if path is not None:
+            kept = await asyncio.to_thread(_load_finished, path, episode, routes)
+            if kept is not None:
+                return kept
         for attempt in range(self.attempts):
             if attempt:
                 accounting.begin()
                 await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             trajectory = await self._play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
+                trajectory.model = self.model
                 if path is not None:
-                    save_trajectory(trajectory, path)
+                    await to_thread_until_done(save_trajectory, trajectory, path)
                 return trajectory
             if attempt + 1 < self.attempts:
                 accounting.drop(trajectory.ending)
@@ -216,7 +222,7 @@ class EpisodePlayer:
         return self.make_env(episode.task)
 
 
-def _load_finished(path: pathlib.Path, episode: Episode) -> Trajectory | None:
+def _load_finished(path: pathlib.Path, episode: Episode, routes: bool) -> Trajectory | None:
     """Load the episode's trajectory; None if it must be played.
 
     Which task comes next depends on what finished when. A resumed run may therefore give the file
@@ -225,7 +231,7 @@ def _load_finished(path: pathlib.Path, episode: Episode) -> Trajectory | None:
     if not path.exists():
         return None
     try:
-        trajectory = load_trajectory(path)
+        trajectory = load_trajectory(path, routes=routes)
     except ValueError as error:  # a power failure cut the file off
         logging.warning("%s cannot be read, so its episode is played again: %s", path, error)
         return None

@@ -84,7 +84,9 @@ def show_solutions(
     for group in groups:
         if not group.source:
             continue
-        imitated = fork_imitation(load_trajectory(files / group.source), group.members)
+        imitated = fork_imitation(
+            load_trajectory(files / group.source, routes=False), group.members
+        )
         if imitated is None:
             continue
         number = len(unsolved) + forks

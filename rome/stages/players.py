@@ -61,6 +61,7 @@ class Players:
             self.limits,
             config.concurrency,
             self._team.wants_to_stop,
+            model=config.model,
         )
 
     @property

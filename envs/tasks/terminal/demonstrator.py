@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from typing import Any
 
 from envs.gem import format_tool_call
 from envs.tasks.terminal.env import TerminalEnv
@@ -38,7 +39,8 @@ _COMPOUND = re.compile(r"[|;\n]|<<|\$\((?!\()")
 class DemonstrationTurn:
     """One turn of a demonstration: the text, the observation and the environment's status.
 
-    `is_mistake` marks the deliberate mistake; `exit_code` is of its command.
+    `is_mistake` marks the deliberate mistake; `exit_code` is of its command, and `tool_call` its
+    call, {"name", "arguments"}.
     """
 
     text: str
@@ -46,6 +48,7 @@ class DemonstrationTurn:
     status: str
     exit_code: int | None = None
     is_mistake: bool = False
+    tool_call: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +108,11 @@ async def play_demonstration(
 
     async def take_turn(text: str, is_mistake: bool = False) -> tuple[str, float, bool, str]:
         observation, reward, terminated, truncated, info = await env.astep(text)
+        tool_call = None
+        if info["use_tool"]:
+            tool_call = {"name": info["tool_type"], "arguments": info["tool_arguments"]}
         turn = DemonstrationTurn(
-            text, observation, info["status"], info.get("exit_code"), is_mistake
+            text, observation, info["status"], info.get("exit_code"), is_mistake, tool_call
         )
         turns.append(turn)
         return observation, reward, terminated or truncated, info.get("ending", "")

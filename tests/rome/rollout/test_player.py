@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -57,6 +58,59 @@ def test_a_finished_trajectory_is_on_disk_and_is_not_played_again(tmp_path):
     assert second[:5] == first
     assert len(engine.requests) - asked == 2 * 7
     assert accounting.started == accounting.in_flight == 12
+
+
+def test_the_loop_goes_on_while_files_are_written_and_read(tmp_path, monkeypatch):
+    """It times the commands of all other episodes. The model's name is in the file."""
+    in_loop = []
+
+    def noted(function):
+        def call(*args, **options):
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()
+                in_loop.append(function.__name__)
+            return function(*args, **options)
+
+        return call
+
+    for name in ("save_trajectory", "load_trajectory"):
+        monkeypatch.setattr(player, name, noted(getattr(player, name)))
+    for _ in range(2):
+        played = play(
+            make(model="tiny"), EPISODES[:2], record=lambda e: tmp_path / f"{e.seed}.json"
+        )
+        assert [trajectory.model for trajectory in played] == ["tiny", "tiny"]
+    assert len(list(tmp_path.iterdir())) == 2 and not in_loop
+
+
+def test_an_episode_that_is_cancelled_while_its_file_is_written_ends_after_that(
+    tmp_path, monkeypatch
+):
+    writing, goes_on = threading.Event(), threading.Event()
+    save = player.save_trajectory
+
+    def slow_save(trajectory, path):
+        writing.set()
+        goes_on.wait(10)
+        save(trajectory, path)
+
+    monkeypatch.setattr(player, "save_trajectory", slow_save)
+
+    async def cancel():
+        path = tmp_path / "a.json"
+        task = asyncio.create_task(
+            make().play_one(EPISODES[0], temperature=1.0, accounting=Accounting(), path=path)
+        )
+        await asyncio.to_thread(writing.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert path.exists()
+
+    asyncio.run(cancel())
 
 
 def test_an_infrastructure_fault_is_replaced_with_another_seed_and_counted():

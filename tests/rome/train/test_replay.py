@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rome.data.packing import microbatches, pack
-from rome.data.trajectory import from_atif, to_atif
+from rome.data.trajectory import load_trajectory, save_trajectory
 from rome.losses import count_denominators
 from rome.train.replay import count_replayed
 from tests.rome.model.small import random_params
@@ -30,7 +30,12 @@ def trajectories(params, tmp_path_factory):
             chunk.routes is None for chunk in play(server, CONFIG, 1, routes=False)[0].chunks
         )
     assert min(len(trajectory.chunks) for trajectory in made) >= 3
-    return [from_atif(to_atif(trajectory)) for trajectory in made]
+    path = tmp_path_factory.mktemp("trajectories") / "made.json"
+    read = []
+    for trajectory in made:  # as a run has them: from their files
+        save_trajectory(trajectory, path)
+        read.append(load_trajectory(path))
+    return read
 
 
 @pytest.fixture(scope="module")
