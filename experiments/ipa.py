@@ -92,6 +92,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_temperature = 1.0
     config.checkpoint_every = 10
     config.checkpoints_kept = 2
+    # newest steps whose trajectories stay once no checkpoint needs them; 0: those of all steps
+    config.keep_trajectories = 0
 
     config.rollout = _rollout()
     config.engine = common.engine()

@@ -44,6 +44,22 @@ class Journal:
             for number, _ in groups
         }
 
+    def first_left(self, step: int) -> int:
+        """Return the lowest number of a group that no step before this one has taken.
+
+        All groups below it were taken; every group is, by one step.
+        """
+        taken = {
+            number
+            for recorded, groups in self._groups.items()
+            if recorded < step
+            for number, _ in groups
+        }
+        number = 0
+        while number in taken:
+            number += 1
+        return number
+
     def episodes(self, group: Group) -> list[int] | None:
         """Return the episodes that were taken of a group; None if the group is not recorded.
 

@@ -150,6 +150,7 @@ class RolloutScheduler:
         self._replaced: list[Group] = []  # groups without spread, since the last step took its own
 
         self._playing: dict[asyncio.Task, tuple[Group, int]] = {}  # cancelled ones until they end
+        self._stale: set[asyncio.Task] = set()  # those of them whose episodes are played again
         self._closing_forks: set[asyncio.Task] = set()
         self._changed = asyncio.Event()  # a step that waits should look again
         self._failure: BaseException | None = None
@@ -220,6 +221,13 @@ class RolloutScheduler:
                 f"{finished + running} episodes are in flight, and the sample accounting says"
                 f" {self.accounting}"
             )
+
+    def first_wave_left(self, step: int) -> int:
+        """Return the first wave of which a group was not taken by any step before this one.
+
+        A run that resumes at this step plays no episode of an earlier wave, nor reads its files.
+        """
+        return self._journal.first_left(step) // self.rules.groups_per_step
 
     async def close(self) -> None:
         """Cancel the episodes in play and wait until their sandboxes are gone.
@@ -326,7 +334,10 @@ class RolloutScheduler:
         task.add_done_callback(self._on_task_end)  # called also if it is cancelled before it runs
 
     def _on_task_end(self, task: asyncio.Task) -> None:
-        del self._playing[task]
+        group, number = self._playing.pop(task)
+        if task in self._stale:
+            self._stale.remove(task)
+            self._play_again(group, number)
         self._ended_at = asyncio.get_running_loop().time()
         self._start_pending()
 
@@ -384,9 +395,12 @@ class RolloutScheduler:
     def _replay(self, group: Group, number: int) -> None:
         """Drop a sample that is too old, and its file, and play the episode again."""
         self.accounting.drop("stale")
+        group.versions.pop(number, None)
+        self._play_again(group, number)
+
+    def _play_again(self, group: Group, number: int) -> None:
         self._forget(self.episode(group, number))
         group.retries[number] += 1
-        group.versions.pop(number, None)
         self._pending.push(group, number)
 
     def _drop_stale(self) -> None:
@@ -396,10 +410,15 @@ class RolloutScheduler:
             stale = [number for number, version in versions if self._is_too_old(version)]
             for number in stale:
                 task = group.running.pop(number, None)
-                if task is not None:
-                    task.cancel()
                 group.finished.pop(number, None)
-                self._replay(group, number)
+                if task is None:
+                    self._replay(group, number)
+                    continue
+                # It may be writing its file, which is deleted when the task is gone.
+                self.accounting.drop("stale")
+                group.versions.pop(number)
+                self._stale.add(task)
+                task.cancel()
             if stale and group.closed:
                 group.closed = False
                 self._complete.remove(group.number)

@@ -3,7 +3,8 @@
 Process 0 plays. The others are told which files of the workdir the step is made of, and pack the
 same rows. WORKDIR/steps.jsonl records the groups that each step took. WORKDIR/trajectories/ holds
 the sampled episodes, NAME_WAVE_gGROUP_eEPISODE.json, and those that were imitated
-(rome/stages/imitation.py).
+(rome/stages/imitation.py). Once no checkpoint goes back to a step, the routes of its episodes are
+deleted, and after `keep_trajectories` further steps the episodes (rome/stages/prune.py).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rome.rollout.scheduler import RolloutScheduler, Rules
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players, load_when_visible
+from rome.stages.prune import Pruner, sources_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
@@ -84,6 +86,7 @@ class Collector:
         self._evaluations = 0
         self._is_evaluating = False
         self._evaluations_at_take = 0
+        self._pruner = Pruner(self.files, config.experiment, config.keep_trajectories)
         self._untimed: set[str] = set()  # names of episodes whose sampling speed is not this step's
 
     @functools.cached_property
@@ -168,6 +171,17 @@ class Collector:
             wait_for_episodes(self.rollouts.check(), CONTROL_SECONDS, "the check of the accounts")
         return StepData(batches, count_denominators(batches), shared["metrics"])
 
+    def prune(self, step: int, oldest_checkpoint: int) -> None:
+        """Delete what neither training nor a run resumed from any checkpoint reads again.
+
+        Args:
+          step: the step that is about to be collected.
+          oldest_checkpoint: the earliest step at which the run can resume.
+        """
+        if self._team.leads:
+            sources = sources_of(self._current_state())
+            self._pruner.prune(step, oldest_checkpoint, sources, self.rollouts.first_wave_left)
+
     @contextlib.contextmanager
     def beside_evaluation(self) -> Iterator[None]:
         """Mark the episodes that run meanwhile: an evaluation shares the engines with them.
@@ -198,6 +212,7 @@ class Collector:
         self.accounting = Accounting.from_json(document["accounting"])
         self.curriculum = Curriculum(FAMILIES, document["success_rates"])
         self.anchors.load(document["anchors"])
+        self._pruner.set_state(document.get("sources", {}))
         if self._team.leads:
             self.rollouts.set_state(document["rollouts"], self._plan_of_entry)
 
@@ -217,6 +232,7 @@ class Collector:
             "accounting": rollouts.pop("accounting"),
             "success_rates": dict(self.curriculum.rates),
             "anchors": self.anchors.to_json(),
+            "sources": self._pruner.get_state(),
             "rollouts": rollouts,
         }
 
@@ -279,7 +295,7 @@ class Collector:
         """Plan a group of a task whose episodes start after so many chunks of a source."""
         if not source:
             return GroupPlan(task)
-        chunks = load_trajectory(self.files / source).chunks
+        chunks = load_trajectory(self.files / source, routes=False).chunks
         prefixes = tuple(tuple(chunks[:anchor]) for anchor in anchors)
         forks = Forks(functools.partial(self._players.make_env, task), prefixes)
         return GroupPlan(task, prefixes, source, forks)

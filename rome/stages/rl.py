@@ -55,6 +55,9 @@ class RLStage(TrainingStage):
         self.engines.start(state)
 
     def collect(self, step: int, state: TrainState) -> StepData:
+        oldest = self.checkpoints.oldest_on_disk()
+        if oldest is not None:
+            self.collector.prune(step, oldest)
         data = self.collector.collect(step, state)
         data.metrics |= self._publication
         return data

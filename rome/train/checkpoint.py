@@ -43,6 +43,14 @@ class Checkpoints:
         """Return the steps of all checkpoints that exist."""
         return list(self._manager.all_steps())
 
+    def oldest_on_disk(self) -> int | None:
+        """Return the step of the oldest checkpoint that is whole; None where there is none.
+
+        `steps` also counts the one that is being written.
+        """
+        names = (path.name for path in self.directory.iterdir())
+        return min((int(name) for name in names if name.isdigit()), default=None)
+
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Start to write a checkpoint; return once the device arrays may be reused.
 

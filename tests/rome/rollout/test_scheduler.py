@@ -335,3 +335,19 @@ def test_forks_of_siblings_are_closed_with_the_last_of_them():
 
     run(main())
     assert seen == [0, 0, 0, 1]
+
+
+def test_a_stale_sample_that_is_written_while_it_is_cancelled_is_not_taken_up_again():
+    """An episode may be cancelled while its file is written; it is deleted after that."""
+    rules = Rules(4, 1, 8, 12, async_ratio=1, stale_samples="drop")
+    apart, meanwhile = (
+        play_all(rules, saves_cancelled=saves, length=one_in_three_is_slow)
+        for saves in (False, True)
+    )
+    assert apart.accounting.dropped["stale"] > 0
+    assert apart.accounting.to_json() == meanwhile.accounting.to_json()
+    assert names(apart.steps) == names(meanwhile.steps)
+
+
+def one_in_three_is_slow(episode):
+    return 9.0 if episode.seed % 3 == 0 else 0.5
