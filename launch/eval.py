@@ -4,7 +4,7 @@ python -m launch.eval --dataset harbor --agent oracle --out OUT
 python -m launch.eval --dataset terminal:wide:1000 --agent policy --checkpoint runs/X/final \
     --attempts 4 --out OUT
 python -m launch.eval --dataset worlds:shop,gui:200 --agent oracle --out OUT
-    # also problems, games, bfcl:FILE, tau2:FOLDER
+    # also problems, games, bfcl:FILE
 python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 \
     --model NAME --out OUT                              # key: $OPENAI_API_KEY
 python -m launch.eval --dataset repair::100 --validate --out OUT
@@ -48,7 +48,7 @@ _DATASET = flags.DEFINE_string(
     "A folder of Harbor or Terminal-Bench tasks; a registry (FILE.json[:NAME[@VERSION]]); a"
     " .parquet, .jsonl or .json file of SWE-bench instances or of archived tasks; harbor,"
     " harbor/TASK, terminal[:FAMILIES[:N]], repair[:PACKAGES[:N]], worlds[:NAMES[:N]],"
-    " problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE or tau2:FOLDER.",
+    " problems[:NAMES[:N]], games[:NAMES[:N]] or bfcl:FILE.",
     required=True,
 )
 _FETCH = flags.DEFINE_bool(

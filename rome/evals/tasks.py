@@ -3,8 +3,8 @@
 load_tasks("envs/tasks/harbor/examples")  a folder of Harbor or Terminal-Bench 1 tasks, or one task
 load_tasks("harbor")                      the examples of this repository; also "harbor/word-report"
 load_tasks("terminal:wide:1000")          1,000 generated instances, spread evenly over the families
-load_tasks("worlds:shop:100")             tool-use worlds; also problems, games, bfcl:FILE and
-                                          tau2:FOLDER, see worlds.py
+load_tasks("worlds:shop:100")             tool-use worlds; also problems, games and bfcl:FILE,
+                                          see worlds.py
 load_tasks("repair::100")                 100 packages with a bug each; "repair:csvlite,DIR:100"
                                           names the packages
 load_tasks("registry.json:NAME@VERSION")  everything that envs.tasks.datasets reads: registries,
@@ -148,7 +148,7 @@ def load_tasks(
             f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known"
             " by name. Names: harbor, harbor/TASK, terminal[:FAMILIES[:N]] with FAMILIES one of"
             f" {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]],"
-            " worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER"
+            " worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE"
         )
     return [_of_harbor(task, images, build_egress) for task in load_files(name, faults, fetch)]
 
