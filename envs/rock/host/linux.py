@@ -42,6 +42,8 @@ PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 # System calls from 424 on have the same number on every architecture.
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
 SYS_OPENAT2 = 437
 SYS_MOUNT_SETATTR = 442
 SYS_LANDLOCK_CREATE = 444
@@ -53,6 +55,8 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_BENEATH = 0x08
 AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 4
 MNT_DETACH = 2
 SECCOMP_MODE_FILTER = 2
 WAIT_ALL = 0x40000000  # __WALL: also children that end without SIGCHLD
@@ -109,6 +113,32 @@ def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
         ctypes.byref(attributes),
         ctypes.sizeof(attributes),
     )
+
+
+def clone_mount(path: str) -> int:
+    """Return a descriptor of a copy of the mount at `path`, which `attach_mount` puts somewhere.
+
+    It may be put into another mount namespace, where `path` itself leads elsewhere.
+    """
+    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+    name = ctypes.c_char_p(os.fsencode(path))
+    return syscall(f"open_tree {path}", SYS_OPEN_TREE, AT_FDCWD, name, flags)
+
+
+def attach_mount(descriptor: int, path: str) -> None:
+    """Put a mount of `clone_mount` at `path` and close its descriptor."""
+    source = ctypes.c_char_p(b"")
+    target = ctypes.c_char_p(os.fsencode(path))
+    syscall(
+        f"move_mount {path}",
+        SYS_MOVE_MOUNT,
+        descriptor,
+        source,
+        AT_FDCWD,
+        target,
+        MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    os.close(descriptor)
 
 
 def pivot_root(new: str, old: str) -> None:
