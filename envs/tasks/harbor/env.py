@@ -19,13 +19,15 @@ from typing import Any
 from envs.gem import Info, StepResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxFileError
 from envs.rock.sync import run
-from envs.tasks.harbor import offline
+from envs.tasks.harbor import toolchain
 from envs.tasks.harbor.build_cache import start_built
 from envs.tasks.harbor.containers import build_image, enter
-from envs.tasks.harbor.environment import Built, egress_of
+from envs.tasks.harbor.environment import Built, egress_of, execution
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
+from envs.tasks.harbor.installs import needs_of
 from envs.tasks.harbor.load import line_of, load_task
+from envs.tasks.harbor.preflight import refuse_tests_without_tools
 from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import Files, HarborTask, Healthcheck, Step
 from envs.tasks.terminal.shell import ShellEnv
@@ -49,6 +51,7 @@ class HarborEnv(ShellEnv):
         *,
         images: Mapping[str, tuple[str, ...]] | None = None,
         build_egress: tuple[str, ...] | None = None,
+        verifier_egress: tuple[str, ...] = (),
         seed: int = 0,
         max_turns: int = 40,
         command_timeout: float = 60.0,
@@ -63,7 +66,9 @@ class HarborEnv(ShellEnv):
           images: see `build`.
           build_egress: the hosts that build steps may reach, in the form of SandboxConfig.egress;
             () for none. None: in containers the whole network, as in Harbor, elsewhere what the
-            task may reach. The agent and the tests never reach more than the task grants.
+            task may reach. The agent never reaches more than the task grants.
+          verifier_egress: hosts that the tests may reach besides, to install what they need
+            themselves. They run in a copy of the agent's sandbox then.
           seed: ignored; GEM's vectors pass one.
           max_turns: the turns of each step.
           command_timeout: seconds for one command.
@@ -77,6 +82,7 @@ class HarborEnv(ShellEnv):
             "sandbox_config": sandbox_config,
             "images": images,
             "build_egress": build_egress,
+            "verifier_egress": verifier_egress,
             "seed": seed,
             "max_turns": max_turns,
             "command_timeout": command_timeout,
@@ -85,6 +91,7 @@ class HarborEnv(ShellEnv):
         }
         self._images = images
         self._build_egress = build_egress
+        self._verifier_egress = verifier_egress
         self.built: Built | None = None
 
     @property
@@ -156,9 +163,12 @@ class HarborEnv(ShellEnv):
             self._sandbox = Sandbox(dataclasses.replace(config, image=image))
             await self._sandbox.start()
             self.built = await enter(self._sandbox, self.task)
+            self.built.notes += await refuse_tests_without_tools(
+                self._sandbox, self.task, self.built, self._real_installs
+            )
         else:
             self._sandbox, self.built = await start_built(
-                self.task, config, self._images, self._build_egress
+                self.task, config, self._images, self._build_egress, self._verifier_egress
             )
 
     async def asolve(self) -> StepResult:
@@ -197,8 +207,9 @@ class HarborEnv(ShellEnv):
         )
 
     async def _run_setup(self, step: Step) -> None:
+        command = f"chmod +x setup.sh && {execution('./setup.sh', step.setup['setup.sh'][0])}"
         result = await self._sandbox.execute(
-            self.built.command("bash setup.sh && rm -f setup.sh"),
+            self.built.command(f"{command} && rm -f setup.sh"),
             timeout=self.task.environment.build_timeout,
             env=self.built.inner_env(),
         )
@@ -285,7 +296,7 @@ class HarborEnv(ShellEnv):
                 env=self.built.inner_env(),
             )
         if self._step.verifier_environment is None:
-            graded = await grade(self._sandbox, self._step, self.built)
+            graded = await self._grade_shared()
         else:
             given = self._settings["sandbox_config"]
             graded = await grade_apart(
@@ -299,6 +310,23 @@ class HarborEnv(ShellEnv):
             )
         self._grades.append(graded)
         return graded
+
+    @property
+    def _real_installs(self) -> bool:
+        return bool(self._sandbox_config.egress or self._verifier_egress)
+
+    async def _grade_shared(self) -> Grade:
+        """Run the tests on the agent's files, in its sandbox or in a copy with more network."""
+        if not self._verifier_egress:
+            return await grade(self._sandbox, self._step, self.built, self._real_installs)
+        egress = (*self._sandbox_config.egress, *self._verifier_egress)
+        snapshot = await self._sandbox.snapshot()
+        try:
+            config = dataclasses.replace(self._sandbox.config, egress=egress)
+            async with Sandbox(config, snapshot) as copy:
+                return await grade(copy, self._step, self.built, self._real_installs)
+        finally:
+            await snapshot.delete()
 
     async def _finish(
         self, graded: Grade, info: Info, ending: str, observation: str = "", note: str = ""
@@ -323,26 +351,48 @@ class HarborEnv(ShellEnv):
                 0,
                 f"step {step.name!r} of {self.name} has no reference solution that could be run",
             )
-        script = step.solution[step.solve_script][0].decode(errors="replace")
-        need = None if self._sandbox_config.egress else offline.network_need(script)
-        if need is not None:
-            line, command = need
-            raise UnsupportedError(
-                self.task.path / "solution" / step.solve_script,
-                line,
-                f"`{command}` needs the network, and the embedded sandbox has none",
-            )
+        content = step.solution[step.solve_script][0]
+        await self._refuse_solution_without_tools(step, content.decode(errors="replace"))
         paths = self.built.paths
+        files = paths.scripts(step.solution, everything=True)
+        files[step.solve_script] = (files[step.solve_script][0], 0o755)
+        files[".shims.tar"] = (toolchain.shims(self._real_installs), 0o644)
+        await self._write("/solution", files)
         place = paths.place("/solution")
-        await self._write("/solution", paths.scripts(step.solution, everything=True))
+        first = b"" if step.parser == "pytest" else content  # as for the tests, see grade.py
         own = {name: paths.inward(value) for name, value in step.solution_env.items()}
         result = await self._sandbox.execute(
-            self.built.command(f"bash /solution/{shlex.quote(step.solve_script)}"),
+            self._with_shims(place)
+            + self.built.command(execution(f"{place}/{step.solve_script}", first)),
             timeout=step.agent_timeout or SOLVE_TIMEOUT_SECONDS,
             env={**self.built.inner_env(), **own},
         )
         await self._sandbox.execute(f"rm -rf {shlex.quote(place)}")
         self.solution_result = result
+
+    def _with_shims(self, place: str) -> str:
+        """Return shell text that puts the stand-ins of toolchain.py before all programs."""
+        folder = shlex.quote(f"{place}/.shims")
+        archive = shlex.quote(f"{place}/.shims.tar")
+        root = shlex.quote(self.built.paths.place("/root"))
+        laid = toolchain.lay(folder, archive, root, '"$PATH"')
+        return f"{laid}export ROCK_PATH ROCK_ROOT ROCK_PYTHON PATH={folder}:$PATH\n"
+
+    async def _refuse_solution_without_tools(self, step: Step, script: str) -> None:
+        needs = needs_of(script)
+        if self._real_installs:
+            needs = [need for need in needs if need.kind == "system"]
+        path = self.built.inner_env()["PATH"]
+        missing, _ = await toolchain.find_missing(
+            self._sandbox, needs, by_verifier=False, path=path
+        )
+        if missing is not None:
+            is_container = self._sandbox_config.backend == "docker"
+            raise UnsupportedError(
+                self.task.path / "solution" / step.solve_script,
+                missing.need.line,
+                toolchain.explain(missing, "the solution", "", is_container),
+            )
 
 
 def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:

@@ -47,6 +47,17 @@ class Built:
         return f"cd -- {place} 2> /dev/null\n{self.paths.inward(text)}"
 
 
+def execution(place: str, content: bytes) -> str:
+    """Return the shell text that runs a script as Harbor does: by its own first line, or by bash.
+
+    Args:
+      place: the script's path in the sandbox; it is executable.
+      content: of the script.
+    """
+    quoted = shlex.quote(place)
+    return quoted if content.startswith(b"#!") else f"/bin/bash {quoted}"
+
+
 def conventional_roots(steps: Iterable[Step]) -> set[str]:
     """Return the conventional top folders that the steps' instructions mention."""
     told = "\n".join(step.instruction for step in steps)

@@ -20,17 +20,18 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxFileError
 from envs.tasks.harbor.build import build
 from envs.tasks.harbor.containers import build_image, enter
-from envs.tasks.harbor.environment import Built
+from envs.tasks.harbor.environment import Built, execution
 from envs.tasks.harbor.errors import BuildError, TaskError
-from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, SUMMARY_BYTES, Grade, assignments, judge
+from envs.tasks.harbor.grade import OUTPUT_BYTES, READ_TIMEOUT_SECONDS, Grade, assignments, judge
 from envs.tasks.harbor.task import HarborTask, Step
 
 MAX_ARTIFACT_BYTES = 256 << 20  # for one artifact
 ALWAYS = "/logs/artifacts"
 _MOVED = ".rock-artifact"  # in the workspace: the SDK reads and writes there only
 _RUN = """\
-mkdir -p {workspace}/logs/verifier && cd -- {workdir} && scratch="$(mktemp -d)" || exit 97
-/usr/bin/env -i {variables} HOME="$scratch" /bin/bash {script} > "$scratch/.output" 2>&1 < /dev/null
+mkdir -p {workspace}/logs/verifier && chmod +x {script} || exit 97
+cd -- {workdir} && scratch="$(mktemp -d)" || exit 97
+/usr/bin/env -i {variables} HOME="$scratch" {command} > "$scratch/.output" 2>&1 < /dev/null
 ended=$?
 /usr/bin/tail -c {bytes} "$scratch/.output"
 exit $ended
@@ -188,12 +189,14 @@ async def _run(sandbox: Sandbox, step: Step, built: Built) -> Grade:
 
     Programs of the agent's that they start have their rights, as in grade.py.
     """
+    place = built.paths.place(f"/tests/{step.test_script}")
     script = _RUN.format(
         workspace=shlex.quote(sandbox.workspace),
         workdir=shlex.quote(built.paths.place(built.workdir)),
         variables=assignments(step, built),
-        script=shlex.quote(built.paths.place(f"/tests/{step.test_script}")),
-        bytes=SUMMARY_BYTES,
+        script=shlex.quote(place),
+        command=execution(place, step.tests[step.test_script][0]),
+        bytes=OUTPUT_BYTES,
     )
     return await judge(
         sandbox, step, built, await sandbox.execute(script, timeout=step.verifier_timeout)
