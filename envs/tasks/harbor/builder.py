@@ -261,13 +261,13 @@ class Builder:
                 raise self._refused(
                     instruction, f"{instruction.keyword} {source} needs the network"
                 )
-        found = [match for source in sources for match in self._matches(instruction, source)]
-        mode = self._chmod(instruction, flags)
-        place = self._place(instruction, self._absolute(target))
         names_folder = target.endswith(("/", "/.")) or target in (".", "./")
         if len(sources) > 1 and not names_folder:
             message = f"{instruction.keyword} of several sources needs a target that ends with /"
             raise TaskError(self._file, instruction.line, message)
+        found = [match for source in sources for match in self._matches(instruction, source)]
+        mode = self._chmod(instruction, flags)
+        place = self._place(instruction, self._absolute(target))
         into = names_folder or len(found) > 1 or await self._is_folder(place)
         for name, is_folder in found:
             if is_folder:
@@ -381,10 +381,13 @@ class Builder:
         Raises:
           UnsupportedError: names what is missing.
         """
-        needs = installs.needs_of_rows(instruction.rows)
+        number, first = instruction.rows[0]
+        without_keyword = re.sub(r"^\s*RUN\s+(?:--\S+\s+)*", "", first, flags=re.IGNORECASE)
+        rows = [(number, without_keyword), *instruction.rows[1:]]
+        needs = installs.needs_of_rows(rows)
         # Its packages may be for the tests alone, which have tools of their own.
         needs = [need for need in needs if not need.name.startswith("pytest")]
-        if not needs and not installs.calls_installer(instruction.rows):
+        if not needs and not installs.calls_installer(rows):
             return
         path = self._paths.inward(self._env["PATH"])
         missing, _ = await toolchain.find_missing(
