@@ -53,6 +53,40 @@ UNGROUPED = "(none)"
 
 
 @dataclasses.dataclass(frozen=True)
+class HarborSettings:
+    """How task folders are played, beside the config of their sandboxes.
+
+    Attributes:
+      images: base images that cannot be had, for which this machine's system stands, with the
+        programs that it must have (`envs.tasks.harbor.build`).
+      build_egress: hosts that the build of a task's environment may reach (HarborEnv).
+      verifier_egress: hosts that the tests may reach (HarborEnv).
+      max_turns: turns of each step.
+      command_timeout: seconds for one command.
+      timeout_multiplier: of all time limits that a task has.
+    """
+
+    images: Mapping[str, tuple[str, ...]] | None = None
+    build_egress: tuple[str, ...] | None = None
+    verifier_egress: tuple[str, ...] = ()
+    max_turns: int = 40
+    command_timeout: float = 60.0
+    timeout_multiplier: float = 1.0
+
+    def make_env(self, task: HarborTask, config: SandboxConfig) -> HarborEnv:
+        """Return a task's environment, not started yet; the task has its time limits already."""
+        return HarborEnv(
+            task,
+            config,
+            images=self.images,
+            build_egress=self.build_egress,
+            verifier_egress=self.verifier_egress,
+            max_turns=self.max_turns,
+            command_timeout=self.command_timeout,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalTask:
     """One task of a dataset.
 
@@ -65,8 +99,7 @@ class EvalTask:
       source: makes the environment.
       start_seconds: limit for starting the environment.
       play_seconds: limit for a scripted agent with its grading.
-      images: see `load_tasks`.
-      build_egress: see `load_tasks`.
+      harbor: how task folders are played.
     """
 
     name: str
@@ -77,17 +110,14 @@ class EvalTask:
     source: Task | HarborTask | Made
     start_seconds: float
     play_seconds: float
-    images: Mapping[str, tuple[str, ...]] | None = None
-    build_egress: tuple[str, ...] | None = None
+    harbor: HarborSettings = HarborSettings()
 
     def make_env(self, config: SandboxConfig) -> Env:
         """Return a new environment that is not started yet."""
         if isinstance(self.source, Made):
             return self.source.make_env(config)
         if isinstance(self.source, HarborTask):
-            return HarborEnv(
-                self.source, config, images=self.images, build_egress=self.build_egress
-            )
+            return self.harbor.make_env(self.source, config)
         limits = WIDE_LIMITS if self.family in WIDE_FAMILIES else {}
         return TerminalEnv(self.source, config, **limits)
 
@@ -112,8 +142,7 @@ def load_tasks(
     seed: int = 0,
     faults: list[TaskError] | None = None,
     fetch: bool = False,
-    images: Mapping[str, tuple[str, ...]] | None = None,
-    build_egress: tuple[str, ...] | None = None,
+    harbor: HarborSettings | None = None,
 ) -> list[EvalTask]:
     """Return the tasks of a dataset.
 
@@ -122,10 +151,7 @@ def load_tasks(
       seed: chooses the instances of generated datasets; folders and files do not depend on it.
       faults: where given, malformed tasks are appended to it instead of raised.
       fetch: whether git may fetch the repositories that a registry names.
-      images: base images that cannot be had, for which this machine's system stands, with the
-        programs that it must have (`envs.tasks.harbor.build`).
-      build_egress: hosts that the build of a task's environment may reach
-        (`envs.tasks.harbor.HarborEnv`).
+      harbor: how task folders are played.
 
     Raises:
       TaskError: a task is malformed; the message has file, row and line.
@@ -150,7 +176,8 @@ def load_tasks(
             f" {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]],"
             " worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE"
         )
-    return [_of_harbor(task, images, build_egress) for task in load_files(name, faults, fetch)]
+    settings = harbor or HarborSettings()
+    return [_of_harbor(task, settings) for task in load_files(name, faults, fetch)]
 
 
 def _names_files(name: str) -> bool:
@@ -251,11 +278,9 @@ def _of_terminal(task: Task) -> EvalTask:
     )
 
 
-def _of_harbor(
-    task: HarborTask,
-    images: Mapping[str, tuple[str, ...]] | None = None,
-    build_egress: tuple[str, ...] | None = None,
-) -> EvalTask:
+def _of_harbor(task: HarborTask, settings: HarborSettings | None = None) -> EvalTask:
+    settings = settings or HarborSettings()
+    task = task.with_more_time(settings.timeout_multiplier)
     play_seconds = MARGIN_SECONDS
     for step in task.steps:
         play_seconds += step.agent_timeout or SOLVE_TIMEOUT_SECONDS
@@ -272,8 +297,7 @@ def _of_harbor(
         source=task,
         start_seconds=start_seconds + MARGIN_SECONDS,
         play_seconds=play_seconds,
-        images=images,
-        build_egress=build_egress,
+        harbor=settings,
     )
 
 

@@ -153,7 +153,11 @@ class HarborEnv(ShellEnv):
             "family": self.task.family,
             "seed": seed,
             "tools": self.tools,
-            "notes": [*self.built.notes, *self.task.notes],
+            "notes": [
+                *self.built.notes,
+                *self.task.notes,
+                *limit_notes(self.task, self._sandbox_config),
+            ],
         }
 
     async def _start(self, config: SandboxConfig) -> None:
@@ -398,29 +402,43 @@ class HarborEnv(ShellEnv):
 def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:
     """Return the config with the limits that the task asks for.
 
-    A config that sets limits of its own keeps them. Egress is what the task may reach.
+    A config that sets a limit of its own keeps it. Egress is what the task may reach.
     """
     config = config or SandboxConfig()
-    plain = SandboxConfig()
-    config = dataclasses.replace(config, egress=egress_of(task, config.egress))
-    if _limits(config) != _limits(plain):
-        return config
     environment = task.environment
     memory = max(environment.memory_mb or DEFAULT_MEMORY_MB, 128)
-    wanted_disk = environment.storage_mb or DEFAULT_DISK_MB
-    disk = min(wanted_disk, DEFAULT_DISK_MB, memory // 2)  # files are kept in memory
-    return dataclasses.replace(
-        config,
-        memory_mb=memory,
-        disk_mb=disk,
-        cpus=environment.cpus or config.cpus,
-        pids=256,
-        inodes=32_768,
+    if _is_set(config, "memory_mb"):
+        memory = config.memory_mb
+    wanted = {
+        "memory_mb": memory,
+        # Files are kept in memory.
+        "disk_mb": min(environment.storage_mb or DEFAULT_DISK_MB, memory // 2),
+        "cpus": environment.cpus or config.cpus,
+        "pids": 256,
+        "inodes": 32_768,
+    }
+    changes = {name: value for name, value in wanted.items() if not _is_set(config, name)}
+    return dataclasses.replace(config, egress=egress_of(task, config.egress), **changes)
+
+
+def _is_set(config: SandboxConfig, name: str) -> bool:
+    """Return whether a config's limit is not the default."""
+    return getattr(config, name) != getattr(SandboxConfig(), name)
+
+
+def limit_notes(task: HarborTask, config: SandboxConfig) -> list[str]:
+    """Return what a task asks for and its sandbox does not give, as sentences."""
+    environment = task.environment
+    limits = (
+        ("memory_mb", environment.memory_mb, config.memory_mb),
+        ("storage_mb", environment.storage_mb, config.disk_mb),
+        ("cpus", environment.cpus, config.cpus),
     )
-
-
-def _limits(config: SandboxConfig) -> tuple[int, int, int]:
-    return config.memory_mb, config.disk_mb, config.pids
+    return [
+        f"environment.{name} = {asked:g}: the sandbox has {given:g}"
+        for name, asked, given in limits
+        if asked is not None and given < asked
+    ]
 
 
 def reaches(graded: Grade, least: float | Mapping[str, float] | None) -> bool:

@@ -130,9 +130,9 @@ for name in sys.argv[1:]:
     if name not in found:
         print("lacks", name)
         continue
-    built = [str(file) for file in found[name].files or () if str(file).endswith(".so")]
-    fits = [file for file in built if file.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))]
-    tagged = [file for file in built if ".cpython-" in file]
+    built = [str(file) for file in found[name].files or () if ".cpython-" in str(file)]
+    tagged = [file for file in built if file.endswith(".so")]
+    fits = [file for file in tagged if file.endswith(importlib.machinery.EXTENSION_SUFFIXES[0])]
     print("unfit" if tagged and not fits else "has", name, found[name].version)
 """
 
