@@ -3,13 +3,13 @@
 worlds[:NAMES[:N]]       travel, shop, gui; a name is a world, or a world and a level (shop/hard)
 problems[:NAMES[:N]]     math, code, math/dice, code/postfix-hard
 games[:NAMES[:N]]        frozen_lake, wordle, ...
-bfcl:FILE                a BFCL multi-turn file, its possible_answer/ beside it
+bfcl:CATEGORY            BFCL's own files (multi_turn_base, ...; multi_turn for all), played with
+                         its authors' classes; or a file of that form, with possible_answer/ beside
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +82,7 @@ def load_made(dataset: str, seed: int) -> list[Made]:
     """
     kind, _, rest = dataset.partition(":")
     if kind == "bfcl":
-        return [_of_published(entry, "bfcl") for entry in bfcl.load(pathlib.Path(rest))]
+        return [_of_published(entry, "bfcl") for entry in bfcl.load_dataset(rest)]
     names, _, count_text = rest.partition(":")
     ids = _find_ids(kind, names)
     most = SEEDS_APART * len(ids)

@@ -146,8 +146,8 @@ def test_bfcl_a_turn_has_20_steps(played):
     "change, says",
     [
         (
-            lambda e, t: e.update(involved_classes=["GorillaFileSystem"]),
-            "'GorillaFileSystem' has no backend here; there are travel, shop, gui",
+            lambda e, t: e.update(involved_classes=["OtherAPI"]),
+            "'OtherAPI' has no backend here; there are travel, shop, gui",
         ),
         (lambda e, t: e.update(question=[]), "4 turns and the question 0"),
         (lambda e, t: t.update(id="other"), "'multi_turn_base_0' has no line"),

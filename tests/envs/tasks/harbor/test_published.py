@@ -388,7 +388,8 @@ HEADING = "=========================== short test summary info =================
         (f"{HEADING}FAILED t.py::a[- - ] - x\nPASSED t.py::b\n", False),
         (f"=Short Test Summary Info=\nPASSED a::b\n{HEADING}FAILED a::c\n", False),
         (
-            f"\x1b[36m\x1b[1m{HEADING.strip()}\x1b[0m\n\x1b[32mPASSED\x1b[0m t.py::\x1b[1ma\x1b[0m\n",
+            f"\x1b[36m\x1b[1m{HEADING.strip()}\x1b[0m\n"
+            "\x1b[32mPASSED\x1b[0m t.py::\x1b[1ma\x1b[0m\n",
             True,
         ),
         (f"FAILED before\n{HEADING}PASSED: t.py::a\nPASSED\nnoise\n", True),
