@@ -75,10 +75,10 @@ async def build(
       TaskError: the task is malformed. All three name file and line.
       SandboxError: a fault of the machine.
     """
-    refuse_unsupported(task)
     environment = task.environment
     if egress is None:
         egress = sandbox.config.egress
+    refuse_unsupported(task, egress)
     if not egress and not verifier_egress:
         refuse_tests_that_fetch(task)
     file = environment.dockerfile_path or task.path

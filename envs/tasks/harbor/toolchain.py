@@ -25,9 +25,9 @@ PROBE_SECONDS = 60.0
 DEFAULT_TOOLS = "~/.rock/tools"  # of launch.eval, and in messages
 CLEAN_PATH = "/usr/local/bin:/usr/bin:/bin"
 
-# Stand-ins may be called through links. They find Python and the programs that they hide by
-# variables of `variables`.
-_START = '#!/bin/sh\nhere="$(dirname -- "$(readlink -f -- "$0")")"\n'
+# Stand-ins may be called through links. They find Python, and the programs that they hide, by the
+# variables of `lay`.
+_START = '#!/bin/sh\nhere="$(readlink -f -- "$0")"\nhere="${here%/*}"\n'
 _DONE = f"{_START}exit 0\n"
 _FETCH = (
     _START
