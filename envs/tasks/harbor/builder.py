@@ -184,7 +184,7 @@ class Builder:
         # An ARG before FROM is valid for FROM; after it, where an ARG without a value names it.
         self._global_arguments = self._arguments
         self._arguments = {}
-        if "python3" in self._images[known] and await self._missing(["python"]):
+        if "python3" in self._images[known]:
             await self._add_python(instruction)
         if known in self._workdirs:
             self._workdir = self._workdirs[known]
@@ -192,6 +192,8 @@ class Builder:
 
     async def _add_python(self, instruction: Instruction) -> None:
         """Let `python` be the machine's `python3`, as in the image."""
+        if PYTHON_FOLDER in self._env["PATH"] or not await self._missing(["python"]):
+            return
         folder = self._quoted(PYTHON_FOLDER)
         link = 'ln -sf "$(command -v python3)"'
         await self._check(instruction, f"mkdir -p {folder} && {link} {folder}/python")
@@ -235,7 +237,9 @@ class Builder:
             raise self._refused(instruction, f"RUN --{next(iter(flags))}")
         if not self._sandbox.config.egress:
             await self._refuse_missing(instruction)
-            command = _PYTHON_LINK.sub("true", command)
+            if _PYTHON_LINK.search(command):
+                await self._add_python(instruction)
+                command = _PYTHON_LINK.sub("true", command)
         if account := _ACCOUNTS.search(command):
             raise UnsupportedError(
                 self._file,
@@ -421,6 +425,7 @@ class Builder:
         if not listed:
             return []
         result = await self._execute(
+            'PATH="${ROCK_PATH:-$PATH}"\n'  # the stand-ins do not count
             f'for p in {listed}; do command -v "$p" > /dev/null || echo "$p"; done'
         )
         return result.stdout.split()

@@ -303,6 +303,22 @@ def test_base_images_begin_in_their_own_folder_and_python_is_there(tmp_path, run
     assert "1\n42\n/app\nPython 3" in shown[0], shown
 
 
+def test_installs_that_are_there_already_are_done(harbor):
+    dockerfile = (
+        "FROM ghcr.io/laude-institute/t-bench/ubuntu-24-04:20250624\n"
+        "RUN apt-get update && \\\n    apt-get install -y python3-pip git && \\\n"
+        "    ln -s /usr/bin/python3 /usr/bin/python && \\\n    rm -rf /var/lib/apt/lists/*\n"
+        "RUN pip3 install --break-system-packages pytest==8.4.1 && echo done > /app/done\n"
+        "RUN curl -LsSf https://astral.sh/uv/install.sh | sh\nRUN /root/.local/bin/uv init\n"
+    )
+    shown = observe(
+        harbor({"environment/Dockerfile": dockerfile}),
+        "cat /app/done; python -V; ls -A /workspace; uv",
+    )[0]
+    assert shown.startswith("done\nPython 3") and ".rock-shims" not in shown, shown
+    assert "uv: command not found" in shown
+
+
 def test_a_build_copies_tests_only_where_it_names_them(tmp_path):
     everything = "FROM ubuntu\nWORKDIR /app\nCOPY . .\n"
     folder = tb1(tmp_path / "a", "true\n", Dockerfile=everything)
