@@ -195,7 +195,7 @@ class Builder:
         if PYTHON_FOLDER in self._env["PATH"] or not await self._missing(["python"]):
             return
         folder = self._quoted(PYTHON_FOLDER)
-        link = 'ln -sf "$(command -v python3)"'
+        link = 'ln -sf "$(PATH="${ROCK_PATH:-$PATH}" command -v python3)"'
         await self._check(instruction, f"mkdir -p {folder} && {link} {folder}/python")
         self._env["PATH"] += f":{PYTHON_FOLDER}"
 

@@ -41,7 +41,7 @@ done
 )
 _RUN_TOOL = """\
 case "$1" in
-    python | python3 | python3.*) shift; exec "$ROCK_PYTHON" "$@" ;;
+    python | python3 | python3.*) shift; exec "$here/python3" "$@" ;;
     pytest | pytest@* | py.test) shift; exec "$here/pytest" "$@" ;;
     *.py | -m | -c | -) exec "$ROCK_PYTHON" "$@" ;;
     *) exec "$@" ;;
@@ -71,9 +71,8 @@ case "$verb" in
         place=.venv
         for word in "$@"; do case "$word" in -* | 3 | 3.*) ;; *) place="$word" ;; esac; done
         rm -rf -- "$place"
-        mkdir -p -- "$place/bin" && : > "$place/bin/activate"
-        for name in python python3; do ln -s "$ROCK_PYTHON" "$place/bin/$name"; done
-        for name in pip pytest; do ln -s "$here/$name" "$place/bin/$name"; done
+        mkdir -p -- "$place/bin" && echo "deactivate() { :; }" > "$place/bin/activate"
+        for name in python python3 pip pytest; do ln -s "$here/$name" "$place/bin/$name"; done
         ;;
     run)
 """
@@ -91,7 +90,20 @@ exit 0
 """
 )
 _UVX = _START + _SKIP_OPTIONS + '[ "$1" = run ] && shift\n' + _RUN_TOOL
-_PYTHON = f'{_START}exec "$ROCK_PYTHON" "$@"\n'
+_PYTHON = (
+    _START
+    + """\
+case "$1 $2" in "-m pytest" | "-m pip") name="$2"; shift 2; exec "$here/$name" "$@" ;; esac
+exec "$ROCK_PYTHON" "$@"
+"""
+)
+_PIP = (
+    _START
+    + """\
+case " $* " in *" install "* | *" uninstall "*) exit 0 ;; esac
+exec "$ROCK_PYTHON" -m pip "$@"
+"""
+)
 # Only the tests' own settings and conftest.py count: those above their folder are the agent's.
 _PYTEST = (
     _START
@@ -109,12 +121,13 @@ _SYSTEM_SHIMS = {"apt-get": _DONE, "apt": _DONE, "sudo": _SUDO}
 _PYTHON_SHIMS = {
     "curl": _FETCH,
     "wget": _FETCH,
-    "pip": _DONE,
-    "pip3": _DONE,
+    "pip": _PIP,
+    "pip3": _PIP,
     "uv": _UV,
     "uvx": _UVX,
     "pipx": _UVX,
     "python": _PYTHON,
+    "python3": _PYTHON,
     "pytest": _PYTEST,
     "py.test": _PYTEST,
     "pytest.ini": "[pytest]\n",

@@ -106,6 +106,9 @@ RUNS = {
     "python": f"{TB1_PREAMBLE}uv pip install pytest\npython -m {PYTEST}\n",
     "project": f"{TB1_PREAMBLE}uv init\nuv add pytest==8.4.1\nuv run {PYTEST} -v\n",
     "pip": "#!/bin/bash\npip install pytest==8.4.1\ncd $TEST_DIR\npytest test_outputs.py -rA\n",
+    "module": (
+        "python3 -m pip install -q pytest\ncd $TEST_DIR\npython3 -m pytest test_outputs.py -rA\n"
+    ),
     "by path": (
         "apt-get install -y wget\nwget -qO- https://astral.sh/uv/install.sh | sh\n"
         f"/root/.local/bin/uv pip install pytest\n/root/.local/bin/uv run {PYTEST}\n"
@@ -115,10 +118,7 @@ RUNS = {
 
 @pytest.mark.parametrize(
     "form",
-    [
-        pytest.param(form, marks=[] if form in ("uv", "by path") else pytest.mark.slow)
-        for form in RUNS
-    ],
+    [pytest.param(form, marks=[] if form == "uv" else pytest.mark.slow) for form in RUNS],
 )
 def test_tests_find_what_they_install_and_nothing_earns_nothing(tmp_path, run, config, form):
     task = load_task(tb1(tmp_path / "task", RUNS[form]))
@@ -170,7 +170,8 @@ TRICKS = {
     ],
 )
 def test_nothing_an_agent_leaves_stands_for_the_tools(tmp_path, run, config, name):
-    task = load_task(tb1(tmp_path / "task", RUNS["uv"]))
+    form = "module" if name == "settings" else "uv"
+    task = load_task(tb1(tmp_path / "task", RUNS[form]))
     assert run(play(task, TRICKS[name], config=config))[0] == 0.0
 
 
@@ -245,6 +246,23 @@ def test_a_package_for_another_python_is_refused_and_another_version_noted(tmp_p
 
     version = importlib.metadata.version("pytest")
     assert f"the tests ask for pytest==1.0 and have {version}" in run(notes())
+
+
+def test_a_python_among_the_tools_comes_before_the_sandboxes_own(harbor, run, config, tmp_path):
+    tools = tmp_path / "tools"
+    shutil.copytree(config.verifier_tools, tools)
+    (tools / "python" / "bin").mkdir(parents=True)
+    python = tools / "python" / "bin" / "python3"
+    python.write_text('#!/bin/sh\nOF_TOOLS=1 exec /usr/bin/python3 "$@"\n')
+    python.chmod(0o755)
+    for place in (tmp_path, tools):
+        place.chmod(0o755)
+    check = "import os; print(os.environ.get('OF_TOOLS', 0))"
+    test = f'uv run python -c "{check}" > /logs/verifier/reward.txt\n'
+    task = load_task(harbor({"tests/test.sh": test}))
+    other = dataclasses.replace(config, verifier_tools=str(tools))
+    assert run(play(task, config=other))[0] == 1.0
+    assert run(play(task, config=config))[0] == 0.0
 
 
 @pytest.fixture
