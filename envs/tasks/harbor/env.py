@@ -367,7 +367,7 @@ class HarborEnv(ShellEnv):
         own = {name: paths.inward(value) for name, value in step.solution_env.items()}
         result = await self._sandbox.execute(
             self._with_shims(place)
-            + self.built.command(execution(f"{place}/{step.solve_script}", first)),
+            + self.built.command(execution(f"/solution/{step.solve_script}", first)),
             timeout=step.agent_timeout or SOLVE_TIMEOUT_SECONDS,
             env={**self.built.inner_env(), **own},
         )
