@@ -27,7 +27,7 @@ from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
 from envs.tasks.harbor.installs import needs_of
 from envs.tasks.harbor.load import line_of, load_task
-from envs.tasks.harbor.preflight import refuse_tests_without_tools
+from envs.tasks.harbor.preflight import refuse_tests_that_fetch, refuse_tests_without_tools
 from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import Files, HarborTask, Healthcheck, Step
 from envs.tasks.terminal.shell import ShellEnv
@@ -163,6 +163,8 @@ class HarborEnv(ShellEnv):
     async def _start(self, config: SandboxConfig) -> None:
         """Start the sandbox and build the task's environment in it."""
         if config.backend == "docker":
+            if not self._real_installs:
+                refuse_tests_that_fetch(self.task)
             image = await build_image(self.task, config, self._build_egress)
             self._sandbox = Sandbox(dataclasses.replace(config, image=image))
             await self._sandbox.start()

@@ -16,10 +16,15 @@ from envs.tasks.harbor.toolchain import DEFAULT_TOOLS, Missing, explain, find_mi
 def refuse_tests_that_fetch(task: HarborTask) -> None:
     """Refuse tests that fetch from the network more than packages.
 
+    Tests in an environment of their own are asked, too, unless it may reach hosts.
+
     Raises:
       UnsupportedError: names the line of the script.
     """
-    for step in _shared_steps(task):
+    for step in task.steps:
+        own = step.verifier_environment
+        if own and step.networks.get("verifier", (own.network_mode, own.allowed_hosts))[1]:
+            continue
         for need in _needs(step):
             if need.kind == "network":
                 message = explain(Missing(need), "the tests", "", is_container=False)
@@ -61,6 +66,22 @@ async def refuse_tests_without_tools(
             raise UnsupportedError(_script(task, step), missing.need.line, message)
         notes += other_versions
     return notes
+
+
+async def refuse_own_tests_without_tools(
+    sandbox: Sandbox, task: HarborTask, step: Step, built: Built
+) -> None:
+    """Refuse tests in an environment of their own whose image lacks what they install.
+
+    Raises:
+      UnsupportedError: says what is missing.
+      SandboxError: a fault of the machine.
+    """
+    needs = [] if sandbox.config.egress else _needs(step)
+    missing, _ = await find_missing(sandbox, needs, by_verifier=False, path=path_of_tests(built))
+    if missing is not None:
+        message = explain(missing, "the tests", "", sandbox.config.backend == "docker")
+        raise UnsupportedError(_script(task, step), missing.need.line, message)
 
 
 def _shared_steps(task: HarborTask) -> list[Step]:
