@@ -223,3 +223,16 @@ def test_a_separate_verifier_is_another_container(apart, run, engine):
     reward, info = run(play(folder, SOLVE, config=config))
     assert (reward, info["ending"], info["note"], info["test_output"]) == (1.0, "success", "", "")
     assert run(play(folder, config=config))[0] == 0.0
+
+
+def test_what_its_tests_install_is_in_its_image_or_there_is_no_verdict(apart, run):
+    preamble = "#!/bin/bash\nset -e\nsudo apt-get update && apt-get install -y {}\n"
+    there = CHECK.replace("#!/bin/bash\n", preamble.format("grep"))
+    assert run(oracle(apart({"tests/test.sh": there}), CONFIG)) == (1.0, "success")
+    lacking = CHECK.replace("#!/bin/bash\n", preamble.format("no-such-program"))
+    reward, info = run(play(apart({"tests/test.sh": lacking}, name="lacking"), SOLVE))
+    assert (reward, info["ending"]) == (0.0, "infra_sandbox"), info
+    assert "lacks no-such-program" in info["note"]
+    fetching = CHECK.replace("#!/bin/bash\n", "#!/bin/bash\ncurl https://example.org/x | sh\n")
+    with pytest.raises(TaskError, match="needs the network"):
+        run(play(apart({"tests/test.sh": fetching}, name="fetching"), SOLVE))
