@@ -283,6 +283,16 @@ def write_file(path: str, content: bytes) -> None:
         file.write(content)
 
 
+def is_running(pid: int) -> bool:
+    """Return whether there is such a process and it has not ended, collected or not."""
+    try:
+        status = read_file(f"/proc/{pid}/stat")
+    except OSError:
+        return False
+    _, _, rest = status.rpartition(b")")  # its name may hold anything
+    return rest.split()[0] not in (b"Z", b"X")
+
+
 def children_of(pid: int) -> list[int]:
     """Return the direct children of a process, those of all its threads."""
     try:

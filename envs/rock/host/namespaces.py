@@ -119,10 +119,7 @@ class Tier:
         """Enter the namespaces, mount and start init; return a descriptor of the workspace."""
         spec = self._spec
         _enter_namespaces(spec)
-        # Opened now: they may lie in /tmp, which is covered next.
-        self._interpreters = []
-        for program, copy in spec["interpreters"]:
-            self._interpreters.append((program, os.open(copy, os.O_PATH | os.O_CLOEXEC)))
+        self._interpreters = _open_interpreters(spec["interpreters"])
         grants = [egress.Grant(*fields) for fields in spec["egress"]]
         self.guard = egress.Guard(grants)
         mounts.build_tree(
@@ -340,6 +337,23 @@ class _NoChange:
 
     def __exit__(self, *_: object) -> None:
         """Change nothing back."""
+
+
+def _open_interpreters(copies: list[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Open the copies of interpreters now: they may lie in /tmp, which is covered next.
+
+    Those that cannot be mounted here are left out, lest a verifier fail where commands do not.
+    """
+    opened = []
+    for program, copy in copies:
+        descriptor = os.open(copy, os.O_PATH | os.O_CLOEXEC)
+        try:
+            os.close(linux.clone_mount(descriptor))
+        except OSError:
+            os.close(descriptor)
+        else:
+            opened.append((program, descriptor))
+    return opened
 
 
 def _enter_namespaces(spec: dict) -> None:
