@@ -72,7 +72,7 @@ def test_a_separate_verifier_gets_the_artifacts_and_nothing_else(apart, run):
         SOLVE + "rm /tmp/answer.json; mkfifo /tmp/answer.json",
         SOLVE
         # for a verifier with less room than the agent
-        + "head -c 20M /dev/zero | tr '\\0' x > /data/results/large",
+        + "head -c 20M /dev/urandom > /data/results/large",
         SOLVE
         + "rm /app/out.txt; d=/app/out.txt; mkdir $d; cd $d; for i in $(seq 25); do mkdir $(printf"
         " 'x%.0s' $(seq 240)) && cd x*; done",
