@@ -180,9 +180,11 @@ def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:
     """Return the chat template of a stage that plays episodes.
 
     The tiny model learns the form of a tool call from the demonstrations. Any other model is told
-    the tools, as in its own chat template.
+    the tools, as in its own chat template, and what an evaluation tells it of the environment.
     """
-    return Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
+    if config.model == "tiny":
+        return Chat(tokenizer)
+    return Chat(tokenizer, [BASH_TOOL], TerminalEnv.system)
 
 
 def count_waves(episodes: int, concurrency: int) -> int:

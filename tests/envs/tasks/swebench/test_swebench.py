@@ -386,3 +386,13 @@ def test_all_of_a_file_is_loaded_and_faults_are_kept_apart(made, tmp_path):
         ).stdout
         == ""
     )
+
+
+def test_a_dependency_that_the_sandbox_lacks_is_nobodys_failure(made):
+    patch = made.row["test_patch"].replace("+from stats", "+import nosuchlib; from stats")
+    file = made.path.parents[2] / "lacking.jsonl"
+    file.write_text(json.dumps({**made.row, "test_patch": patch}) + "\n")
+    (task,) = load_swebench(file)
+    reward, info = asyncio.run(play(task))
+    assert (reward, info["ending"]) == (0.0, "infra_verifier")
+    assert "need nosuchlib, which the reference solution does not find" in info["note"]
