@@ -30,7 +30,7 @@ from rome.model.moe import load_metrics, router_loss, router_metrics, router_z_l
 from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.ops.logprobs import chunked_logprobs
 from rome.model.params import param_shardings
-from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
+from rome.model.qwen3 import Output, Qwen3, as_published, head_kernel, init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
 from rome.train.feed import feed, put
 from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
@@ -314,7 +314,7 @@ class Learner:
             self.chosen_kernels.exchange,
         )
         output: Any = model.apply(
-            {"params": cast_layers(params, self.model_config)},
+            {"params": as_published(params, self.model_config)},
             tokens_BT,
             positions_BT,
             segments_BT,
