@@ -10,16 +10,15 @@ from rome.data.trajectory import Trajectory
 
 
 def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """Return the episodes of groups with both a success and a failure.
+    """Return the episodes of groups with both a success and a failure; none if there are none.
 
-    If there is no such group, all episodes are returned.
+    The episodes of any other group say nothing about what is better than what. That holds for a
+    whole step of such groups, too: failures alone would only be made less likely.
     """
     outcomes: dict[int, set[bool]] = collections.defaultdict(set)
     for trajectory in trajectories:
         outcomes[trajectory.group].add(trajectory.reward > 0)
     mixed = {group for group, seen in outcomes.items() if len(seen) == 2}
-    if not mixed:
-        return trajectories
     return [trajectory for trajectory in trajectories if trajectory.group in mixed]
 
 

@@ -53,11 +53,11 @@ def test_metrics_of_a_step():
     assert "tokens_success" not in rollout_metrics([trajectory()], 4, 1.0)
 
 
-def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
+def test_groups_that_ended_alike_are_left_out_also_where_there_is_no_other():
     won, lost, mixed = (
         [trajectory(0, 1.0)] * 2,
         [trajectory(1)] * 2,
         [trajectory(2, 1.0), trajectory(2)],
     )
     assert mixed_groups(won + lost + mixed) == mixed
-    assert mixed_groups(won + lost) == won + lost
+    assert mixed_groups(won + lost) == []

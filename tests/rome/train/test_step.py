@@ -195,11 +195,15 @@ def test_sft_learns_a_batch_by_heart():
     state = learner.init(seed=0)
     batches = packed(8, purpose="sft")
     denominators = count_denominators(batches)
-    losses = []
+    losses, entropies = [], []
     for _ in range(40):
         state, metrics = learner.update(state, batches, denominators)
         losses.append(float(metrics["loss"]))
+        entropies.append(float(metrics["entropy"]))
     assert losses[0] > 3.5 and losses[-1] < 0.5 * losses[0], losses
+    # At first all tokens are equally likely; then the model knows what it is trained on.
+    assert entropies[0] == pytest.approx(np.log(MODEL.vocab_size), abs=0.05)
+    assert entropies[-1] < 0.7 * entropies[0], entropies
 
 
 def test_two_runs_of_one_seed_are_bitwise_equal():
@@ -219,3 +223,9 @@ def test_moments_in_the_hosts_memory_give_the_same_update():
     assert kinds == {"pinned_host"}
     one, other = one_update(learner, packed(8)), one_update(away, packed(8))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def test_an_update_without_rows_is_refused_by_name():
+    learner = make_learner()
+    with pytest.raises(ValueError, match="a step without rows makes no update"):
+        learner.update(learner.state, [], count_denominators([]))
