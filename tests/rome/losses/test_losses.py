@@ -386,7 +386,7 @@ def with_demonstrations(count, episodes=32):
 @pytest.mark.parametrize("norm", ["tokens", "chunks", "trajectories"])
 @pytest.mark.parametrize("name", ["ipa", "token_level"])
 def test_a_demonstrated_token_weighs_as_much_as_a_sampled_one_however_few_there_are(name, norm):
-    for demonstrations in (1, 4, 16):
+    for demonstrations in (1, 16):
         step, trained, shown = with_demonstrations(demonstrations)
         config = LossConfig(norm=norm)
         _, gradient, _ = evaluate(name, packed(step, name), step.logp, config)
@@ -396,9 +396,9 @@ def test_a_demonstrated_token_weighs_as_much_as_a_sampled_one_however_few_there_
         assert share == pytest.approx(shown.sum() / trained.sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name != "ipa"])
+@pytest.mark.parametrize("name", ["grpo", "topr"])
 def test_a_baseline_of_the_literature_imitates_nothing(name):
-    assert SPECS[name].lambda_il == 0.0 and SPECS["ipa"].lambda_il == 1.0
+    assert {name for name in POLICIES if SPECS[name].lambda_il} == {"ipa"}
     config = LossConfig(**PUBLISHED[name], lambda_il=SPECS[name].lambda_il)
     step, _, shown = with_demonstrations(4, episodes=8)
     _, gradient, _ = evaluate(name, packed(step, name), step.logp, config)

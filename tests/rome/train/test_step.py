@@ -202,7 +202,7 @@ def test_sft_learns_a_batch_by_heart():
         entropies.append(float(metrics["entropy"]))
     assert losses[0] > 3.5 and losses[-1] < 0.5 * losses[0], losses
     # At first all tokens are equally likely; then the model knows what it is trained on.
-    assert entropies[0] == pytest.approx(np.log(MODEL.vocab_size), abs=0.05)
+    assert 0.95 < entropies[0] / np.log(MODEL.vocab_size) < 1.0
     assert entropies[-1] < 0.7 * entropies[0], entropies
 
 
