@@ -11,6 +11,7 @@ others learn its results by `Team.share`, and read the trajectories of a step fr
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import shutil
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import ml_collections
 
+from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
 from rome.losses import LIKELIHOODS, LOSSES, count_denominators
@@ -28,13 +30,14 @@ from rome.model.ops.kernels import Kernels
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
-from rome.stages.config import loss_config
+from rome.stages.config import loss_config, profiled_steps, updates_of_step
 from rome.stages.weights import load_start
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
-from rome.train.loop import Stage, StepData, run_stage
+from rome.train.loop import Minibatch, Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
+from rome.train.profile import Profile
 from rome.train.report import (
     Evaluation,
     evaluation_of,
@@ -43,6 +46,7 @@ from rome.train.report import (
     write_outcomes,
     write_report,
 )
+from rome.train.speed import Work
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
@@ -141,6 +145,10 @@ class TrainingStage:
         """Return the counts of the stage's training episodes."""
         return Accounting()
 
+    def report_more(self) -> dict[str, Any]:
+        """Return what report.json says beyond what all stages report."""
+        return {}
+
     def close(self) -> None:
         """Close what `start` has started."""
 
@@ -191,10 +199,11 @@ class TrainingStage:
 
     def _loop_stage(self) -> Stage:
         config = self.config
+        _, epochs = updates_of_step(config)
         return Stage(
             name=config.experiment,
             steps=config.steps,
-            updates_per_step=config.updates_per_step,
+            epochs=epochs,
             evaluate_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,
             collect=self.collect,
@@ -207,6 +216,8 @@ class TrainingStage:
             check=self.check,
             should_stop=self.team.should_stop,
             team=self.team,
+            measure_speed=self.measure_speed,
+            profile=Profile(self.workdir / "profile", profiled_steps(config), self.display.note),
             publishes=self.publishes,
         )
 
@@ -221,7 +232,23 @@ class TrainingStage:
         self.team.require_same_rows(step, rows)
         batches = microbatches(rows, self.config.rows_per_microbatch)
         tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
-        return StepData(batches, count_denominators(batches), {"tokens": tokens})
+        minibatch = Minibatch(batches, count_denominators(batches))
+        return StepData([minibatch], {"tokens": tokens})
+
+    def measure_speed(self, work: Work, seconds: float) -> dict[str, float]:
+        """Return metrics of the learner's speed in a step's updates.
+
+        `learner_tokens_per_s` counts the tokens of all sequences, `mfu` the share of the devices'
+        bfloat16 peak that the model's own operations are; it is left out on unknown devices.
+        """
+        seconds = max(seconds, 1e-9)
+        metrics = {"learner_tokens_per_s": work.tokens / seconds}
+        devices = self.learner.mesh.devices
+        peak = peak_flops(devices.flat[0].device_kind)
+        if peak is not None:
+            flops = step_flops(self.model_config, work.tokens, work.squares)
+            metrics["mfu"] = flops / (seconds * peak * devices.size)
+        return metrics
 
     # -- checkpoints
     # ---------------------------------------------------------------------------------------------
@@ -291,6 +318,7 @@ class TrainingStage:
             "experiment": self.config.experiment,
             "preset": self.config.preset,
             "loss": self.config.loss,
+            **self.report_more(),
             "seed": self.config.seed,
             "steps": step,
             "wall_seconds": round(self.seconds(), 1),
@@ -361,7 +389,7 @@ def make_learner(
       model_config: of the model that is trained.
       devices: of the mesh; None: all devices of this job.
     """
-    decay_updates = config.steps * config.updates_per_step if config.decay else 0
+    decay_updates = config.steps * math.prod(updates_of_step(config)) if config.decay else 0
     optimizer = make_optimizer(
         learning_rate=config.learning_rate,
         warmup_updates=config.warmup_updates,

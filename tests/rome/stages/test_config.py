@@ -98,8 +98,17 @@ def change_config(config, change):
         ),
         (
             {"rollout.resampling": "parallel", "lambda_il": 0.0},
-            "lambda_il=0 plays no demonstrations",
+            "loss=ipa with lambda_il=0 plays none",
         ),
+        ({"rollout.resampling": "rollback", "loss": "grpo"}, "loss=grpo with lambda_il=-1 plays"),
+        ({"lambda_il": -0.5}, "lambda_il=-0.5 must be at least 0"),
+        ({"minibatches": 33}, "minibatches=33 splits whole groups, and a step has groups=32"),
+        ({"minibatches": 0}, "minibatches=0 must be above 0"),
+        ({"updates_per_step": 2}, "updates_per_step' is unknown"),
+        ({"profile_steps": "3"}, "profile_steps='3' is no range of steps"),
+        ({"profile_steps": "5:3"}, "profile_steps='5:3' is no range of steps"),
+        ({"profile_steps": "0:3"}, "profile_steps='0:3' is no range of steps"),
+        ({"profile_steps": "a:3"}, "profile_steps='a:3' is no range of steps"),
         ({"rollout.resampling": "parallel", "loss": "grpo"}, "loss=grpo compares them as equals"),
         (
             {"rollout.resampling": "rollback", "rollout.replace_equal": True},
@@ -235,6 +244,9 @@ def test_a_switch_of_zero_stands_for_the_value_of_the_loss_own_paper():
         and found["cispo"].clip_low == 1.0
     )
     assert found["dr_grpo"].token_constant == config.max_context
+    assert {loss for loss, switches in found.items() if switches.lambda_il} == {"ipa"}
+    config.loss, config.lambda_il = "grpo", 0.5
+    assert loss_config(config).lambda_il == 0.5
     config.loss, config.clip_high = "dapo", 0.5
     assert (loss_config(config).clip_low, loss_config(config).clip_high) == (0.2, 0.5)
 
