@@ -58,6 +58,9 @@ def engine() -> ml_collections.ConfigDict:
     block.count = 1  # embedded engines to start where `urls` is empty
     # requests that an embedded engine runs at once; fewer than `concurrency` evicts cached prefixes
     block.slots = 64
+    # what a publication does to running requests: abort them, retract them (their caches are
+    # computed anew with the new weights) or freeze them in_place (docs/engines.md)
+    block.pause = "abort"
     # comma-separated URLs of launch.mirror, one an engine: weights travel to its host as deltas
     block.mirrors = ""
     return block

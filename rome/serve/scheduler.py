@@ -157,6 +157,13 @@ class Scheduler:
         """Return whether any request is in flight."""
         return bool(self._waiting or self._prefilling or self._decoding)
 
+    def try_probe(self, request: Request) -> bool:
+        """Queue a request if nothing is in its way; return False where it would have to wait."""
+        if self.paused or self.device.missing or self.busy():
+            return False
+        self._waiting.append(request)
+        return True
+
     def release_memory(self, tags: Sequence[str]) -> None:
         """Delete the device's arrays behind these tags.
 

@@ -314,34 +314,27 @@ class Server:
         """
         if not self._is_running():
             return web.Response(status=503)
-        scheduler = self.scheduler
         try:
             async with asyncio.timeout(HEALTH_GENERATE_SECONDS):
-                is_occupied = await self._in_thread(
-                    lambda: scheduler.paused or scheduler.device.missing or scheduler.busy()
-                )
-                if is_occupied:
-                    return web.Response()
-                finish_type = await self._generate_probe()
-                return web.Response(status=503 if finish_type == "abort" else 200)
+                works = await self._probe()
         except TimeoutError:
-            return web.Response(status=503)
+            works = False
+        return web.Response(status=200 if works else 503)
 
-    async def _generate_probe(self) -> str:
-        """Sample one token, and return why the request ended."""
+    async def _probe(self) -> bool:
+        """Sample one token unless the engine is paused or busy; return whether that went well."""
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[Request] = loop.create_future()
-
-        def set_ended(request: Request) -> None:
-            if not ended.done():  # it is done if the health check was cancelled
-                ended.set_result(request)
-
+        ended = asyncio.Event()
         probe = Request(uuid.uuid4().hex, [0], SamplingParams(max_new_tokens=1, temperature=0.0))
-        probe.notify = lambda request: loop.call_soon_threadsafe(set_ended, request)
-        self.scheduler.submit(probe)
-        request = await ended
-        assert request.finish is not None
-        return request.finish["type"]
+        probe.notify = lambda request: loop.call_soon_threadsafe(ended.set)
+        if not await self._in_thread(lambda: self.scheduler.try_probe(probe)):
+            return True
+        try:
+            await ended.wait()
+        finally:  # a pause may have frozen it
+            if probe.finish is None and self.scheduler.failure is None:
+                self.scheduler.cancel(probe)
+        return probe.finish is not None and "status_code" not in probe.finish
 
     async def model_info(self, http: web.Request) -> web.Response:
         """Return the model's path, weight version and limits."""

@@ -21,6 +21,7 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.engine.client import PauseMode
 from rome.files import find_shipped
 from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
@@ -40,6 +41,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "gigpo_state": ("history", "observation"),
     "logp_old_from": ("trainer", "rollout"),
     "routing_replay": ("off", "rollout", "recompute"),
+    "engine.pause": get_args(PauseMode),
     "rollout.stale_samples": get_args(StaleSamples),
     "rollout.resampling": get_args(Resampling),
     "sandbox.isolation": ("required", "best_available"),
