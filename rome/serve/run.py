@@ -14,6 +14,8 @@ from typing import Any
 from aiohttp import web
 
 from rome.model.config import ModelConfig
+from rome.model.precision import use_full_precision
+from rome.model.qwen3 import Params
 from rome.model.tokenizer import Tokenizer
 from rome.serve.programs import Shapes
 from rome.serve.protocol import MAX_QUEUED_REQUESTS, REQUEST_SECONDS, Bounds
@@ -79,9 +81,12 @@ async def serve(
         )
     except ValueError as error:
         raise ServeError(str(error)) from error
-    scheduler = Scheduler(
-        lambda: load_weights(model_path, dtype), shapes, tokenizer, weight_version
-    )
+
+    def load() -> tuple[Params, ModelConfig]:
+        use_full_precision(dtype)
+        return load_weights(model_path, dtype)
+
+    scheduler = Scheduler(load, shapes, tokenizer, weight_version)
     shown = {**(arguments or {}), "model_path": model_path, "dtype": dtype}
     server = Server(
         scheduler,

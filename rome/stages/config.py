@@ -27,6 +27,7 @@ from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, 
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
+from rome.train.devices import EngineDevice
 from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -41,6 +42,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "gigpo_state": ("history", "observation"),
     "logp_old_from": ("trainer", "rollout"),
     "routing_replay": ("off", "rollout", "recompute"),
+    "engine.device": get_args(EngineDevice),
     "engine.pause": get_args(PauseMode),
     "rollout.stale_samples": get_args(StaleSamples),
     "rollout.resampling": get_args(Resampling),

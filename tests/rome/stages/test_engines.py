@@ -112,3 +112,23 @@ def test_a_publication_pauses_as_the_config_says_and_proves_by_a_long_probe(
         if route == "/generate" and body["logprob_start_len"] == 0
     }
     assert sizes == {PROBE_TOKENS}
+
+
+@pytest.mark.parametrize(
+    "dtype, trainer, engine, tolerance",
+    [
+        ("float32", "cpu", "cpu", 1e-4),
+        ("float32", "tpu", "cpu", 1e-3),  # one TPU chip: the engine runs on the CPU
+        ("float32", "cpu", None, 1e-3),  # a server elsewhere
+        ("bfloat16", "cpu", "cpu", 0.1),
+        ("bfloat16", "gpu", "cpu", 0.1),
+    ],
+)
+def test_the_tolerance_of_a_proof_fits_the_two_platforms(
+    tmp_path, monkeypatch, dtype, trainer, engine, tolerance
+):
+    monkeypatch.setattr(stage_engines.jax, "default_backend", lambda: trainer)
+    engines = make(tmp_path)
+    engines._model_config = dataclasses.replace(PRESETS["tiny"], dtype=dtype)
+    engines.servers = [Server()] if engine else []
+    assert engines._tolerance() == tolerance
