@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -328,7 +329,10 @@ class EnginePool:
             " Start the wrong one again"
         )
         if len(rivals) == 1:
-            self.quarantine(rivals[0], cause)
+            rival = rivals[0]
+            doubted = self.proofs[rival.url]  # its hashes may be the wrong ones
+            self.proofs[rival.url] = dataclasses.replace(doubted, checksums=None)
+            self.quarantine(rival, cause)
         self.quarantine(engine, cause)
         raise EngineError(cause)
 

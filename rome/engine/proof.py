@@ -159,7 +159,15 @@ async def load_and_prove(
         raise EngineError(
             f"{engine.url} says that it has weights {weights.version}, but {reason}"
         ) from None
-    return Proof(weights.version, error, logprobs, checksums, dialect.name)
+    proof = Proof(weights.version, error, logprobs, checksums, dialect.name)
+    differing = disagreement(proof, earlier) if earlier is not None else ""
+    if differing:
+        await engine.pause("abort")
+        raise EngineError(
+            f"{engine.url} says that it has weights {weights.version}, but holds other bytes than"
+            f" when it proved them before, in {differing}; start it again and publish again"
+        )
+    return proof
 
 
 # -- the probe
@@ -277,10 +285,10 @@ def fused_name(name: str) -> str:
 
 
 def disagreement(ours: Proof, theirs: Proof) -> str:
-    """Return the tensors in which two engines with the same weights differ; "" if they agree.
+    """Return the tensors in which two proofs of the same weights differ; "" if they agree.
 
-    Engines agree where they cannot be compared: other weights, another version of the server, or
-    tensors that are cut differently.
+    They agree where they cannot be compared: other weights, another version of the server, or
+    tensors that are cut differently. Two engines may have given them, or one at two times.
     """
     if ours.version != theirs.version or ours.server != theirs.server:
         return ""

@@ -226,6 +226,10 @@ def test_engines_that_are_brought_to_their_weights_once_more_or_to_equal_ones_ar
             await server.crash()
             await server.start()
             pool.quarantine(pool.engines[0], "it was started anew")
+            server.traps.add("update_says_yes")  # and so it has its first weights now
+            with pytest.raises(EngineError, match="other bytes than when it proved them before"):
+                await pool.bring(pool.engines[0])
+            server.traps.clear()
             await pool.bring(pool.engines[0])
             assert pool.states[server.url] == "ready" and server.value == 7
 
