@@ -85,16 +85,18 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # orbax logs every save
     outlast_readers()
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C counts too
+    from rome.train.devices import claim_devices
+    from rome.train.distributed import choose
     from rome.train.memory import keep_freed_memory
     from rome.train.workdir import default_workdir
-    from rome.train.xla_flags import apply_flags
 
     keep_freed_memory()  # before JAX starts its threads
-    apply_flags()
+    config = _CONFIG.value
+    layout = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    claim_devices(config, is_alone=layout.kind == "alone")
     from rome.stages.config import key_rules
     from rome.stages.experiment import run, start_team
 
-    config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config, key_rules(config)))
     team = start_team(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, stop)
     stop.listen()  # jax.distributed has replaced our handlers

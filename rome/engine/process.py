@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from envs.proxies import open_directly
 from rome.engine.errors import EngineError
@@ -101,7 +101,7 @@ def start_server(
     port: int | None = None,
     flags: Sequence[str] = (),
     deadline_seconds: float = START_SECONDS,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
 ) -> ServerProcess:
     """Start `python -m launch.serve` and return when it is ready to answer.
 
@@ -114,7 +114,7 @@ def start_server(
       port: None takes a free one, and another if a different process took it first.
       flags: further flags of launch.serve.
       deadline_seconds: for loading and compiling.
-      environment: variables added to this process's environment.
+      environment: changes to this process's environment; None removes a variable.
 
     Raises:
       EngineError: it is not ready within the deadline, with the end of the log.
@@ -144,13 +144,13 @@ def _launch(
     log_path: pathlib.Path,
     port: int,
     flags: Sequence[str],
-    extra: dict[str, str],
+    changes: Mapping[str, str | None],
 ) -> ServerProcess:
     command = [sys.executable, "-m", "launch.serve"]
     command += ["--model_path", str(model_dir)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--parent_pid", str(os.getpid()), *flags]
-    environment = _child_environment() | extra
+    environment = _child_environment(changes)
 
     def start() -> subprocess.Popen[bytes]:
         with open(log_path, "ab") as log:
@@ -166,13 +166,15 @@ def _launch(
     return ServerProcess(f"http://127.0.0.1:{port}", start(), log_path, start)
 
 
-def _child_environment() -> dict[str, str]:
-    """Return this process's environment with the repository importable and one CPU device."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    xla_flags = os.environ.get("XLA_FLAGS", "")
+def _child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Return this process's environment, changed, with the repository and one CPU device."""
+    merged = {**os.environ, **changes}
+    environment = {name: value for name, value in merged.items() if value is not None}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    xla_flags = environment.get("XLA_FLAGS", "")
     one_device = re.sub(r"--xla_force_host_platform_device_count=\S+", "", xla_flags)
     return {
-        **os.environ,
+        **environment,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": one_device.strip(),

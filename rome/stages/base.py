@@ -27,6 +27,7 @@ from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.ops.kernels import Kernels
+from rome.model.precision import use_full_precision
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
@@ -95,6 +96,7 @@ class TrainingStage:
         self.display = context.display
         self.tokenizer = Tokenizer.load(self.config.tokenizer)
         self.model_config = with_tokenizer(model_of(self.config), self.config, self.tokenizer)
+        use_full_precision(self.model_config.dtype)
         self.learner = make_learner(self.config, self.model_config)
         self.evals: list[Evaluation] = []
         self._isolation = context.isolation

@@ -21,6 +21,7 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.engine.client import PauseMode
 from rome.files import find_shipped
 from rome.losses import (
     ADVANTAGES,
@@ -34,6 +35,7 @@ from rome.losses import (
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
+from rome.train.devices import EngineDevice
 from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -48,6 +50,8 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "gigpo_state": ("history", "observation"),
     "logp_old_from": ("trainer", "rollout"),
     "routing_replay": ("off", "rollout", "recompute"),
+    "engine.device": get_args(EngineDevice),
+    "engine.pause": get_args(PauseMode),
     "rollout.stale_samples": get_args(StaleSamples),
     "rollout.resampling": get_args(Resampling),
     "sandbox.isolation": ("required", "best_available"),

@@ -82,6 +82,14 @@ def change_config(config, change):
         ({"gama": 0.9}, "'gama' is unknown. Did you mean 'gamma'?"),
         ({"loss": "ppo"}, "loss='ppo' is unknown"),
         (
+            {"engine.pause": "freeze"},
+            "engine.pause='freeze' is unknown. Choose one of abort, retract, in_place",
+        ),
+        (
+            {"engine.device": "tpu"},
+            "engine.device='tpu' is unknown. Choose one of auto, cpu, share",
+        ),
+        (
             {"rollout.stale_samples": "never"},
             "rollout.stale_samples='never' is unknown. Choose one of wait, keep, drop",
         ),
