@@ -278,7 +278,7 @@ def action_of(call: dict[str, Any]) -> str:
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if isinstance(arguments, dict):
         body = json.dumps({"name": function["name"], "arguments": arguments})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import pathlib
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from rome.files import read_json
 from rome.model.config import ModelConfig
 from rome.model.tokenizer import Tokenizer
 from rome.serve.programs import Shapes
@@ -87,12 +87,14 @@ async def serve(
 def _read_config(model_path: str) -> ModelConfig:
     path = pathlib.Path(model_path) / "config.json"
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = read_json(path, "Fetch or write the checkpoint again.")
+    except OSError as error:
         raise ServeError(
             f"cannot read {path} ({error}); --model_path must be a Hugging Face checkpoint"
             " directory"
         ) from error
+    except ValueError as error:
+        raise ServeError(str(error)) from error
     try:
         return ModelConfig.from_hf(values)
     except ValueError as error:

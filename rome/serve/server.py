@@ -398,7 +398,7 @@ async def _read_body(http: web.Request) -> dict[str, Any]:
     text = await http.text()
     try:
         body = json.loads(text) if text.strip() else {}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")

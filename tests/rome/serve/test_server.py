@@ -175,11 +175,15 @@ def test_a_bad_request_is_refused_with_its_reason(server, body, words):
 
 def test_what_is_not_json_or_no_route_gets_an_error_in_the_same_shape(server):
     async def conversation(http):
-        async with http.session.post(http.url + "/generate", data=b"{") as response:
-            return (response.status, await response.json()), await http.post("/nothing")
+        answers = []
+        for body in (b"{", b"[" * 100_000):
+            async with http.session.post(http.url + "/generate", data=body) as response:
+                answers.append((response.status, await response.json()))
+        return answers, await http.post("/nothing")
 
-    (status, answer), (missing_status, missing) = talk(server, conversation)
-    assert status == 400 and "not JSON" in answer["error"]["message"]
+    answers, (missing_status, missing) = talk(server, conversation)
+    for status, answer in answers:
+        assert status == 400 and "not JSON" in answer["error"]["message"]
     assert missing_status == 404 and missing["error"]["message"]
 
 
