@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import ml_collections
 
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
 from rome.agent.loop import Limits
-from rome.data.trajectory import Trajectory, load_trajectory
+from rome.data.trajectory import Trajectory
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
@@ -101,7 +100,7 @@ class Players:
         deadline = SLACK_SECONDS + waves * self.attempts * self.config.episode_seconds
         playing = self.policy.play(episodes, temperature=temperature)
         what = f"the policy's play of {len(episodes)} episodes"
-        return wait_for_episodes(playing, deadline, what)
+        return wait_for_episodes(playing, deadline, what, self._team.wants_to_stop)
 
     def demonstrate(
         self,
@@ -133,7 +132,8 @@ class Players:
             record=record,
             first_group=first_group,
         )
-        return wait_for_episodes(playing, deadline, f"the demonstration of {len(tasks)} tasks")
+        what = f"the demonstration of {len(tasks)} tasks"
+        return wait_for_episodes(playing, deadline, what, self._team.wants_to_stop)
 
 
 def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:
@@ -150,18 +150,19 @@ def count_waves(episodes: int, concurrency: int) -> int:
     return -(-episodes // concurrency)
 
 
-def load_when_visible(path: pathlib.Path) -> Trajectory:
-    """Load a trajectory that the leader has written, as soon as this host sees the file.
+def wait_until_visible(team: Team, what: str, paths: Sequence[pathlib.Path]) -> None:
+    """Wait until all hosts see files that the leader has written.
 
     Raises:
-      FileNotFoundError: where it is not seen within VISIBLE_SECONDS.
+      Stopped: the user asked to stop.
+      LeaderError: a host does not see them within VISIBLE_SECONDS.
     """
-    ends = time.monotonic() + VISIBLE_SECONDS
-    while not path.exists() and time.monotonic() < ends:
-        time.sleep(0.2)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is"
-            " --workdir on a file system that all hosts share?"
-        )
-    return load_trajectory(path)
+    unseen = list(paths)
+
+    def are_visible() -> bool:
+        while unseen and unseen[-1].exists():
+            unseen.pop()
+        return not unseen
+
+    remedy = "is --workdir on a file system that all hosts share?"
+    team.meet(what, are_visible, VISIBLE_SECONDS, remedy)

@@ -11,8 +11,9 @@ import pytest
 from rome.agent.loop import Limits
 from rome.rollout import player
 from rome.rollout.accounting import Accounting
-from rome.rollout.episode import Episode, RolloutError, Stopped
+from rome.rollout.episode import Episode, RolloutError
 from rome.rollout.player import EpisodePlayer
+from rome.stopping import Stopped
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
 EPISODES = [
