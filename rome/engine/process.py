@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from envs.proxies import open_directly
 from rome.engine.errors import EngineError
+from rome.stopping import ShouldStop, never, raise_if_stopped
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Exit status of launch.serve when its port is taken (the number of EADDRINUSE).
@@ -24,6 +25,7 @@ PORT_ATTEMPTS = 3
 KILL_SECONDS = 30.0
 SHORT_GRACE_SECONDS = 0.5  # for a server whose state no longer matters
 START_SECONDS = 180.0
+HEALTH_SECONDS = 1.5  # of one question; a wish to stop is heard between two of them
 
 
 @dataclasses.dataclass
@@ -102,6 +104,7 @@ def start_server(
     flags: Sequence[str] = (),
     deadline_seconds: float = START_SECONDS,
     environment: Mapping[str, str | None] | None = None,
+    should_stop: ShouldStop = never,
 ) -> ServerProcess:
     """Start `python -m launch.serve` and return when it is ready to answer.
 
@@ -115,9 +118,11 @@ def start_server(
       flags: further flags of launch.serve.
       deadline_seconds: for loading and compiling.
       environment: changes to this process's environment; None removes a variable.
+      should_stop: polled while the server is waited for; True ends it.
 
     Raises:
       EngineError: it is not ready within the deadline, with the end of the log.
+      Stopped: `should_stop` returned True.
     """
     log_path = pathlib.Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +130,7 @@ def start_server(
     for _ in range(PORT_ATTEMPTS):
         server = _launch(model_dir, log_path, port or _free_port(), flags, environment or {})
         try:
-            status = _wait_until_ready(server, ends)
+            status = _wait_until_ready(server, ends, should_stop)
         except BaseException:
             server.stop(SHORT_GRACE_SECONDS)
             raise
@@ -181,7 +186,9 @@ def _child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     }
 
 
-def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
+def _wait_until_ready(
+    server: ServerProcess, ends: float, should_stop: ShouldStop = never
+) -> int | None:
     """Return None once /health says 200, or the exit status if the process ended first.
 
     Raises:
@@ -190,8 +197,9 @@ def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
     while time.monotonic() < ends:
         if not server.alive():
             return server.process.returncode
+        raise_if_stopped(should_stop)
         try:
-            with open_directly(server.url + "/health", 5.0) as response:
+            with open_directly(server.url + "/health", HEALTH_SECONDS) as response:
                 if response.status == 200:
                     return None
         except OSError:  # not listening yet, or 503 while it compiles

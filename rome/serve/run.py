@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import pathlib
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from rome.files import read_json
 from rome.model.config import ModelConfig
 from rome.model.precision import use_full_precision
 from rome.model.qwen3 import Params
@@ -113,15 +113,14 @@ def _read_json(model_path: str, name: str) -> dict[str, Any]:
     """Return a JSON object of the checkpoint."""
     path = pathlib.Path(model_path) / name
     try:
-        document = json.loads(path.read_text())
-        if not isinstance(document, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+        return read_json(path, "Fetch or write the checkpoint again.")
+    except OSError as error:
         raise ServeError(
             f"cannot read {path} ({error}); --model_path must be a Hugging Face checkpoint"
             " directory"
         ) from error
-    return document
+    except ValueError as error:
+        raise ServeError(str(error)) from error
 
 
 def _read_config(document: dict[str, Any]) -> ModelConfig:

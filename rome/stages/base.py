@@ -11,6 +11,7 @@ others learn its results by `Team.share`, and read the trajectories of a step fr
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pathlib
 import shutil
@@ -23,16 +24,18 @@ import ml_collections
 from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
+from rome.files import find_shipped, read_json, sync, write_atomically
 from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import save_hf
+from rome.model.hf.companions import copy_companions
 from rome.model.ops.kernels import Kernels
 from rome.model.precision import use_full_precision
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
 from rome.stages.config import loss_config, profiled_steps, updates_of_step
-from rome.stages.weights import load_start
+from rome.stages.weights import load_start, model_to_start, run_settings
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
@@ -51,7 +54,7 @@ from rome.train.speed import Work
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
-from rome.train.workdir import mark_complete, read_changes
+from rome.train.workdir import MODEL, mark_complete, read_changes
 from rome.version import describe
 
 
@@ -65,6 +68,7 @@ class StageContext:
       isolation: tier of the sandboxes, for the report.
       team: the processes of this job.
       display: shows the progress.
+      start: directory of the parameters to start from; None: random ones.
       earlier_evals: evaluations of the stages that this one started from.
     """
 
@@ -73,6 +77,7 @@ class StageContext:
     isolation: str
     team: Team
     display: Display
+    start: pathlib.Path | None = None
     earlier_evals: Sequence[Evaluation] = ()
 
 
@@ -95,11 +100,12 @@ class TrainingStage:
         self.team = context.team
         self.display = context.display
         self.tokenizer = Tokenizer.load(self.config.tokenizer)
-        self.model_config = with_tokenizer(model_of(self.config), self.config, self.tokenizer)
+        self.model_config = self._open_model(context.start)
         use_full_precision(self.model_config.dtype)
         self.learner = make_learner(self.config, self.model_config)
         self.evals: list[Evaluation] = []
         self._isolation = context.isolation
+        self._start = context.start
         self._earlier_evals = context.earlier_evals
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of the run, before it was resumed
@@ -157,11 +163,8 @@ class TrainingStage:
     # -- from start to end
     # ---------------------------------------------------------------------------------------------
 
-    def train(self, init_directory: pathlib.Path | None) -> bool:
+    def train(self) -> bool:
         """Start or resume the stage and train to its end, or until the user asks to stop.
-
-        Args:
-          init_directory: parameters to start from; None: random ones.
 
         Returns:
           Whether the stage is complete. Then WORKDIR/final/ holds its weights.
@@ -169,10 +172,7 @@ class TrainingStage:
         directory = self.workdir / "checkpoints"
         self.checkpoints = Checkpoints(directory, self.config.checkpoints_kept)
         resumed_step = self.team.share("checkpoint", self.checkpoints.latest)
-        if resumed_step is None:
-            state = self._initial_state(init_directory)
-        else:
-            state = self._restore(resumed_step)
+        state = self._initial_state() if resumed_step is None else self._restore(resumed_step)
         # Some processes had to compile what made the state, others found it compiled; gloo gives
         # them only 30 s to reach a collective together.
         self.team.meet("state")
@@ -223,11 +223,33 @@ class TrainingStage:
             publishes=self.publishes,
         )
 
-    def _initial_state(self, init_directory: pathlib.Path | None) -> TrainState:
-        if init_directory is None:
+    def _initial_state(self) -> TrainState:
+        if self._start is None:
             return self.learner.init(self.config.seed)
-        params = load_start(init_directory, self.model_config, self.learner.mesh)
+        params = load_start(
+            self._start, self.model_config, self.learner.mesh, self.team.wants_to_stop
+        )
         return self.learner.start(params)
+
+    def _open_model(self, start: pathlib.Path | None) -> ModelConfig:
+        """Return the model that the workdir has, or at the first start that of `start`.
+
+        WORKDIR/model.json keeps it, in the form of a Hugging Face config.json: a resumed run and
+        launch.convert need no `start`.
+        """
+        preset = model_of(self.config)
+        path = self.workdir / MODEL
+
+        def find() -> dict[str, Any]:
+            if path.exists():
+                return read_json(path, "Bring it back from a copy, or give another --workdir.")
+            model = preset if start is None else model_to_start(start, preset)
+            document = with_tokenizer(model, self.config, self.tokenizer).to_hf()
+            write_atomically(path, json.dumps(document, indent=1) + "\n")
+            return document
+
+        document = self.team.share("model", find)
+        return ModelConfig.from_hf(document, **run_settings(preset))
 
     def data_of_rows(self, step: int, rows: Batch) -> StepData:
         """Return the data of a step that trains on these packed rows, the same in every process."""
@@ -342,9 +364,12 @@ class TrainingStage:
         save_hf(state.params, self.model_config, partial)
 
         def finish() -> None:
-            self.tokenizer.save(partial)
+            copied = copy_companions(partial, find_shipped(self.config.tokenizer), self._start)
+            if "tokenizer.json" not in copied:  # other programs read no qwen.tiktoken
+                self.tokenizer.save(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            sync(self.workdir)
             mark_complete(self.workdir, self.config)
 
         self.team.share("final", finish)

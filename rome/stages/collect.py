@@ -22,7 +22,7 @@ import ml_collections
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, train_seed
 from rome.data.batch import Batch
-from rome.data.packing import microbatches, pack
+from rome.data.packing import fits_row, microbatches, pack
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.losses import ADVANTAGES, count_denominators
 from rome.model.config import ModelConfig
@@ -36,7 +36,7 @@ from rome.rollout.scheduler import RolloutScheduler, Rules
 from rome.stages.config import imitation_weight
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
-from rome.stages.players import Players, load_when_visible
+from rome.stages.players import Players, wait_until_visible
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
 from rome.train.loop import Minibatch, StepData
@@ -145,9 +145,10 @@ class Collector:
         trajectories, shared = self._team.share_part(
             f"episodes of step {step}", lambda: self._take(step)
         )
+        paths = [self.files / name for name in (*shared["kept"], *shared["shown"])]
+        wait_until_visible(self._team, f"files of step {step}", paths)
         if trajectories is None:
-            names = (*shared["kept"], *shared["shown"])
-            trajectories = [load_when_visible(self.files / name) for name in names]
+            trajectories = [load_trajectory(path) for path in paths]
         parts = [self._pack(step, part) for part in split_groups(trajectories, config.minibatches)]
         unscored = [batch for part in parts for batch in part]
         scored, lost_versions = self._old_logprobs.fill(unscored, state)
@@ -325,10 +326,18 @@ class Collector:
             shown = show_solutions(
                 step, groups, config=config, players=self._players, files=self.files
             )
+        demonstrated = len(shown)
+        shown = {
+            number: one
+            for number, one in shown.items()
+            if fits_row(one.trajectory, config.row_length, config.chunks_per_row)
+        }
         self._observe_anchors(groups, shown, files)
         kept = mixed_groups(sampled) if config.rollout.filter_groups else sampled
         metrics = rollout_metrics(sampled, step, taken.seconds)
         metrics |= self._step_metrics(step, taken, sampled, len(shown))
+        if imitation_weight(config):
+            metrics["demonstrations_too_long"] = demonstrated - len(shown)
         if not self._is_timed(names):
             metrics.pop("tokens_per_s", None)
         document = {

@@ -139,7 +139,10 @@ class Engines:
         )
 
         def send() -> dict[str, float]:
-            wait_for_engines(self.pool.take_back(), PUBLISH_SECONDS, "the end of lending")
+            should_stop = self._team.wants_to_stop
+            wait_for_engines(
+                self.pool.take_back(), PUBLISH_SECONDS, "the end of lending", should_stop
+            )
             publication = publish_weights(
                 path,
                 version,
@@ -150,7 +153,7 @@ class Engines:
                 mode=self.config.engine.pause,
             )
             what = f"the publication of weights {version}"
-            done = wait_for_engines(publication, PUBLISH_SECONDS, what)
+            done = wait_for_engines(publication, PUBLISH_SECONDS, what, should_stop)
             metrics = {
                 "engines": done.engines,
                 "seconds_paused": done.seconds_pause,
@@ -168,7 +171,9 @@ class Engines:
     def lend(self, count: int) -> None:
         """Give the devices of `count` engines to the learner; `publish` takes them back."""
         if self._team.leads:
-            wait_for_engines(self.pool.lend(count), PUBLISH_SECONDS, f"lending {count} engines")
+            what = f"lending {count} engines"
+            lending = self.pool.lend(count)
+            wait_for_engines(lending, PUBLISH_SECONDS, what, self._team.wants_to_stop)
 
     def close(self) -> None:
         """Stop supervising, close connections and stop embedded engines, whatever raises first."""
@@ -207,7 +212,13 @@ class Engines:
         ]
         for number in range(count):
             log = self.workdir / ("engine.log" if number == 0 else f"engine_{number}.log")
-            server = start_server(start, log, flags=flags, environment=division.engines[number])
+            server = start_server(
+                start,
+                log,
+                flags=flags,
+                environment=division.engines[number],
+                should_stop=self._team.wants_to_stop,
+            )
             self.servers.append(server)
         return [server.url for server in self.servers]
 

@@ -15,6 +15,7 @@ from rome.stages.collect import Collector
 from rome.stages.config import imitation_weight
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
+from rome.stages.limits import check_episode_limits
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players, make_chat
 from rome.train.alarms import check_metrics
@@ -31,6 +32,7 @@ class RLStage(TrainingStage):
         super().__init__(context)
         config = self.config
         chat = make_chat(config, self.tokenizer)
+        check_episode_limits(config, self.model_config, chat)
         self.engines = Engines(
             config, self.workdir, self.model_config, self.learner, chat, self.team, self.display
         )

@@ -74,9 +74,9 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):  # the last newline ends the last whole line
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} line {number} is no JSON ({error.msg}): {line[:60]!r}. Delete that line"
+                f"{path} line {number} is no JSON ({error}): {line[:60]!r}. Delete that line"
                 " and run again."
             ) from error
     return records

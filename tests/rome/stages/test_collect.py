@@ -164,6 +164,25 @@ def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_pu
     assert counts[1]["trained"] == 4 and counts[1]["in_flight"] == 0  # whatever was published
 
 
+@pytest.mark.parametrize("turns, fits", [(16, True), (17, False)])
+def test_a_demonstration_that_no_row_holds_is_left_out_and_counted(tmp_path, turns, fits):
+    class Wordy(Players):
+        def demonstrate(self, tasks, *, error_rate, record, first_group=0, of=0):
+            shown = []
+            for number, task in enumerate(tasks):
+                chunks = [Chunk([1], [2], [0.0], kind="imitation")] * (turns if number == 0 else 2)
+                shown.append(Trajectory(task, "f", chunks, 1.0, "success", first_group + number))
+                save_trajectory(shown[-1], record(number))
+            return shown
+
+    collector = make(tmp_path, Wordy(), chunks_per_row=16)
+    collector.begin(STATE)
+    metrics = collector.collect(0, STATE).metrics
+    collector.close()
+    assert metrics["demonstrations"] == (2 if fits else 1)
+    assert metrics["demonstrations_too_long"] == (0 if fits else 1)
+
+
 def test_a_step_waits_quietly_for_as_long_as_one_episode_may_take(tmp_path):
     assert make(tmp_path)._quiet_seconds() == 60 + 60
     assert make(tmp_path, resampling="parallel")._quiet_seconds() == 60 + 60 + 600

@@ -26,6 +26,7 @@ from rome.stages.config import (
     schema_of,
 )
 from rome.train.workdir import (
+    MODEL,
     ConfigError,
     claim_workdir,
     default_workdir,
@@ -338,11 +339,24 @@ def test_a_key_that_is_new_in_the_code_renames_no_workdir():
 @pytest.mark.parametrize("key", IDENTITY)
 def test_a_workdir_of_another_config_is_refused(tmp_path, key):
     claim(tmp_path, changed())
+    (tmp_path / "metrics.jsonl").touch()
     claim(tmp_path, changed())
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ConfigError, match=rf"{key} \(.* there, {IDENTITY[key]} now\)"):
         claim(tmp_path, changed(**OPERATION, **SCHEDULE, **{key: IDENTITY[key]}))
     assert (tmp_path / "config.json").read_text() == before and not read_changes(tmp_path)
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_a_workdir_in_which_nothing_was_made_takes_the_mended_config(tmp_path, key):
+    claim(tmp_path, changed())
+    (tmp_path / "trajectories").mkdir()  # what a stage makes before it looks at its limits
+    (tmp_path / MODEL).write_text("{}")
+    assert claim(tmp_path, changed(**{key: IDENTITY[key]})) == []
+    assert not (tmp_path / MODEL).exists()
+    (tmp_path / "trajectories" / "one.json").touch()
+    with pytest.raises(ConfigError, match="belongs to another config"):
+        claim(tmp_path, changed())
 
 
 def test_a_run_goes_on_elsewhere_without_a_word_and_with_another_schedule_with_a_note(tmp_path):
@@ -376,14 +390,16 @@ def test_a_new_key_with_another_value_than_its_default_is_another_run(tmp_path):
     stored = changed().to_dict()
     del stored["gigpo_state"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"gigpo_state .'history' there, 'observation' now"):
         claim(tmp_path, changed(gigpo_state="observation"))
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"seed": 0}{'])
+@pytest.mark.parametrize("text", ["", "{", '{"seed": 0}{', "[" * 100_000])
 def test_a_config_file_that_is_torn_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         claim(tmp_path, changed())
 
 
