@@ -257,9 +257,7 @@ class Zygote:
         has_orphans = self._kill_orphans()
         waiting = []
         for ended in self._ended:
-            # Cgroups tell whose orphan is left; without them all sandboxes wait for the last one.
-            may_clean = bool(ended.slot.cgroups) or not has_orphans
-            is_clean = may_clean and ended.slot.clean()
+            is_clean = not has_orphans and ended.slot.clean()
             if is_clean or time.monotonic() > ended.deadline:
                 ended.tell()
             if not is_clean:
