@@ -11,15 +11,13 @@ close-on-exec), and a report counts only with a number that is new for each comm
 code in the shell itself, or in a subshell of it, may read the request and answer it. Its call then
 returns early with a code of its choice, and it runs on like any command in the background.
 
-`set -v` and functions named `builtin` or `command` do not outlive their command; `$_` and PIPESTATUS are
-the frame's.
+`set -v` and functions named `builtin` or `command` do not outlive their command; `$_` and
+PIPESTATUS are the frame's.
 """
 
 import os
 
 MAX_TRAP_BYTES = 4096  # of one trap's command that is put back
-MAX_COMMAND_BYTES = 100_000
-MAX_RECORD_BYTES = MAX_COMMAND_BYTES + 4 * MAX_TRAP_BYTES  # a command, its traps and its report
 MAX_REPORT_BYTES = 1 << 16  # beyond which a shell is not listened to any more
 _START = b"]]; "  # of a record, see `loop`
 
