@@ -11,16 +11,13 @@ close-on-exec), and a report counts only with a number that is new for each comm
 code in the shell itself, or in a subshell of it, may read the request and answer it. Its call then
 returns early with a code of its choice, and it runs on like any command in the background.
 
-`set -v` and a function named `builtin` do not outlive their command; `$_` and PIPESTATUS are the
-frame's.
+`set -v` and functions named `builtin` or `command` do not outlive their command; `$_` and
+PIPESTATUS are the frame's.
 """
 
-import secrets
-import shlex
+import os
 
 MAX_TRAP_BYTES = 4096  # of one trap's command that is put back
-MAX_COMMAND_BYTES = 100_000
-MAX_RECORD_BYTES = MAX_COMMAND_BYTES + 4 * MAX_TRAP_BYTES  # a command, its traps and its report
 MAX_REPORT_BYTES = 1 << 16  # beyond which a shell is not listened to any more
 _START = b"]]; "  # of a record, see `loop`
 
@@ -42,8 +39,9 @@ def loop(commands: int, reports: int, redirections: str) -> str:
         f" \\builtin trap -p ERR >&{reports}; \\builtin trap - ERR;"
         " \\builtin set +xv; } >/dev/null 2>&1; \\builtin eval -- '[['"
     )
+    quoted = "'" + frame.replace("'", "'\\''") + "'"
     # It is called with a number and the record, which begins by closing the bracket (_START).
-    return f"{{ mapfile -d '' -c 1 -C {shlex.quote(frame)} -u {commands} ROCK; }} {redirections}"
+    return f"{{ mapfile -d '' -c 1 -C {quoted} -u {commands} ROCK; }} {redirections}"
 
 
 def record(text: bytes) -> bytes:
@@ -73,7 +71,7 @@ class Frame:
 
     def records(self, command: bytes) -> bytes:
         """Return a command, and the request to report its end, as the shell reads them."""
-        self._key = secrets.token_hex(4).encode()
+        self._key = os.urandom(4).hex().encode()  # the zygote loads no `secrets`
         self._received.clear()
         # Short, since the shell reads a pipe byte by byte; without a new line, at which it would
         # write what it has, and wake the reader twice.
