@@ -7,7 +7,6 @@ import ml_collections
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, make_task
 from rome.model.config import ModelConfig
 from rome.model.tokenizer import Chat
-from rome.stages.engines import PROBE
 from rome.train.workdir import ConfigError
 
 
@@ -20,7 +19,7 @@ def check_episode_limits(
             f"max_context={config.max_context} is longer than the {model_config.max_position}"
             " positions of the model. Lower --config.max_context."
         )
-    texts = {"the probe of an engine": PROBE}
+    texts = {}
     for family in (*FAMILIES, *HELD_OUT_FAMILIES):
         texts[f"a task of the family {family}"] = make_task(family, eval_seed(0)).instruction
     lengths = {what: len(chat.open(text)) for what, text in texts.items()}

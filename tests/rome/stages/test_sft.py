@@ -60,8 +60,13 @@ def test_a_demonstration_whose_file_was_cut_off_is_played_again(tmp_path, conten
 
     monkeypatch.setattr(demonstrations, "_demonstrate_until_played", play)
     collecting = collect_demonstrations(
-        ["count/1"], lambda task: None, CHAT, error_rate=0.0, concurrency=1, record=lambda n: path
+        {0: "count/1"},
+        lambda task: None,
+        CHAT,
+        error_rate=0.0,
+        concurrency=1,
+        record=lambda n: path,
     )
-    (found,) = asyncio.run(collecting)
+    found = asyncio.run(collecting)[0]
     assert played == ([] if content == "whole" else ["count/1"])
     assert load_trajectory(path) == found
