@@ -64,6 +64,8 @@ class Tokenizer:
         self.im_end = self.id_of("<|im_end|>")
         self.pad = self.id_of("<|endoftext|>")
         self.eos = self.im_end
+        # Published generation configs stop at both; base models often sample the second.
+        self.turn_ends = (self.im_end, self.pad)
         largest_id = max(backend.get_vocab(with_added_tokens=True).values())
         self.vocab_size = largest_id + 1
 
@@ -205,6 +207,19 @@ class Chat:
         for result in results:
             parts += ["\n", opening, "\n", result, "\n", closing]
         return self.tokenizer.join([*parts, *self._hand_over()])
+
+    def follow(self, turn_ids: Sequence[int], results: Sequence[str]) -> list[int]:
+        """Return the ids that follow a sampled turn: `observe`, after the end that it may lack.
+
+        Args:
+          turn_ids: the sampled ids. A turn that an engine ended at another token of the generation
+            config, such as `<|endoftext|>`, gets the template's end as context.
+          results: of the turn's tool calls.
+        """
+        im_end = self.tokenizer.im_end
+        has_end = bool(turn_ids) and turn_ids[-1] == im_end
+        observed = self.observe(results)
+        return observed if has_end else [im_end, *observed]
 
     def _hand_over(self) -> list[str | int]:
         return [self.tokenizer.im_end, "\n", self.tokenizer.im_start, "assistant\n"]
