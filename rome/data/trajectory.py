@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from rome.data.routes import routes_from_npz, routes_to_npz
-from rome.files import write_atomically
+from rome.files import read_json, write_atomically
 from rome.version import describe
 
 ATIF_VERSION = "ATIF-v1.7"
@@ -333,12 +333,15 @@ def load_trajectory(path: str | os.PathLike[str], *, routes: bool = True) -> Tra
 
     Raises:
       ValueError: the file is no JSON or no trajectory of this project, or its routes are gone or
-        those of another trajectory.
+        those of another trajectory; the message names it.
     """
-    document = json.loads(pathlib.Path(path).read_text())
-    trajectory = from_atif(document)
-    if routes and _ROUTES in document["extra"]:
-        _add_routes(trajectory, routes_path(path), document["extra"][_ROUTES])
+    document = read_json(path, "Delete it, and its episode is played again.")
+    try:
+        trajectory = from_atif(document)
+        if routes and _ROUTES in document["extra"]:
+            _add_routes(trajectory, routes_path(path), document["extra"][_ROUTES])
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
     return trajectory
 
 
