@@ -12,10 +12,13 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
 import sysconfig
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 
 import grain
@@ -25,6 +28,7 @@ import numpy as np
 from rome.data.batch import Batch
 from rome.data.packing import Example, pack_examples, pack_stream, text_example, to_batch
 from rome.data.sources import RandomAccess
+from rome.files import write_atomically
 from rome.model.tokenizer import Tokenizer
 from rome.stopping import ShouldStop, never, raise_if_stopped
 
@@ -90,14 +94,33 @@ class Corpus:
     digest: str
 
 
-def read_corpus(place: str, held_out_share: float, should_stop: ShouldStop = never) -> Corpus:
-    """Find all documents, reading each once.
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Where the documents of a corpus lie, and what else reading all of them has shown."""
+
+    training_N3: np.ndarray
+    held_out_N3: np.ndarray
+    skipped: list[str]
+    digest: str
+
+
+def read_corpus(
+    place: str,
+    held_out_share: float,
+    should_stop: ShouldStop = never,
+    index: pathlib.Path | None = None,
+    writes_index: bool = True,
+) -> Corpus:
+    """Find all documents, reading each once, or none of them where an index knows the files.
 
     Args:
       place: a directory, walked in sorted order without hidden files and folders; or one file; or
         "" for the source of Python's standard library.
       held_out_share: share of the documents that is held out, on average.
       should_stop: asked before each document.
+      index: file that keeps what was found. It counts as long as no file has another name, size or
+        time of change; None: read all documents.
+      writes_index: whether to write the index where it is not there or does not count.
 
     Raises:
       FileNotFoundError: there is no such place.
@@ -105,6 +128,33 @@ def read_corpus(place: str, held_out_share: float, should_stop: ShouldStop = nev
       ValueError: no document is left to train on or to hold out, or a JSON line is malformed.
     """
     files = _files(pathlib.Path(place)) if place else _library_files()
+    # Before the files are read: what changes meanwhile makes the index of no account.
+    key = _fingerprint(files, held_out_share)
+    found = None if index is None else _load_index(index, key)
+    if found is None:
+        found = _read_all(files, held_out_share, should_stop)
+        if index is not None and writes_index:
+            _save_index(found, index, key)
+    for places_N3, purpose in (
+        (found.training_N3, "to train on"),
+        (found.held_out_N3, "held out"),
+    ):
+        if not len(places_N3):
+            count = len(found.training_N3) + len(found.held_out_N3)
+            raise ValueError(
+                f"{place or 'the standard library'} has {count} documents and none {purpose}"
+                f" (held_out_share={held_out_share}). Give more text or another share."
+            )
+    return Corpus(
+        training=Documents(files, found.training_N3),
+        held_out=Documents(files, found.held_out_N3),
+        skipped=found.skipped,
+        digest=found.digest,
+    )
+
+
+def _read_all(files: list[pathlib.Path], held_out_share: float, should_stop: ShouldStop) -> _Index:
+    """Read every document of the files once."""
     limit = int(held_out_share * 2**64)
     digest = hashlib.sha256()
     skipped = []
@@ -125,22 +175,49 @@ def read_corpus(place: str, held_out_share: float, should_stop: ShouldStop = nev
                 held_out_keys.append(key)
             else:
                 training.extend((number, start, size))
-    training_N3 = np.array(training, np.int64).reshape(-1, 3)
     held_out_N3 = np.array(held_out, np.int64).reshape(-1, 3)
-    for places_N3, purpose in ((training_N3, "to train on"), (held_out_N3, "held out")):
-        if not len(places_N3):
-            count = len(training_N3) + len(held_out_N3)
-            raise ValueError(
-                f"{place or 'the standard library'} has {count} documents and none {purpose}"
-                f" (held_out_share={held_out_share}). Give more text or another share."
-            )
     order_N = np.argsort(np.array(held_out_keys, np.uint64), kind="stable")
-    return Corpus(
-        training=Documents(files, training_N3),
-        held_out=Documents(files, held_out_N3[order_N]),
+    return _Index(
+        training_N3=np.array(training, np.int64).reshape(-1, 3),
+        held_out_N3=held_out_N3[order_N],
         skipped=skipped,
         digest=digest.hexdigest(),
     )
+
+
+def _fingerprint(files: list[pathlib.Path], held_out_share: float) -> str:
+    """Return a hash of the files' names, sizes and times, which are known without reading them."""
+    digest = hashlib.sha256(repr(held_out_share).encode())
+    for path in files:
+        status = path.stat()
+        times = (status.st_mtime_ns, status.st_ctime_ns)  # a copy can keep the first one
+        digest.update(os.fsencode(path))
+        digest.update(repr((status.st_size, times)).encode())
+    return digest.hexdigest()
+
+
+def _save_index(found: _Index, path: pathlib.Path, key: str) -> None:
+    head = json.dumps({"key": key, "skipped": found.skipped, "digest": found.digest})
+    file = io.BytesIO()
+    np.savez(
+        file,
+        head=np.frombuffer(head.encode(), np.uint8),
+        training=found.training_N3,
+        held_out=found.held_out_N3,
+    )
+    write_atomically(path, file.getvalue())
+
+
+def _load_index(path: pathlib.Path, key: str) -> _Index | None:
+    """Return what was found earlier; None where it is not there, damaged or of other files."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            head = json.loads(arrays["head"].tobytes())
+            if head["key"] != key:
+                return None
+            return _Index(arrays["training"], arrays["held_out"], head["skipped"], head["digest"])
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def text_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -10,11 +11,12 @@ from rome.data.text import Corpus, read_corpus, text_batches
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.evaluate import score_held_out_text
 from rome.stages.limits import check_text_limits
+from rome.stages.players import wait_until_visible
 from rome.stages.stream import BatchStream
-from rome.stopping import ShouldStop
 from rome.train.display import Display
 from rome.train.loop import StepData
 from rome.train.state import TrainState
+from rome.train.team import Team
 
 
 class CPTStage(TrainingStage):
@@ -23,7 +25,7 @@ class CPTStage(TrainingStage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         check_text_limits(self.config, self.model_config)
-        self.corpus = open_corpus(self.config, self.display, self.team.wants_to_stop)
+        self.corpus = open_corpus(self.config, self.display, self.team, self.workdir)
         self._stream = BatchStream(self._open_batches)
 
     def collect(self, step: int, state: TrainState) -> StepData:
@@ -69,10 +71,32 @@ class CPTStage(TrainingStage):
 
 
 def open_corpus(
-    config: ml_collections.ConfigDict, display: Display, should_stop: ShouldStop
+    config: ml_collections.ConfigDict, display: Display, team: Team, workdir: pathlib.Path
 ) -> Corpus:
-    """Return the documents of the config's text, and show how many there are."""
-    corpus = read_corpus(config.text, config.held_out_share, should_stop)
+    """Return the documents of the config's text, and show how many there are.
+
+    Process 0 reads all of them at the first start and leaves WORKDIR/text.npz. The other processes,
+    and later starts, only look whether the files are still the same.
+    """
+    index = workdir / "text.npz"
+
+    def read() -> Corpus:
+        return read_corpus(
+            config.text,
+            config.held_out_share,
+            team.wants_to_stop,
+            index,
+            writes_index=team.leads,
+        )
+
+    def lead() -> tuple[Corpus, None]:
+        return read(), None
+
+    corpus, _ = team.share_part("text", lead)
+    wait_until_visible(team, "index of the text", [index])
+    if corpus is None:
+        corpus = read()
+    team.require_same("text", corpus.digest)
     text = f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held out"
     if corpus.skipped:
         more = ", ..." if len(corpus.skipped) > 1 else ""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rome.data import text as text_module
 from rome.data.batch import IMITATION
 from rome.data.text import cut, document_ids, read_corpus, text_batches, text_rows
 from rome.losses import count_denominators
@@ -290,3 +291,38 @@ def test_a_file_that_changes_under_the_run_is_named(folder):
     (folder / "2.md").write_text("")
     with pytest.raises(ValueError, match=r"2.md is no text any more"):
         all_of(documents)
+
+
+def test_an_index_spares_the_reading_until_a_file_is_another_one(folder, monkeypatch):
+    index = folder / ".index.npz"
+    scanned = []
+    scan = text_module._scan
+    monkeypatch.setattr(text_module, "_scan", lambda path: scanned.append(path) or scan(path))
+
+    def reads(share=0.2, **options):
+        """Whether files are read; what is found is the same in any case."""
+        scanned.clear()
+        found = read_corpus(str(folder), share, index=index, **options)
+        has_read = bool(scanned)
+        expected = read_corpus(str(folder), share)
+        assert (found.digest, found.skipped) == (expected.digest, expected.skipped)
+        assert all_of(found.training) == all_of(expected.training)
+        assert all_of(found.held_out) == all_of(expected.held_out)
+        return has_read
+
+    (folder / "empty.txt").write_text(" ")
+    assert reads(writes_index=False) and not index.exists()
+    assert reads() and not reads()
+    assert reads(share=0.3) and not reads(share=0.3)
+    assert reads() and not reads()
+
+    changed = folder / "2.md"
+    before = changed.stat()
+    changed.write_bytes(changed.read_bytes().swapcase())
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times
+    assert reads() and not reads()
+    (folder / "new.txt").write_text("one more document")
+    assert reads() and not reads()
+    for damaged in (b"", index.read_bytes()[:-40], b"PK\x03\x04" + bytes(40)):
+        index.write_bytes(damaged)
+        assert reads() and not reads()

@@ -35,6 +35,10 @@ def collect(collector, step):
     return collector.collect(step, state_of(step))
 
 
+def tokens_of(data):
+    return [batch.tokens_BT for part in data.minibatches for batch in part.microbatches]
+
+
 def left(workdir, suffix):
     """The (wave, kind) of the files that are left, sampled (g) or shown (expert)."""
     return {
@@ -67,8 +71,7 @@ def test_a_run_that_was_pruned_resumes_with_the_same_samples_and_plays_none_agai
         again.set_state(saved[checkpoint])
         for step in range(checkpoint, 6):
             data = collect(again, step)
-            tokens = [batch.tokens_BT for batch in seen[step].microbatches]
-            np.testing.assert_array_equal([b.tokens_BT for b in data.microbatches], tokens)
+            np.testing.assert_array_equal(tokens_of(data), tokens_of(seen[step]))
             assert data.metrics["reward"] == seen[step].metrics["reward"]
         again.close()
         assert not players.played
