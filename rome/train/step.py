@@ -479,7 +479,8 @@ class Learner:
         Returns:
           The programs "score", "accumulate" and "apply".
         """
-        platforms = (self.mesh.devices.flat[0].platform,)
+        platform = self.mesh.devices.flat[0].platform
+        platforms = ("cuda" if platform == "gpu" else platform,)  # lowering has a finer name
         state = self.state
         params = state.params
         batch = jax.tree.map(lambda leaf: abstract(leaf, self._row_sharding), batch)
