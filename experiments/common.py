@@ -56,10 +56,16 @@ def engine() -> ml_collections.ConfigDict:
     # comma-separated URLs of SGLang servers; empty: embedded engines are started
     block.urls = ""
     block.count = 1  # embedded engines to start where `urls` is empty
+    # of embedded engines. auto: a chip that the mesh leaves, else a share of the GPU, else the CPU;
+    # cpu; share: a share of the trainer's GPU (rome/train/devices.py)
+    block.device = "auto"
     # requests that an embedded engine runs at once; fewer than `concurrency` evicts cached prefixes
     block.slots = 64
     # for one answer of an engine, its queue included and publications of weights apart
     block.completion_seconds = 600.0
+    # what a publication does to running requests: abort them, retract them (their caches are
+    # computed anew with the new weights) or freeze them in_place (docs/engines.md)
+    block.pause = "abort"
     # comma-separated URLs of launch.mirror, one an engine: weights travel to its host as deltas
     block.mirrors = ""
     return block

@@ -31,7 +31,6 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.held_out_share = 0.02  # of the documents, never trained on
     config.eval_documents = 10  # how many of the held-out documents are evaluated
     config.steps = 400
-    config.updates_per_step = 1
     config.rows = 16  # rows a step
     config.row_length = 160  # tokens a row
     config.chunks_per_row = 16  # pieces of documents a row
@@ -47,6 +46,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_every = 0  # steps; 0: only at step 0 and at the end
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
+    config.profile_steps = ""  # FIRST:LAST, such as 3:5: traced into WORKDIR/profile; empty: none
     config.learner = common.learner()
     config.mesh = common.mesh()
     if preset == "smoke":

@@ -8,8 +8,9 @@ python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b \
 The first command runs experiments/sft.py before (4 to 8 min more) where its result is missing.
 
 Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo, dr_grpo, rloo,
-gspo, dapo, cispo, topr, tis, icepop, gigpo (described in rome/losses/policy.py). DAPO's dynamic
-sampling is --config.rollout.replace_equal.
+gspo, dapo, cispo, topr, tis, icepop, gigpo (described in rome/losses/policy.py). They learn from
+their own episodes alone; --config.lambda_il=1 shows them the demonstrations that ipa learns from
+too. DAPO's dynamic sampling is --config.rollout.replace_equal.
 
 Asynchronous: --config.rollout.async_ratio=1. Resampling from anchors:
 --config.rollout.resampling=parallel (IPA's Parallelized Initialization) or rollback.
@@ -42,8 +43,10 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     # losses that clip: bound of a failure's ratio; 0: none, which is refused for stale samples
     config.dual_clip = 0.0
     config.lambda_rl = 1.0  # weight of the reinforcement term of Eq. 10
-    config.lambda_il = 1.0  # weight of the imitation term of Eq. 10
-    # ipa, token_level: the loss is divided by the number of tokens, chunks or trajectories
+    # weight of the imitation term of Eq. 10; 0: no demonstrations are played; -1: the value of the
+    # loss' own paper, 1 for ipa and 0 for all others
+    config.lambda_il = -1.0
+    # ipa, token_level: the loss is divided by the number of trained tokens, chunks or trajectories
     config.norm = "tokens"
     config.failure_reward = -1.0  # of a failed episode; 0.0: learn from successes only
     config.negative_weight = 1.0  # weight of failures relative to successes
@@ -63,7 +66,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.steps = 180  # training steps, at most where the stage may end early
     config.groups = 32  # tasks a step; families with undecided outcomes get more of them
     config.group_size = 4  # episodes a task
-    config.updates_per_step = 2  # optimizer updates on one step's data, so that ratios act
+    config.minibatches = 1  # parts of a step's groups; each is an update of its own
+    config.epochs = 2  # passes over a step's data; from the second update on ratios differ from 1
     config.row_length = 160  # tokens a row
     config.chunks_per_row = 16  # turns a row, at most; in CPT pieces of documents
     config.rows_per_microbatch = 32
@@ -92,6 +96,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_temperature = 1.0
     config.checkpoint_every = 10
     config.checkpoints_kept = 2
+    config.profile_steps = ""  # FIRST:LAST, such as 3:5: traced into WORKDIR/profile; empty: none
 
     config.rollout = _rollout()
     config.engine = common.engine()
@@ -104,6 +109,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.group_size = 4
         config.eval_every = 4
         config.eval_tasks = 2
+        config.rollout.filter_groups = False  # hardly trained, all fail; the loss is to see them
     elif preset in common.PODS:
         _apply_pod(config, preset)
     elif preset != "tiny":
@@ -118,7 +124,8 @@ def _rollout() -> ml_collections.ConfigDict:
     rollout.async_ratio = 0
     # samples beyond that bound: wait (never let one get so old), keep or drop
     rollout.stale_samples = "wait"
-    # leave out groups whose episodes all succeeded or all failed: they compare nothing
+    # leave out groups whose episodes all succeeded or all failed: they compare nothing. A step of
+    # such groups alone learns from its demonstrations, or makes no update where it has none
     rollout.filter_groups = True
     # replace such a group by another task at once, up to four times (DAPO's dynamic sampling)
     rollout.replace_equal = False
@@ -142,6 +149,8 @@ def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.group_size = 16
     config.row_length = 8192
     config.chunks_per_row = 128
+    config.minibatches = 4
+    config.epochs = 1
     config.learning_rate = 1e-6
     config.warmup_updates = 10
     config.max_context = 8192

@@ -29,7 +29,6 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     # held-out success at which the stage ends: IPA starts where many outcomes are undecided.
     # 0: all steps are run
     config.until_success = 0.25
-    config.updates_per_step = 1
     config.rows = 8  # rows a step
     config.row_length = 160  # tokens a row
     config.chunks_per_row = 16
@@ -57,6 +56,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_temperature = 1.0
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
+    config.profile_steps = ""  # FIRST:LAST, such as 3:5: traced into WORKDIR/profile; empty: none
     config.engine = common.engine()
     config.sandbox = common.sandbox()
     config.learner = common.learner()

@@ -4,13 +4,15 @@ python -m launch.eval --dataset harbor --agent oracle --out OUT
 python -m launch.eval --dataset terminal:wide:1000 --agent policy --checkpoint runs/X/final \
     --attempts 4 --out OUT
 python -m launch.eval --dataset worlds:shop,gui:200 --agent oracle --out OUT
-    # also problems, games, bfcl:FILE, tau2:FOLDER
+    # also problems, games, bfcl:FILE
 python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 \
     --model NAME --out OUT                              # key: $OPENAI_API_KEY
 python -m launch.eval --dataset repair::100 --validate --out OUT
     # 100 generated bugs in packages; those of a folder: repair:DIR:20
 python -m launch.eval --dataset verified.parquet --agent oracle --out OUT
     # SWE-bench; also registry.json:NAME@VERSION
+python -m launch.eval --dataset DIR --verifier_tools TOOLS --agent oracle --out OUT
+    # what the tests install is taken from TOOLS, see docs/evaluation.md
 python -m launch.eval --dataset DIR --validate --out OUT
     # exit status 1 if a task is not sound
 python -m launch.eval --dataset DIR --decontaminate CORPUS --out OUT
@@ -38,7 +40,7 @@ if TYPE_CHECKING:  # heavy modules are imported once the flags are checked
     from envs.rock import SandboxConfig
     from envs.tasks.harbor import TaskError
     from rome.evals.agents import Agent
-    from rome.evals.tasks import EvalTask
+    from rome.evals.tasks import EvalTask, HarborSettings
 
 AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
 
@@ -48,7 +50,7 @@ _DATASET = flags.DEFINE_string(
     "A folder of Harbor or Terminal-Bench tasks; a registry (FILE.json[:NAME[@VERSION]]); a"
     " .parquet, .jsonl or .json file of SWE-bench instances or of archived tasks; harbor,"
     " harbor/TASK, terminal[:FAMILIES[:N]], repair[:PACKAGES[:N]], worlds[:NAMES[:N]],"
-    " problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE or tau2:FOLDER.",
+    " problems[:NAMES[:N]], games[:NAMES[:N]] or bfcl:FILE.",
     required=True,
 )
 _FETCH = flags.DEFINE_bool(
@@ -135,6 +137,37 @@ _TASK_ENV = flags.DEFINE_multi_string(
     "NAME=VALUE, or NAME for the value of this process's own variable: what ${NAME} in the env"
     " tables of Harbor tasks stands for. No other variable is passed on, and none is recorded.",
 )
+_VERIFIER_TOOLS = flags.DEFINE_string(
+    "verifier_tools",
+    "~/.rock/tools",
+    "Folder of Python packages that the tests of task folders find and agents never see, made by"
+    " `pip install --target FOLDER pytest ...`. Read where it exists.",
+)
+_VERIFIER_EGRESS = flags.DEFINE_multi_string(
+    "verifier_egress",
+    [],
+    "HOST:PORT that the tests of task folders may reach, but not their agent: what they install is"
+    " installed then, and --verifier_tools need not have it.",
+)
+_MAX_TURNS = flags.DEFINE_integer(
+    "max_turns", 40, "Turns of an agent in each step of a task folder.", lower_bound=1
+)
+_COMMAND_SECONDS = flags.DEFINE_float(
+    "command_seconds", 60.0, "Limit for one command in a task folder's sandbox.", lower_bound=0.1
+)
+_TIMEOUT_MULTIPLIER = flags.DEFINE_float(
+    "timeout_multiplier", 1.0, "Of every time limit that a task folder sets.", lower_bound=0.01
+)
+_MEMORY_MB = flags.DEFINE_integer(
+    "memory_mb", None, "Memory of a sandbox. Default: what the task asks for.", lower_bound=16
+)
+_DISK_MB = flags.DEFINE_integer(
+    "disk_mb",
+    None,
+    "Disk of a sandbox, which is part of its memory. Default: what the task asks for, at most half"
+    " of its memory.",
+    lower_bound=1,
+)
 _VALIDATE = flags.DEFINE_bool("validate", False, "Prove the dataset: oracle 1, no-op 0, cheats 0.")
 _DECONTAMINATE = flags.DEFINE_string(
     "decontaminate", "", "A folder of text: report which tasks stand in it."
@@ -152,8 +185,7 @@ def main(argv: list[str]) -> int:
         _SEED.value,
         faults,
         _FETCH.value,
-        dict(map(read_alias, _STANDS_FOR.value)),
-        read_build_egress(),
+        harbor_settings(),
         read_task_env(),
     )
     if faults and not tasks and not _VALIDATE.value:
@@ -327,6 +359,23 @@ def read_task_env() -> dict[str, str]:
     return variables
 
 
+def harbor_settings() -> HarborSettings:
+    """Return how task folders are played."""
+    from envs.rock.config import parse_grant
+    from rome.evals.tasks import HarborSettings
+
+    for grant in _VERIFIER_EGRESS.value:
+        parse_grant(grant)
+    return HarborSettings(
+        images=dict(map(read_alias, _STANDS_FOR.value)),
+        build_egress=read_build_egress(),
+        verifier_egress=tuple(_VERIFIER_EGRESS.value),
+        max_turns=_MAX_TURNS.value,
+        command_timeout=_COMMAND_SECONDS.value,
+        timeout_multiplier=_TIMEOUT_MULTIPLIER.value,
+    )
+
+
 def agent_settings() -> dict[str, Any]:
     """Return the flags that make the results of an agent with a model its own."""
     limits = {
@@ -355,8 +404,15 @@ def sandbox_settings() -> dict[str, Any]:
     from rome.stages.isolation import find_isolation
 
     settings = {"isolation": find_isolation(sandbox_config())}
-    if _DOCKER_IMAGE.value:
-        settings["docker_image"] = _DOCKER_IMAGE.value
+    # What is not given is not written, so that folders of earlier versions are gone on with.
+    given = (_STANDS_FOR, _BUILD_EGRESS, _VERIFIER_EGRESS, _MEMORY_MB, _DISK_MB, _DOCKER_IMAGE)
+    changed = (_MAX_TURNS, _COMMAND_SECONDS, _TIMEOUT_MULTIPLIER)
+    for flag in given:
+        if flag.value:
+            settings[flag.name] = flag.value
+    for flag in changed:
+        if flag.value != flag.default:
+            settings[flag.name] = flag.value
     return settings
 
 
@@ -364,11 +420,22 @@ def sandbox_config() -> SandboxConfig:
     """Return the config of every sandbox."""
     from envs.rock import SandboxConfig
 
+    fields: dict[str, Any] = {"isolation": _ISOLATION.value}
     if _DOCKER_IMAGE.value:
-        return SandboxConfig(
-            isolation=_ISOLATION.value, backend="docker", image=_DOCKER_IMAGE.value
+        fields |= {"backend": "docker", "image": _DOCKER_IMAGE.value}
+    if _MEMORY_MB.value:
+        fields["memory_mb"] = _MEMORY_MB.value
+    if _DISK_MB.value:
+        fields["disk_mb"] = _DISK_MB.value
+    tools = pathlib.Path(_VERIFIER_TOOLS.value).expanduser()
+    if _VERIFIER_TOOLS.value and tools.is_dir():
+        fields["verifier_tools"] = str(tools)
+    elif _VERIFIER_TOOLS.present:
+        raise ValueError(
+            f"--verifier_tools={_VERIFIER_TOOLS.value} is no folder; make it by"
+            f" `pip install --target {_VERIFIER_TOOLS.value} pytest`"
         )
-    return SandboxConfig(isolation=_ISOLATION.value)
+    return SandboxConfig(**fields)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,8 @@ The token file has one "name token" a line and mode 600. It is made at the first
 --public it must be made by hand, and be the same for the admin and the workers. The name "worker"
 is reserved for the workers. Callers use SandboxConfig(backend="remote", url=..., token=...).
 
-The admin also serves environments (/apis/v1/envs/gem), E2B's /sandboxes, /metrics and
-/openapi.json. The connection is not encrypted: between machines put it behind a proxy with TLS, or
-into a private network.
+The admin also serves environments (/apis/v1/envs/gem), /metrics and /openapi.json. The connection
+is not encrypted: between machines put it behind a proxy with TLS, or into a private network.
 """
 
 import dataclasses

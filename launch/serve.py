@@ -19,6 +19,7 @@ import threading
 import time
 
 from rome.engine.process import PORT_IN_USE
+from rome.serve.protocol import MAX_QUEUED_REQUESTS, REQUEST_SECONDS
 
 BACKLOG = 1024
 
@@ -54,6 +55,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--decode_rows", type=int, default=16, help="sequences decoded at once")
     add("--decode_steps", type=int, default=4, help="tokens of a request and decode call")
+    add(
+        "--max_queued_requests",
+        "--max-queued-requests",
+        type=int,
+        default=MAX_QUEUED_REQUESTS,
+        help="requests that may wait for a slot; further ones get 503 and Retry-After",
+    )
+    add(
+        "--request_seconds",
+        type=float,
+        default=REQUEST_SECONDS,
+        help="a request that takes longer is dropped and gets 503",
+    )
     add("--parent_pid", type=int, help="end when the parent is not this process any more")
     return parser.parse_args(argv)
 
@@ -89,6 +103,8 @@ def main() -> None:
         dtype=arguments.dtype,
         weight_version=arguments.weight_version,
         with_tokenizer=not arguments.skip_tokenizer_init,
+        max_queued_requests=arguments.max_queued_requests,
+        request_seconds=arguments.request_seconds,
         arguments=vars(arguments),
     )
     try:

@@ -11,20 +11,20 @@ each other; `python -m launch.pod` starts them).
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pathlib
-import shlex
-import signal
-import sys
-import time
 from collections.abc import Sequence
 
-from absl import flags, logging
-from ml_collections import config_flags
+from launch._stop import STOPPED_STATUS, StopRequest
 
-from launch._main import reject_arguments, run_command, use_compilation_cache
-from rome.train.streams import outlast_readers
+STOP = StopRequest("launch.train")
+if __name__ == "__main__":
+    STOP.listen()  # before the imports below: a Ctrl-C during them ends with one line, too
+
+from absl import flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from launch._main import reject_arguments, run_command, use_compilation_cache  # noqa: E402
+from rome.train.streams import outlast_readers  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -45,82 +45,38 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-ONE_WISH_SECONDS = 1.0  # make, a shell or a scheduler may deliver one Ctrl-C twice
-
-
-class StopRequest:
-    """Whether Ctrl-C or SIGTERM asked this process to stop; a second signal interrupts it.
-
-    Signals within ONE_WISH_SECONDS of the first one are the same wish.
-    """
-
-    def __init__(self) -> None:
-        self.made = False
-        self._made_at = 0.0
-        self.listen()
-
-    def listen(self) -> None:
-        """Install the signal handlers."""
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
-
-    def __call__(self) -> bool:
-        return self.made
-
-    def _handle(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.made and now - self._made_at > ONE_WISH_SECONDS:
-            raise KeyboardInterrupt
-        if self.made:
-            return
-        self.made = True
-        self._made_at = now
-        text = b"\nstopping: the last whole step is saved (again: leave at once)\n"
-        with contextlib.suppress(OSError):  # unbuffered: a handler may interrupt another write
-            os.write(sys.stderr.fileno(), text)
-
-
 def main(argv: list[str]) -> int:
     reject_arguments(argv, "--config.key=value")
     logging.set_verbosity(logging.WARNING)  # orbax logs every save
     outlast_readers()
-    stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C counts too
+    from rome.train.devices import claim_devices
+    from rome.train.distributed import choose
     from rome.train.memory import keep_freed_memory
     from rome.train.workdir import default_workdir
-    from rome.train.xla_flags import apply_flags
 
     keep_freed_memory()  # before JAX starts its threads
-    apply_flags()
+    config = _CONFIG.value
+    layout = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    claim_devices(config, is_alone=layout.kind == "alone")
     from rome.stages.config import key_rules
     from rome.stages.experiment import run, start_team
 
-    config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config, key_rules(config)))
-    team = start_team(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, stop)
-    stop.listen()  # jax.distributed has replaced our handlers
+    team = start_team(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, STOP)
+    STOP.listen()  # jax.distributed has replaced our handlers
+    STOP.begin()
     try:
         is_complete = run(config, workdir, team)
         if not is_complete and team.leads:
-            print(
-                f"stopped; what was reached is saved in {workdir}. To resume:\n  {own_command()}",
-                flush=True,
-            )
-        return 0 if is_complete else 130
+            saved = f"stopped; what was reached is saved in {workdir}. To resume:"
+            print(f"{saved}\n  {STOP.own_command()}", flush=True)
+        return 0 if is_complete else STOPPED_STATUS
     except BaseException as error:
         team.part(error)
         raise
     finally:
+        STOP.end()
         team.close()
-
-
-def own_command() -> str:
-    """Return the command line that started this process."""
-    return shlex.join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
-
-
-def when_stopped() -> str:
-    """Return the line that ends a run which a second signal interrupted."""
-    return f"launch.train: left at once; to go on from the last checkpoint:\n  {own_command()}"
 
 
 def known_errors() -> Sequence[type[BaseException]]:
@@ -132,4 +88,4 @@ def known_errors() -> Sequence[type[BaseException]]:
 
 if __name__ == "__main__":
     use_compilation_cache()
-    run_command("launch.train", main, known_errors=known_errors, when_stopped=when_stopped)
+    run_command("launch.train", main, known_errors=known_errors, when_stopped=STOP.when_stopped)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -73,6 +74,33 @@ def _ends_within_line(file: BinaryIO) -> bool:
         return False
     file.seek(-1, os.SEEK_END)
     return file.read(1) != b"\n"
+
+
+def read_json(path: str | os.PathLike[str], remedy: str, kind: type = dict) -> Any:
+    """Return the document of a JSON file.
+
+    Args:
+      path: of the file.
+      remedy: sentence that ends the message of an error.
+      kind: type that the document must have.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is empty, no JSON, nested too deeply or of another kind. The message names the
+        file.
+    """
+    content = pathlib.Path(path).read_bytes()
+    try:
+        document = json.loads(content)
+    except RecursionError:
+        reason = "is not JSON (it is nested too deeply)"
+    except ValueError as error:
+        reason = f"is not JSON ({error if content.strip() else 'it is empty'})"
+    else:
+        if isinstance(document, kind):
+            return document
+        reason = f"holds a {type(document).__name__}, not a {kind.__name__}"
+    raise ValueError(f"{os.fspath(path)} {reason}. {remedy}")
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -16,8 +16,9 @@ from tests.paths import ROOT
 MAY_IMPORT = {
     "rome.version": [],
     "rome.files": [],
+    "rome.stopping": [],
     "rome.model": ["rome.files"],
-    "rome.data": ["rome.model", "rome.files", "rome.version"],
+    "rome.data": ["rome.model", "rome.files", "rome.stopping", "rome.version"],
     "rome.losses": ["rome.data"],
     "rome.train": ["rome.model", "rome.data", "rome.losses", "rome.files", "rome.version"],
     "rome.cost": ["rome.train"],

@@ -44,6 +44,7 @@ _POSITIVE = (
 _FIELDS_OF_BACKENDS = (
     ("tier", ("embedded", "remote")),
     ("runtime", ("docker", "remote")),
+    ("verifier_tools", ("embedded", "docker")),
     ("url", ("remote",)),
     ("token", ("remote",)),
 )
@@ -70,6 +71,8 @@ class SandboxConfig:
       token: remote: identifies the user to the admin.
       label: what the sandbox is for, for example an episode's name; stands in each of its denials.
       egress: what may be reached by TCP, see parse_grant; nothing by default.
+      verifier_tools: a directory of this machine that verifiers see read-only at $VERIFIER_TOOLS,
+        and that the agent's commands never see; "" for none.
       memory_mb: of all processes together, with the files of the workspace.
       pids: processes and threads together.
       cpus: processors' time a second.
@@ -92,6 +95,7 @@ class SandboxConfig:
     token: str = field(default="", repr=False)
     label: str = ""
     egress: tuple[str, ...] = ()
+    verifier_tools: str = ""
     memory_mb: int = 256
     pids: int = 64
     cpus: float = 1.0

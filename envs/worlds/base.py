@@ -386,7 +386,7 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return [] if ours == theirs else [path or "(all)"]
     found = []
-    for key in sorted({*ours, *theirs}):
+    for key in sorted({*ours, *theirs}, key=str):  # files may have numbers beside texts
         inner = f"{path}.{key}".lstrip(".")
         found += differences(ours.get(key), theirs.get(key), inner)
     return found

@@ -1,10 +1,13 @@
-"""The multi-turn format of BFCL over the worlds here, checked after each turn of the user.
+"""The multi-turn categories of BFCL, checked after each turn of the user.
+
+The published files run through their authors' own classes (bfcl_authors.py). Files of the same form
+may also name the worlds here: travel, shop and gui.
 
 Files (Berkeley Function-Calling Leaderboard, v3 and v4): FILE.json has one JSON object a line with
 id, question (a list of turns, each a list of messages), initial_config (a state for each class),
 involved_classes, and optionally excluded_function and missed_function. possible_answer/FILE.json
 has id and ground_truth: for each turn a list of calls written in Python. A turn of the user is over
-when the agent answers without a call.
+when the agent answers without a call; each of its steps may hold several calls.
 
 A turn is right (BFCL's multi_turn_checker) if the state of every class, without private parts,
 equals the state after the true calls, and if each answer of this turn's true calls is among the
@@ -24,9 +27,10 @@ import random
 from typing import Any
 
 from envs.gem import Info, ToolCall
-from envs.worlds.base import World, WorldEnv, WorldTask, differences
+from envs.worlds import bfcl_authors
+from envs.worlds.base import MAX_CALLS, World, WorldEnv, WorldTask, differences
 from envs.worlds.published import BROKEN, FormatError, field, known_world, read_lines
-from envs.worlds.scenario import Scenario, turns
+from envs.worlds.scenario import Scenario, format_call
 from envs.worlds.tools import Database, Tool, Toolbox, outcome, told
 from envs.worlds.user import UserScript
 
@@ -52,6 +56,27 @@ class Entry:
         """Return the environment of the entry."""
         return BfclEnv(self)
 
+    def make_state(self) -> Database:
+        """Return the state of each class before the first turn, which nothing else shares."""
+        long_context = "long_context" in self.name or "composite" in self.name
+        return {
+            name: bfcl_authors.make_state(name, config, long_context)
+            if name in bfcl_authors.CLASSES
+            else copy.deepcopy(config)
+            for name, config in self.initial_config.items()
+        }
+
+
+def load_dataset(name: str) -> list[Entry]:
+    """Read a file, or the files of a category of the authors' package ("multi_turn": of all).
+
+    Raises:
+      FormatError: see `load`; there is no such category, or the package is not installed.
+    """
+    path = pathlib.Path(name)
+    files = [path] if path.suffix == ".json" else bfcl_authors.files_of(name)
+    return [entry for file in files for entry in load(file)]
+
 
 def load(path: pathlib.Path) -> list[Entry]:
     """Read the entries of a file, with the answers of possible_answer/ beside it.
@@ -76,9 +101,11 @@ def load(path: pathlib.Path) -> list[Entry]:
 def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: list) -> Entry:
     classes = field(entry, "involved_classes", list, where)
     config = field(entry, "initial_config", dict, where)
+    states = {}
     for one in classes:
-        known_world(str(one), where)
-        field(config, one, dict, f"{where}: initial_config")
+        _tools_of(str(one), where)
+        default: Any = {} if one in bfcl_authors.CLASSES else ...  # MathAPI has no state
+        states[one] = field(config, one, dict, f"{where}: initial_config", default)
     questions = [_question(turn, where) for turn in field(entry, "question", list, where)]
     if len(questions) != len(ground_truth) or not questions:
         raise FormatError(
@@ -89,7 +116,6 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
     for turn, names in field(entry, "missed_function", dict, where, {}).items():
         missed.append((int(turn), tuple(names)))
     excluded = tuple(field(entry, "excluded_function", list, where, []))
-    states = {one: config[one] for one in classes}
     made = Entry(name, tuple(questions), states, (), excluded, tuple(sorted(missed)))
     world = composite(made)
     parameters = {tool.name: list(tool.parameters) for tool in world.tools}
@@ -100,7 +126,9 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
     made = dataclasses.replace(made, truth=truth)
     calls = [call for turn in truth for call in turn]
     try:
-        Toolbox(world.tools).replay(copy.deepcopy(made.initial_config), calls)
+        Toolbox(world.tools).replay(made.make_state(), calls)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from error
     except (ValueError, *BROKEN) as error:  # BROKEN: a config of another shape
         raise FormatError(
             f"{truth_where}: the true calls do not run on initial_config: {type(error).__name__}:"
@@ -115,7 +143,7 @@ def _question(turn: Any, where: str) -> str:
         raise FormatError(
             f"{where}: a turn of 'question' is {type(turn).__name__} and must be list"
         )
-    return "\n".join(field(message, "content", str, where) for message in turn) or MORE_FUNCTIONS
+    return "\n".join(field(message, "content", str, where) for message in turn)
 
 
 def parse_call(text: Any, parameters: dict[str, list[str]], where: str) -> ToolCall:
@@ -153,13 +181,15 @@ def composite(entry: Entry) -> World:
     for name in entry.initial_config:
         tools += [
             dataclasses.replace(tool, run=functools.partial(_in_part, tool, name))
-            for tool in known_world(name, entry.name).tools
+            for tool in _tools_of(name, entry.name)
             if tool.name not in entry.excluded
         ]
     names = sorted(entry.initial_config)
 
     def random_write(rng: random.Random, database: Database) -> ToolCall:
         name = rng.choice(names)
+        if name in bfcl_authors.CLASSES:
+            return bfcl_authors.random_call(rng, name)
         return known_world(name, entry.name).random_write(rng, database[name])
 
     policy = (
@@ -176,12 +206,27 @@ def composite(entry: Entry) -> World:
     )
 
 
+def _tools_of(name: str, where: str) -> tuple[Tool, ...]:
+    """Return the tools of a class, the authors' or a world's here. Raises FormatError."""
+    if name in bfcl_authors.CLASSES:
+        try:
+            return bfcl_authors.tools_of(name)
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}") from error
+    return known_world(name, where).tools
+
+
 def _no_scenario(rng: random.Random, level: str) -> Scenario:
     raise NotImplementedError("an entry of BFCL is one dialogue; nothing is drawn")
 
 
-def _in_part(tool: Tool, part: str, database: Database, **arguments: Any) -> Any:
+def _in_part(tool: Tool, part: str, database: Database, /, **arguments: Any) -> Any:
     return tool.run(database[part], **arguments)
+
+
+def _as_dict(state: Any) -> Database:
+    """Return the attributes of a class's state; a world's is a dictionary."""
+    return state if isinstance(state, dict) else vars(state)
 
 
 class BfclEnv(WorldEnv):
@@ -199,22 +244,27 @@ class BfclEnv(WorldEnv):
         self.difficulty = entry.name.rsplit("_", 1)[0]
         self.task = WorldTask(entry.name, "bfcl", 0)
         self._all = Toolbox(self.world.tools)
+        is_authors = all(name in bfcl_authors.CLASSES for name in entry.initial_config)
+        more = bfcl_authors.more_functions() if is_authors else MORE_FUNCTIONS
+        self._questions = tuple(question or more for question in entry.questions)
         self._limit_tools()
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         """Start the entry's dialogue; see `envs.gem.Env.reset`."""
         golden = tuple(call for turn in self.entry.truth for call in turn)
-        steps: list[ToolCall | str] = []
+        steps: list[str] = []
         for turn in self.entry.truth:
-            steps += [*turn, "That is done."]
-        user = UserScript(self.entry.questions)
-        self._begin(Scenario(self.entry.initial_config, user, golden, (), turns(*steps)))
-        self._true_state = copy.deepcopy(self.entry.initial_config)
+            for first in range(0, len(turn), MAX_CALLS):
+                steps.append("\n".join(map(format_call, turn[first : first + MAX_CALLS])))
+            steps.append("That is done.")
+        user = UserScript(self._questions)
+        self._begin(Scenario(self.entry.make_state(), user, golden, (), tuple(steps)))
+        self._true_state = self.entry.make_state()
         self._faults: list[str] = []
         self._turn_start = 0  # turns of the agent before this turn of the user
         self._calls_before = 0  # calls before this turn of the user
         self._limit_tools()
-        return f"{self.world.policy}\n\nUser: {self.entry.questions[0]}", {
+        return f"{self.world.policy}\n\nUser: {self._questions[0]}", {
             "task": self.task.name,
             "family": self.family,
             "seed": 0,
@@ -255,7 +305,13 @@ class BfclEnv(WorldEnv):
         self._limit_tools(self.user.stage)
         added = [tool.schema() for name, tool in self.toolbox.by_name.items() if name not in before]
         schemas = "".join(f"\n{json.dumps(schema)}" for schema in added)
-        return self.entry.questions[self.user.stage] + schemas
+        return self._questions[self.user.stage] + schemas
+
+    def _call(self, call: ToolCall, info: Info) -> str:
+        answer = super()._call(call, info)
+        if answer.startswith(bfcl_authors.FAILED) and info["status"] == "ok":
+            info["status"] = "tool_error"
+        return answer
 
     def _check_turn(self, turn: int) -> None:
         answers = self._all.replay(self._true_state, self.entry.truth[turn])
@@ -264,9 +320,10 @@ class BfclEnv(WorldEnv):
         if len(self.calls) == self._calls_before:
             self._faults.append(f"turn {turn}: no call")
         for name, state in self._true_state.items():
-            ours = outcome(self.database[name])
-            if ours != outcome(state):
-                places = ", ".join(differences(ours, outcome(state))[:3])
+            ours = outcome(_as_dict(self.database[name]))
+            theirs = outcome(_as_dict(state))
+            if ours != theirs:
+                places = ", ".join(differences(ours, theirs)[:3])
                 self._faults.append(f"turn {turn}: the state of {name} differs in {places}")
         seen = collections.Counter(answer for _, answer in self.calls)
         missing = collections.Counter(map(told, answers)) - seen

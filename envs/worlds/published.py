@@ -23,14 +23,6 @@ class FormatError(ValueError):
     """
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """Return the value of a JSON file. Raises FormatError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not readable as JSON ({error})") from error
-
-
 def read_lines(path: pathlib.Path) -> list[tuple[str, Any]]:
     """Return (place, value) of each line of a JSON-lines file. Raises FormatError.
 

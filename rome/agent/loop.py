@@ -231,7 +231,7 @@ async def _play(
     # Routes are asked for from here on: not for replayed tokens, nor for those that the engine has
     # computed already (all but the last one that it sampled).
     routes_from = len(context)
-    prompt_ids = chat.observe([chunks[-1].observation]) if chunks else chat.open(instruction)
+    prompt_ids = _answer(chat, chunks[-1]) if chunks else chat.open(instruction)
     while True:
         context += prompt_ids
         room = limits.max_context - len(context)
@@ -269,7 +269,12 @@ async def _play(
         chunk.tool_call = turn.tool_call
         if turn.ending:
             return _result_of(played, turn)
-        prompt_ids = chat.observe([turn.observation])
+        prompt_ids = _answer(chat, chunk)
+
+
+def _answer(chat: Chat, chunk: Chunk) -> list[int]:
+    """Return the ids of what the environment answered to a chunk, with the next turn's header."""
+    return chat.follow(chunk.action_ids, [chunk.observation])
 
 
 async def _judge(played: PlayedEnv, ending: str, note: str) -> _Result:
@@ -286,7 +291,7 @@ def _to_chunk(
 ) -> Chunk:
     """Return the chunk of one turn, before the environment has answered it."""
     text_ids = completion.output_ids
-    if text_ids[-1:] == [chat.tokenizer.im_end]:
+    if text_ids and text_ids[-1] in chat.tokenizer.turn_ends:
         text_ids = text_ids[:-1]
     chunk = Chunk(
         prompt_ids=prompt_ids,

@@ -130,6 +130,17 @@ def pack(
     return pack_examples(examples, row_length, chunks_per_row, routes=routes_for is not None)
 
 
+def fits_row(trajectory: Trajectory, row_length: int, chunks_per_row: int) -> bool:
+    """Return whether a row of this size can hold a trajectory."""
+    turns = trajectory.turns
+    return count_tokens(turns) <= row_length and len(turns) <= chunks_per_row
+
+
+def count_tokens(turns: Sequence[tuple[list[int], Chunk]]) -> int:
+    """Return how many tokens the (prompt ids, chunk) of a trajectory's turns take in a row."""
+    return sum(len(prompt_ids) + len(chunk.action_ids) for prompt_ids, chunk in turns)
+
+
 def pack_examples(
     examples: list[Example],
     row_length: int,
@@ -400,7 +411,7 @@ def _check_fits(
             f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action"
             " tokens: nothing to train; leave it out"
         )
-    tokens = sum(len(prompt_ids) + len(chunk.action_ids) for prompt_ids, chunk in turns)
+    tokens = count_tokens(turns)
     if tokens > options.row_length:
         raise ValueError(
             f"{name} has {tokens} tokens but row_length is {options.row_length}; raise row_length"

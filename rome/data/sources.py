@@ -54,11 +54,7 @@ class TrajectoryFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Trajectory:
-        path = self.paths[index]
-        try:
-            return load_trajectory(path)
-        except ValueError as error:  # JSON errors are ValueErrors too
-            raise ValueError(f"{path}: {error}") from error
+        return load_trajectory(self.paths[index])
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[number] for number in range(len(self)))

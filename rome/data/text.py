@@ -26,6 +26,7 @@ from rome.data.batch import Batch
 from rome.data.packing import Example, pack_examples, pack_stream, text_example, to_batch
 from rome.data.sources import RandomAccess
 from rome.model.tokenizer import Tokenizer
+from rome.stopping import ShouldStop, never, raise_if_stopped
 
 # Documents whose pieces are shuffled together; those of one long document would fill a whole batch.
 MIXED_DOCUMENTS = 32
@@ -89,16 +90,18 @@ class Corpus:
     digest: str
 
 
-def read_corpus(place: str, held_out_share: float) -> Corpus:
+def read_corpus(place: str, held_out_share: float, should_stop: ShouldStop = never) -> Corpus:
     """Find all documents, reading each once.
 
     Args:
       place: a directory, walked in sorted order without hidden files and folders; or one file; or
         "" for the source of Python's standard library.
       held_out_share: share of the documents that is held out, on average.
+      should_stop: asked before each document.
 
     Raises:
       FileNotFoundError: there is no such place.
+      Stopped: `should_stop` returned True.
       ValueError: no document is left to train on or to hold out, or a JSON line is malformed.
     """
     files = _files(pathlib.Path(place)) if place else _library_files()
@@ -110,6 +113,7 @@ def read_corpus(place: str, held_out_share: float) -> Corpus:
     held_out_keys = []
     for number, path in enumerate(files):
         for start, size, text in _scan(path):
+            raise_if_stopped(should_stop)
             if text is None:
                 skipped.append(_document_name(path, start))
                 continue

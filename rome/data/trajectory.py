@@ -15,14 +15,13 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from rome.data.routes import routes_from_json, routes_to_json
-from rome.files import write_atomically
+from rome.files import read_json, write_atomically
 from rome.version import describe
 
 ATIF_VERSION = "ATIF-v1.7"
@@ -291,9 +290,13 @@ def load_trajectory(path: str | os.PathLike[str]) -> Trajectory:
     """Read one ATIF file.
 
     Raises:
-      ValueError: the file is no JSON or no trajectory of this project.
+      ValueError: the file is no JSON or no trajectory of this project; the message names it.
     """
-    return from_atif(json.loads(pathlib.Path(path).read_text()))
+    document = read_json(path, "Delete it, and its episode is played again.")
+    try:
+        return from_atif(document)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def _chunk_to_step(number: int, chunk: Chunk) -> dict[str, Any]:

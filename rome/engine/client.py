@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from rome.engine.connection import (
     Connection,
     Deadline,
     error_text,
+    growing_wait,
     require_object,
 )
 from rome.engine.dialect import Dialect, dialect_of
@@ -43,6 +43,7 @@ from rome.model.config import ModelConfig
 
 HEALTH_SECONDS = 30.0  # SGLang's /health generates a token and may take 20 s on a busy server
 CONTROL_SECONDS = 60.0
+MAX_ABORT_WAIT_SECONDS = 2.0
 MEMORY_TAGS = ("weights", "kv_cache")
 PauseMode = Literal["abort", "retract", "in_place"]
 # busy: it answers 429 or 503; hung: it takes connections and does not answer; gone: it takes none
@@ -133,9 +134,15 @@ class Engine:
           RequestRejected: the engine does not take this request.
         """
         completion = Completion.unfinished() if begun is None else begun
+        num_empty = 0  # answers in a row that an abort cut before their first token
         async with self._time_for(completion, deadline_seconds):
             while completion.finish_reason == "abort":
+                before = len(completion.output_ids)
                 await self._continue_completion(completion, input_ids, sampling)
+                is_empty = len(completion.output_ids) == before
+                if is_empty and completion.finish_reason == "abort":
+                    await asyncio.sleep(growing_wait(num_empty, MAX_ABORT_WAIT_SECONDS))
+                num_empty = num_empty + 1 if is_empty else 0
         return completion
 
     @contextlib.asynccontextmanager
@@ -218,12 +225,9 @@ class Engine:
             )
             append_routes(completion, routes)
         append_answer(completion, parsed)
-        if completion.finish_reason != "abort":
-            return
-        if len(completion.output_ids) >= sampling.max_new_tokens:
+        is_full = len(completion.output_ids) >= sampling.max_new_tokens
+        if completion.finish_reason == "abort" and is_full:
             completion.finish_reason = "length"
-        elif not parsed.ids:  # aborted before its first token: give the server a moment
-            await asyncio.sleep(random.uniform(0.02, 0.1))
 
     async def _post_unless_refused(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         """Post, but stop waiting at once when `refuse` is called: the server may hang."""
@@ -330,7 +334,7 @@ class Engine:
     # -- control of the server
     # ---------------------------------------------------------------------------------------------
 
-    async def pause(self, mode: str = "abort") -> None:
+    async def pause(self, mode: PauseMode = "abort") -> None:
         """Stop sampling.
 
         Args:

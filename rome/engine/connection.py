@@ -2,6 +2,8 @@
 
 A status of `RETRY_STATUS` is back-pressure: the request is repeated until the caller's deadline.
 A refused or broken connection is retried for a short while only, then the server counts as dead.
+A request that is sent again has a new `rid`: a server that has not noticed yet that the connection
+of the first one broke would refuse the second as a duplicate.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import uuid
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -18,6 +21,8 @@ from rome.engine.errors import EngineDead, EngineError, EngineFailed, RequestRej
 
 RETRY_STATUS = (429, 502, 503, 504)  # back-pressure of a server, or of a router in front of it
 MAX_RETRY_AFTER_SECONDS = 30.0  # a longer Retry-After of a server is cut to this
+FIRST_WAIT_SECONDS = 0.1  # before something is tried again; then twice as long each time
+MAX_DOUBLINGS = 20
 MAX_BUSY_WAIT_SECONDS = 5.0
 MAX_BROKEN_WAIT_SECONDS = 2.0
 CONNECT_SECONDS = 10.0
@@ -83,7 +88,7 @@ class Connection:
           EngineFailed: the server answered with another error, or not in HTTP and JSON.
           EngineDead: the server cannot be reached.
         """
-        wait = 0.1
+        attempt = 0
         while True:
             response = await self.request("POST", route, body)
             if response.status == 200:
@@ -92,10 +97,11 @@ class Connection:
                 text = error_text(response.body)
                 kind = RequestRejected if 400 <= response.status < 500 else EngineFailed
                 raise kind(f"{self.url}{route} answered {response.status}: {text}")
-            # Jitter: clients that were refused at the same moment must not return at the same one.
-            jitter = random.uniform(1.0, 1.5)
-            await asyncio.sleep(max(wait, response.retry_after_seconds) * jitter)
-            wait = min(2 * wait, MAX_BUSY_WAIT_SECONDS)
+            await asyncio.sleep(
+                growing_wait(attempt, MAX_BUSY_WAIT_SECONDS, response.retry_after_seconds)
+            )
+            body = with_new_rid(body)
+            attempt += 1
 
     async def request(self, method: str, route: str, body: dict[str, Any] | None) -> Response:
         """Return one answer, whatever its status.
@@ -105,8 +111,9 @@ class Connection:
           EngineFailed: the answer is not HTTP or not the JSON that it claims to be.
         """
         give_up = time.monotonic() + self.dead_after_seconds
-        wait = 0.1
+        attempt = 0
         while True:
+            wait = growing_wait(attempt, MAX_BROKEN_WAIT_SECONDS)
             try:
                 return await self._request_once(method, route, body)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
@@ -120,8 +127,9 @@ class Connection:
                     f"{self.url}{route} did not answer in HTTP and JSON ({type(error).__name__}"
                     f" {error}); is this an SGLang server?"
                 ) from error
-            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-            wait = min(2 * wait, MAX_BROKEN_WAIT_SECONDS)
+            await asyncio.sleep(wait)
+            body = None if body is None else with_new_rid(body)
+            attempt += 1
 
     async def status(self, route: str) -> int:
         """Return the status of one GET, without retries."""
@@ -207,6 +215,26 @@ class Deadline:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
             raise EngineError(self._message) from None
+
+
+def growing_wait(attempt: int, at_most: float, at_least: float = 0.0) -> float:
+    """Return the seconds to wait before trying again, twice as long each time.
+
+    Clients that failed at the same moment do not return at the same one: up to half is added.
+
+    Args:
+      attempt: how often it was tried again before.
+      at_most: bounds the growth.
+      at_least: what a server asked for, above `at_most` too.
+    """
+    doublings = min(attempt, MAX_DOUBLINGS)
+    wait = min(FIRST_WAIT_SECONDS * 2**doublings, at_most)
+    return max(wait, at_least) * random.uniform(1.0, 1.5)
+
+
+def with_new_rid(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the body with another request id, where it has one."""
+    return body | {"rid": uuid.uuid4().hex} if "rid" in body else body
 
 
 def require_object(url: str, route: str, body: Any) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def read_header(delta: pathlib.Path) -> dict[str, Any]:
         with delta.open("rb") as file:
             header = json.loads(file.readline(_MAX_HEADER_BYTES))
         _check_header(header)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenChain(
             f"{delta} is not a delta ({error!r}); fetch the full checkpoint"
         ) from None

@@ -214,7 +214,7 @@ def make_app(mirror: Mirror, source: pathlib.Path) -> web.Application:
             body = json.loads(await http.text())
             path = pathlib.Path(body["path"]).resolve()
             fresh = bool(body.get("fresh"))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return _error(400, f'send {{"path": DIRECTORY}}, not this: {error!r}')
         if path.parent != source:
             return _error(403, f"{path} does not lie directly in --source {source}")

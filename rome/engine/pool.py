@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from rome.engine.client import Engine
+from rome.engine.client import Engine, PauseMode
 from rome.engine.completion import Completion, Sampling
+from rome.engine.connection import growing_wait
 from rome.engine.errors import (
     EngineDead,
     EngineError,
@@ -33,7 +35,7 @@ from rome.engine.errors import (
     EngineUnproven,
     RequestRejected,
 )
-from rome.engine.proof import Weights, load_and_prove
+from rome.engine.proof import Proof, Weights, disagreement, load_and_prove
 
 State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 MAX_AFFINITIES = 100_000  # remembered episodes; the least recently used are forgotten
@@ -42,6 +44,7 @@ DRAIN_SECONDS = 2.0
 # A request whose engines failed this many times may itself be the reason. In a pool of more engines
 # it is tried on each of them.
 MAX_MOVES = 8
+MAX_MOVE_WAIT_SECONDS = 2.0
 # An episode leaves its engine when that has more requests in flight than twice the least busy
 # engine's and this many: the cached prefix is then not worth the wait.
 AFFINITY_SLACK = 16
@@ -76,6 +79,7 @@ class EnginePool:
         self.strikes: collections.Counter[str] = collections.Counter()
         self.restart = dict(restart or {})
         self.weights: Weights | None = None  # the current ones; None until the first publication
+        self.proofs: dict[str, Proof] = {}  # by url: the last one that the engine gave
         self.supervised = False  # whether `supervise` brings engines back
         self._update_locks: dict[str, asyncio.Lock] = {}
         self._became_ready: asyncio.Event | None = None  # set when the next engine becomes ready
@@ -177,6 +181,9 @@ class EnginePool:
                 return done
             finally:
                 self.in_flight[engine.url] -= 1
+            if moves:  # the first move is free: another engine may well be healthy
+                wait = growing_wait(moves - 1, MAX_MOVE_WAIT_SECONDS)
+                await asyncio.sleep(min(wait, max(ends - time.monotonic(), 0.0)))
             moves += 1
             if moves >= max(MAX_MOVES, len(self.engines)):
                 raise EngineError(
@@ -268,7 +275,7 @@ class EnginePool:
             self._became_ready.set()
             self._became_ready = None
 
-    async def bring(self, engine: Engine, mode: str = "abort") -> float:
+    async def bring(self, engine: Engine, mode: PauseMode = "abort") -> float:
         """Bring one engine to the pool's current weights, and admit it.
 
         Args:
@@ -276,7 +283,7 @@ class EnginePool:
           mode: how its running requests are paused, see `Engine.pause`.
 
         Returns:
-          The largest error of its probe, in nats.
+          The mean error of its probe, in nats.
 
         Raises:
           EngineError: it did not prove the weights. The engine is then suspect or dead, and so it
@@ -290,14 +297,46 @@ class EnginePool:
                 )
             while True:
                 weights = self.weights
-                error = await self._load_or_quarantine(engine, weights, mode)
+                proof = await self._load_or_quarantine(engine, weights, mode)
                 if weights is self.weights:  # no other publication came in between
                     break
+            self._require_agreement(engine, proof)
+            self.proofs[engine.url] = proof
             engine.prove(weights.version)
             self.admit(engine)
-            return error
+            return proof.error
 
-    async def _load_or_quarantine(self, engine: Engine, weights: Weights, mode: str) -> float:
+    def _require_agreement(self, engine: Engine, proof: Proof) -> None:
+        """Quarantine an engine whose hashes differ from those of the engines that serve.
+
+        One against one, nobody can say which is right: both are out, and are brought back anew.
+
+        Raises:
+          EngineError: they differ.
+        """
+        serving = [other for other in self.engines_in("ready") if other is not engine]
+        differing = {
+            other: disagreement(proof, self.proofs[other.url])
+            for other in serving
+            if other.url in self.proofs
+        }
+        rivals = [other for other, tensors in differing.items() if tensors]
+        if not rivals:
+            return
+        cause = (
+            f"{engine.url} and {rivals[0].url} hold different bytes of weights {proof.version} in"
+            f" {differing[rivals[0]]}; engines of one pool need one kind of GPU and the same flags."
+            " Start the wrong one again"
+        )
+        if len(rivals) == 1:
+            rival = rivals[0]
+            doubted = self.proofs[rival.url]  # its hashes may be the wrong ones
+            self.proofs[rival.url] = dataclasses.replace(doubted, checksums=None)
+            self.quarantine(rival, cause)
+        self.quarantine(engine, cause)
+        raise EngineError(cause)
+
+    async def _load_or_quarantine(self, engine: Engine, weights: Weights, mode: PauseMode) -> Proof:
         """Load and verify weights; on any failure take the engine out and raise EngineError."""
         if self.states[engine.url] in ("ready", "updating"):
             self.states[engine.url] = "updating"
@@ -305,7 +344,7 @@ class EnginePool:
         else:
             self.states[engine.url] = "starting"
         try:
-            return await load_and_prove(engine, weights, mode)
+            return await load_and_prove(engine, weights, mode, self.proofs.get(engine.url))
         except EngineDead as failure:
             self.mark_dead(engine, str(failure))
             raise

@@ -12,10 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from envs.proxies import open_directly
 from rome.engine.errors import EngineError
+from rome.stopping import ShouldStop, never, raise_if_stopped
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Exit status of launch.serve when its port is taken (the number of EADDRINUSE).
@@ -24,6 +25,7 @@ PORT_ATTEMPTS = 3
 KILL_SECONDS = 30.0
 SHORT_GRACE_SECONDS = 0.5  # for a server whose state no longer matters
 START_SECONDS = 180.0
+HEALTH_SECONDS = 1.5  # of one question; a wish to stop is heard between two of them
 
 
 @dataclasses.dataclass
@@ -101,7 +103,8 @@ def start_server(
     port: int | None = None,
     flags: Sequence[str] = (),
     deadline_seconds: float = START_SECONDS,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
+    should_stop: ShouldStop = never,
 ) -> ServerProcess:
     """Start `python -m launch.serve` and return when it is ready to answer.
 
@@ -114,10 +117,12 @@ def start_server(
       port: None takes a free one, and another if a different process took it first.
       flags: further flags of launch.serve.
       deadline_seconds: for loading and compiling.
-      environment: variables added to this process's environment.
+      environment: changes to this process's environment; None removes a variable.
+      should_stop: polled while the server is waited for; True ends it.
 
     Raises:
       EngineError: it is not ready within the deadline, with the end of the log.
+      Stopped: `should_stop` returned True.
     """
     log_path = pathlib.Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +130,7 @@ def start_server(
     for _ in range(PORT_ATTEMPTS):
         server = _launch(model_dir, log_path, port or _free_port(), flags, environment or {})
         try:
-            status = _wait_until_ready(server, ends)
+            status = _wait_until_ready(server, ends, should_stop)
         except BaseException:
             server.stop(SHORT_GRACE_SECONDS)
             raise
@@ -144,13 +149,13 @@ def _launch(
     log_path: pathlib.Path,
     port: int,
     flags: Sequence[str],
-    extra: dict[str, str],
+    changes: Mapping[str, str | None],
 ) -> ServerProcess:
     command = [sys.executable, "-m", "launch.serve"]
     command += ["--model_path", str(model_dir)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--parent_pid", str(os.getpid()), *flags]
-    environment = _child_environment() | extra
+    environment = _child_environment(changes)
 
     def start() -> subprocess.Popen[bytes]:
         with open(log_path, "ab") as log:
@@ -166,20 +171,24 @@ def _launch(
     return ServerProcess(f"http://127.0.0.1:{port}", start(), log_path, start)
 
 
-def _child_environment() -> dict[str, str]:
-    """Return this process's environment with the repository importable and one CPU device."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    xla_flags = os.environ.get("XLA_FLAGS", "")
+def _child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Return this process's environment, changed, with the repository and one CPU device."""
+    merged = {**os.environ, **changes}
+    environment = {name: value for name, value in merged.items() if value is not None}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    xla_flags = environment.get("XLA_FLAGS", "")
     one_device = re.sub(r"--xla_force_host_platform_device_count=\S+", "", xla_flags)
     return {
-        **os.environ,
+        **environment,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": one_device.strip(),
     }
 
 
-def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
+def _wait_until_ready(
+    server: ServerProcess, ends: float, should_stop: ShouldStop = never
+) -> int | None:
     """Return None once /health says 200, or the exit status if the process ended first.
 
     Raises:
@@ -188,8 +197,9 @@ def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
     while time.monotonic() < ends:
         if not server.alive():
             return server.process.returncode
+        raise_if_stopped(should_stop)
         try:
-            with open_directly(server.url + "/health", 5.0) as response:
+            with open_directly(server.url + "/health", HEALTH_SECONDS) as response:
                 if response.status == 200:
                     return None
         except OSError:  # not listening yet, or 503 while it compiles

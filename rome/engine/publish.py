@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import pathlib
 import re
@@ -19,12 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import safetensors
 
-from rome.engine.client import Engine
+from rome.engine.client import Engine, PauseMode
 from rome.engine.delta import read_header, write_delta
 from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
-from rome.engine.proof import Weights
+from rome.engine.proof import Weights, changed_tensors
 from rome.files import sync
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
@@ -35,6 +37,7 @@ KEPT_DIRECTORIES = 2
 STRAGGLER_SECONDS = 60.0
 # Time that the supervisor gets to bring an engine back when all have failed.
 RECOVERY_SECONDS = 300.0
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Published:
     Attributes:
       path: the checkpoint.
       seconds_pause: from the first pause to the last proof.
-      probe_error: largest error of the probe's logprobs, in nats.
+      probe_error: mean error of the probe's logprobs, in nats, of the engine with the largest.
       engines: how many engines serve the new weights.
       failed: for each other engine, why it does not.
       seconds_transfer: of the slowest mirror; 0 where engines read the trainer's directory.
@@ -68,7 +71,7 @@ async def publish_weights(
     expected_logprobs: Sequence[float],
     tolerance: float = 1e-4,
     *,
-    mode: str = "abort",
+    mode: PauseMode = "abort",
 ) -> Published:
     """Bring the checkpoint at `path` to every engine of the pool.
 
@@ -80,7 +83,7 @@ async def publish_weights(
       probe_ids: tokens of the probe prompt.
       expected_logprobs: the trainer's log p(probe_ids[t] | probe_ids[:t]) at temperature 1 with
         these weights; the entry of the first id is ignored.
-      tolerance: largest accepted error of the probe, in nats. About 1e-4 in float32; bfloat16
+      tolerance: largest accepted mean error of the probe, in nats. About 1e-4 in float32; bfloat16
         engines need about 5e-2.
       mode: how running requests are paused, see `Engine.pause`. "abort" works with every version
         of SGLang; the requests are continued in every mode.
@@ -93,10 +96,11 @@ async def publish_weights(
         weights are unknown.
     """
     started = time.monotonic()
-    pool.weights = Weights(path, version, probe_ids, expected_logprobs, tolerance)
+    weights = Weights(path, version, probe_ids, expected_logprobs, tolerance)
+    pool.weights = await _compared_to_earlier(weights, pool.weights)
     engines = pool.engines_in("ready", "updating", "starting", "suspect")
     errors = await _bring_all(pool, engines, mode)
-    if not errors:
+    if not pool.engines_in("ready"):
         await pool.wait_ready(RECOVERY_SECONDS if pool.supervised else 0.0)
     serving = pool.engines_in("ready")
     transfers = [
@@ -115,7 +119,25 @@ async def publish_weights(
     )
 
 
-async def _bring_all(pool: EnginePool, engines: Sequence[Engine], mode: str) -> dict[str, float]:
+async def _compared_to_earlier(weights: Weights, earlier: Weights | None) -> Weights:
+    """Return the weights with what tells them from those that were published before."""
+    if earlier is None or earlier.version == weights.version:
+        return weights
+    changed = None
+    if earlier.path != weights.path and earlier.path.is_dir():
+        try:
+            changed = await asyncio.to_thread(changed_tensors, earlier.path, weights.path)
+        except (OSError, safetensors.SafetensorError) as error:
+            log.warning("%s is not compared with %s: %s", weights.path, earlier.path, error)
+    earlier_logprobs = None
+    if list(earlier.probe_ids) == list(weights.probe_ids):
+        earlier_logprobs = earlier.expected_logprobs
+    return dataclasses.replace(weights, changed=changed, earlier_logprobs=earlier_logprobs)
+
+
+async def _bring_all(
+    pool: EnginePool, engines: Sequence[Engine], mode: PauseMode
+) -> dict[str, float]:
     """Bring all engines to the pool's weights, and return the probe errors by URL.
 
     Engines that fail, or are too slow, are in quarantine afterwards.

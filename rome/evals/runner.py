@@ -25,7 +25,7 @@ from rome.data.trajectory import is_success
 from rome.evals.agents import Agent, Outcome
 from rome.evals.statistics import is_counted
 from rome.evals.tasks import EvalTask
-from rome.files import write_atomically
+from rome.files import read_json, write_atomically
 
 MAX_TRIES = 3
 RETRY_WAIT_SECONDS = 0.5
@@ -73,7 +73,7 @@ class Results:
             try:
                 record = json.loads(line)
                 _check_record(record)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise EvalError(
                     f"{self.path}:{number}: not a record of an attempt ({error}); remove the line,"
                     " and its attempt is played again"
@@ -145,9 +145,9 @@ def _claim(out: pathlib.Path, identity: Mapping[str, Any]) -> None:
         write_atomically(path, json.dumps(identity, indent=1) + "\n")
         return
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = read_json(path, "Give another --out.")
     except ValueError as error:
-        raise EvalError(f"{path} is not JSON ({error}); give another --out") from error
+        raise EvalError(str(error)) from error
     ours = json.loads(json.dumps(identity))
     differences = []
     for name in {**theirs, **ours}:

@@ -3,8 +3,8 @@
 load_tasks("envs/tasks/harbor/examples")  a folder of Harbor or Terminal-Bench 1 tasks, or one task
 load_tasks("harbor")                      the examples of this repository; also "harbor/word-report"
 load_tasks("terminal:wide:1000")          1,000 generated instances, spread evenly over the families
-load_tasks("worlds:shop:100")             tool-use worlds; also problems, games, bfcl:FILE and
-                                          tau2:FOLDER, see worlds.py
+load_tasks("worlds:shop:100")             tool-use worlds; also problems, games and bfcl:FILE,
+                                          see worlds.py
 load_tasks("repair::100")                 100 packages with a bug each; "repair:csvlite,DIR:100"
                                           names the packages
 load_tasks("registry.json:NAME@VERSION")  everything that envs.tasks.datasets reads: registries,
@@ -54,6 +54,40 @@ UNGROUPED = "(none)"
 
 
 @dataclasses.dataclass(frozen=True)
+class HarborSettings:
+    """How task folders are played, beside the config of their sandboxes.
+
+    Attributes:
+      images: base images that cannot be had, for which this machine's system stands, with the
+        programs that it must have (`envs.tasks.harbor.build`).
+      build_egress: hosts that the build of a task's environment may reach (HarborEnv).
+      verifier_egress: hosts that the tests may reach (HarborEnv).
+      max_turns: turns of each step.
+      command_timeout: seconds for one command.
+      timeout_multiplier: of all time limits that a task has.
+    """
+
+    images: Mapping[str, tuple[str, ...]] | None = None
+    build_egress: tuple[str, ...] | None = None
+    verifier_egress: tuple[str, ...] = ()
+    max_turns: int = 40
+    command_timeout: float = 60.0
+    timeout_multiplier: float = 1.0
+
+    def make_env(self, task: HarborTask, config: SandboxConfig) -> HarborEnv:
+        """Return a task's environment, not started yet; the task has its time limits already."""
+        return HarborEnv(
+            task,
+            config,
+            images=self.images,
+            build_egress=self.build_egress,
+            verifier_egress=self.verifier_egress,
+            max_turns=self.max_turns,
+            command_timeout=self.command_timeout,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalTask:
     """One task of a dataset.
 
@@ -68,8 +102,7 @@ class EvalTask:
       source: makes the environment.
       start_seconds: limit for starting the environment.
       play_seconds: limit for a scripted agent with its grading.
-      images: see `load_tasks`.
-      build_egress: see `load_tasks`.
+      harbor: how task folders are played.
     """
 
     name: str
@@ -81,17 +114,14 @@ class EvalTask:
     source: Task | HarborTask | Made
     start_seconds: float
     play_seconds: float
-    images: Mapping[str, tuple[str, ...]] | None = None
-    build_egress: tuple[str, ...] | None = None
+    harbor: HarborSettings = HarborSettings()
 
     def make_env(self, config: SandboxConfig) -> Env:
         """Return a new environment that is not started yet."""
         if isinstance(self.source, Made):
             return self.source.make_env(config)
         if isinstance(self.source, HarborTask):
-            return HarborEnv(
-                self.source, config, images=self.images, build_egress=self.build_egress
-            )
+            return self.harbor.make_env(self.source, config)
         limits = WIDE_LIMITS if self.family in WIDE_FAMILIES else {}
         return TerminalEnv(self.source, config, **limits)
 
@@ -121,8 +151,7 @@ def load_tasks(
     seed: int = 0,
     faults: list[TaskError] | None = None,
     fetch: bool = False,
-    images: Mapping[str, tuple[str, ...]] | None = None,
-    build_egress: tuple[str, ...] | None = None,
+    harbor: HarborSettings | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> list[EvalTask]:
     """Return the tasks of a dataset.
@@ -132,10 +161,7 @@ def load_tasks(
       seed: chooses the instances of generated datasets; folders and files do not depend on it.
       faults: where given, malformed tasks are appended to it instead of raised.
       fetch: whether git may fetch the repositories that a registry names.
-      images: base images that cannot be had, for which this machine's system stands, with the
-        programs that it must have (`envs.tasks.harbor.build`).
-      build_egress: hosts that the build of a task's environment may reach
-        (`envs.tasks.harbor.HarborEnv`).
+      harbor: how task folders are played.
       environ: the values of ${NAME} in the env tables of task folders
         (`envs.tasks.harbor.load_task`).
 
@@ -160,10 +186,10 @@ def load_tasks(
             f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known"
             " by name. Names: harbor, harbor/TASK, terminal[:FAMILIES[:N]] with FAMILIES one of"
             f" {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]],"
-            " worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER"
+            " worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE"
         )
-    tasks = load_files(name, faults, fetch, environ)
-    return [_of_harbor(task, images, build_egress) for task in tasks]
+    settings = harbor or HarborSettings()
+    return [_of_harbor(task, settings) for task in load_files(name, faults, fetch, environ)]
 
 
 def _names_files(name: str) -> bool:
@@ -265,11 +291,9 @@ def _of_terminal(task: Task) -> EvalTask:
     )
 
 
-def _of_harbor(
-    task: HarborTask,
-    images: Mapping[str, tuple[str, ...]] | None = None,
-    build_egress: tuple[str, ...] | None = None,
-) -> EvalTask:
+def _of_harbor(task: HarborTask, settings: HarborSettings | None = None) -> EvalTask:
+    settings = settings or HarborSettings()
+    task = task.with_more_time(settings.timeout_multiplier)
     # Twice: a doubtful grade is compared with that of the reference solution.
     play_seconds = 2 * reference_seconds(task) + MARGIN_SECONDS
     start_seconds = task.environment.build_timeout + SandboxConfig().start_timeout
@@ -283,8 +307,7 @@ def _of_harbor(
         source=task,
         start_seconds=start_seconds + MARGIN_SECONDS,
         play_seconds=play_seconds,
-        images=images,
-        build_egress=build_egress,
+        harbor=settings,
     )
 
 

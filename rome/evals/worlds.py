@@ -3,14 +3,13 @@
 worlds[:NAMES[:N]]       travel, shop, gui; a name is a world, or a world and a level (shop/hard)
 problems[:NAMES[:N]]     math, code, math/dice, code/postfix-hard
 games[:NAMES[:N]]        frozen_lake, wordle, ...
-bfcl:FILE                a BFCL multi-turn file, its possible_answer/ beside it
-tau2:FOLDER              a tau2 domain: db.json, tasks.json, perhaps policy.md
+bfcl:CATEGORY            BFCL's own files (multi_turn_base, ...; multi_turn for all), played with
+                         its authors' classes; or a file of that form, with possible_answer/ beside
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from envs.gem import Env, make
 from envs.problems import PROBLEM_IDS
 from envs.rock import SandboxConfig
 from envs.tasks.terminal import eval_seed
-from envs.worlds import WORLD_IDS, bfcl, tau2
+from envs.worlds import WORLD_IDS, bfcl
 
 # Instances of an environment that belong to one --seed; the next seed's follow them.
 SEEDS_APART = 100_000
@@ -70,7 +69,7 @@ class Made:
 def is_made(dataset: str) -> bool:
     """Return whether the name is of a dataset of this module."""
     kind = dataset.split(":")[0]
-    return kind in KINDS or (kind in ("bfcl", "tau2") and ":" in dataset)
+    return kind in KINDS or (kind == "bfcl" and ":" in dataset)
 
 
 def load_made(dataset: str, seed: int) -> list[Made]:
@@ -85,10 +84,7 @@ def load_made(dataset: str, seed: int) -> list[Made]:
     """
     kind, _, rest = dataset.partition(":")
     if kind == "bfcl":
-        return [_of_published(entry, "bfcl") for entry in bfcl.load(pathlib.Path(rest))]
-    if kind == "tau2":
-        entries = tau2.load(pathlib.Path(rest))
-        return [_of_published(entry, f"tau2-{entry.domain}") for entry in entries]
+        return [_of_published(entry, "bfcl") for entry in bfcl.load_dataset(rest)]
     names, _, count_text = rest.partition(":")
     ids = _find_ids(kind, names)
     most = SEEDS_APART * len(ids)

@@ -41,18 +41,20 @@ class LossSpec:
         clip_high and dual_clip, with the values of its paper.
       likelihood: True where the loss learns from given text, False where it learns from episodes
         that a policy played.
+      lambda_il: weight of the imitation term of Eq. 10 in the loss' paper.
     """
 
     function: Loss
     advantage: Estimator | None = None
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
     likelihood: bool = False
+    lambda_il: float = 0.0
 
 
 _CLIP = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0}
 
 SPECS: dict[str, LossSpec] = {
-    "ipa": LossSpec(ipa_loss, published={"mismatch_limit": 5.0}),
+    "ipa": LossSpec(ipa_loss, published={"mismatch_limit": 5.0}, lambda_il=1.0),
     "token_level": LossSpec(token_level_loss, published={"mismatch_limit": 5.0}),
     "grpo": LossSpec(grpo_loss, "normalised", _CLIP),
     "dr_grpo": LossSpec(dr_grpo_loss, "centred", _CLIP),

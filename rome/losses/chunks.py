@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from rome.data.batch import Batch
+from rome.data.batch import CONTEXT, RL, Batch
 from rome.losses.types import Denominators, Metrics
 
 # exp(20) = 5e8: beyond every ratio that means something, far below float32's overflow
@@ -103,3 +103,22 @@ def policy_metrics(
         "mismatch_weight2": mean(exp_bounded(2.0 * mismatch_BT)),
         "max_mismatch": jnp.max(jnp.where(rl_BT, jnp.abs(mismatch_BT), 0.0)),
     }
+
+
+def policy_entropy(entropy_BT: Array, batch: Batch[Array], denominators: Denominators) -> Array:
+    """Return this micro-batch's share of the mean entropy of the policy, in nats a token.
+
+    The mean is over the step's RL tokens: what the policy sampled itself. Where a step has none,
+    as in SFT, it is over all tokens that are trained.
+
+    Args:
+      entropy_BT: of the distribution that each token was drawn from.
+      batch: the micro-batch.
+      denominators: counts of the whole step.
+    """
+    has_rl = denominators.rl_tokens > 0
+    is_rl_BC = batch.kind_BC == RL
+    is_counted_BC = jnp.where(has_rl, is_rl_BC, batch.kind_BC != CONTEXT)
+    counted_BT = at_tokens(batch.valid_BC & is_counted_BC, batch)
+    count = jnp.where(has_rl, denominators.rl_tokens, denominators.trained_tokens)
+    return jnp.sum(jnp.where(counted_BT, entropy_BT, 0.0)) / jnp.maximum(count, 1.0)

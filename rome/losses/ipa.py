@@ -19,7 +19,9 @@ Eq. 9, gradient, over the chunks of successful (T+, R > 0) and of failed (T-) tr
 
 Successes count in full however old the sample is; failures fade out as they become unlikely.
 
-Eq. 10: lambda_rl (Eq. 9 on RL chunks) + lambda_il (sum of G_k logp_t on imitation chunks).
+Eq. 10: lambda_rl (Eq. 9 on RL chunks) + lambda_il (sum of G_k logp_t on imitation chunks). Both
+sums are divided by one count, the step's trained tokens, so that a token of a demonstration weighs
+as much as one of an equally discounted success, however few demonstrations there are.
 
 B rows, T tokens, C chunks a row. Every weight is a constant to the gradient, so d loss / d logp_t
 is minus the weight of token t.
@@ -65,8 +67,9 @@ def ipa_loss(
 
     weight_BT = keep_BT * at_tokens(weight_BC, batch)
     total = weighted_sum(weight_BT, logp_BT, rl_BT)
-    objective = total / rl_denominator(config, denominators)
-    imitation, imitation_metrics = imitation_term(logp_BT, batch, denominators)
+    count = shared_denominator(config, denominators)
+    objective = total / count
+    imitation, imitation_metrics = imitation_term(logp_BT, batch, count, denominators)
     metrics = policy_metrics(
         logp_BT,
         batch=batch,
@@ -98,28 +101,34 @@ def mismatch_mask(batch: Batch[Array], config: LossConfig) -> Array:
 
 
 def imitation_term(
-    logp_BT: Array, batch: Batch[Array], denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], count: Array, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Return the imitation term of Eq. 10: mean return-weighted logprob of imitation tokens.
+    """Return the imitation term of Eq. 10: the return-weighted logprobs of imitation tokens.
 
     pi(c*) of the paper is read as a data weight.
+
+    Args:
+      logp_BT: logprobs at the current weights.
+      batch: the micro-batch.
+      count: that the sum is divided by.
+      denominators: counts of the whole step.
     """
     imitated_BT = tokens_of_kind(IMITATION, batch)
-    count = jnp.maximum(denominators.imitation_tokens, 1.0)
-    logp = weighted_sum(jnp.ones_like(logp_BT), logp_BT, imitated_BT) / count
     return_BT = at_tokens(batch.return_BC, batch)
     term = weighted_sum(return_BT, logp_BT, imitated_BT) / count
-    return term, {"imitation_logp": logp}
+    logp = weighted_sum(jnp.ones_like(logp_BT), logp_BT, imitated_BT)
+    imitation_tokens = denominators.trained_tokens - denominators.rl_tokens
+    return term, {"imitation_logp": logp / jnp.maximum(imitation_tokens, 1.0)}
 
 
-def rl_denominator(config: LossConfig, denominators: Denominators) -> Array:
-    """Return what config.norm divides the token sum by: a count of the step, before m_k."""
+def shared_denominator(config: LossConfig, denominators: Denominators) -> Array:
+    """Return what config.norm divides both terms of Eq. 10 by: a count of the step, before m_k."""
     counts = {
-        "tokens": denominators.rl_tokens,
-        "chunks": denominators.rl_chunks,
-        "trajectories": denominators.rl_trajectories,
+        "tokens": denominators.trained_tokens,
+        "chunks": denominators.trained_chunks,
+        "trajectories": denominators.trained_trajectories,
     }
-    return jnp.maximum(counts[config.norm], 1.0)  # a step without RL chunks has a sum of 0
+    return jnp.maximum(counts[config.norm], 1.0)  # a step without trained chunks has a sum of 0
 
 
 def weighted_sum(weight_BT: Array, logp_BT: Array, mask_BT: Array) -> Array:

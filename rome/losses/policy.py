@@ -26,8 +26,9 @@ overlong penalty (the verifier rewards). dual_clip c bounds min(r A, clip(r) A) 
 A < 0 (arXiv 1912.09729): without it the ratio of a failure has no upper bound, which asynchronous
 training cannot afford.
 
-B rows, T tokens, C chunks a row. A turn is a chunk. Imitation chunks (Eq. 10) are learned as in
-IPA.
+B rows, T tokens, C chunks a row. A turn is a chunk. None of these papers imitates: their default
+lambda_il is 0. With one above 0 a loss is a hybrid of its own: its objective keeps its denominator,
+and the imitation term of Eq. 10, divided by the step's trained tokens, is added.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ from rome.losses.chunks import (
     tokens_of_kind,
     tokens_per_chunk,
 )
-from rome.losses.ipa import imitation_term, mismatch_mask, rl_denominator, topr_weight, weighted_sum
+from rome.losses.ipa import (
+    imitation_term,
+    mismatch_mask,
+    shared_denominator,
+    topr_weight,
+    weighted_sum,
+)
 from rome.losses.types import Denominators, LossConfig, Metrics
 
 
@@ -65,14 +72,15 @@ def token_level_loss(
     keep_BT = mismatch_mask(batch, dataclasses.replace(config, mismatch_mask="token"))
 
     total = weighted_sum(keep_BT * at_tokens(weight_BC, batch), logp_BT, rl_BT)
-    objective = total / rl_denominator(config, denominators)
+    count = shared_denominator(config, denominators)
     return _finish(
-        objective,
+        total / count,
         logp_BT,
         batch,
         config,
         denominators,
         rl_BT,
+        imitation_count=count,
         masked_BT=1.0 - keep_BT,
         ratio_BT=at_tokens(exp_bounded(log_ratio_BC), batch),
         clipped_BT=at_tokens((batch.sign_BC < 0) & (log_ratio_BC > 0), batch),
@@ -331,9 +339,15 @@ def _finish(
     ratio_BT: Array,
     clipped_BT: Array,
     masked_BT: Array | None = None,
+    imitation_count: Array | None = None,
 ) -> tuple[Array, Metrics]:
-    """Add the imitation term of Eq. 10 to the objective, negate, and add the shared metrics."""
-    imitation, imitation_metrics = imitation_term(logp_BT, batch, denominators)
+    """Add the imitation term of Eq. 10 to the objective, negate, and add the shared metrics.
+
+    The term is divided by imitation_count; by default by the step's trained tokens.
+    """
+    if imitation_count is None:
+        imitation_count = jnp.maximum(denominators.trained_tokens, 1.0)
+    imitation, imitation_metrics = imitation_term(logp_BT, batch, imitation_count, denominators)
     metrics = policy_metrics(
         logp_BT,
         batch=batch,

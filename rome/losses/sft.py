@@ -24,5 +24,5 @@ def sft_loss(
     """
     learned_BT = at_tokens(batch.valid_BC & (batch.kind_BC != CONTEXT), batch)
     total = weighted_sum(jnp.ones_like(logp_BT), logp_BT, learned_BT)
-    logp = total / jnp.maximum(denominators.sft_tokens, 1.0)
+    logp = total / jnp.maximum(denominators.trained_tokens, 1.0)
     return -logp, {"logp": logp}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rome.data.batch import CONTEXT, IMITATION, RL, Batch
+from rome.data.batch import IMITATION, RL, Batch
 
 Metrics = dict[str, jax.Array]
 
@@ -24,13 +24,17 @@ _NOT_NEGATIVE = ("lambda_rl", "lambda_il", "clip_low", "clip_high", "mismatch_lo
 
 
 class Denominators(NamedTuple):
-    """Counts over all micro-batches and devices of a step, before any mask of a loss."""
+    """Counts over all micro-batches and devices of one update, before any mask of a loss.
+
+    Trained chunks are those of RL and of imitation: all that are not context.
+    """
 
     rl_tokens: float  # action tokens of RL chunks
     rl_chunks: float
     rl_trajectories: float  # with at least one RL chunk
-    imitation_tokens: float  # action tokens of imitation chunks
-    sft_tokens: float  # action tokens of every chunk that is not context
+    trained_tokens: float  # action tokens of trained chunks
+    trained_chunks: float
+    trained_trajectories: float  # with at least one trained chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class LossConfig:
     Defaults are those of IPA and GRPO; `rome.losses.PUBLISHED` has those of the other papers.
     """
 
-    # ipa, token_level: divide the sum by the step's RL "tokens", "chunks" or "trajectories"
+    # ipa, token_level: divide both terms by the step's trained "tokens", "chunks" or "trajectories"
     norm: str = "tokens"
     # ipa: m_k drops a whole "chunk" or a single "token"; token_level always drops tokens
     mismatch_mask: str = "chunk"
@@ -90,25 +94,24 @@ Loss = Callable[[jax.Array, Batch[jax.Array], LossConfig, Denominators], tuple[j
 
 
 def count_denominators(batches: Iterable[Batch[np.ndarray]]) -> Denominators:
-    """Count what a step's losses divide by.
+    """Count what the losses of one update divide by.
 
     Args:
-      batches: all micro-batches of the step, those of other processes included.
+      batches: all micro-batches of the update, those of other processes included.
     """
-    rl_tokens = rl_chunks = rl_trajectories = imitation_tokens = sft_tokens = 0
+    batches = list(batches)
+    rl = _count(batches, (RL,))
+    trained = _count(batches, (RL, IMITATION))
+    return Denominators(*rl, *trained)
+
+
+def _count(batches: list[Batch[np.ndarray]], kinds: tuple[int, ...]) -> tuple[float, ...]:
+    """Count the action tokens, the chunks and the trajectories with chunks of these kinds."""
+    tokens = chunks = trajectories = 0
     for batch in batches:
-        kind_BT = batch.kind_BT()
-        rl_BC = batch.valid_BC & (batch.kind_BC == RL)
-        rl_tokens += int(np.count_nonzero(kind_BT == RL))
-        rl_chunks += int(np.count_nonzero(rl_BC))
-        for trajectory_C, rl_C in zip(batch.trajectory_BC, rl_BC, strict=True):
-            rl_trajectories += len(np.unique(trajectory_C[rl_C]))
-        imitation_tokens += int(np.count_nonzero(kind_BT == IMITATION))
-        sft_tokens += int(np.count_nonzero(kind_BT != CONTEXT))
-    return Denominators(
-        rl_tokens=float(rl_tokens),
-        rl_chunks=float(rl_chunks),
-        rl_trajectories=float(rl_trajectories),
-        imitation_tokens=float(imitation_tokens),
-        sft_tokens=float(sft_tokens),
-    )
+        chosen_BC = batch.valid_BC & np.isin(batch.kind_BC, kinds)
+        tokens += int(np.count_nonzero(np.isin(batch.kind_BT(), kinds)))
+        chunks += int(np.count_nonzero(chosen_BC))
+        for trajectory_C, chosen_C in zip(batch.trajectory_BC, chosen_BC, strict=True):
+            trajectories += len(np.unique(trajectory_C[chosen_C]))
+    return float(tokens), float(chunks), float(trajectories)

@@ -107,8 +107,9 @@ class ModelConfig:
         and the rest are dropped and reported; 0 drops nothing.
       dense_layers: layers that have one gated MLP of `intermediate_size` instead of experts; a
         model that has some is never scanned.
-      dtype: the type that layers compute in. Parameters are float32 in training; router, norms,
-        softmax and rotary angles are float32 whatever it says.
+      dtype: the type that layers compute in and that weights are published in. Parameters are
+        float32 in training, and rounded to it where they are used. Router, norms, softmax and
+        rotary angles compute in float32 whatever it says.
       remat: what the forward pass keeps for the backward pass: "none" everything, "full" only the
         input of each block (the rest is computed again), "attention" also the output of attention,
         "offload" the inputs, in the host's memory.

@@ -37,12 +37,14 @@ from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.ops.embedding import embed
 from rome.model.ops.gathered import from_heads, to_heads
 from rome.model.ops.rotary import rotary_angles, rotate
+from rome.model.ops.rounding import round_straight_through
 from rome.model.stacking import Params, unstack_layers
 
 BLOCK_INPUT = "block_input"  # name of a block's input for remat policies
 
-# Matrices that cast_layers casts.
+# What as_published casts, and what it rounds but leaves in float32.
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+_FLOAT32 = ("router", "scale")
 
 
 class Cache(NamedTuple):
@@ -465,17 +467,24 @@ def init_cache(config: ModelConfig, batch: int, length: int, scan: bool = True) 
     return Cache(k, v)
 
 
-def cast_layers(params: Params, config: ModelConfig) -> Params:
-    """Return the parameters with the layers' matrices in the compute dtype.
+def as_published(params: Params, config: ModelConfig) -> Params:
+    """Return the float32 parameters as an engine has them that loaded them in the compute dtype.
 
-    Norms, router, embedding and head stay float32. The layers would cast the matrices anyway. Cast
-    here, once, their gradients come out of the loop over layers in that type, half as large.
+    The layers' matrices are cast. They would be anyway; cast here, once, their gradients come out
+    of the loop over layers in that type, half as large. Router and norms compute in float32 with
+    numbers of the compute dtype; their gradients are those of the float32 parameters. Embedding
+    and head are rounded where they are used.
     """
 
-    def cast(path: tuple[Any, ...], weight: Array) -> Array:
-        return weight.astype(config.dtype) if path[-1].key in _MATRICES else weight
+    def round_leaf(path: tuple[Any, ...], weight: Array) -> Array:
+        name = path[-1].key
+        if name in _MATRICES:
+            return weight.astype(config.dtype)
+        if name in _FLOAT32 or name.endswith("_bias"):
+            return round_straight_through(weight, config.dtype)
+        return weight
 
-    return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
+    return jax.tree_util.tree_map_with_path(round_leaf, params)
 
 
 def head_kernel(params: Params, config: ModelConfig) -> Array:

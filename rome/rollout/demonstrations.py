@@ -9,6 +9,7 @@ how to solve the tasks that no sampled episode of a step solved: the imitation t
 from __future__ import annotations
 
 import asyncio
+import logging
 import pathlib
 import random
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajec
 from rome.model.tokenizer import Chat
 from rome.rollout.episode import RolloutError, SpoiledTaskError
 
+log = logging.getLogger(__name__)
 ATTEMPTS = 3  # at a demonstration that the infrastructure spoils
 
 
@@ -77,8 +79,9 @@ async def collect_demonstrations(
     async def collect_one(number: int, task: str) -> Trajectory | None:
         path = record(number)
         if path.exists():
-            kept = load_trajectory(path)
-            if kept.task == task:  # a resumed run may show other tasks when it repeats a step
+            kept = _load_kept(path)
+            # A resumed run may show other tasks when it repeats a step.
+            if kept is not None and kept.task == task:
                 return kept
         async with places:
             try:
@@ -100,6 +103,15 @@ async def collect_demonstrations(
         for number, trajectory in zip(tasks, played, strict=True)
         if trajectory is not None
     }
+
+
+def _load_kept(path: pathlib.Path) -> Trajectory | None:
+    """Load a demonstration; None where a power failure cut the file off: it is played again."""
+    try:
+        return load_trajectory(path)
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
 
 
 async def _demonstrate_until_played(

@@ -1,4 +1,4 @@
-"""What the scheduler hands to the player: one episode to play, and the errors that end its play."""
+"""What the scheduler hands to the player: one episode to play, and the error that ends its play."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ import dataclasses
 
 from rome.data.trajectory import Chunk
 from rome.rollout.forks import Forks
-
-
-class Stopped(Exception):
-    """The user asked the run to stop while episodes were in flight.
-
-    Episodes that had already finished are on disk.
-    """
 
 
 class RolloutError(RuntimeError):

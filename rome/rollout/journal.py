@@ -80,7 +80,7 @@ class Journal:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 self._keep(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a kill cut the line off, so its step was not trained
 
     def _keep(self, entry: dict[str, Any]) -> None:

@@ -11,16 +11,15 @@ from rome.data.trajectory import Trajectory, rewards_differ
 
 
 def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """Return the episodes of groups whose episodes earned different rewards.
+    """Return the episodes of groups whose episodes earned different rewards, perhaps none.
 
-    If there is no such group, all episodes are returned.
+    The episodes of any other group say nothing about what is better than what. That holds for a
+    whole step of such groups, too: failures alone would only be made less likely.
     """
     groups: dict[int, list[Trajectory]] = collections.defaultdict(list)
     for trajectory in trajectories:
         groups[trajectory.group].append(trajectory)
     mixed = {group for group, members in groups.items() if rewards_differ(members)}
-    if not mixed:
-        return trajectories
     return [trajectory for trajectory in trajectories if trajectory.group in mixed]
 
 

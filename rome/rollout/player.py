@@ -22,10 +22,10 @@ from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajec
 from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
-from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError, Stopped
+from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
+from rome.stopping import POLL_SECONDS, raise_if_stopped
 
 ATTEMPTS = 3  # at an episode that the infrastructure spoils
-POLL_SECONDS = 0.5  # between two calls of should_stop
 # Before an episode is played again; doubled each time, so that a fault of a moment may pass.
 RETRY_SECONDS = 0.5
 
@@ -119,8 +119,7 @@ class EpisodePlayer:
         """Wait until all tasks are done; raise the first error, or Stopped."""
         pending = set(tasks)
         while pending:
-            if self.should_stop():
-                raise Stopped
+            raise_if_stopped(self.should_stop)
             done, pending = await asyncio.wait(
                 pending, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
             )

@@ -50,14 +50,14 @@ from typing import Any, Literal
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Trajectory
 from rome.rollout.accounting import Accounting
-from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError, Stopped
+from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
 from rome.rollout.group import Group, GroupPlan, Taken
 from rome.rollout.journal import Journal
 from rome.rollout.pending import PendingEpisodes
 from rome.rollout.spoiled import Replacement, SpoiledTasks
+from rome.stopping import POLL_SECONDS, raise_if_stopped
 
 StaleSamples = Literal["wait", "keep", "drop"]
-POLL_SECONDS = 0.5  # between two calls of should_stop while a step waits for its groups
 MAX_REPLACEMENTS = 4  # of a group without spread; the last one is taken as it is
 MAX_DRAWS = 100  # of another task for a group, before none counts as left
 
@@ -533,8 +533,7 @@ class RolloutScheduler:
         while True:
             if self._failure is not None:
                 raise self._failure
-            if self._should_stop():
-                raise Stopped
+            raise_if_stopped(self._should_stop)
             self._require_progress(step, since)
             self._changed.clear()
             chosen = self._choose(step)

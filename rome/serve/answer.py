@@ -44,7 +44,8 @@ def make_answer(request: Request, version: str, tokenizer: TextCodec | None) -> 
         meta["output_token_logprobs"] = _entries(request.logprobs[:count], ids)
         if request.score_from is not None and finish is not None:
             scores = [None, *request.prompt_logprobs]
-            entries = _entries(scores, request.prompt_ids)
+            # A request that was aborted early has fewer scores than prompt tokens.
+            entries = _entries(scores, request.prompt_ids[: len(scores)])
             meta["input_token_logprobs"] = entries[request.score_from :]
     if request.return_routes and finish is not None and request.routes:
         meta["routed_experts"] = _encode_routes(request, count)
@@ -57,11 +58,8 @@ def make_answer(request: Request, version: str, tokenizer: TextCodec | None) -> 
 
 
 def _entries(logprobs: list[Any], ids: list[int]) -> list[list[Any]]:
-    """Return SGLang's triples of logprob, token id and text (always None here).
-
-    A request that was aborted early has fewer logprobs than tokens.
-    """
-    return [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=False)]
+    """Return SGLang's triples of logprob, token id and text (always None here)."""
+    return [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=True)]
 
 
 def _encode_routes(request: Request, count: int) -> str:

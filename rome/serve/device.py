@@ -77,7 +77,9 @@ class Device:
         started = time.monotonic()
         assert self.params is not None and self._cache is not None
         self._cache, result = self._prefill(self.params, self._cache, chunks, sampling, scores)
-        result = Prefilled(*map(np.asarray, result))
+        if not _want_routes(batch):
+            result = result._replace(routes_LRPk=None)  # stays on the device
+        result = jax.tree.map(np.asarray, result)
         self._count(
             prefill_calls=1,
             prefill_tokens=int(chunks.length_R.sum()),
@@ -92,7 +94,9 @@ class Device:
         started = time.monotonic()
         assert self.params is not None and self._cache is not None
         self._cache, result = self._decode(self.params, self._cache, inputs, sampling)
-        result = Decoded(*map(np.asarray, result))
+        if not _want_routes(batch):
+            result = result._replace(routes_QLRk=None)  # stays on the device
+        result = jax.tree.map(np.asarray, result)
         self._count(
             decode_calls=1,
             decode_rows=len(batch),
@@ -140,6 +144,10 @@ class Device:
 
     def _make_cache(self) -> Cache:
         return make_cache(self.config, self.shapes.slots, self.shapes.max_context)
+
+
+def _want_routes(batch: Sequence[Request]) -> bool:
+    return any(request.return_routes for request in batch)
 
 
 # -- inputs of calls

@@ -81,13 +81,13 @@ class Prefilled(NamedTuple):
       token_R: drawn after the last token of each row.
       logprob_R: of token_R.
       target_logprob_RP: of Chunks.target_RP; all 0 unless scores were asked for.
-      routes_LRPk: experts of each token.
+      routes_LRPk: experts of each token; None once it is on the host, if no row asked for them.
     """
 
     token_R: AnyArray
     logprob_R: AnyArray
     target_logprob_RP: AnyArray
-    routes_LRPk: AnyArray
+    routes_LRPk: AnyArray | None
 
 
 class Next(NamedTuple):
@@ -105,11 +105,14 @@ class Next(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Outputs of one decode call: tokens of Q steps, and the experts of the token before each."""
+    """Outputs of one decode call: tokens of Q steps, and the experts of the token before each.
+
+    The experts are None once it is on the host, if no row asked for them.
+    """
 
     token_QR: AnyArray
     logprob_QR: AnyArray
-    routes_QLRk: AnyArray
+    routes_QLRk: AnyArray | None
 
 
 Prefill = Callable[[Params, Cache, Chunks, RowSampling, Any], tuple[Cache, Prefilled]]

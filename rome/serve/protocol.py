@@ -7,12 +7,19 @@ asks for nothing.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import secrets
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from rome.serve.request import Request, SamplingParams, TextCodec
+
+# Far more than a trainer has at once, and longer than its episodes: they bound what a server
+# collects that is paused, or that its clients have forgotten.
+MAX_QUEUED_REQUESTS = 4096
+REQUEST_SECONDS = 3600.0
 
 
 class BadRequest(ValueError):
@@ -26,12 +33,24 @@ class Bounds:
     Attributes:
       vocab_size: of the model; larger token ids are refused.
       max_context: tokens of prompt and answer together.
-      eos_token_id: ends every answer, unless the client asks to ignore it.
+      eos_token_ids: each ends an answer, unless the client asks to ignore them.
+      max_queued_requests: requests that may wait for a slot; further ones are answered with 503.
+      request_seconds: after which a request that has not ended is dropped and answered with 503.
     """
 
     vocab_size: int
     max_context: int
-    eos_token_id: int
+    eos_token_ids: frozenset[int]
+    max_queued_requests: int = MAX_QUEUED_REQUESTS
+    request_seconds: float = REQUEST_SECONDS
+
+    def __post_init__(self) -> None:
+        if self.max_queued_requests < 0:
+            raise ValueError(
+                f"--max_queued_requests must be at least 0, got {self.max_queued_requests}"
+            )
+        if not self.request_seconds > 0:
+            raise ValueError(f"--request_seconds must be above 0, got {self.request_seconds}")
 
 
 _BODY_FIELDS = {
@@ -41,16 +60,12 @@ _BODY_FIELDS = {
     "sampling_params",
     "return_logprob",
     "logprob_start_len",
-    "return_text_in_logprobs",
     "stream",
     "return_routed_experts",
     "routed_experts_start_len",
     "cache_salt",
     "extra_key",
-    "priority",
     "log_metrics",
-    "routing_key",
-    "data_parallel_rank",
 }
 _SAMPLING_FIELDS = {
     "max_new_tokens",
@@ -67,6 +82,8 @@ _SAMPLING_FIELDS = {
 }
 # Sampling parameters that are accepted with these values only.
 _NEUTRAL = {"n": 1, "repetition_penalty": 1.0, "spaces_between_special_tokens": True}
+_MAX_INTEGER = 2**63 - 1
+MIN_TEMPERATURE = 1e-6
 
 
 # -- requests
@@ -102,6 +119,7 @@ def parse_generate(
         request = _parse_request(fields, prompt_ids, bounds, tokenizer)
         _check_fits(request, bounds)
         requests.append(request)
+    _check_rids_differ(requests)
     return requests, is_batch
 
 
@@ -122,28 +140,45 @@ class _Fields:
             value = value[self.number]
         return default if value is None else value
 
+    def flag(self, name: str) -> bool:
+        """Return a field that is true or false; false where it is not given."""
+        return check_flag(name, self.get(name, False))
+
+    def text(self, name: str) -> str:
+        """Return a field that is a string; "" where it is not given."""
+        return check_text(name, self.get(name, ""))
+
 
 def _parse_request(
     fields: _Fields, prompt_ids: list[int], bounds: Bounds, tokenizer: TextCodec | None
 ) -> Request:
-    rid = str(fields.get("rid", uuid.uuid4().hex))
+    rid = fields.text("rid") or uuid.uuid4().hex
     if fields.number is not None and not isinstance(fields.body.get("rid"), list):
         rid = f"{rid}_{fields.number}"
+    fields.flag("log_metrics")  # there are none to leave out, but it must be a flag
     routes_from = fields.get("routed_experts_start_len", 0)
     request = Request(
         rid=rid,
         prompt_ids=prompt_ids,
         sampling=_parse_sampling(fields.get("sampling_params", {}), bounds, tokenizer),
-        return_logprob=bool(fields.get("return_logprob", False)),
-        return_routes=bool(fields.get("return_routed_experts", False)),
+        return_logprob=fields.flag("return_logprob"),
+        return_routes=fields.flag("return_routed_experts"),
         routes_from=_check_integer("routed_experts_start_len", routes_from),
-        stream=bool(fields.body.get("stream")),
-        salt=f"{fields.get('cache_salt', '')}{fields.get('extra_key', '')}",
+        stream=fields.flag("stream"),
+        salt=json.dumps([fields.text("cache_salt"), fields.text("extra_key")]),
     )
     score_from = _check_integer("logprob_start_len", fields.get("logprob_start_len", -1))
-    if request.return_logprob and score_from >= 0:
+    if request.return_logprob and score_from != -1:
         request.score_from = score_from
     return request
+
+
+def _check_rids_differ(requests: Sequence[Request]) -> None:
+    seen = set()
+    for request in requests:
+        if request.rid in seen:
+            raise BadRequest(f"Duplicate request ID detected: {request.rid}")
+        seen.add(request.rid)
 
 
 def _parse_prompts(
@@ -176,9 +211,9 @@ def _encode_texts(text: Any, tokenizer: TextCodec | None) -> list[list[int]]:
             "this server has no tokenizer (--skip_tokenizer_init): send input_ids instead of text"
         )
     texts = text if isinstance(text, list) else [text]
-    if not texts or not all(isinstance(one, str) for one in texts):
-        raise BadRequest("text must be a string or a list of strings")
-    return [tokenizer.encode(one, allow_special=True) for one in texts]
+    if not texts:
+        raise BadRequest("text must be a string or a list of strings; the list is empty")
+    return [tokenizer.encode(check_text("text", one), allow_special=True) for one in texts]
 
 
 def _check_fits(request: Request, bounds: Bounds) -> None:
@@ -192,6 +227,11 @@ def _check_fits(request: Request, bounds: Bounds) -> None:
         raise BadRequest(
             f"routed_experts_start_len must be from 0 to the {length} tokens of the prompt, got"
             f" {request.routes_from}"
+        )
+    if request.score_from is not None and not 0 <= request.score_from <= length:
+        raise BadRequest(
+            f"logprob_start_len must be -1 (output only) or from 0 to the {length} tokens of the"
+            f" prompt, got {request.score_from}"
         )
     for token in request.prompt_ids:
         if not 0 <= token < bounds.vocab_size:
@@ -227,38 +267,52 @@ def _parse_sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> 
     def get(name: str, default: Any) -> Any:
         return default if given.get(name) is None else given[name]
 
-    stop_ids = {_check_integer("stop_token_ids", one) for one in get("stop_token_ids", [])}
-    if not get("ignore_eos", False):
-        stop_ids.add(bounds.eos_token_id)
+    stop_ids = _parse_stop_ids(get("stop_token_ids", [])) | bounds.eos_token_ids
+    if check_flag("ignore_eos", get("ignore_eos", False)):
+        stop_ids = frozenset()  # as SGLang, which then ignores stop_token_ids too
     seed = _check_integer("sampling_seed", get("sampling_seed", secrets.randbits(63)))
     params = SamplingParams(
         max_new_tokens=_check_integer("max_new_tokens", get("max_new_tokens", 128)),
-        temperature=_check_number("temperature", get("temperature", 1.0)),
+        temperature=_parse_temperature(get("temperature", 1.0)),
         top_p=_check_number("top_p", get("top_p", 1.0)),
-        top_k=_check_integer("top_k", get("top_k", -1)),
+        top_k=min(_check_integer("top_k", get("top_k", -1)), bounds.vocab_size),
         min_p=_check_number("min_p", get("min_p", 0.0)),
         stop=_parse_stop(get("stop", []), tokenizer),
-        stop_ids=frozenset(stop_ids),
+        stop_ids=stop_ids,
         seed=seed % 2**64,
-        skip_special_tokens=bool(get("skip_special_tokens", True)),
-        no_stop_trim=bool(get("no_stop_trim", False)),
+        skip_special_tokens=check_flag("skip_special_tokens", get("skip_special_tokens", True)),
+        no_stop_trim=check_flag("no_stop_trim", get("no_stop_trim", False)),
     )
     _check_ranges(params)
     return params
 
 
+def _parse_temperature(value: Any) -> float:
+    """Return the temperature; SGLang takes one below MIN_TEMPERATURE for greedy too."""
+    temperature = _check_number("temperature", value)
+    return 0.0 if 0 <= temperature < MIN_TEMPERATURE else temperature
+
+
+def _parse_stop_ids(ids: Any) -> frozenset[int]:
+    if not isinstance(ids, list):
+        raise BadRequest(f"stop_token_ids must be a list of token ids, got {ids!r}")
+    return frozenset(_check_integer("stop_token_ids", one) for one in ids)
+
+
 def _parse_stop(stop: Any, tokenizer: TextCodec | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(one, str) or not one for one in strings):
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list) or "" in strings:
         raise BadRequest(
-            f"stop must be a string or a list of strings that are not empty, got {list(strings)!r}"
+            f"stop must be a string or a list of strings that are not empty, got {stop!r}"
         )
+    for one in strings:
+        check_text("stop", one)
     if strings and tokenizer is None:
         raise BadRequest(
             "this server has no tokenizer (--skip_tokenizer_init): use stop_token_ids instead of"
             " stop"
         )
-    return strings
+    return tuple(strings)
 
 
 def _check_ranges(params: SamplingParams) -> None:
@@ -278,13 +332,44 @@ def _check_ranges(params: SamplingParams) -> None:
         raise BadRequest("; ".join(faults))
 
 
+# -- types
+# -------------------------------------------------------------------------------------------------
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return a value that must be true or false.
+
+    Raises:
+      BadRequest: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return a value that must be a string.
+
+    Raises:
+      BadRequest: it is something else.
+    """
+    if not isinstance(value, str):
+        raise BadRequest(f"{name} must be a string, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        raise BadRequest(f"{name} is not valid Unicode: {value!r}") from None
+    return value
+
+
 def _check_integer(name: str, value: Any) -> int:
-    if type(value) is not int:
-        raise BadRequest(f"{name} must be an integer, got {value!r}")
+    if type(value) is not int or abs(value) > _MAX_INTEGER:
+        raise BadRequest(f"{name} must be an integer of 64 bits, got {value!r}")
     return value
 
 
 def _check_number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    is_number = type(value) is float or (type(value) is int and abs(value) <= _MAX_INTEGER)
+    if not is_number or not math.isfinite(value):
         raise BadRequest(f"{name} must be a finite number, got {value!r}")
     return float(value)

@@ -72,16 +72,18 @@ class Request:
       logprobs: of output_ids.
       prompt_logprobs: of prompt_ids[1:].
       versions: [weight version, start, end] over output_ids.
-      routes: arrays [tokens, layers, k] of the tokens computed so far.
+      routes: arrays [tokens, layers, k] of the tokens computed so far, if return_routes.
       cached_tokens: prompt tokens that were taken from the cache.
       finish: SGLang's finish_reason; None while the request runs.
       created: time.monotonic() of its arrival.
       text_end: where a matched stop string begins in the text.
+      tail_ids: the last tokens, in which a stop string may have begun.
 
       slot: its place in the cache, or NO_SLOT. The fields below have a meaning while it has one.
       ids: tokens to prefill: the prompt, and the output so far if it starts over.
       keys: prefix keys of the complete chunks of ids.
       prefilled: how many of ids are in the cache.
+      owns_prefix: whether its slot is known to hold this request's prefix, and nothing else.
     """
 
     rid: str
@@ -104,8 +106,10 @@ class Request:
     finish: dict[str, Any] | None = None
     created: float = dataclasses.field(default_factory=time.monotonic)
     text_end: int | None = None
+    tail_ids: list[int] = dataclasses.field(default_factory=list)
 
     slot: int = NO_SLOT
     ids: list[int] = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)
     prefilled: int = 0
+    owns_prefix: bool = False

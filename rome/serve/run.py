@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import pathlib
 import signal
@@ -13,10 +12,13 @@ from typing import Any
 
 from aiohttp import web
 
+from rome.files import read_json
 from rome.model.config import ModelConfig
+from rome.model.precision import use_full_precision
+from rome.model.qwen3 import Params
 from rome.model.tokenizer import Tokenizer
 from rome.serve.programs import Shapes
-from rome.serve.protocol import Bounds
+from rome.serve.protocol import MAX_QUEUED_REQUESTS, REQUEST_SECONDS, Bounds
 from rome.serve.scheduler import Scheduler
 from rome.serve.server import Server
 from rome.serve.weights import load_weights
@@ -36,6 +38,8 @@ async def serve(
     dtype: str = "float32",
     weight_version: str = "0",
     with_tokenizer: bool = True,
+    max_queued_requests: int = MAX_QUEUED_REQUESTS,
+    request_seconds: float = REQUEST_SECONDS,
     arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve a Hugging Face checkpoint until SIGTERM or SIGINT.
@@ -50,25 +54,46 @@ async def serve(
       dtype: of weights, cache and computation.
       weight_version: of the weights that it starts with.
       with_tokenizer: False takes and gives token ids only, without text and stop strings.
+      max_queued_requests: requests that may wait for a slot; further ones are answered with 503.
+      request_seconds: after which a request that has not ended is dropped and answered with 503.
       arguments: further ones of the command line, shown by /server_info; `api_key` among them is
         asked for and not shown.
 
     Raises:
       ServeError: the checkpoint cannot be served, or the scheduler's thread ended.
     """
-    config = _read_config(model_path)
+    document = _read_json(model_path, "config.json")
+    config = _read_config(document)
     if shapes.max_context > config.max_position:
         raise ServeError(
             f"--max_context {shapes.max_context} exceeds the model's {config.max_position}"
             " positions"
         )
     tokenizer = _load_tokenizer(model_path) if with_tokenizer else None
-    bounds = Bounds(config.vocab_size, shapes.max_context, config.eos_token_id)
-    scheduler = Scheduler(
-        lambda: load_weights(model_path, dtype), shapes, tokenizer, weight_version
-    )
+    eos_token_ids = _eos_token_ids(model_path, document) | {config.eos_token_id}
+    try:
+        bounds = Bounds(
+            config.vocab_size,
+            shapes.max_context,
+            eos_token_ids,
+            max_queued_requests,
+            request_seconds,
+        )
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+
+    def load() -> tuple[Params, ModelConfig]:
+        use_full_precision(dtype)
+        return load_weights(model_path, dtype)
+
+    scheduler = Scheduler(load, shapes, tokenizer, weight_version)
     shown = {**(arguments or {}), "model_path": model_path, "dtype": dtype}
-    server = Server(scheduler, bounds, tokenizer, shown)
+    server = Server(
+        scheduler,
+        bounds,
+        tokenizer,
+        shown,
+    )
     runner = web.AppRunner(
         server.app(), handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS
     )
@@ -84,19 +109,42 @@ async def serve(
         raise ServeError(failure)
 
 
-def _read_config(model_path: str) -> ModelConfig:
-    path = pathlib.Path(model_path) / "config.json"
+def _read_json(model_path: str, name: str) -> dict[str, Any]:
+    """Return a JSON object of the checkpoint."""
+    path = pathlib.Path(model_path) / name
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return read_json(path, "Fetch or write the checkpoint again.")
+    except OSError as error:
         raise ServeError(
             f"cannot read {path} ({error}); --model_path must be a Hugging Face checkpoint"
             " directory"
         ) from error
-    try:
-        return ModelConfig.from_hf(values)
     except ValueError as error:
         raise ServeError(str(error)) from error
+
+
+def _read_config(document: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.from_hf(document)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+
+
+def _eos_token_ids(model_path: str, config: dict[str, Any]) -> frozenset[int]:
+    """Return the end tokens that config.json and generation_config.json name, as SGLang does."""
+    documents = [config]
+    if (pathlib.Path(model_path) / "generation_config.json").exists():
+        documents.append(_read_json(model_path, "generation_config.json"))
+    found: set[int] = set()
+    for document in documents:
+        ids = document.get("eos_token_id")
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(one) is int for one in ids):
+            raise ServeError(f"{model_path}: eos_token_id {ids!r} must be token ids")
+        found.update(ids)
+    return frozenset(found)
 
 
 def _load_tokenizer(model_path: str) -> Tokenizer:

@@ -157,6 +157,13 @@ class Scheduler:
         """Return whether any request is in flight."""
         return bool(self._waiting or self._prefilling or self._decoding)
 
+    def try_probe(self, request: Request) -> bool:
+        """Queue a request if nothing is in its way; return False where it would have to wait."""
+        if self.paused or self.device.missing or self.busy():
+            return False
+        self._waiting.append(request)
+        return True
+
     def release_memory(self, tags: Sequence[str]) -> None:
         """Delete the device's arrays behind these tags.
 
@@ -281,6 +288,7 @@ class Scheduler:
             request.keys = self._prefix_keys(request)
             request.slot = self._slots.acquire(request.keys)
             request.prefilled = 0
+            request.owns_prefix = False
             request.routes = []
             request.prompt_logprobs = []
             self._prefilling.append(request)
@@ -288,7 +296,9 @@ class Scheduler:
     def _prefix_keys(self, request: Request) -> list[bytes]:
         if request.score_from is not None:  # computed in full: a cached chunk has no logits
             return []
-        root = f"{self._swaps}/{request.salt}"
+        # Chunks of requests without routes have none to give to a request that wants them.
+        kind = "routes" if request.return_routes else "plain"
+        root = f"{self._swaps}/{kind}/{request.salt}"
         return chunk_keys(request.ids, self.shapes.prefill_chunk, root)
 
     def _prefill_some(self) -> None:
@@ -360,7 +370,9 @@ class Scheduler:
         if skipped == 0:
             return
         request.prefilled += skipped
-        request.routes = self._slots.notes(source, chunk)
+        request.owns_prefix = False
+        if request.return_routes:
+            request.routes = self._slots.notes(source, chunk)
         if not request.output_ids:
             request.cached_tokens += skipped
 
@@ -376,10 +388,12 @@ class Scheduler:
         chunk_size = self.shapes.prefill_chunk
         chunk = request.prefilled // chunk_size
         length = min(chunk_size, len(request.ids) - request.prefilled)
-        routes_LPk = result.routes_LRPk[:, row, :length]
-        request.routes.append(routes_LPk.transpose(1, 0, 2))
-        held_keys = request.keys[: chunk + 1]
-        self._slots.hold(request.slot, held_keys, request.routes[: len(request.keys)])
+        routes_PLk = None
+        if request.return_routes:
+            assert result.routes_LRPk is not None, "the call had a request that wants routes"
+            routes_PLk = result.routes_LRPk[:, row, :length].transpose(1, 0, 2)
+            request.routes.append(routes_PLk)
+        self._hold_chunk(request, chunk, routes_PLk)
         if request.score_from is not None:
             num_scores = len(request.prompt_ids) - 1
             request.prompt_logprobs += result.target_logprob_RP[row, :length].tolist()
@@ -396,6 +410,16 @@ class Scheduler:
         logprob = float(result.logprob_R[row])
         self._take_tokens(request, [token], [logprob], None)
 
+    def _hold_chunk(self, request: Request, chunk: int, routes_PLk: np.ndarray | None) -> None:
+        """Record which chunks the request's slot holds now that `chunk` was computed there."""
+        if not request.owns_prefix:  # until this call the slot held what it had before
+            held_keys = request.keys[: chunk + 1]
+            notes = list(request.routes) if request.return_routes else [None] * len(held_keys)
+            self._slots.hold(request.slot, held_keys, notes[: len(held_keys)])
+            request.owns_prefix = True
+        elif chunk < len(request.keys):  # an incomplete last chunk has no key
+            self._slots.extend(request.slot, request.keys[chunk], routes_PLk)
+
     # -- decode
     # ---------------------------------------------------------------------------------------------
 
@@ -411,7 +435,9 @@ class Scheduler:
             self._decoding[request.slot] = self._decoding.pop(
                 request.slot
             )  # to the end of the line
-            routes_QLk = result.routes_QLRk[:, :, row]
+            routes_QLk = None
+            if result.routes_QLRk is not None:
+                routes_QLk = result.routes_QLRk[:, :, row]
             self._take_tokens(request, tokens[row], logprobs[row], routes_QLk)
 
     def _take_tokens(
@@ -427,7 +453,8 @@ class Scheduler:
           request: that they were drawn for.
           tokens: in order.
           logprobs: of tokens.
-          routes_QLk: of the token before each; None after a prefill, which has recorded its own.
+          routes_QLk: of the token before each; None after a prefill, which has recorded its own,
+            and where nobody asked for them.
         """
         before = len(request.output_ids)
         if not np.all(np.isfinite(logprobs)):
@@ -435,14 +462,15 @@ class Scheduler:
             self._end(request, {"type": "abort", "message": message, "status_code": 500})
             return
         taken, finish = find_end(request, tokens, self._tokenizer)
-        request.output_ids += tokens[:taken]
         request.logprobs += logprobs[:taken]
         if request.return_routes and routes_QLk is not None:
             request.routes.append(routes_QLk[:taken])
         if request.versions and request.versions[-1][0] == self.version:
-            request.versions[-1][2] = len(request.output_ids)
+            request.versions[-1][2] = before + taken
         else:
-            request.versions.append([self.version, before, len(request.output_ids)])
+            request.versions.append([self.version, before, before + taken])
+        # Last: a stream that is answered meanwhile counts these, and must find all of the above.
+        request.output_ids += tokens[:taken]
         self.device.stats["generated_tokens"] += taken
         if finish is not None:
             self._end(request, finish)

@@ -10,7 +10,7 @@ import hmac
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from aiohttp import web
 from rome.model.qwen3 import Params
 from rome.serve.answer import make_answer
 from rome.serve.device import MEMORY_TAGS
-from rome.serve.protocol import BadRequest, Bounds, parse_generate
+from rome.serve.protocol import BadRequest, Bounds, check_flag, check_text, parse_generate
 from rome.serve.request import Request, SamplingParams, TextCodec
 from rome.serve.scheduler import PAUSE_MODES, Scheduler
 from rome.serve.weights import checksums, find_tensor, load_weights
@@ -29,6 +29,7 @@ OPEN_ROUTES = ("/health", "/health_generate")  # served without a key, and while
 HEALTH_GENERATE_SECONDS = 20.0
 MAX_BODY_BYTES = 64 << 20
 DEFAULT_TRUNCATE_SIZE = 100  # rows of a tensor that /get_weights_by_name shows
+RETRY_AFTER_SECONDS = 1  # what a client that met a full queue is told to wait
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -56,6 +57,7 @@ class Server:
         self.arguments = arguments
         self._model_path = str(arguments["model_path"])
         self._api_key = arguments.get("api_key")
+        self._open: dict[str, Request] = {}  # by rid: those that are not answered yet
         self._updating = asyncio.Lock()
 
     def app(self) -> web.Application:
@@ -96,6 +98,12 @@ class Server:
     async def generate(self, http: web.Request) -> web.StreamResponse:
         """Answer /generate: one request or a batch, at once or as a stream."""
         requests, is_batch = parse_generate(await _read_body(http), self.bounds, self.tokenizer)
+        self._require_new_ids(requests)
+        max_open = self.scheduler.shapes.slots + self.bounds.max_queued_requests
+        if len(requests) > max_open:
+            raise BadRequest(f"a batch of {len(requests)} prompts; send at most {max_open} at once")
+        if len(self._open) + len(requests) > max_open:
+            return _busy("the request queue is full")
         events: asyncio.Queue[Request] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -105,14 +113,19 @@ class Server:
         try:
             for request in requests:
                 request.notify = notify
+                self._open[request.rid] = request
                 self.scheduler.submit(request)
             if requests[0].stream:
                 return await self._stream(http, requests[0], events)
-            for _ in requests:
-                await events.get()
+            async with asyncio.timeout(self.bounds.request_seconds):
+                for _ in requests:
+                    await events.get()
+        except TimeoutError:
+            return _busy(self._overdue())
         finally:
-            # Requests are unfinished here if the client has disconnected.
+            # Requests are unfinished here if they are overdue, or the client has disconnected.
             for request in requests:
+                self._open.pop(request.rid, None)
                 if request.finish is None and self.scheduler.failure is None:
                     self.scheduler.cancel(request)
         for request in requests:
@@ -122,6 +135,14 @@ class Server:
         answers = [self._answer(request) for request in requests]
         return web.json_response(answers if is_batch else answers[0])
 
+    def _require_new_ids(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.rid in self._open:
+                raise BadRequest(f"Duplicate request ID detected: {request.rid}")
+
+    def _overdue(self) -> str:
+        return f"the request did not end within {self.bounds.request_seconds:g} s"
+
     async def _stream(
         self, http: web.Request, request: Request, events: asyncio.Queue[Request]
     ) -> web.StreamResponse:
@@ -130,13 +151,20 @@ class Server:
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
         await response.prepare(http)
-        is_finished = False
-        while not is_finished:
-            await events.get()
-            answer = self._answer(request)
-            is_finished = answer["meta_info"]["finish_reason"] is not None
-            await response.write(b"data: " + json.dumps(answer).encode() + b"\n\n")
-        await response.write(b"data: [DONE]\n\n")
+        try:
+            async with asyncio.timeout(self.bounds.request_seconds):
+                is_finished = False
+                while not is_finished:
+                    await events.get()
+                    answer = self._answer(request)
+                    finish = answer["meta_info"]["finish_reason"]
+                    is_finished = finish is not None
+                    if finish is not None and finish.get("status_code"):
+                        answer = {"error": {"message": finish["message"]}}
+                    await _send_event(response, json.dumps(answer))
+        except TimeoutError:
+            await _send_event(response, json.dumps({"error": {"message": self._overdue()}}))
+        await _send_event(response, "[DONE]")
         return response
 
     def _answer(self, request: Request) -> dict[str, Any]:
@@ -145,8 +173,8 @@ class Server:
     async def abort_request(self, http: web.Request) -> web.Response:
         """End requests by the beginning of their id, with what they have so far."""
         body = await _read_body(http)
-        rid = str(body.get("rid") or "")
-        everything = bool(body.get("abort_all"))
+        rid = check_text("rid", body.get("rid") or "")
+        everything = check_flag("abort_all", body.get("abort_all") or False)
         if not rid and not everything:
             raise BadRequest(
                 "give the rid (or its beginning) of the requests to abort, or abort_all=true"
@@ -188,9 +216,11 @@ class Server:
         """
         body = await _read_body(http)
         path = body.get("model_path")
-        if not isinstance(path, str):
+        if not isinstance(path, str) or not path or "\0" in path:
             raise BadRequest("model_path must name a Hugging Face checkpoint directory")
-        if body.get("abort_all_requests"):
+        version = check_text("weight_version", body.get("weight_version") or self.scheduler.version)
+        fresh = check_flag("flush_cache", body.get("flush_cache", True))
+        if check_flag("abort_all_requests", body.get("abort_all_requests") or False):
             self.scheduler.abort("", everything=True)
         device = self.scheduler.device
         async with self._updating:
@@ -207,10 +237,6 @@ class Server:
                     "num_paused_requests": 0,
                 }
                 return web.json_response(answer, status=400)
-            version = self.scheduler.version
-            if body.get("weight_version") is not None:
-                version = str(body["weight_version"])
-            fresh = body.get("flush_cache", True)
             running = await self._in_thread(lambda: self.scheduler.swap(params, version, fresh))
             self._model_path = path
         answer = {
@@ -257,15 +283,14 @@ class Server:
     async def get_weights_by_name(self, http: web.Request) -> web.Response:
         """Return the first rows of one tensor."""
         body = dict(http.query) if http.method == "GET" else await _read_body(http)
-        name = str(body.get("name"))
+        name = check_text("name", body.get("name"))
+        size = _row_count(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
         config = self.scheduler.device.config
         tensor = await asyncio.to_thread(find_tensor, self._loaded_params(), config, name)
         if tensor is None:
             raise BadRequest(
-                f"no weight is named {body.get('name')!r}; names are those of the checkpoint's"
-                " tensors"
+                f"no weight is named {name!r}; names are those of the checkpoint's tensors"
             )
-        size = int(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
         return web.json_response(np.asarray(tensor, np.float32)[:size].tolist())
 
     def _loaded_params(self) -> Params:
@@ -289,34 +314,27 @@ class Server:
         """
         if not self._is_running():
             return web.Response(status=503)
-        scheduler = self.scheduler
         try:
             async with asyncio.timeout(HEALTH_GENERATE_SECONDS):
-                is_occupied = await self._in_thread(
-                    lambda: scheduler.paused or scheduler.device.missing or scheduler.busy()
-                )
-                if is_occupied:
-                    return web.Response()
-                finish_type = await self._generate_probe()
-                return web.Response(status=503 if finish_type == "abort" else 200)
+                works = await self._probe()
         except TimeoutError:
-            return web.Response(status=503)
+            works = False
+        return web.Response(status=200 if works else 503)
 
-    async def _generate_probe(self) -> str:
-        """Sample one token, and return why the request ended."""
+    async def _probe(self) -> bool:
+        """Sample one token unless the engine is paused or busy; return whether that went well."""
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[Request] = loop.create_future()
-
-        def set_ended(request: Request) -> None:
-            if not ended.done():  # it is done if the health check was cancelled
-                ended.set_result(request)
-
+        ended = asyncio.Event()
         probe = Request(uuid.uuid4().hex, [0], SamplingParams(max_new_tokens=1, temperature=0.0))
-        probe.notify = lambda request: loop.call_soon_threadsafe(set_ended, request)
-        self.scheduler.submit(probe)
-        request = await ended
-        assert request.finish is not None
-        return request.finish["type"]
+        probe.notify = lambda request: loop.call_soon_threadsafe(ended.set)
+        if not await self._in_thread(lambda: self.scheduler.try_probe(probe)):
+            return True
+        try:
+            await ended.wait()
+        finally:  # a pause may have frozen it
+            if probe.finish is None and self.scheduler.failure is None:
+                self.scheduler.cancel(probe)
+        return probe.finish is not None and "status_code" not in probe.finish
 
     async def model_info(self, http: web.Request) -> web.Response:
         """Return the model's path, weight version and limits."""
@@ -381,10 +399,10 @@ class Server:
             return _error(400, str(error))
         except web.HTTPException as error:
             return _error(error.status, error.reason)
-        except RuntimeError as error:
-            if self.scheduler.failure is None:
-                raise
-            return _error(500, str(error))
+        except Exception as error:
+            if self.scheduler.failure is None:  # else the scheduler has logged why it ended
+                logging.exception("%s %s failed", request.method, request.path)
+            return _error(500, f"{type(error).__name__}: {error}")
 
     def _has_key(self, http: web.Request) -> bool:
         if not self._api_key:
@@ -395,10 +413,10 @@ class Server:
 
 async def _read_body(http: web.Request) -> dict[str, Any]:
     """Return the JSON object of a request; a missing body is an empty object."""
-    text = await http.text()
+    data = await http.read()
     try:
-        body = json.loads(text) if text.strip() else {}
-    except json.JSONDecodeError as error:
+        body = json.loads(data) if data.strip() else {}
+    except (ValueError, RecursionError) as error:  # no JSON, no Unicode, or nested too deeply
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
@@ -407,10 +425,31 @@ async def _read_body(http: web.Request) -> dict[str, Any]:
 
 def _memory_tags(body: dict[str, Any]) -> list[str]:
     tags = body.get("tags") or list(MEMORY_TAGS)
-    if not isinstance(tags, list) or not set(tags) <= set(MEMORY_TAGS):
+    if not isinstance(tags, list) or any(tag not in MEMORY_TAGS for tag in tags):
         raise BadRequest(f"tags must be of {', '.join(MEMORY_TAGS)}, got {tags!r}")
     return tags
 
 
+def _row_count(given: Any) -> int:
+    """Return truncate_size; a query string has it as text."""
+    if isinstance(given, str) and given.isdecimal():
+        given = int(given)
+    if type(given) is not int or given < 0:
+        raise BadRequest(f"truncate_size must be a number of rows, got {given!r}")
+    return given
+
+
+async def _send_event(response: web.StreamResponse, data: str) -> None:
+    """Send one server-sent event."""
+    await response.write(f"data: {data}\n\n".encode())
+
+
 def _error(status: int, message: str) -> web.Response:
     return web.json_response({"error": {"message": message}}, status=status)
+
+
+def _busy(message: str) -> web.Response:
+    """Return the answer that asks a client to come back later."""
+    response = _error(503, f"{message}; ask again later")
+    response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return response

@@ -35,7 +35,8 @@ def chunk_keys(ids: list[int], chunk: int, root: str) -> list[bytes]:
 class SlotTable:
     """The free slots, and the prefix that each slot, free or taken, holds.
 
-    A prefix is a list of chunk keys in order, with a note for each (the routes of its tokens).
+    A prefix is a list of chunk keys in order, with a note for each: the routes of its tokens, or
+    None where nobody asked for them.
     """
 
     def __init__(self, count: int):
@@ -58,7 +59,12 @@ class SlotTable:
 
         def usable_chunks(slot: int) -> int:
             held = self._keys[slot]
-            return len(held) if held == keys[: len(held)] else -1
+            num_held = len(held)
+            if num_held == 0:
+                return 0
+            # A key stands for all tokens before it, so the last one says it all.
+            is_prefix = num_held <= len(keys) and held[-1] == keys[num_held - 1]
+            return num_held if is_prefix else -1
 
         slot = max(self._free, key=usable_chunks)
         if usable_chunks(slot) <= 0:
@@ -79,7 +85,7 @@ class SlotTable:
         return self._notes[slot][:chunks]
 
     def hold(self, slot: int, keys: list[bytes], notes: list[Any]) -> None:
-        """Record that the slot now holds exactly these chunks."""
+        """Record that the slot now holds exactly these chunks, each with a note."""
         for key in self._keys[slot]:
             holders = self._holders[key]
             holders.discard(slot)
@@ -89,6 +95,12 @@ class SlotTable:
         self._notes[slot] = list(notes)
         for key in keys:
             self._holders[key].add(slot)
+
+    def extend(self, slot: int, key: bytes, note: Any) -> None:
+        """Record that the slot holds one more chunk, after those that it has."""
+        self._keys[slot].append(key)
+        self._notes[slot].append(note)
+        self._holders[key].add(slot)
 
     def forget_all(self) -> None:
         """Record that no slot holds anything."""

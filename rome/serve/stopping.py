@@ -6,6 +6,8 @@ from typing import Any
 
 from rome.serve.request import Request, TextCodec
 
+SPLIT_CHARACTERS = 3  # that a cut inside of a character leaves: one for each byte of its rest
+
 
 def find_end(
     request: Request, tokens: list[int], tokenizer: TextCodec | None
@@ -48,14 +50,39 @@ def find_end(
 def _find_stop_string(
     request: Request, tokens: list[int], tokenizer: TextCodec
 ) -> tuple[int, int, str] | None:
-    """Return (number of tokens, place in the text, stop string) of the first match, or None."""
-    for count in range(1, len(tokens) + 1):
-        text = decode(request.output_ids + tokens[:count], tokenizer)
-        matches = [(text.find(stop), stop) for stop in request.sampling.stop if stop in text]
-        if matches:
-            place, matched = min(matches)
-            return count, place, matched
+    """Return (number of tokens, place in the text, stop string) of the first match, or None.
+
+    Earlier tokens hold no match, so only the end of the output, `request.tail_ids`, is decoded for
+    each token; the place is looked up in the whole text once.
+    """
+    strings = request.sampling.stop
+    tail = request.tail_ids
+    for count, token in enumerate(tokens, 1):
+        tail.append(token)
+        text = decode(tail, tokenizer)
+        is_cut = len(tail) < len(request.output_ids) + count
+        first = SPLIT_CHARACTERS if is_cut else 0
+        if any(text.find(stop, first) >= 0 for stop in strings):
+            whole = decode(request.output_ids + tokens[:count], tokenizer)
+            matches = [(whole.find(stop), stop) for stop in strings if stop in whole]
+            if matches:
+                place, matched = min(matches)
+                return count, place, matched
+        _cut_tail(tail, text, tokenizer, max(map(len, strings)) + 3 * SPLIT_CHARACTERS)
     return None
+
+
+def _cut_tail(tail: list[int], text: str, tokenizer: TextCodec, needed: int) -> None:
+    """Drop the first half of the tail where the rest has the `needed` characters.
+
+    Needed are a stop string, what a cut through a character leaves, and a last character that the
+    next token may still complete.
+    """
+    if len(text) < 4 * needed:
+        return
+    half = tail[len(tail) // 2 :]
+    if len(decode(half, tokenizer)) >= needed:
+        tail[:] = half
 
 
 def decode(ids: list[int], tokenizer: TextCodec, skip_special: bool = False) -> str:

@@ -51,7 +51,7 @@ def load_weights(
                 " own for it"
             )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not np.isfinite(leaf.astype(np.float32, copy=False)).all():
+        if not np.isfinite(leaf).all():
             raise ValueError(
                 f"{directory}: {jax.tree_util.keystr(path)} is not finite; publish the weights"
                 " again"

@@ -11,6 +11,8 @@ others learn its results by `Team.share`, and read the trajectories of a step fr
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import pathlib
 import shutil
 import time
@@ -19,22 +21,27 @@ from typing import Any
 
 import ml_collections
 
+from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
+from rome.files import find_shipped, read_json, sync, write_atomically
 from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import save_hf
+from rome.model.hf.companions import copy_companions
 from rome.model.ops.kernels import Kernels
+from rome.model.precision import use_full_precision
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
-from rome.stages.config import loss_config
-from rome.stages.weights import load_start
+from rome.stages.config import loss_config, profiled_steps, updates_of_step
+from rome.stages.weights import load_start, model_to_start, run_settings
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
-from rome.train.loop import Stage, StepData, run_stage
+from rome.train.loop import Minibatch, Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
+from rome.train.profile import Profile
 from rome.train.report import (
     Evaluation,
     evaluation_of,
@@ -43,10 +50,11 @@ from rome.train.report import (
     write_outcomes,
     write_report,
 )
+from rome.train.speed import Work
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
-from rome.train.workdir import mark_complete, read_changes
+from rome.train.workdir import MODEL, mark_complete, read_changes
 from rome.version import describe
 
 
@@ -60,6 +68,7 @@ class StageContext:
       isolation: tier of the sandboxes, for the report.
       team: the processes of this job.
       display: shows the progress.
+      start: directory of the parameters to start from; None: random ones.
       earlier_evals: evaluations of the stages that this one started from.
     """
 
@@ -68,6 +77,7 @@ class StageContext:
     isolation: str
     team: Team
     display: Display
+    start: pathlib.Path | None = None
     earlier_evals: Sequence[Evaluation] = ()
 
 
@@ -90,10 +100,12 @@ class TrainingStage:
         self.team = context.team
         self.display = context.display
         self.tokenizer = Tokenizer.load(self.config.tokenizer)
-        self.model_config = with_tokenizer(model_of(self.config), self.config, self.tokenizer)
+        self.model_config = self._open_model(context.start)
+        use_full_precision(self.model_config.dtype)
         self.learner = make_learner(self.config, self.model_config)
         self.evals: list[Evaluation] = []
         self._isolation = context.isolation
+        self._start = context.start
         self._earlier_evals = context.earlier_evals
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of the run, before it was resumed
@@ -141,17 +153,18 @@ class TrainingStage:
         """Return the counts of the stage's training episodes."""
         return Accounting()
 
+    def report_more(self) -> dict[str, Any]:
+        """Return what report.json says beyond what all stages report."""
+        return {}
+
     def close(self) -> None:
         """Close what `start` has started."""
 
     # -- from start to end
     # ---------------------------------------------------------------------------------------------
 
-    def train(self, init_directory: pathlib.Path | None) -> bool:
+    def train(self) -> bool:
         """Start or resume the stage and train to its end, or until the user asks to stop.
-
-        Args:
-          init_directory: parameters to start from; None: random ones.
 
         Returns:
           Whether the stage is complete. Then WORKDIR/final/ holds its weights.
@@ -159,10 +172,7 @@ class TrainingStage:
         directory = self.workdir / "checkpoints"
         self.checkpoints = Checkpoints(directory, self.config.checkpoints_kept)
         resumed_step = self.team.share("checkpoint", self.checkpoints.latest)
-        if resumed_step is None:
-            state = self._initial_state(init_directory)
-        else:
-            state = self._restore(resumed_step)
+        state = self._initial_state() if resumed_step is None else self._restore(resumed_step)
         # Some processes had to compile what made the state, others found it compiled; gloo gives
         # them only 30 s to reach a collective together.
         self.team.meet("state")
@@ -191,10 +201,11 @@ class TrainingStage:
 
     def _loop_stage(self) -> Stage:
         config = self.config
+        _, epochs = updates_of_step(config)
         return Stage(
             name=config.experiment,
             steps=config.steps,
-            updates_per_step=config.updates_per_step,
+            epochs=epochs,
             evaluate_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,
             collect=self.collect,
@@ -207,21 +218,61 @@ class TrainingStage:
             check=self.check,
             should_stop=self.team.should_stop,
             team=self.team,
+            measure_speed=self.measure_speed,
+            profile=Profile(self.workdir / "profile", profiled_steps(config), self.display.note),
             publishes=self.publishes,
         )
 
-    def _initial_state(self, init_directory: pathlib.Path | None) -> TrainState:
-        if init_directory is None:
+    def _initial_state(self) -> TrainState:
+        if self._start is None:
             return self.learner.init(self.config.seed)
-        params = load_start(init_directory, self.model_config, self.learner.mesh)
+        params = load_start(
+            self._start, self.model_config, self.learner.mesh, self.team.wants_to_stop
+        )
         return self.learner.start(params)
+
+    def _open_model(self, start: pathlib.Path | None) -> ModelConfig:
+        """Return the model that the workdir has, or at the first start that of `start`.
+
+        WORKDIR/model.json keeps it, in the form of a Hugging Face config.json: a resumed run and
+        launch.convert need no `start`.
+        """
+        preset = model_of(self.config)
+        path = self.workdir / MODEL
+
+        def find() -> dict[str, Any]:
+            if path.exists():
+                return read_json(path, "Bring it back from a copy, or give another --workdir.")
+            model = preset if start is None else model_to_start(start, preset)
+            document = with_tokenizer(model, self.config, self.tokenizer).to_hf()
+            write_atomically(path, json.dumps(document, indent=1) + "\n")
+            return document
+
+        document = self.team.share("model", find)
+        return ModelConfig.from_hf(document, **run_settings(preset))
 
     def data_of_rows(self, step: int, rows: Batch) -> StepData:
         """Return the data of a step that trains on these packed rows, the same in every process."""
         self.team.require_same_rows(step, rows)
         batches = microbatches(rows, self.config.rows_per_microbatch)
         tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
-        return StepData(batches, count_denominators(batches), {"tokens": tokens})
+        minibatch = Minibatch(batches, count_denominators(batches))
+        return StepData([minibatch], {"tokens": tokens})
+
+    def measure_speed(self, work: Work, seconds: float) -> dict[str, float]:
+        """Return metrics of the learner's speed in a step's updates.
+
+        `learner_tokens_per_s` counts the tokens of all sequences, `mfu` the share of the devices'
+        bfloat16 peak that the model's own operations are; it is left out on unknown devices.
+        """
+        seconds = max(seconds, 1e-9)
+        metrics = {"learner_tokens_per_s": work.tokens / seconds}
+        devices = self.learner.mesh.devices
+        peak = peak_flops(devices.flat[0].device_kind)
+        if peak is not None:
+            flops = step_flops(self.model_config, work.tokens, work.squares)
+            metrics["mfu"] = flops / (seconds * peak * devices.size)
+        return metrics
 
     # -- checkpoints
     # ---------------------------------------------------------------------------------------------
@@ -291,6 +342,7 @@ class TrainingStage:
             "experiment": self.config.experiment,
             "preset": self.config.preset,
             "loss": self.config.loss,
+            **self.report_more(),
             "seed": self.config.seed,
             "steps": step,
             "wall_seconds": round(self.seconds(), 1),
@@ -312,9 +364,12 @@ class TrainingStage:
         save_hf(state.params, self.model_config, partial)
 
         def finish() -> None:
-            self.tokenizer.save(partial)
+            copied = copy_companions(partial, find_shipped(self.config.tokenizer), self._start)
+            if "tokenizer.json" not in copied:  # other programs read no qwen.tiktoken
+                self.tokenizer.save(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            sync(self.workdir)
             mark_complete(self.workdir, self.config)
 
         self.team.share("final", finish)
@@ -361,7 +416,7 @@ def make_learner(
       model_config: of the model that is trained.
       devices: of the mesh; None: all devices of this job.
     """
-    decay_updates = config.steps * config.updates_per_step if config.decay else 0
+    decay_updates = config.steps * math.prod(updates_of_step(config)) if config.decay else 0
     optimizer = make_optimizer(
         learning_rate=config.learning_rate,
         warmup_updates=config.warmup_updates,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import pathlib
 import random
 import threading
@@ -20,7 +21,8 @@ import ml_collections
 
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, train_seed
-from rome.data.packing import microbatches, pack
+from rome.data.batch import Batch
+from rome.data.packing import fits_row, microbatches, pack
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.losses import ADVANTAGES, count_denominators
 from rome.model.config import ModelConfig
@@ -31,12 +33,13 @@ from rome.rollout.group import GroupPlan, Taken
 from rome.rollout.outcomes import mixed_groups, rollout_metrics, staleness
 from rome.rollout.player import Accounting, Episode
 from rome.rollout.scheduler import RolloutScheduler, Rules
+from rome.stages.config import imitation_weight
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
-from rome.stages.players import Players, load_when_visible
+from rome.stages.players import Players, wait_until_visible
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
-from rome.train.loop import StepData
+from rome.train.loop import Minibatch, StepData
 from rome.train.state import TrainState
 from rome.train.team import Team
 
@@ -142,10 +145,30 @@ class Collector:
         trajectories, shared = self._team.share_part(
             f"episodes of step {step}", lambda: self._take(step)
         )
+        paths = [self.files / name for name in (*shared["kept"], *shared["shown"])]
+        wait_until_visible(self._team, f"files of step {step}", paths)
         if trajectories is None:
-            names = (*shared["kept"], *shared["shown"])
-            trajectories = [load_when_visible(self.files / name) for name in names]
-        batch = pack(
+            trajectories = [load_trajectory(path) for path in paths]
+        parts = [self._pack(step, part) for part in split_groups(trajectories, config.minibatches)]
+        unscored = [batch for part in parts for batch in part]
+        scored, lost_versions = self._old_logprobs.fill(unscored, state)
+        check_mismatch(scored, config.alarm_kl, lost_versions)
+        if self._team.leads:
+            self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
+            self.accounting.train(len(shared["kept"]))
+            wait_for_episodes(self.rollouts.check(), CONTROL_SECONDS, "the check of the accounts")
+        batches = iter(scored)
+        minibatches = []
+        for part in parts:
+            filled = list(itertools.islice(batches, len(part)))
+            if filled:
+                minibatches.append(Minibatch(filled, count_denominators(filled)))
+        return StepData(minibatches, shared["metrics"])
+
+    def _pack(self, step: int, trajectories: list[Trajectory]) -> list[Batch]:
+        """Return the micro-batches of one update; none where nothing is trainable."""
+        config = self.config
+        rows = pack(
             trajectories,
             row_length=config.row_length,
             chunks_per_row=config.chunks_per_row,
@@ -158,15 +181,8 @@ class Collector:
             negative_weight=config.negative_weight,
             negative_tokens=config.negative_tokens,
         )
-        self._team.require_same_rows(step, batch)
-        unscored = microbatches(batch, config.rows_per_microbatch)
-        batches, lost_versions = self._old_logprobs.fill(unscored, state)
-        check_mismatch(batches, config.alarm_kl, lost_versions)
-        if self._team.leads:
-            self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
-            self.accounting.train(len(shared["kept"]))
-            wait_for_episodes(self.rollouts.check(), CONTROL_SECONDS, "the check of the accounts")
-        return StepData(batches, count_denominators(batches), shared["metrics"])
+        self._team.require_same_rows(step, rows)
+        return microbatches(rows, config.rows_per_microbatch)
 
     @contextlib.contextmanager
     def beside_evaluation(self) -> Iterator[None]:
@@ -306,14 +322,22 @@ class Collector:
         self.curriculum.observe(from_start)
         groups = by_task_group(taken)
         shown: dict[int, Shown] = {}
-        if config.lambda_il:
+        if imitation_weight(config):
             shown = show_solutions(
                 step, groups, config=config, players=self._players, files=self.files
             )
+        demonstrated = len(shown)
+        shown = {
+            number: one
+            for number, one in shown.items()
+            if fits_row(one.trajectory, config.row_length, config.chunks_per_row)
+        }
         self._observe_anchors(groups, shown, files)
         kept = mixed_groups(sampled) if config.rollout.filter_groups else sampled
         metrics = rollout_metrics(sampled, step, taken.seconds)
         metrics |= self._step_metrics(step, taken, sampled, len(shown))
+        if imitation_weight(config):
+            metrics["demonstrations_too_long"] = demonstrated - len(shown)
         if not self._is_timed(names):
             metrics.pop("tokens_per_s", None)
         document = {
@@ -377,6 +401,19 @@ class Collector:
         self._evaluations_at_take = self._evaluations
         self._untimed.difference_update(names)
         return not has_evaluated and not has_untimed
+
+
+def split_groups(trajectories: Sequence[Trajectory], parts: int) -> list[list[Trajectory]]:
+    """Deal whole groups to so many parts, in turn; fewer where there are fewer groups.
+
+    The groups of demonstrations stand at the end of a step: dealt, every part gets some.
+    """
+    dealt: list[list[Trajectory]] = [[] for _ in range(parts)]
+    numbers: dict[int, int] = {}
+    for trajectory in trajectories:
+        place = numbers.setdefault(trajectory.group, len(numbers))
+        dealt[place % parts].append(trajectory)
+    return [part for part in dealt if part]
 
 
 def plan_new_task(family: str, rng: random.Random) -> GroupPlan:

@@ -21,11 +21,21 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.engine.client import PauseMode
 from rome.files import find_shipped
-from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
+from rome.losses import (
+    ADVANTAGES,
+    LIKELIHOODS,
+    LOSSES,
+    PUBLISHED,
+    SPECS,
+    LossConfig,
+    unbounded_weight,
+)
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
+from rome.train.devices import EngineDevice
 from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -40,6 +50,8 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "gigpo_state": ("history", "observation"),
     "logp_old_from": ("trainer", "rollout"),
     "routing_replay": ("off", "rollout", "recompute"),
+    "engine.device": get_args(EngineDevice),
+    "engine.pause": get_args(PauseMode),
     "rollout.stale_samples": get_args(StaleSamples),
     "rollout.resampling": get_args(Resampling),
     "sandbox.isolation": ("required", "best_available"),
@@ -64,6 +76,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "eval_every": "operation",
     "checkpoint_every": "operation",
     "checkpoints_kept": "operation",
+    "profile_steps": "operation",
     "rows_per_microbatch": "operation",
     "rollout.lend_engines": "operation",
     "engine": "operation",
@@ -101,7 +114,10 @@ MAY_BE_ZERO = {
     *LOSS_SWITCHES,
 }
 MAY_BE_NEGATIVE = {"failure_reward"}
-MAY_BE_MINUS_ONE = {f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")}
+MAY_BE_MINUS_ONE = {
+    "lambda_il",
+    *(f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")),
+}
 
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
 
@@ -147,6 +163,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Refused are unknown and missing keys, wrong types and values, and impossible combinations.
     """
     _check_block(config.to_dict(), schema_of(config.get("loss")), "")
+    profiled_steps(config)
     if config.loss in LIKELIHOODS:
         _check_rows(config)
     if config.loss == "cpt":
@@ -216,10 +233,40 @@ def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
         norm=config.norm,
         mismatch_mask=config.mismatch_mask,
         lambda_rl=config.lambda_rl,
-        lambda_il=config.lambda_il,
+        lambda_il=imitation_weight(config),
         token_constant=config.max_context,
         **switches,
     )
+
+
+def updates_of_step(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """Return the minibatches and the epochs of a step; SFT and CPT make one update of each step."""
+    if config.loss in LIKELIHOODS:
+        return 1, 1
+    return config.minibatches, config.epochs
+
+
+def profiled_steps(config: ml_collections.ConfigDict) -> tuple[int, int] | None:
+    """Return the first and the last step that are profiled; None: none are.
+
+    Raises:
+      ConfigError: where profile_steps is not understood.
+    """
+    text = config.profile_steps
+    if not text:
+        return None
+    first, colon, last = text.partition(":")
+    if colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise ConfigError(
+        f"profile_steps={text!r} is no range of steps. Give the first and the last one, counted"
+        " from 1, as in 3:5, or nothing."
+    )
+
+
+def imitation_weight(config: ml_collections.ConfigDict) -> float:
+    """Return lambda_il of a policy loss; -1 is replaced by the value of the loss' paper."""
+    return SPECS[config.loss].lambda_il if config.lambda_il == -1 else config.lambda_il
 
 
 def split_urls(text: str) -> list[str]:
@@ -353,6 +400,11 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
             f"loss={loss} compares the episodes of a group, and group_size={config.group_size}."
             " Set it to 2 or more."
         )
+    if config.minibatches > config.groups:
+        raise ConfigError(
+            f"minibatches={config.minibatches} splits whole groups, and a step has"
+            f" groups={config.groups}. Lower it."
+        )
     for name in LOSS_SWITCHES:
         if config[name] and name not in PUBLISHED[loss]:
             readers = [other for other, values in PUBLISHED.items() if name in values]
@@ -419,11 +471,6 @@ def _check_single_episodes(config: ml_collections.ConfigDict) -> None:
 
 def _check_resampling(config: ml_collections.ConfigDict) -> None:
     resampling = config.rollout.resampling
-    if not config.lambda_il:
-        raise ConfigError(
-            f"rollout.resampling={resampling} starts inside a demonstration, and lambda_il=0"
-            " plays no demonstrations. Set it above 0."
-        )
     if config.rollout.replace_equal:
         raise ConfigError(
             "rollout.replace_equal=True replaces the groups without a success, from which"
@@ -433,4 +480,9 @@ def _check_resampling(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "rollout.resampling=parallel starts the episodes of a group at different places, and"
             f" loss={config.loss} compares them as equals. Choose rollback, or loss=ipa."
+        )
+    if not imitation_weight(config):
+        raise ConfigError(
+            f"rollout.resampling={resampling} starts inside a demonstration, and loss={config.loss}"
+            f" with lambda_il={config.lambda_il:g} plays none. Set lambda_il above 0."
         )

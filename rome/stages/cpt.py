@@ -9,6 +9,9 @@ import ml_collections
 from rome.data.text import Corpus, read_corpus, text_batches
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.evaluate import score_held_out_text
+from rome.stages.limits import check_text_limits
+from rome.stages.stream import BatchStream
+from rome.stopping import ShouldStop
 from rome.train.display import Display
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -19,13 +22,12 @@ class CPTStage(TrainingStage):
 
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
-        self.corpus = open_corpus(self.config, self.display)
-        self._stream: Any = None  # of batches, with a position
+        check_text_limits(self.config, self.model_config)
+        self.corpus = open_corpus(self.config, self.display, self.team.wants_to_stop)
+        self._stream = BatchStream(self._open_batches)
 
     def collect(self, step: int, state: TrainState) -> StepData:
-        if self._stream is None:
-            self._stream = self._open_stream()
-        return self.data_of_rows(step, next(self._stream))
+        return self.data_of_rows(step, self._stream.draw(step))
 
     def write_evaluation(self, step: int, state: TrainState) -> None:
         documents = self.corpus.held_out
@@ -42,8 +44,7 @@ class CPTStage(TrainingStage):
         self.team.share(f"evaluation at {step}", lambda: self.write_outcomes(step, outcomes))
 
     def host_state(self, step: int) -> dict[str, Any]:
-        stream = None if self._stream is None else self._stream.get_state()
-        return {"stream": stream, "text": self.corpus.digest}
+        return {"stream": self._stream.position(step), "text": self.corpus.digest}
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
         if host.get("text") != self.corpus.digest:  # a position in another text means nothing
@@ -52,11 +53,9 @@ class CPTStage(TrainingStage):
                 f" checkpoint of step {step} was trained on. Bring it back, or give another"
                 " --workdir."
             )
-        if host["stream"] is not None:
-            self._stream = self._open_stream()
-            self._stream.set_state(host["stream"])
+        self._stream.go_to(host["stream"])
 
-    def _open_stream(self) -> Any:
+    def _open_batches(self) -> Any:
         """Return an endless stream of batches of the training documents."""
         batches = text_batches(
             self.corpus.training,
@@ -69,9 +68,11 @@ class CPTStage(TrainingStage):
         return iter(batches)
 
 
-def open_corpus(config: ml_collections.ConfigDict, display: Display) -> Corpus:
+def open_corpus(
+    config: ml_collections.ConfigDict, display: Display, should_stop: ShouldStop
+) -> Corpus:
     """Return the documents of the config's text, and show how many there are."""
-    corpus = read_corpus(config.text, config.held_out_share)
+    corpus = read_corpus(config.text, config.held_out_share, should_stop)
     text = f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held out"
     if corpus.skipped:
         more = ", ..." if len(corpus.skipped) > 1 else ""

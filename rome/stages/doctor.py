@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import glob
 import importlib.metadata
+import os
 import platform
 import random
 import subprocess
@@ -32,6 +33,7 @@ LOOK_AT_DEVICES = (
     "import jax, rome.serve.server; print(jax.default_backend(), len(jax.devices()),"
     " jax.devices()[0].device_kind)"
 )
+POLICY = "experiments/ipa.py"  # whose engine and mesh a training run has by default
 ASK_DOCTOR = "`python -m launch.doctor` says what is missing"
 
 
@@ -83,7 +85,7 @@ def check_packages() -> Finding:
 
 
 def check_devices() -> Finding:
-    """Look for devices that JAX can use, and import the engine.
+    """Look for devices that JAX can use, import the engine, and say who gets which device.
 
     It runs in a subprocess: initialising JAX here would hold the chip.
     """
@@ -113,7 +115,11 @@ def check_devices() -> Finding:
             f" environment ACCELERATOR={accelerator}`"
         )
     plural = "s" if count != "1" else ""
-    says = f"{count} {backend} device{plural} ({kind.strip()}); the embedded engine runs there too"
+    from rome.stages.config import load_config
+    from rome.train.devices import divide_for, find_machine
+
+    division = divide_for(load_config(POLICY, "tiny"), find_machine(), True, os.environ)
+    says = f"{count} {backend} device{plural} ({kind.strip()}); in training, {division.says}"
     return Finding(what, not unused, says, remedy)
 
 

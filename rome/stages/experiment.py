@@ -12,13 +12,14 @@ import ml_collections
 
 from envs.rock import SandboxError
 from rome.engine.client import EngineError
-from rome.rollout.player import RolloutError, Stopped
+from rome.rollout.player import RolloutError
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.config import check_config, init_config, key_rules, sandbox_config
 from rome.stages.cpt import CPTStage
 from rome.stages.isolation import find_isolation
 from rome.stages.rl import RLStage
 from rome.stages.sft import SFTStage
+from rome.stopping import ShouldStop, Stopped
 from rome.train.alarms import TrainingAlarm
 from rome.train.checkpoint import CheckpointError
 from rome.train.display import Display
@@ -27,7 +28,13 @@ from rome.train.ownership import Ownership
 from rome.train.plots import plot_curves
 from rome.train.report import Evaluation, before_and_after, print_table, read_report
 from rome.train.team import LeaderError, Team
-from rome.train.workdir import ConfigError, claim_workdir, config_digest, is_complete
+from rome.train.workdir import (
+    ConfigError,
+    claim_workdir,
+    config_digest,
+    is_complete,
+    start_directory,
+)
 
 STAGES: dict[str, type[TrainingStage]] = {"cpt": CPTStage, "sft": SFTStage}  # by loss; else RLStage
 # Errors that every process raises as the leader did.
@@ -65,18 +72,21 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, team: Team) ->
     Returns:
       False where the user stopped it; what was reached is saved then.
     """
-    isolation = team.share("isolation", lambda: isolation_of(config))
+    try:
+        isolation = team.share("isolation", lambda: isolation_of(config, team.wants_to_stop))
+    except Stopped:
+        return False
     is_complete = run_stages(config, workdir, isolation, team)
     if is_complete and team.leads:
         show_result(workdir)
     return is_complete
 
 
-def isolation_of(config: ml_collections.ConfigDict) -> str:
+def isolation_of(config: ml_collections.ConfigDict, should_stop: ShouldStop) -> str:
     """Return the tier of the sandboxes of an experiment, "no sandbox" where it has none."""
     if "sandbox" not in config:
         return "no sandbox"
-    return find_isolation(sandbox_config(config))
+    return find_isolation(sandbox_config(config), should_stop)
 
 
 def run_stages(
@@ -107,11 +117,10 @@ def _run_owned(
         return True
     if changed:
         _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
-    start = pathlib.Path(config.init_from) if config.init_from else None
+    start = start_directory(config.init_from, workdir)
     earlier_evals: list[Evaluation] = []
-    if start is not None and start.suffix == ".py":
-        init_workdir = workdir / "init"
-        start = init_workdir / "final"
+    if start is not None and config.init_from.endswith(".py"):
+        init_workdir = start.parent
         if not team.share(f"start {start}", start.exists):
             _say(
                 team,
@@ -122,11 +131,11 @@ def _run_owned(
                 return False
         earlier_evals = read_report(init_workdir)["evals"] if team.leads else []
     with make_display(config, team) as display:
-        context = StageContext(config, workdir, isolation, team, display, earlier_evals)
-        stage = STAGES.get(config.loss, RLStage)(context)
+        context = StageContext(config, workdir, isolation, team, display, start, earlier_evals)
         try:
-            return stage.train(start)
-        except Stopped:
+            return STAGES.get(config.loss, RLStage)(context).train()
+        except Stopped as error:
+            team.part(error)  # unless all processes were stopped here
             return False
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import ml_collections
@@ -12,7 +11,7 @@ import ml_collections
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
 from rome.agent.environment import GRADING_MARGIN_SECONDS
 from rome.agent.loop import Limits
-from rome.data.trajectory import Trajectory, load_trajectory
+from rome.data.trajectory import Trajectory
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
 from rome.rollout.episode import RolloutError
@@ -122,7 +121,7 @@ class Players:
         deadline = SLACK_SECONDS + waves * self.worst_seconds
         playing = self.policy.play(playable, temperature=temperature, on_spoiled=self.spoiled.add)
         what = f"the policy's play of {len(playable)} episodes"
-        played = wait_for_episodes(playing, deadline, what)
+        played = wait_for_episodes(playing, deadline, what, self._team.wants_to_stop)
         self._require_most(len(episodes) - len(played), len(episodes))
         return played
 
@@ -171,7 +170,7 @@ class Players:
             seconds=once,
         )
         what = f"the demonstration of {len(playable)} tasks"
-        played = wait_for_episodes(playing, deadline, what)
+        played = wait_for_episodes(playing, deadline, what, self._team.wants_to_stop)
         self._require_most(len(tasks) - len(played), of or len(tasks))
         return [played.get(number) for number in range(len(tasks))]
 
@@ -180,9 +179,11 @@ def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:
     """Return the chat template of a stage that plays episodes.
 
     The tiny model learns the form of a tool call from the demonstrations. Any other model is told
-    the tools, as in its own chat template.
+    the tools, as in its own chat template, and what an evaluation tells it of the environment.
     """
-    return Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
+    if config.model == "tiny":
+        return Chat(tokenizer)
+    return Chat(tokenizer, [BASH_TOOL], TerminalEnv.system)
 
 
 def count_waves(episodes: int, concurrency: int) -> int:
@@ -190,18 +191,19 @@ def count_waves(episodes: int, concurrency: int) -> int:
     return -(-episodes // concurrency)
 
 
-def load_when_visible(path: pathlib.Path) -> Trajectory:
-    """Load a trajectory that the leader has written, as soon as this host sees the file.
+def wait_until_visible(team: Team, what: str, paths: Sequence[pathlib.Path]) -> None:
+    """Wait until all hosts see files that the leader has written.
 
     Raises:
-      FileNotFoundError: where it is not seen within VISIBLE_SECONDS.
+      Stopped: the user asked to stop.
+      LeaderError: a host does not see them within VISIBLE_SECONDS.
     """
-    ends = time.monotonic() + VISIBLE_SECONDS
-    while not path.exists() and time.monotonic() < ends:
-        time.sleep(0.2)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is"
-            " --workdir on a file system that all hosts share?"
-        )
-    return load_trajectory(path)
+    unseen = list(paths)
+
+    def are_visible() -> bool:
+        while unseen and unseen[-1].exists():
+            unseen.pop()
+        return not unseen
+
+    remedy = "is --workdir on a file system that all hosts share?"
+    team.meet(what, are_visible, VISIBLE_SECONDS, remedy)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from rome.losses import SPECS
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
+from rome.stages.config import imitation_weight
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
+from rome.stages.limits import check_episode_limits
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players, make_chat
 from rome.train.alarms import check_metrics
@@ -29,6 +32,7 @@ class RLStage(TrainingStage):
         super().__init__(context)
         config = self.config
         chat = make_chat(config, self.tokenizer)
+        check_episode_limits(config, self.model_config, chat)
         self.engines = Engines(
             config, self.workdir, self.model_config, self.learner, chat, self.team, self.display
         )
@@ -52,6 +56,12 @@ class RLStage(TrainingStage):
         self._publication: dict[str, float] = {}  # metrics of the last one
 
     def start(self, state: TrainState) -> None:
+        weight = imitation_weight(self.config)
+        if weight and not SPECS[self.config.loss].lambda_il:
+            self.display.note(
+                f"loss={self.config.loss} with lambda_il={weight:g} is a hybrid: the published loss"
+                " learns from no demonstrations"
+            )
         self.engines.start(state)
 
     def collect(self, step: int, state: TrainState) -> StepData:
@@ -92,6 +102,9 @@ class RLStage(TrainingStage):
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
         self.collector.set_state(host["rollouts"])
+
+    def report_more(self) -> dict[str, Any]:
+        return {"lambda_il": imitation_weight(self.config)}
 
     def accounting(self) -> Accounting:
         return self.collector.accounting

@@ -7,15 +7,19 @@ import random
 from typing import Any
 
 from envs.tasks.terminal import FAMILIES, train_seed
+from rome.data.packing import count_tokens, fits_row
 from rome.data.sources import sft_batches
-from rome.data.trajectory import Trajectory
+from rome.data.trajectory import Trajectory, load_trajectory
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.engines import Engines
 from rome.stages.evaluate import play_held_out
-from rome.stages.players import Players, load_when_visible, make_chat
+from rome.stages.limits import check_episode_limits
+from rome.stages.players import Players, make_chat, wait_until_visible
+from rome.stages.stream import BatchStream
 from rome.train.loop import StepData
 from rome.train.report import EvalResult, Evaluation
 from rome.train.state import TrainState
+from rome.train.workdir import ConfigError
 
 
 class SFTStage(TrainingStage):
@@ -27,6 +31,7 @@ class SFTStage(TrainingStage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         chat = make_chat(self.config, self.tokenizer)
+        check_episode_limits(self.config, self.model_config, chat)
         self.engines = Engines(
             self.config,
             self.workdir,
@@ -37,15 +42,13 @@ class SFTStage(TrainingStage):
             self.display,
         )
         self.players = Players(self.config, chat, self.engines, self.team)
-        self._stream: Any = None  # of batches, with a position
+        self._stream = BatchStream(self._open_batches)
 
     def start(self, state: TrainState) -> None:
         self.engines.start(state)
 
     def collect(self, step: int, state: TrainState) -> StepData:
-        if self._stream is None:
-            self._stream = self._open_stream()
-        return self.data_of_rows(step, next(self._stream))
+        return self.data_of_rows(step, self._stream.draw(step))
 
     def write_evaluation(self, step: int, state: TrainState) -> None:
         self.engines.publish(state)
@@ -67,17 +70,15 @@ class SFTStage(TrainingStage):
         return 0 < self.config.until_success <= result.success
 
     def host_state(self, step: int) -> dict[str, Any]:
-        return {"stream": None if self._stream is None else self._stream.get_state()}
+        return {"stream": self._stream.position(step)}
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
-        if host["stream"] is not None:
-            self._stream = self._open_stream()
-            self._stream.set_state(host["stream"])
+        self._stream.go_to(host["stream"])
 
     def close(self) -> None:
         self.engines.close()
 
-    def _open_stream(self) -> Any:
+    def _open_batches(self) -> Any:
         """Return an endless stream of batches of the demonstrations."""
         batches = sft_batches(
             self._load_demonstrations(),
@@ -91,9 +92,41 @@ class SFTStage(TrainingStage):
     def _load_demonstrations(self) -> list[Trajectory]:
         """Return the demonstrations; the leader plays those that are not in the workdir yet."""
         played, numbers = self.team.share_part("experts", self._play_demonstrations)
-        if played is not None:
-            return played
-        return [load_when_visible(self._path(number)) for number in numbers]
+        paths = [self._path(number) for number in numbers]
+        wait_until_visible(self.team, "files of the experts", paths)
+        if played is None:
+            played = [load_trajectory(path) for path in paths]
+        return self._leave_out_long(played)
+
+    def _leave_out_long(self, demonstrations: list[Trajectory]) -> list[Trajectory]:
+        """Return the demonstrations that a row can hold, and say how many are left out.
+
+        Raises:
+          ConfigError: it can hold none of them.
+        """
+        config = self.config
+        fitting = [
+            trajectory
+            for trajectory in demonstrations
+            if fits_row(trajectory, config.row_length, config.chunks_per_row)
+        ]
+        left_out = len(demonstrations) - len(fitting)
+        if not fitting:
+            shortest = min(demonstrations, key=lambda trajectory: count_tokens(trajectory.turns))
+            turns = shortest.turns
+            raise ConfigError(
+                f"a row of row_length={config.row_length} tokens and"
+                f" chunks_per_row={config.chunks_per_row} turns holds none of the"
+                f" {left_out} demonstrations; the shortest has {count_tokens(turns)} tokens in"
+                f" {len(turns)} turns. Give another --workdir and a higher --config.row_length or"
+                " --config.chunks_per_row."
+            )
+        if left_out:
+            self.display.note(
+                f"{left_out} of {len(demonstrations)} demonstrations are left out: they do not fit"
+                f" row_length={config.row_length} and chunks_per_row={config.chunks_per_row}"
+            )
+        return fitting
 
     def _play_demonstrations(self) -> tuple[list[Trajectory], list[int]]:
         """Return the demonstrations and their numbers; tasks that cannot be shown have none."""

@@ -29,27 +29,19 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from rome.files import find_shipped, sync
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import Block, load_hf, open_checkpoint, write_checkpoint
-from rome.model.hf.files import CheckpointReader, check_space, read_json, write_json
+from rome.model.hf.companions import copy_companions
+from rome.model.hf.files import CheckpointReader, check_space, read_document, write_json
 from rome.model.hf.names import expected_tensors
 from rome.model.hf.writer import CheckpointWriter, file_dtype
 from rome.model.params import param_shardings
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.train.parameters import StoredParameters, save_parameters, saved_steps
+from rome.train.workdir import MODEL, start_directory
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "qwen.tiktoken",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 LINE_SECONDS = 5.0  # between two lines of progress, where there is no terminal
 
 
@@ -64,6 +56,7 @@ class Source:
       hf_config: the dictionary of config.json to write.
       model: the model that it describes.
       tokenizer: directory with the tokenizer's files, if any.
+      start: directory that the weights were trained from, if any.
     """
 
     directory: pathlib.Path
@@ -72,6 +65,7 @@ class Source:
     hf_config: dict[str, Any]
     model: ModelConfig
     tokenizer: pathlib.Path
+    start: pathlib.Path | None = None
 
 
 def convert(
@@ -108,10 +102,11 @@ def convert(
     try:
         with ProgressBar("writing" if to == "hf" else "reading") as progress:
             write(source, partial, dtype, progress)
-        copied = copy_tokenizer(source.tokenizer, partial)
+        copied = copy_companions(partial, source.tokenizer, source.start)
         if output.exists():
             output.rmdir()
         partial.rename(output)
+        sync(output.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -149,7 +144,7 @@ def find_source(directory: pathlib.Path, step: int | None) -> Source:
             " choose one of them"
         )
     workdir = checkpoints.absolute().parent
-    hf_config, tokenizer = _model_of(read_json(workdir / "config.json"), workdir)
+    hf_config, tokenizer, start = _model_of(read_document(workdir / "config.json"), workdir)
     return Source(
         directory,
         checkpoints,
@@ -157,6 +152,7 @@ def find_source(directory: pathlib.Path, step: int | None) -> Source:
         hf_config=hf_config,
         model=ModelConfig.from_hf(hf_config),
         tokenizer=tokenizer,
+        start=start,
     )
 
 
@@ -216,14 +212,6 @@ def write_orbax(
     write_json(directory / "config.json", document)
 
 
-def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> list[str]:
-    """Copy the files that the tokenizer and generation need; return their names."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, directory / name)
-    return names
-
-
 class ProgressBar:
     """Bytes done: a bar in a terminal, otherwise a line every LINE_SECONDS.
 
@@ -279,7 +267,7 @@ def _hf_source(directory: pathlib.Path, step: int | None) -> Source:
             f"--step={step}, but {directory} is a Hugging Face checkpoint and has no steps;"
             " leave it out"
         )
-    document = read_json(directory / "config.json")
+    document = read_document(directory / "config.json")
     if "experiment" in document:
         raise FileNotFoundError(
             f"{directory} is the workdir of a run without checkpoints; let it train to its"
@@ -290,21 +278,26 @@ def _hf_source(directory: pathlib.Path, step: int | None) -> Source:
 
 def _model_of(
     document: dict[str, Any], workdir: pathlib.Path
-) -> tuple[dict[str, Any], pathlib.Path]:
-    """Return a config.json for Hugging Face, and the tokenizer, of a workdir's config.json."""
+) -> tuple[dict[str, Any], pathlib.Path, pathlib.Path | None]:
+    """Return a config.json for Hugging Face, the tokenizer and the start of a workdir's config."""
     if "experiment" not in document:
         # converted from a Hugging Face checkpoint: its config.json was copied
-        return document, workdir
+        return document, workdir, None
+    tokenizer_directory = find_shipped(document["tokenizer"])
+    start = start_directory(document.get("init_from", ""), workdir)
+    if (workdir / MODEL).exists():
+        return read_document(workdir / MODEL), tokenizer_directory, start
+    # a run that is older than that file had the model of its preset
     if document.get("model") not in PRESETS:
         raise ValueError(
             f"{workdir / 'config.json'} has model={document.get('model')!r}; known are"
             f" {', '.join(PRESETS)}"
         )
-    tokenizer = Tokenizer.load(document["tokenizer"])
+    tokenizer = Tokenizer.load(tokenizer_directory)
     config = dataclasses.replace(
         PRESETS[document["model"]], eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
     )
-    return config.to_hf(), pathlib.Path(document["tokenizer"])
+    return config.to_hf(), tokenizer_directory, start
 
 
 def _dtype_of(reader: CheckpointReader) -> np.dtype:

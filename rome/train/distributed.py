@@ -16,22 +16,29 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import http.client
 import os
 import re
 import socket
 import sys
 import threading
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rome.train.team import Team
+from rome.stopping import POLL_SECONDS
+from rome.train.team import STOPPED_STATUS, Team
 
 START_SECONDS = 300  # for all processes to come up and find each other
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long counts as dead; the others end
 SHUTDOWN_SECONDS = 120  # at the end process 0 still draws curves; the others wait for it
 METADATA_SECONDS = 5  # for an answer of the metadata server, or of the coordinator
+METADATA_BYTES = 1_000_000
+METADATA_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
+# worker-network-endpoints: one ID:ID:ADDRESS for each host of the slice
+ENDPOINTS = re.compile(r"[^:,\s<>]*:[^:,\s<>]*:[^,\s<>]+(,[^:,\s<>]*:[^:,\s<>]*:[^,\s<>]+)*")
+TPU_ENVIRONMENT = re.compile(r"(^[A-Z][A-Z0-9_]*: .*$\s*)+", re.MULTILINE)  # lines of NAME: 'value'
 METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{name}"
 
 
@@ -132,7 +139,8 @@ def start(
     overdue = threading.Timer(deadline_seconds, _give_up, (layout, deadline_seconds))
     overdue.daemon = True
     overdue.start()
-    try:
+
+    def initialize() -> None:
         jax.distributed.initialize(
             layout.coordinator,
             layout.count,
@@ -143,6 +151,9 @@ def start(
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+
+    try:
+        _call_unless_stopped(initialize, stop)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DistributedError(f"{layout.why}: jax.distributed did not start: {reason}") from error
@@ -235,26 +246,76 @@ def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _metadata_workers() -> int:
-    """Return the number of hosts of this TPU VM's slices; 1 without a TPU or metadata server."""
+    """Return the number of hosts of this TPU VM's slices; 1 without a TPU.
+
+    Raises:
+      DistributedError: there is a TPU, and the metadata server does not say of how many hosts. A
+        host that took this for "alone" would train on its own.
+    """
     has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     if not has_tpu or os.environ.get("TPU_SKIP_MDS_QUERY"):
         return 1
-    hosts = len(_metadata("worker-network-endpoints").split(","))
-    slices = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", _metadata("tpu-env"))
+    hosts = len(_metadata("worker-network-endpoints", ENDPOINTS).split(","))
+    tpu_environment = _metadata("tpu-env", TPU_ENVIRONMENT)
+    slices = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", tpu_environment)
     return hosts * int(slices[1] if slices else 1)
 
 
-def _metadata(name: str) -> str:
-    """Return an attribute of this VM from the metadata server; "" where there is none."""
+def _metadata(name: str, form: re.Pattern[str]) -> str:
+    """Return an attribute of this VM from the metadata server, which may fail for a moment.
+
+    Args:
+      name: of the attribute.
+      form: of the whole value; what does not have it comes from somebody else, such as a proxy.
+
+    Raises:
+      DistributedError: no try gave such a value.
+    """
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = METADATA.format(host=host, name=name)
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches it
-    try:
-        with direct.open(request, timeout=METADATA_SECONDS) as answer:
-            return answer.read().decode()
-    except (urllib.error.URLError, OSError):
-        return ""
+    for wait in (0.0, *METADATA_WAITS):
+        time.sleep(wait)
+        try:
+            with direct.open(request, timeout=METADATA_SECONDS) as answer:
+                value = answer.read(METADATA_BYTES).decode().strip()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem = str(error)
+            continue
+        if form.fullmatch(value):
+            return value
+        problem = f"it answered {value[:60]!r}"
+    raise DistributedError(
+        f"this host has a TPU, and its metadata do not say with how many others it works: {url}"
+        f" gave no value in {len(METADATA_WAITS) + 1} tries ({problem}). Mend that; or give"
+        " --coordinator, --num_processes and --process_id; or set TPU_SKIP_MDS_QUERY=1 where this"
+        " host is alone."
+    )
+
+
+def _call_unless_stopped(function: Callable[[], None], stop: Callable[[], bool]) -> None:
+    """Call a function in a thread, so that this one hears a wish to stop, which ends the process.
+
+    Nothing has been started yet, and the other processes will miss this one in time.
+    """
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    calling = threading.Thread(target=call, name="jax.distributed", daemon=True)
+    calling.start()
+    while calling.is_alive():
+        calling.join(POLL_SECONDS)
+        if stop() and calling.is_alive():
+            print("launch.train: stopped before all processes had met", file=sys.stderr, flush=True)
+            os._exit(STOPPED_STATUS)
+    if errors:
+        raise errors[0]
 
 
 def _give_up(layout: ProcessLayout, seconds: int) -> None:

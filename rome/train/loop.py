@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -20,8 +20,10 @@ from rome.losses import Denominators
 from rome.train.alarms import TrainingAlarm, check_finite, diverged
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
-from rome.train.metrics import MetricsWriter
+from rome.train.metrics import MetricsWriter, metrics_of_updates
+from rome.train.profile import Profile
 from rome.train.report import Evaluation
+from rome.train.speed import UpdateSeconds, Work, count_work
 from rome.train.state import TrainState
 from rome.train.team import Team
 
@@ -40,18 +42,28 @@ class Updates(Protocol):
         """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""
 
 
+class Minibatch(NamedTuple):
+    """The data of one optimizer update.
+
+    Attributes:
+      microbatches: in fixed shapes; one or more.
+      denominators: of the loss, over all of them together.
+    """
+
+    microbatches: list[Batch]
+    denominators: Denominators
+
+
 @dataclasses.dataclass
 class StepData:
     """The data of one step.
 
     Attributes:
-      microbatches: what the step trains on, in fixed shapes.
-      denominators: of the loss, over all micro-batches together.
+      minibatches: an update each, in this order; none where there is nothing to train on.
       metrics: what collecting the data showed, by name.
     """
 
-    microbatches: list[Batch]
-    denominators: Denominators
+    minibatches: list[Minibatch]
     metrics: dict[str, float]
 
 
@@ -62,7 +74,7 @@ class Stage:
     Attributes:
       name: of the experiment; it marks the stage's lines in metrics.jsonl.
       steps: number of steps, at most where `should_end_early` may say so.
-      updates_per_step: optimizer updates on each step's data.
+      epochs: passes over each step's data.
       evaluate_every: steps between evaluations; 0: only at step 0 and at the end.
       checkpoint_every: steps between checkpoints.
       collect: (step, state) -> the step's data; may raise the caller's own exception to stop.
@@ -75,12 +87,14 @@ class Stage:
       check: (step, metrics) raises TrainingAlarm where further training would do harm.
       should_stop: whether the user asked to stop; the same answer in every process.
       team: the processes of this job.
+      measure_speed: (work, seconds of the updates) -> metrics of the learner's speed.
+      profile: traces a window of steps.
       publishes: `publish` sends weights at every step, so they are proven finite before it.
     """
 
     name: str
     steps: int
-    updates_per_step: int
+    epochs: int
     evaluate_every: int
     checkpoint_every: int
     collect: Callable[[int, TrainState], StepData]
@@ -93,11 +107,33 @@ class Stage:
     check: Callable[[int, dict[str, float]], None]
     should_stop: Callable[[], bool]
     team: Team
+    measure_speed: Callable[[Work, float], dict[str, float]]
+    profile: Profile
     publishes: bool = True
 
     def evaluates_at(self, step: int) -> bool:
         """Return whether `step` is one of the regular evaluations."""
         return self.evaluate_every > 0 and step % self.evaluate_every == 0
+
+
+class Trained(NamedTuple):
+    """A step that was handed to the devices.
+
+    Attributes:
+      step: its number.
+      data: metrics of its data, and of the time that was spent on it.
+      updates: metrics of each update, on the devices.
+      per_epoch: number of updates in an epoch.
+      work: that the updates did.
+      seconds: that they take.
+    """
+
+    step: int
+    data: dict[str, float]
+    updates: list[dict[str, jax.Array]]
+    per_epoch: int
+    work: Work
+    seconds: UpdateSeconds
 
 
 def run_stage(
@@ -120,23 +156,30 @@ def run_stage(
     is_finite: Any = learner.is_finite(state.params)  # on the device, of `state`
     skipped_steps = 0  # in a row
     # The metrics of step k are fetched and written while step k + 1 runs.
-    unwritten: tuple[int, dict[str, Any]] | None = None
+    unwritten: Trained | None = None
+    seconds: UpdateSeconds | None = None  # of the newest step
 
     def write_metrics() -> None:
         nonlocal unwritten, skipped_steps
         if unwritten is None:
             return
-        number, on_device = unwritten
+        trained = unwritten
         unwritten = None  # first: metrics that are refused are not tried again on the way out
-        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        number = trained.step
+        values = metrics_of_updates(jax.device_get(trained.updates), trained.per_epoch)
         if values.get("skipped_updates"):
             values = {name: value for name, value in values.items() if math.isfinite(value)}
+        values = trained.data | values | {"seconds_update": trained.seconds.value()}
+        if trained.updates:
+            values |= stage.measure_speed(trained.work, values["seconds_update"])
         add_effective_samples(values)
         check_finite(number, values, where_to_resume(checkpoints))
         metrics.write(number, values)
         display.update(number, values)
         stage.check(number, values)
-        is_skipped = values.get("skipped_updates") == stage.updates_per_step
+        if not trained.updates:
+            return
+        is_skipped = values.get("skipped_updates") == values["updates"]
         skipped_steps = skipped_steps + 1 if is_skipped else 0
         if skipped_steps == MAX_SKIPPED_STEPS:
             what = f"the gradients of {skipped_steps} steps in a row were not finite"
@@ -172,38 +215,35 @@ def run_stage(
             if stage.should_end_early(result):
                 last_step = step
         while step < last_step and not stage.should_stop():
+            stage.profile.before(step + 1)
             started = time.monotonic()
             data = stage.collect(step, state)
             collected = time.monotonic()
+            if not data.minibatches:
+                display.note(f"step {step + 1} has nothing to train on: it makes no update")
             stage.before_update()
-            updated = state
-            first_kl: dict[str, Any] = {}
-            skipped: dict[str, Any] = {}
-            for number in range(stage.updates_per_step):
-                updated, update_metrics = learner.update(
-                    updated, data.microbatches, data.denominators
-                )
-                if number == 0 and "kl_old" in update_metrics:
-                    first_kl = {"first_kl": update_metrics["kl_old"]}
-                if "skipped_updates" in update_metrics:
-                    before = skipped.get("skipped_updates", 0.0)
-                    skipped = {"skipped_updates": update_metrics["skipped_updates"] + before}
+            began_update = time.monotonic()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                updated, updates = train_on(learner, state, data, stage.epochs)
             write_metrics()
             step += 1
             state = updated._replace(step=updated.step + 1)
             is_finite = learner.is_finite(state.params)
-            seconds = {
-                "seconds_collect": collected - started,
-                "seconds_update": time.monotonic() - collected,
-            }
+            seconds = UpdateSeconds(began_update, is_finite, seconds)
             # Before publishing: a step that cannot be published is saved with its metrics.
-            step_metrics = data.metrics | update_metrics | first_kl | skipped | seconds
-            unwritten = step, step_metrics
+            unwritten = Trained(
+                step,
+                data.metrics | {"seconds_collect": collected - started},
+                updates,
+                len(data.minibatches),
+                count_work(all_microbatches(data), stage.epochs),
+                seconds,
+            )
+            stage.profile.after(step, is_finite)
             if stage.publishes:
                 require_finite_weights()
             stage.publish(state)
             stage.begin_rollouts(state)
-            step_metrics["seconds_update"] = time.monotonic() - collected
             if step % stage.checkpoint_every == 0 or step == last_step:
                 save()
             if stage.evaluates_at(step):
@@ -225,11 +265,33 @@ def run_stage(
         # Whatever the reason to leave, the last whole step is saved, unless an alarm was raised
         # about it or it is found not to be finite. An update that failed half-way has consumed
         # its state: then, too, the newest checkpoint is the one before.
+        stage.profile.close()
         is_whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
         if step > 0 and not is_harmed and is_whole:
             save()
         checkpoints.wait()
     return state, step >= last_step  # beyond it where a resumed run was given fewer steps
+
+
+def train_on(
+    learner: Updates, state: TrainState, data: StepData, epochs: int
+) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+    """Make the updates of a step: one for each minibatch, epoch after epoch.
+
+    Returns:
+      The new state, the old one where there is nothing to train on; and the metrics of each update.
+    """
+    updates = []
+    for _ in range(epochs):
+        for microbatches, denominators in data.minibatches:
+            state, metrics = learner.update(state, microbatches, denominators)
+            updates.append(metrics)
+    return state, updates
+
+
+def all_microbatches(data: StepData) -> list[Batch]:
+    """Return the micro-batches of a step, of one minibatch after the other."""
+    return [batch for minibatch in data.minibatches for batch in minibatch.microbatches]
 
 
 def where_to_resume(checkpoints: Checkpoints) -> str:

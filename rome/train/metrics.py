@@ -12,8 +12,10 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from rome.files import write_atomically
 from rome.train.tensorboard import TensorBoard
@@ -45,11 +47,14 @@ METRIC_FORMATS = {
     "reward": MetricFormat("reward", "{:+.2f}"),
     "success": MetricFormat("success", "{:.2f}", "%"),
     "loss": MetricFormat("loss", "{:.4f}"),
+    "entropy": MetricFormat("entropy", "{:.2f}"),
     "turns": MetricFormat("turns", "{:.1f}"),
     "tokens": MetricFormat("tokens", "{:.0f}"),
     "staleness": MetricFormat("staleness", "{:.2f}"),
     "mismatch": MetricFormat("mismatch", "{:.1e}"),
     "tokens_per_s": MetricFormat("speed", "{:,.0f}", "tok/s"),
+    "learner_tokens_per_s": MetricFormat("learner", "{:,.0f}", "tok/s"),
+    "mfu": MetricFormat("MFU", "{:.0f}", "%"),
 }
 
 
@@ -69,9 +74,9 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):  # the last newline ends the last whole line
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} line {number} is no JSON ({error.msg}): {line[:60]!r}. Delete that line"
+                f"{path} line {number} is no JSON ({error}): {line[:60]!r}. Delete that line"
                 " and run again."
             ) from error
     return records
@@ -182,6 +187,33 @@ class MetricsWriter:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
         return last_step
+
+
+def metrics_of_updates(updates: Sequence[Mapping[str, Any]], per_epoch: int) -> dict[str, float]:
+    """Combine the metrics of a step's updates, in the order that they were made.
+
+    Args:
+      updates: of each update, by name.
+      per_epoch: updates of an epoch.
+
+    Returns:
+      Means over the updates of the last epoch, the maximum where the name starts with `max_`;
+      `updates`, their number; `skipped_updates`, their sum over the step; and `first_kl`: kl_old of
+      the first update, before which the step has changed nothing.
+    """
+    combined: dict[str, float] = {"updates": float(len(updates))}
+    if not updates:
+        return combined
+    last_epoch = updates[-per_epoch:]
+    for name in last_epoch[0]:
+        values = [float(update[name]) for update in last_epoch]
+        combine = np.max if name.startswith("max_") else np.mean
+        combined[name] = float(combine(values))
+    if "kl_old" in updates[0]:
+        combined["first_kl"] = float(updates[0]["kl_old"])
+    if "skipped_updates" in updates[0]:
+        combined["skipped_updates"] = sum(float(update["skipped_updates"]) for update in updates)
+    return combined
 
 
 def _number(name: str, step: int, value: Any) -> float | int:

@@ -151,7 +151,9 @@ class StoredParameters:
 
     def _open(self, path: tuple[str, ...]) -> tensorstore.TensorStore:
         name = ".".join(("params", *path))
-        store = {"driver": "ocdbt", "base": f"file://{self.path}", "path": f"{name}/"}
+        # No URL: in one, a folder called "run#2" would be cut at the "#".
+        base = {"driver": "file", "path": f"{self.path}/"}
+        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rome.files import write_atomically
+from rome.files import read_json, write_atomically
 from rome.train.intervals import wilson
 
 # {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}
@@ -187,7 +187,7 @@ def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
             f"{path} is not there; a run writes it when it is evaluated: is {workdir} the run's"
             " --workdir?"
         )
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path, "Run the same command again; a run writes it at each evaluation.")
     report["evals"] = [
         EvalResult.from_json(entry) if "success" in entry else TextEval(**entry)
         for entry in report["evals"]
@@ -229,7 +229,7 @@ def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> dict[st
             f"{path} is not there; every evaluation of a run writes one: was {workdir} copied"
             " without its evals folder?"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, "Delete it, and a run that is resumed evaluates that step again.")
 
 
 # -- the table

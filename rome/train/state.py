@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,36 +38,44 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return AdamW after a clip of the gradient's global norm.
 
-    Weight decay applies to all parameters but the scales of norms.
+    Weight decay applies to matrices only; see `is_decayed`.
 
     Args:
       learning_rate: its peak.
-      warmup_updates: optimizer updates of linear warm-up.
+      warmup_updates: optimizer updates w of linear warm-up before the first one at the peak: the
+        n-th takes n / (w + 1) of it, so none is lost to a rate of 0.
       decay_updates: optimizer updates after which a cosine has reached a tenth of the peak; 0: the
         rate stays constant.
       weight_decay: decoupled, as in AdamW.
       clip: largest global norm of the gradient.
       b2: decay of the second moment.
     """
+    first_rate = learning_rate / (warmup_updates + 1)
     if decay_updates:
         rate = optax.warmup_cosine_decay_schedule(
-            0.0,
+            first_rate,
             learning_rate,
             warmup_updates,
             max(decay_updates, warmup_updates + 1),
             learning_rate / 10,
         )
     else:
-        rate = optax.linear_schedule(
-            learning_rate / (warmup_updates + 1), learning_rate, warmup_updates
-        )
+        rate = optax.linear_schedule(first_rate, learning_rate, warmup_updates)
     adamw = optax.adamw(rate, b1=0.9, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=is_decayed)
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
 def is_decayed(params: dict) -> dict:
-    """Return which parameters weight decay applies to: all but the scales of norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    """Return which parameters weight decay applies to: all but scales of norms and biases.
+
+    They are told by name: stacked over layers, a bias has as many axes as a matrix.
+    """
+
+    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+        name = path[-1].key
+        return name != "scale" and not name.endswith("bias")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def init_state(

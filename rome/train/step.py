@@ -23,17 +23,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rome.data.batch import Batch
-from rome.data.routes import route_dtype
 from rome.losses import Denominators, Loss, LossConfig
+from rome.losses.chunks import policy_entropy
 from rome.model.config import ModelConfig
 from rome.model.moe import load_metrics, router_loss, router_metrics, router_z_loss
 from rome.model.ops.kernels import Kernels, choose_kernels
-from rome.model.ops.logprobs import chunked_logprobs
 from rome.model.params import param_shardings
-from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
+from rome.model.qwen3 import init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
 from rome.train.feed import feed, put
-from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
+from rome.train.forward import Forward
+from rome.train.replay import count_replayed, route_agreement
 from rome.train.state import TrainState, init_state
 from rome.train.trees import (
     abstract,
@@ -89,6 +89,7 @@ class Learner:
         self.chosen_kernels = choose_kernels(
             platform, self.model_config, self.kernels, experts, extent(self.mesh, "expert")
         )
+        self._forward = Forward(self.model_config, self.chosen_kernels, self.temperature)
         self._num_row_shards = row_shards(self.mesh)
         self._row_sharding = batch_sharding(self.mesh)
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -105,23 +106,24 @@ class Learner:
         rows = self._row_sharding
         replicated = self._replicated
         state = shardings_of(self.state)
+        forward = self._forward
         self._score = jax.jit(
-            self._score_rows,
+            forward.logprobs,
             in_shardings=(params, rows, rows, rows, rows),
             out_shardings=replicated,
         )
         self._score_and_record = jax.jit(
-            self._score_and_record_rows,
+            forward.logprobs_and_routes,
             in_shardings=(params, rows, rows, rows),
             out_shardings=replicated,
         )
         self._probe = jax.jit(
-            self._score_at_temperature_1,
+            forward.logprobs_at_temperature_1,
             in_shardings=(params, rows, rows, rows),
             out_shardings=replicated,
         )
         self._count_experts = jax.jit(
-            self._count_chosen_experts,
+            forward.expert_counts,
             in_shardings=(params, rows, rows, rows, rows),
             out_shardings=replicated,
         )
@@ -249,7 +251,12 @@ class Learner:
 
         Returns:
           The new state, and metrics on the devices.
+
+        Raises:
+          ValueError: there is no micro-batch. A step without rows makes no update.
         """
+        if not microbatches:
+            raise ValueError("an update needs a micro-batch; a step without rows makes no update")
         tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
         replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
         metrics: Metrics = {}
@@ -296,64 +303,6 @@ class Learner:
     # -- functions that are jitted
     # ---------------------------------------------------------------------------------------------
 
-    def _logprobs(
-        self,
-        params: dict,
-        tokens_BT: Any,
-        positions_BT: Any,
-        segments_BT: Any,
-        routes_BTLk: Any = None,
-        temperature: float | None = None,
-    ) -> tuple[jax.Array, Output]:
-        routes_LBTk = None if routes_BTLk is None else replayed_ids(routes_BTLk)
-        model = Qwen3(
-            self.model_config,
-            self.model_config.scan_layers,
-            self.chosen_kernels.experts,
-            self.chosen_kernels.attention,
-            self.chosen_kernels.exchange,
-        )
-        output: Any = model.apply(
-            {"params": cast_layers(params, self.model_config)},
-            tokens_BT,
-            positions_BT,
-            segments_BT,
-            routes_LBTK=routes_LBTk,
-        )
-        logp_BT: Any = chunked_logprobs(
-            output.hidden_BTD,
-            head_kernel(params, self.model_config),
-            tokens_BT,
-            segments_BT,
-            temperature=temperature or self.temperature,
-        )
-        return logp_BT, output
-
-    def _score_rows(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
-    ) -> jax.Array:
-        logp_BT, _ = self._logprobs(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
-        return logp_BT
-
-    def _score_at_temperature_1(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
-    ) -> jax.Array:
-        logp_BT, _ = self._logprobs(params, tokens_BT, positions_BT, segments_BT, temperature=1.0)
-        return logp_BT
-
-    def _score_and_record_rows(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        logp_BT, output = self._logprobs(params, tokens_BT, positions_BT, segments_BT)
-        dtype = route_dtype(self.model_config)
-        return logp_BT, recorded_routes(output.routes_LBTK, segments_BT > 0, dtype)
-
-    def _count_chosen_experts(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
-    ) -> jax.Array:
-        _, output = self._logprobs(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
-        return output.router.counts_LE
-
     def _load_metrics(self, counts_LE: jax.Array) -> Metrics:
         return load_metrics(counts_LE, self.model_config)
 
@@ -377,9 +326,10 @@ class Learner:
           counts_LE: choices of each expert in the whole step; None: this micro-batch is the step.
         """
         config = self.model_config
-        logp_BT, output = self._logprobs(params, *_sequences(batch), batch.routes_BTLk)
+        logp_BT, entropy_BT, output = self._forward(params, *_sequences(batch), batch.routes_BTLk)
         value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
-        metrics = metrics | {"loss": value}
+        entropy = policy_entropy(entropy_BT, batch, denominators)
+        metrics = metrics | {"loss": value, "entropy": entropy}
         if batch.routes_BTLk is not None:
             agreement = route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
             metrics = metrics | agreement

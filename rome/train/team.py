@@ -8,6 +8,10 @@ arrays never do.
 An error that every process raises is handled as in one process. An error that only some processes
 can know of ends all of them within seconds, because the others would wait in a collective for ever.
 A process that is killed is missed by jax.distributed's heartbeat, which ends the others.
+
+A wish to stop that one process hears is told to all of them. Waits for process 0 end by the Stopped
+that it shares, at one place. Before training begins there is nothing to save: a process that reads
+its own files leaves at once, and the others with it.
 """
 
 from __future__ import annotations
@@ -18,22 +22,27 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
 from rome.data.batch import Batch
+from rome.stopping import POLL_SECONDS, Stopped, raise_if_stopped
 
 Local = TypeVar("Local")
 
 WAIT_MILLISECONDS = 1000  # of one look at the store; between two of them Python hears signals
 WATCH_SECONDS = 0.5
 MEET_SECONDS = 3600.0
+MEET_POLL_SECONDS = 0.05
+WAS_STOPPED = "was stopped before it had anything to save"
 # Our keys in the store that JAX and orbax also use.
 TURNS = "rome/turns"
 NEWS = "rome/news"
-MEETINGS = "rome/meetings"
+ARRIVALS = "rome/arrivals"
+STOPPED_STATUS = 130  # of a process that a signal stopped
 LEAVING_SECONDS = 3.0  # process 0 holds the store: it leaves last, after the others read the reason
 
 
@@ -71,7 +80,6 @@ class Team:
         self._stop = stop
         self._errors = {kind.__name__: kind for kind in errors}
         self._turn = 0
-        self._meetings = 0
         self._raised_by_all: BaseException | None = None
         self._others_stop: str | None = None
         self._closed = threading.Event()
@@ -113,16 +121,34 @@ class Team:
         document = self.share(what, keep_local_part)
         return (kept[0] if kept else None), document
 
-    def meet(self, what: str) -> None:
-        """Wait until all processes have called this.
+    def meet(
+        self,
+        what: str,
+        is_ready: Callable[[], bool] = lambda: True,
+        seconds: float = MEET_SECONDS,
+        remedy: str = "",
+    ) -> None:
+        """Wait until all processes have called this and are ready.
 
         Use it before the first collective after work that takes some processes longer than others.
+        No barrier of JAX is used: no signal is heard while one waits at it.
+
+        Args:
+          what: the name of this turn.
+          is_ready: polled in each process until it returns True.
+          seconds: deadline of the wait.
+          remedy: ends the message where it is missed.
+
+        Raises:
+          Stopped: in all processes, where one of them was asked to stop.
+          LeaderError: in all processes, where some have not come in time; the message names them.
         """
         if self.count == 1:
             return
-        self._meetings += 1
-        barrier = f"{MEETINGS}/{self._meetings}/{what}"
-        self._client.wait_at_barrier(barrier, int(1000 * MEET_SECONDS))
+        place = f"{ARRIVALS}/{self._turn + 1:09d}"
+        arriving = threading.Thread(target=self._arrive, args=(place, is_ready), daemon=True)
+        arriving.start()
+        self.share(what, lambda: self._wait_for_all(place, what, seconds, remedy))
 
     def require_same(self, what: str, value: str) -> None:
         """Raise LeaderError where this process has another value than process 0."""
@@ -147,9 +173,10 @@ class Team:
         self.require_same(f"rows of step {step}", digest.hexdigest())
 
     def wants_to_stop(self) -> bool:
-        """Return whether this process, or in process 0 any process, was asked to stop.
+        """Return whether any process was asked to stop, as far as this one has heard.
 
-        Processes may answer differently: use it in waits that only process 0 does.
+        Processes may answer differently for a moment: use it in waits that only process 0 does, or
+        before training begins.
         """
         return self._stop() or self._others_stop is not None
 
@@ -164,10 +191,13 @@ class Team:
         """
         if self.count == 1 or error is self._raised_by_all:
             return
-        text = f"process {self.index} of {self.count} failed: {type(error).__name__}: {error}"
-        reason = " ".join(text.split())
-        if os.environ.get("ROME_DEBUG"):
-            sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, Stopped):
+            reason = f"process {self.index} of {self.count} {WAS_STOPPED}"
+        else:
+            text = f"process {self.index} of {self.count} failed: {type(error).__name__}: {error}"
+            reason = " ".join(text.split())
+            if os.environ.get("ROME_DEBUG"):
+                sys.excepthook(type(error), error, error.__traceback__)
         with contextlib.suppress(RuntimeError):  # the coordinator is gone, and the others know it
             self._tell("failed", reason)
         self._closed.set()  # the reason is printed once
@@ -200,6 +230,32 @@ class Team:
             raise self._raised_by_all
         return document["value"]
 
+    def _arrive(self, place: str, is_ready: Callable[[], bool]) -> None:
+        """Announce that this process is ready, as soon as it is."""
+        while not is_ready():
+            if self._closed.wait(POLL_SECONDS):
+                return
+        with contextlib.suppress(RuntimeError):  # the coordinator is gone: share reports it
+            self._client.key_value_set(f"{place}/{self.index}", "")
+
+    def _wait_for_all(self, place: str, what: str, seconds: float, remedy: str) -> None:
+        """Wait in process 0 until all processes have arrived."""
+        ends = time.monotonic() + seconds
+        while True:
+            entries = self._client.key_value_dir_get(f"{place}/")
+            arrived = {int(key.rpartition("/")[2]) for key, _ in entries}
+            missing = sorted(set(range(self.count)) - arrived)
+            if not missing:
+                return
+            raise_if_stopped(self.wants_to_stop)
+            if time.monotonic() > ends:
+                late = ", ".join(map(str, missing))
+                raise LeaderError(
+                    f"{what}: process {late} of {self.count} did not come within {seconds:g} s;"
+                    f" {remedy or 'its own log may say why'}"
+                )
+            time.sleep(MEET_POLL_SECONDS)
+
     def _wait_for(self, key: str) -> str:
         """Return the value of a key as soon as it is set, in waits short enough for signals."""
         while True:
@@ -215,11 +271,11 @@ class Team:
         return LeaderError(f"process 0 raised {kind}: {message}")
 
     def _watch(self) -> None:
-        """Carry stop requests to process 0, and end this process when another has failed."""
+        """Tell the others of a wish to stop, and end this process when another has failed."""
         is_sent = False
         while not self._closed.wait(WATCH_SECONDS):
             try:
-                if not self.leads and self._stop() and not is_sent:
+                if self._stop() and not is_sent:
                     self._tell("stop", str(self.index))
                     is_sent = True
                 news = dict(self._client.key_value_dir_get(NEWS + "/"))
@@ -227,11 +283,13 @@ class Team:
                 return
             if f"{NEWS}/failed" in news and not self._closed.is_set():
                 self._leave(news[f"{NEWS}/failed"])
-            if self.leads and self._others_stop is None and f"{NEWS}/stop" in news:
+            if self._others_stop is None and not self._stop() and f"{NEWS}/stop" in news:
                 self._others_stop = news[f"{NEWS}/stop"]
-                _print(
-                    f"process {self._others_stop} was asked to stop: the last whole step is saved"
-                )
+                if self.leads:
+                    _print(
+                        f"process {self._others_stop} was asked to stop: the last whole step is"
+                        " saved"
+                    )
 
     def _tell(self, name: str, text: str) -> None:
         self._client.key_value_set(f"{NEWS}/{name}", text, allow_overwrite=True)
@@ -257,7 +315,7 @@ class Team:
                     )
         except RuntimeError:  # the coordinator is gone
             pass
-        os._exit(1)
+        os._exit(STOPPED_STATUS if reason.endswith(WAS_STOPPED) else 1)
 
     def _silent_processes(self) -> list[int]:
         """Return the processes that have not announced that they leave."""

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import ml_collections
 
-from rome.files import write_atomically
+from rome.files import read_json, write_atomically
 
 KeyClass = Literal["identity", "schedule", "operation"]
 Change = dict[str, Any]  # {"step": of the newest checkpoint, "key", "before", "after"}
+MODEL = "model.json"  # file in the workdir with the model that it trains, as config.json has it
+BROKEN = "Write it again, or give another --workdir."  # what to do about a damaged file
 MAX_DIFFERENCES = 300  # characters of the message that lists them
 
 
@@ -77,7 +79,12 @@ def claim_workdir(
             )
         write_atomically(path, _text(config))
         return []
-    theirs = dict(rules.defaults) | flatten(_read_json(path))
+    if not _has_begun(workdir):
+        # The run before was refused, for its model or its limits: this may be the remedy.
+        (workdir / MODEL).unlink(missing_ok=True)
+        write_atomically(path, _text(config))
+        return []
+    theirs = dict(rules.defaults) | flatten(read_json(path, BROKEN))
     ours = flatten(config.to_dict())
     keys = sorted(theirs.keys() | ours.keys())
     different = [key for key in keys if theirs.get(key) != ours.get(key)]
@@ -103,10 +110,26 @@ def claim_workdir(
     return changes
 
 
+def _has_begun(workdir: pathlib.Path) -> bool:
+    """Return whether a workdir holds anything that a run has made."""
+    parts = ("metrics.jsonl", "report.json", "final", "checkpoints/*", "trajectories/*", "evals/*")
+    return any(True for part in parts for _ in workdir.glob(part))
+
+
 def read_changes(workdir: pathlib.Path) -> list[Change]:
     """Return the schedule keys that were changed when the run of a workdir was resumed."""
     path = workdir / "config_changes.json"
-    return _read_json(path) if path.exists() else []
+    return read_json(path, BROKEN, list) if path.exists() else []
+
+
+def start_directory(init_from: str, workdir: pathlib.Path) -> pathlib.Path | None:
+    """Return the folder of the weights that a run starts from; None for random ones.
+
+    An experiment that a run starts from is run in WORKDIR/init.
+    """
+    if not init_from:
+        return None
+    return workdir / "init" / "final" if init_from.endswith(".py") else pathlib.Path(init_from)
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> int:
@@ -127,7 +150,7 @@ def is_complete(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> boo
     path = workdir / "complete.json"
     if not path.exists():
         return True
-    reached = _read_json(path)
+    reached = read_json(path, BROKEN)
     wanted = _ends_at(config)
     has_steps = reached["steps"] >= wanted["steps"]
     return has_steps and reached["until_success"] == wanted["until_success"]
@@ -143,15 +166,6 @@ def _keep_changes(workdir: pathlib.Path, changes: list[Change]) -> None:
     if new:
         path = workdir / "config_changes.json"
         write_atomically(path, json.dumps([*kept, *new], indent=1) + "\n")
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not JSON ({error}). Write it again, or give another --workdir."
-        ) from None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

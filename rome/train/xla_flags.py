@@ -1,6 +1,7 @@
 """Compiler flags by chip, each with its reason.
 
-`launch.train` sets them before JAX is imported, where the machine says which chip it has.
+`rome.train.devices` sets them for the trainer before JAX is imported, where the machine says which
+chip it has. They are the trainer's: embedded engines do not get them.
 
 A flag that the user has set in LIBTPU_INIT_ARGS, XLA_FLAGS or the environment is kept. A flag that
 the library does not know ends the process at start, so each was checked: those for TPU by compiling
@@ -11,9 +12,8 @@ parser. No gain is claimed: they were not timed on these chips.
 from __future__ import annotations
 
 import glob
-import os
 import pathlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 _TPU = {
     # A weight's all-gather for layer k + 1 runs while layer k multiplies, instead of before it.
@@ -76,18 +76,6 @@ _GOOGLE = "0x1ae0"
 _NVIDIA = "0x10de"
 
 
-def apply_flags(environ: MutableMapping[str, str] = os.environ) -> str | None:
-    """Set the flags of this machine's chip and return its name.
-
-    On a CPU, or where JAX_PLATFORMS says cpu, nothing is set and None is returned.
-    """
-    is_cpu = environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
-    chip = None if is_cpu else find_chip()
-    for name, value in environment_of(chip, environ).items():
-        environ[name] = value
-    return chip
-
-
 def environment_of(chip: str | None, given: Mapping[str, str]) -> dict[str, str]:
     """Return the variables to set for a chip, beside the environment that is `given`."""
     if chip in LIBTPU_ARGS:
@@ -95,9 +83,9 @@ def environment_of(chip: str | None, given: Mapping[str, str]) -> dict[str, str]
         return {"LIBTPU_INIT_ARGS": arguments}
     if chip == "gpu":
         variables = {"XLA_FLAGS": merge(given.get("XLA_FLAGS", ""), GPU_XLA_FLAGS)}
-        for name, value in GPU_ENVIRONMENT.items():
-            if name not in given:
-                variables[name] = value
+        variables |= {name: value for name, value in GPU_ENVIRONMENT.items() if name not in given}
+        if "XLA_CLIENT_MEM_FRACTION" in given:  # the newer name; JAX refuses both together
+            variables.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
         return variables
     return {}
 
@@ -110,21 +98,26 @@ def merge(given: str, flags: Mapping[str, str]) -> str:
     return " ".join(merged)
 
 
-def find_chip(devices: str = "/sys/bus/pci/devices", nodes: str = "/dev") -> str | None:
-    """Return the accelerator on the PCI bus: a TPU's name, "gpu", or None.
+def find_chips(
+    devices: str = "/sys/bus/pci/devices", nodes: str = "/dev"
+) -> tuple[str | None, int]:
+    """Return the accelerator on the PCI bus (a TPU's name, "gpu", or None), and how many there are.
 
     It only reads files, because importing JAX would fix the flags.
     """
-    gpu = None
+    has_gpu = False
+    tpus = []
     for vendor in sorted(glob.glob(f"{devices}/*/vendor")):
         path = pathlib.Path(vendor)
         maker = _word(path)
         model = _word(path.with_name("device"))
         if maker == _GOOGLE and model in _PCI_CHIPS:
-            return _PCI_CHIPS[model]
-        if maker == _NVIDIA and glob.glob(f"{nodes}/nvidia[0-9]*"):  # on the bus, with a driver
-            gpu = "gpu"
-    return gpu
+            tpus.append(_PCI_CHIPS[model])
+        has_gpu = has_gpu or maker == _NVIDIA
+    if tpus:
+        return tpus[0], len(tpus)
+    gpus = glob.glob(f"{nodes}/nvidia[0-9]*")  # one for each GPU that has a driver
+    return ("gpu", len(gpus)) if has_gpu and gpus else (None, 0)
 
 
 def _word(path: pathlib.Path) -> str:

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from envs.gem.remote import RemoteEnv, RemoteEnvError
+from envs.gem.tools.mcp import MCPTool
 from envs.proxies import environment_proxy, is_loopback, open_directly
 from envs.rock import SandboxConfig
 from rome.engine.client import Engine
@@ -73,7 +74,14 @@ async def ask_environment(url):
         await env._session().close()
 
 
-@pytest.mark.parametrize("ask", [ask_engine, ask_mirror, ask_endpoint, ask_environment])
+async def ask_mcp(url):
+    pytest.importorskip("mcp", reason="pip install -r tests/requirements-live.txt")
+    tool = MCPTool(f"{url}/mcp", execution_timeout=10)
+    with pytest.raises(ConnectionError):  # {} is no answer of an MCP server
+        await asyncio.to_thread(tool.get_available_tools)
+
+
+@pytest.mark.parametrize("ask", [ask_engine, ask_mirror, ask_endpoint, ask_environment, ask_mcp])
 def test_only_what_leaves_this_machine_goes_through_the_proxy(monkeypatch, tmp_path, ask):
     (tmp_path / ".netrc").write_text("default login me password secret\n")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -17,12 +18,14 @@ from rome.model.hf.checkpoint import load_hf, read_config
 from rome.model.params import param_shardings
 from rome.model.sharding import make_mesh
 from rome.stages.weights import load_start
+from rome.stopping import Stopped
 from rome.train import checkpoint, parameters
 from rome.train import convert as conversion
 from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.convert import convert
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
+from rome.train.workdir import ConfigError
 from tests.paths import ROOT
 from tests.processes import user_environment
 from tests.rome.model.small import random_params
@@ -105,6 +108,25 @@ def test_the_newest_training_step_becomes_a_hugging_face_checkpoint_with_its_tok
         "model.safetensors",
         "tokenizer.json",
     }
+
+
+def test_a_workdir_may_have_any_name(run, exported, tmp_path):
+    workdir = tmp_path / "lr 50%25 #2 a|b? [ä] $x;&'"
+    shutil.copytree(run[0], workdir)
+    convert(workdir, tmp_path / "out#1", None, None, None)
+    assert files(tmp_path / "out#1") == files(exported)
+
+
+def test_a_start_that_is_interrupted_amid_its_tensors_is_stopped(exported):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    with pytest.raises(Stopped):
+        load_start(exported, config, make_mesh({}, config), lambda: True)
+
+
+def test_a_start_that_changed_since_the_run_began_is_refused_by_field(exported):
+    config = dataclasses.replace(CONFIG, rope_theta=5e5, pad_token_id=1)
+    with pytest.raises(ConfigError, match=r"rope_theta .10000.0 there, 500000.0 wanted.\. Bring"):
+        load_start(exported, config, make_mesh({}, config))
 
 
 def test_an_earlier_step_and_another_type_are_taken_when_asked_for(run, tmp_path, capsys):
@@ -297,7 +319,7 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(exported, tmp_path, mon
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "copy_tokenizer", interrupted)
+    monkeypatch.setattr(conversion, "copy_companions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(exported, tmp_path / "out", "hf", None, None)
     assert not list(tmp_path.iterdir())

@@ -213,13 +213,28 @@ def test_a_base_image_that_cannot_be_had_is_stood_for_by_this_system(tmp_path):
     command = ("--dataset", tmp_path / "tasks", "--agent", "oracle", "--out")
     code, _, _ = run(*command, tmp_path / "refused")
     assert code == 1 and "registry.example/team/base:7" in records(tmp_path / "refused")[0]["note"]
-    assert (
-        run(*command, tmp_path / "out", "--stands_for", "registry.example/team/base=bash,sed")[0]
-        == 0
-    )
+    how = ["--stands_for=registry.example/team/base=bash,sed", "--max_turns=7", "--disk_mb=100"]
+    assert run(*command, tmp_path / "out", *how)[0] == 0
     assert records(tmp_path / "out")[0]["reward"] == 1.0
-    code, _, error = run(*command, tmp_path / "wrong", "--stands_for", "python3")
-    assert code == 2 and "is not IMAGE=PROGRAM" in error
+    # How tasks are played is part of what the results are of.
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert settings["stands_for"] == ["registry.example/team/base=bash,sed"]
+    assert (settings["max_turns"], settings["disk_mb"]) == (7, 100)
+    code, _, error = run(*command, tmp_path / "out", *how[:2])
+    assert code == 2 and "disk_mb" in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--stands_for=python3", "is not IMAGE=PROGRAM"),
+        ("--verifier_tools=/nowhere", "/nowhere is no folder; make it by `pip install --target"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_named(tmp_path, flag, says):
+    write_task(tmp_path / "tasks", "a")
+    code, _, error = run("--dataset", tmp_path / "tasks", "--out", tmp_path / "out", flag)
+    assert code == 2 and says in error
 
 
 def test_a_tasks_variables_come_from_the_command_by_name_and_from_nowhere_else(tmp_path):

@@ -1,6 +1,7 @@
 """A wish to stop: one signal or two at once are one wish, a later one ends the process."""
 
 import os
+import pathlib
 import select
 import signal
 import subprocess
@@ -12,27 +13,36 @@ import pytest
 from tests.paths import ROOT
 
 PROGRAM = """
+import sys
 import time
 from launch._main import run_command
-from launch.train import StopRequest, when_stopped
+from launch._stop import StopRequest
+
+stop = StopRequest("launch.train")
+stop.listen()
 
 def main(argv):
-    stop = StopRequest()
+    stop.begin()
     print("ready", flush=True)
     ends = time.monotonic() + 60
-    while time.monotonic() < ends:
-        time.sleep(0.01)
-        if stop() and time.monotonic() - stop._made_at > {grace}:
-            return 7
-    return 8
+    try:
+        while time.monotonic() < ends:
+            time.sleep(0.01)
+            if stop() and time.monotonic() - stop._heard_at > {grace}:
+                return 7
+        return 8
+    except KeyboardInterrupt:
+        print("leaving", file=sys.stderr, flush=True)
+        {on_the_way_out}
+        raise
 
-run_command("launch.train", main, when_stopped=when_stopped)
+run_command("launch.train", main, when_stopped=stop.when_stopped)
 """
 
 
-def start(grace: float) -> subprocess.Popen:
+def start(grace: float, on_the_way_out: str = "pass") -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(grace=grace)],
+        [sys.executable, "-c", PROGRAM.format(grace=grace, on_the_way_out=on_the_way_out)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -70,6 +80,45 @@ def test_a_later_signal_leaves_at_once_without_a_traceback(second):
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130, error
     assert "launch.train: left at once" in error and "Traceback" not in error
+
+
+def catches_sigterm(process) -> bool:
+    """Return whether the process has installed its handlers: Python itself has none of SIGTERM."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    (caught,) = [line for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_the_first_imports_ends_with_one_line_and_no_workdir(number, tmp_path):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.train", f"--workdir={workdir}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ends = time.monotonic() + 60
+    while not catches_sigterm(process) and time.monotonic() < ends:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and not workdir.exists()
+    assert error.split("\n") == ["", "launch.train: stopped before anything was started", ""]
+
+
+@pytest.mark.slow
+def test_signals_after_the_second_one_cannot_break_the_way_out():
+    process = start(grace=50, on_the_way_out="time.sleep(60)")
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        wait_for_stop(process)
+        os.read(process.stderr.fileno(), 10_000)
+        time.sleep(1.2)
+        if process.poll() is not None:
+            break
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in error
 
 
 def test_a_signal_is_heard_where_nobody_reads_the_answer():

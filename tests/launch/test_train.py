@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from rome.data.trajectory import load_trajectory
 from rome.version import VERSION
 from tests.paths import ROOT
 from tests.processes import user_environment
@@ -125,6 +126,32 @@ def test_sft_leaves_what_programs_read(sft):
     assert (
         trajectory["schema_version"] == "ATIF-v1.7" and trajectory["steps"][1]["source"] == "agent"
     )
+
+
+@pytest.mark.slow
+def test_a_wish_to_stop_is_heard_while_the_experts_play_and_their_files_stay(tmp_path):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command([*SFT, "--config.demonstrations=3000"], workdir),
+        cwd=ROOT,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def experts() -> list[pathlib.Path]:
+        return list((workdir / "trajectories").glob("expert_*.json"))
+
+    ends = time.monotonic() + 240
+    while len(experts()) < 5 and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)  # all experts would take minutes
+    assert process.returncode == 130 and "To resume:" in said, said
+    assert 5 <= len(experts()) < 3000
+    for path in experts():
+        assert load_trajectory(path).ending == "success"
 
 
 @pytest.mark.slow

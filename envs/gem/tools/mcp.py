@@ -21,6 +21,7 @@ from typing import Any
 
 from envs.gem.tool_call import ToolCall, ToolCallError, iterate_tool_calls
 from envs.gem.tools.base import BaseTool, ToolResult
+from envs.proxies import is_loopback
 from envs.rock.errors import SandboxError
 from envs.rock.sync import run
 
@@ -360,9 +361,19 @@ async def _http_transport(config: Mapping[str, Any], stack: contextlib.AsyncExit
     # the only way to set headers that versions 1 and 2 of the package share
     from mcp.shared._httpx_utils import create_mcp_http_client
 
+    url = config["url"]
     headers = dict(config.get("headers", {}))
-    client = await stack.enter_async_context(create_mcp_http_client(headers=headers))
-    return streamable_http_client(config["url"], http_client=client)
+    client = create_mcp_http_client(headers=headers)
+    if is_loopback(url):  # a proxy of the environment cannot reach it
+        direct: Any = type(client)  # httpx or httpx2, as the version of the package has it
+        client = direct(
+            headers=headers,
+            timeout=client.timeout,
+            follow_redirects=client.follow_redirects,
+            trust_env=False,
+        )
+    await stack.enter_async_context(client)
+    return streamable_http_client(url, http_client=client)
 
 
 def _describe_tool(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Container:
     Attributes:
       id: the engine's id; "" before the start and after the removal.
       image: the engine's description of the image.
+      tools_directory: the host's directory that it sees read-only at limits.TOOLS; "" for none.
       shell: path of the image's bash; "" if it has none.
       tools: what the image's tools can do, see scripts.SURVEY.
       ended: done when the container has ended.
@@ -48,10 +49,11 @@ class Container:
       network: the guard of its network; None where there can be none.
     """
 
-    def __init__(self, engine: Engine, config: SandboxConfig, image: dict):
+    def __init__(self, engine: Engine, config: SandboxConfig, image: dict, tools: str = ""):
         self.engine = engine
         self.config = config
         self.image = image
+        self.tools_directory = tools
         self.id = ""
         self.shell = ""
         self.tools: frozenset[str] = frozenset()
@@ -118,7 +120,9 @@ class Container:
             stdin_open=True,
             labels=labels,
             name=name,
-            host_config=host_config(client, self.config, self._user, place_bytes),
+            host_config=host_config(
+                client, self.config, self._user, place_bytes, self.tools_directory
+            ),
             healthcheck={"test": ["NONE"]},
             stop_signal="SIGKILL",
         )

@@ -15,6 +15,7 @@ CPU_PERIOD_MICROSECONDS = 100_000
 MIN_CPU_QUOTA = 1000  # the kernel's minimum
 MIN_INODES = 16
 PLACE_INODES = 1024
+TOOLS = "/run/tools"  # of a verifier, in its container
 _EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
 _LOW_HALF = 0xFFFFFFFF
 _HIDDEN_BELOW_PROC = (
@@ -43,7 +44,9 @@ _HIDDEN_BELOW_SYS = (
 )
 
 
-def host_config(client: APIClient, config: SandboxConfig, user: int, place_bytes: int) -> dict:
+def host_config(
+    client: APIClient, config: SandboxConfig, user: int, place_bytes: int, tools: str = ""
+) -> dict:
     """Return Docker's HostConfig with every limit set.
 
     /tmp gets a quarter of disk_mb and of inodes, because Docker cannot let two mounts share one
@@ -54,6 +57,7 @@ def host_config(client: APIClient, config: SandboxConfig, user: int, place_bytes
       config: the sandbox's.
       user: the user id of the agent.
       place_bytes: size of the directory of the sandbox's own programs (scripts.PLACE).
+      tools: directory of this machine that is mounted read-only at TOOLS; "" for none.
     """
     disk = config.disk_mb << 20
     tmp_disk = disk // 4
@@ -82,6 +86,7 @@ def host_config(client: APIClient, config: SandboxConfig, user: int, place_bytes
         runtime=config.runtime,
         auto_remove=True,
         log_config={"Type": "none"},
+        binds=[f"{os.path.abspath(tools)}:{TOOLS}:ro"] if tools else None,
         mem_limit=memory,
         memswap_limit=memory,
         pids_limit=config.pids + RESERVED_PIDS,

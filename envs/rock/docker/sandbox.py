@@ -36,6 +36,7 @@ from envs.rock.docker.files import (
     put_verifier_files,
     unpack,
 )
+from envs.rock.docker.limits import TOOLS
 from envs.rock.docker.network import obstacle
 from envs.rock.docker.ports import ExposedPorts
 from envs.rock.docker.probe import probe_docker
@@ -174,7 +175,12 @@ class DockerBackend(Backend):
             running = self._open()
             workspace = await self._pack(running, "workspace")
             cleanup.push_async_callback(workspace.delete)
-            verifier = Container(running.container.engine, self.config, running.container.image)
+            verifier = Container(
+                running.container.engine,
+                self.config,
+                running.container.image,
+                tools=self.config.verifier_tools,
+            )
             cleanup.push_async_callback(verifier.remove)
             file_bytes = sum(len(content) + INODE_BYTES for content in files.values())
             async with _start_gate:
@@ -317,9 +323,12 @@ class DockerBackend(Backend):
         self, verifier: Container, script: str, timeout: float
     ) -> CommandResult:
         shell = "bash" if verifier.shell else "sh"
+        variables = dict(_VERIFIER_ENVIRONMENT)
+        if self.config.verifier_tools:
+            variables["VERIFIER_TOOLS"] = TOOLS
         exec_ = await verifier.enter(
             scripts.verify(self.config.pids),
-            env=_VERIFIER_ENVIRONMENT,
+            env=variables,
             stdin=True,
             shell=f"{scripts.PLACE}/{shell}",
         )

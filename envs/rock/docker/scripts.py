@@ -124,10 +124,7 @@ printf '%d \\0' $$ >&4
 unset ROCK_DOOR
 {shell.loop(SESSION_COMMANDS, SESSION_REPORTS, "</dev/null 4>&- 5>&- 6>&-")}"""
 # Adds the shell's children to a report.
-CHILDREN = (
-    "\\builtin read -r 'ROCK[2]' < /proc/$$/task/$$/children || \\builtin :;"
-    " \\builtin printf ' %s' \"${ROCK[2]-}\";"
-)
+CHILDREN = "\\builtin read -r 'ROCK[2]' < /proc/$$/task/$$/children || \\builtin :;"
 # Reads the pipe of a session's reports. Its name comes by stdin, since every process can read a
 # command line, and is removed before the session's first command begins.
 DOOR = (

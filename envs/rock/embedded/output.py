@@ -42,18 +42,21 @@ class Output:
         self._read_end, self.write_end = os.pipe()
         os.set_blocking(self._read_end, False)
         self._capacity = fcntl.fcntl(self._read_end, fcntl.F_GETPIPE_SZ)
+        self._paused = False
+        self._watched = True
         self._clear()
-        self.resume()
+        loop.add_reader(self._read_end, self._handle_readable)
 
     def pause(self) -> None:
         """Stop reading: what is written while no command runs costs this process nothing."""
-        if self._read_end is not None:
-            self._loop.remove_reader(self._read_end)
+        self._paused = True
 
     def resume(self) -> None:
         """Read again."""
-        if self._read_end is not None:
-            self._loop.add_reader(self._read_end, self._read)
+        self._paused = False
+        if self._read_end is not None and not self._watched:
+            self._watched = True
+            self._loop.add_reader(self._read_end, self._handle_readable)
 
     def take(self) -> Captured:
         """Return what was written so far and start over for the next command.
@@ -92,6 +95,15 @@ class Output:
         self._data = bytearray()
         self._dropped = 0
         self._flooded = False
+
+    def _handle_readable(self) -> None:
+        if not self._paused:
+            self._read()
+        elif (
+            self._read_end is not None
+        ):  # only now: most sessions write nothing while they are idle
+            self._watched = False
+            self._loop.remove_reader(self._read_end)
 
     def _read(self) -> int:
         """Read once; return how many bytes, 0 when there is nothing to read now."""

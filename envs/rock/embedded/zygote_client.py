@@ -97,6 +97,7 @@ def spec(config: SandboxConfig, tier: str, snapshot: str | None = None) -> dict:
         "cpus": config.cpus,
         "open_files": config.open_files,
         "egress": config.grants(),
+        "verifier_tools": os.path.abspath(config.verifier_tools) if config.verifier_tools else "",
     }
 
 

@@ -7,6 +7,8 @@ so the limits that the machine set for this process also hold for them.
 import os
 import signal
 
+from . import linux
+
 PERIOD_MICROSECONDS = 100_000
 MIN_QUOTA_MICROSECONDS = 1000  # the kernel's minimum
 # By version: the file of a group's weight for the scheduler, and what others have in it.
@@ -270,7 +272,7 @@ def find_abandoned(slot: int) -> list[str]:
     for parent in parents:
         for name in os.listdir(parent):
             zygote = name.removeprefix(group_name(slot, 0).removesuffix("0"))
-            if zygote != name and zygote.isdecimal() and not os.path.exists(f"/proc/{zygote}"):
+            if zygote != name and zygote.isdecimal() and not linux.is_running(int(zygote)):
                 found.append(f"{parent}/{name}")
     return found
 

@@ -39,11 +39,18 @@ class Tier:
         self.workspace = f"{self._home}/workspace"
         self._temporary = f"{self._home}/tmp"
         self._hidden = f"{self._home}/verifier"
+        self._tools = spec["verifier_tools"]
 
     def set_up(self) -> int:
         """Make the directories and the rules; return a descriptor of the workspace."""
         self._make_directories()
-        self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
+        writable = (self.workspace, self._temporary)
+        self._ruleset = landlock.ruleset(writable, (self._hidden,))
+        self._verifier_ruleset = self._ruleset
+        if self._tools:
+            if self._own_uid:
+                _check_others_may_enter(self._tools)
+            self._verifier_ruleset = landlock.ruleset(writable, (self._hidden, self._tools))
         own_processes = self._own_uid or landlock.abi() >= landlock.FIRST_ABI_WITH_SCOPES
         self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=own_processes)
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -81,7 +88,7 @@ class Tier:
         def become() -> None:
             if prepare:
                 prepare()
-            self._become(arguments[0], arguments, environment)
+            self._become(arguments[0], arguments, environment, self._ruleset)
 
         return self._start(become, out, err)
 
@@ -103,10 +110,12 @@ class Tier:
         bash = self._spec["verifier_bash"] if self._own_uid else "/bin/bash"
         arguments = ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"]
         variables = environment | {"VERIFIER_FILES": self._hidden}
+        if self._tools:
+            variables["VERIFIER_TOOLS"] = self._tools
 
         def become() -> None:
             os.dup2(script, linux.FIRST_PASSED_FD)
-            self._become(bash, arguments, variables)
+            self._become(bash, arguments, variables, self._verifier_ruleset)
 
         return self._start(become, out, err)
 
@@ -115,7 +124,9 @@ class Tier:
             linux.restore_access(directory)
         return start(become, self._cgroup_entries, out, err)
 
-    def _become(self, program: str | int, arguments: list[str], environment: dict) -> None:
+    def _become(
+        self, program: str | int, arguments: list[str], environment: dict, ruleset: int
+    ) -> None:
         """Restrict this process and turn it into the command."""
         os.chdir(self.workspace)
         self._limit_resources()
@@ -126,7 +137,7 @@ class Tier:
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-        landlock.restrict(self._ruleset)
+        landlock.restrict(ruleset)
         linux.install_filter(self._filter)
         own = {"HOME": self.workspace, "TMPDIR": self._temporary}
         os.execve(program, arguments, WITHOUT_ETC | environment | own)
@@ -225,6 +236,20 @@ def _copy(source_home: str, target_home: str, owner: tuple[int, int] | None) -> 
         finally:
             os.close(source)
             os.close(target)
+
+
+def _check_others_may_enter(path: str) -> None:
+    """Raise OSError if a sandbox's own user id cannot reach a directory."""
+    place = path
+    while True:
+        if not os.stat(place).st_mode & stat.S_IXOTH:
+            raise OSError(
+                f"verifier_tools {path}: the sandbox's user may not enter {place}; chmod o+x it, or"
+                " put the tools elsewhere"
+            )
+        if place == "/":
+            return
+        place = os.path.dirname(place)
 
 
 def _count_processes(uid: int) -> int:

@@ -119,21 +119,32 @@ def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
     )
 
 
-def clone_mount(descriptor: int) -> int:
-    """Return a descriptor of a mount, in no namespace yet, of the file that a descriptor is of."""
+def clone_mount(source: int | str) -> int:
+    """Return a descriptor of a copy of a mount, which `attach_mount` puts somewhere.
+
+    It is in no namespace yet, and may be put into one where the path leads elsewhere.
+
+    Args:
+      source: a path, for the mount there with all below it; or a descriptor, for the file or
+        folder that it is of.
+    """
+    if isinstance(source, int):
+        place, name, flags = source, b"", AT_EMPTY_PATH
+    else:
+        place, name, flags = AT_FDCWD, os.fsencode(source), AT_RECURSIVE
     mount = syscall(
-        "open_tree",
+        f"open_tree {source}",
         SYS_OPEN_TREE,
-        descriptor,
-        ctypes.c_char_p(b""),
-        AT_EMPTY_PATH | OPEN_TREE_CLONE | os.O_CLOEXEC,
+        place,
+        ctypes.c_char_p(name),
+        flags | OPEN_TREE_CLONE | os.O_CLOEXEC,
     )
     os.set_inheritable(mount, False)
     return mount
 
 
 def attach_mount(mount: int, path: str) -> None:
-    """Attach a mount from `clone_mount`."""
+    """Put a mount of `clone_mount` at `path` and close its descriptor."""
     syscall(
         f"move_mount {path}",
         SYS_MOVE_MOUNT,
@@ -143,6 +154,7 @@ def attach_mount(mount: int, path: str) -> None:
         ctypes.c_char_p(os.fsencode(path)),
         MOVE_MOUNT_F_EMPTY_PATH,
     )
+    os.close(mount)
 
 
 def pivot_root(new: str, old: str) -> None:
@@ -269,6 +281,16 @@ def write_file(path: str, content: bytes) -> None:
     """Write a file, or a setting of the kernel."""
     with open(path, "wb") as file:
         file.write(content)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is such a process and it has not ended, collected or not."""
+    try:
+        status = read_file(f"/proc/{pid}/stat")
+    except OSError:
+        return False
+    _, _, rest = status.rpartition(b")")  # its name may hold anything
+    return rest.split()[0] not in (b"Z", b"X")
 
 
 def children_of(pid: int) -> list[int]:

@@ -14,6 +14,7 @@ from .tree import copy_tree
 ROOT = "/tmp/root"
 DISK = "/tmp/disk"
 TREE = "/tmp/tree"
+TOOLS = "/tmp/tools"  # a verifier's; no other view of the sandbox has them
 SHM_BYTES = 16 << 20
 SHM_INODES = 1024
 TERMINALS = 32  # at most, of the 3,072 that all sandboxes of a host have together
@@ -51,13 +52,14 @@ _DEVICE_LINKS = {
 _KERNEL_SETTINGS = ("sys", "sysrq-trigger", "irq", "bus")
 
 
-def build_tree(disk_bytes: int, inodes: int, snapshot: str | None) -> None:
+def build_tree(disk_bytes: int, inodes: int, snapshot: str | None, has_tools: bool) -> None:
     """Mount what will be the sandbox's / at ROOT and its writable part at TREE.
 
     Args:
       disk_bytes: limit of the writable part.
       inodes: limit of the writable part.
       snapshot: directory of the files to start from.
+      has_tools: whether the current directory is that of a verifier's tools.
     """
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     # Opened first: it may lie in /tmp, which is covered next.
@@ -67,6 +69,9 @@ def build_tree(disk_bytes: int, inodes: int, snapshot: str | None) -> None:
         os.mkdir(directory)
     for name in _ROOT_DIRECTORIES:
         os.mkdir(f"{ROOT}/{name}")
+    if has_tools:
+        os.mkdir(TOOLS)
+        linux.mount(".", TOOLS, None, linux.MS_BIND | linux.MS_REC)
     limits = f"size={disk_bytes},nr_inodes={inodes + OWN_INODES},mode=0755"
     linux.mount("tmpfs", DISK, "tmpfs", SAFE, limits)
     if lower is None:

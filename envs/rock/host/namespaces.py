@@ -110,18 +110,21 @@ class Tier:
         self._cgroup_entries = cgroup_entries
         self._is_shm_abandoned = False  # whether nobody uses what is in /dev/shm
         self._filter = seccomp.build(linux.ARCHITECTURE, network=True)
+        if spec["verifier_tools"]:
+            # Entered here, because the path may be closed to the sandbox's own user id, and the
+            # current directory follows a process into its new mount namespace.
+            os.chdir(spec["verifier_tools"])
 
     def set_up(self) -> int:
         """Enter the namespaces, mount and start init; return a descriptor of the workspace."""
         spec = self._spec
         _enter_namespaces(spec)
-        # Opened now: they may lie in /tmp, which is covered next.
-        self._interpreters = []
-        for program, copy in spec["interpreters"]:
-            self._interpreters.append((program, os.open(copy, os.O_PATH | os.O_CLOEXEC)))
+        self._interpreters = _open_interpreters(spec["interpreters"])
         grants = [egress.Grant(*fields) for fields in spec["egress"]]
         self.guard = egress.Guard(grants)
-        mounts.build_tree(spec["disk_bytes"], spec["inodes"], spec["snapshot"])
+        mounts.build_tree(
+            spec["disk_bytes"], spec["inodes"], spec["snapshot"], bool(spec["verifier_tools"])
+        )
         self._first_inodes = mounts.used_inodes()
         # A program can never get a capability; the holder keeps those it has.
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
@@ -182,11 +185,11 @@ class Tier:
     ) -> Started:
         """Start a verifier's script.
 
-        It has its own view of the workspace, its own empty /tmp, shared memory and IPC, and its
-        files in /run/verifier. Its bash and the system's Python are execute-only, so the kernel
-        makes their processes undumpable: what they run (the agent's program, for example) can
-        neither read nor change their memory, environment or descriptors through /proc. The script
-        is a descriptor, never a file.
+        It has its own view of the workspace, its own empty /tmp, shared memory and IPC, its files
+        in /run/verifier, and its tools in /run/tools. Its bash and the system's Python are
+        execute-only, so the kernel makes their processes undumpable: what they run (the agent's
+        program, for example) can neither read nor change their memory, environment or descriptors
+        through /proc. The script is a descriptor, never a file.
 
         Args:
           script: descriptor of the script.
@@ -196,13 +199,17 @@ class Tier:
           err: descriptor of its standard error.
           keep: whether what it writes in the workspace stays there.
         """
+        has_tools = bool(self._spec["verifier_tools"])
         variables = environment | {"VERIFIER_FILES": "/run/verifier"}
+        if has_tools:
+            variables["VERIFIER_TOOLS"] = "/run/tools"
         arguments = ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"]
 
         def become() -> None:
             copies = []
             for program, copy in self._interpreters:
                 copies.append((program, linux.clone_mount(copy)))
+            tools = linux.clone_mount(mounts.TOOLS) if has_tools else None
             self._enter()
             linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
             for program, mount in copies:
@@ -216,6 +223,10 @@ class Tier:
             os.mkdir("/run/verifier")
             for name, content in files.items():
                 linux.write_file(f"/run/verifier/{name}", content)
+            if tools is not None:
+                os.mkdir("/run/tools")
+                linux.attach_mount(tools, "/run/tools")
+                linux.restrict_mount("/run/tools", linux.MS_RDONLY | mounts.SAFE, recursive=True)
             linux.restrict_mount("/run", linux.MS_RDONLY)
             os.dup2(script, linux.FIRST_PASSED_FD)
             os.set_inheritable(linux.FIRST_PASSED_FD, True)
@@ -326,6 +337,23 @@ class _NoChange:
 
     def __exit__(self, *_: object) -> None:
         """Change nothing back."""
+
+
+def _open_interpreters(copies: list[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Open the copies of interpreters now: they may lie in /tmp, which is covered next.
+
+    Those that cannot be mounted here are left out, lest a verifier fail where commands do not.
+    """
+    opened = []
+    for program, copy in copies:
+        descriptor = os.open(copy, os.O_PATH | os.O_CLOEXEC)
+        try:
+            os.close(linux.clone_mount(descriptor))
+        except OSError:
+            os.close(descriptor)
+        else:
+            opened.append((program, descriptor))
+    return opened
 
 
 def _enter_namespaces(spec: dict) -> None:

@@ -16,7 +16,7 @@ REPORTS_FD = linux.FIRST_PASSED_FD + 1
 _SAVED_COMMANDS_FD = 10
 _SAVED_REPORTS_FD = 11
 LOOP = shell.loop(_SAVED_COMMANDS_FD, _SAVED_REPORTS_FD, f"{COMMANDS_FD}<&- {REPORTS_FD}>&-")
-COMMAND_BYTES = 1 << 17  # capacity of the pipe of commands, above shell.MAX_RECORD_BYTES
+COMMAND_BYTES = 1 << 17  # capacity of the pipe of commands: the longest one, and its frame
 
 
 class Session:

@@ -11,19 +11,15 @@ close-on-exec), and a report counts only with a number that is new for each comm
 code in the shell itself, or in a subshell of it, may read the request and answer it. Its call then
 returns early with a code of its choice, and it runs on like any command in the background.
 
-`set -v` and a function named `builtin` do not outlive their command; `$_` and PIPESTATUS are the
-frame's.
+`set -v` and functions named `builtin` or `command` do not outlive their command; `$_` and
+PIPESTATUS are the frame's.
 """
 
-import secrets
-import shlex
+import os
 
 MAX_TRAP_BYTES = 4096  # of one trap's command that is put back
-MAX_COMMAND_BYTES = 100_000
-MAX_RECORD_BYTES = MAX_COMMAND_BYTES + 4 * MAX_TRAP_BYTES  # a command, its traps and its report
 MAX_REPORT_BYTES = 1 << 16  # beyond which a shell is not listened to any more
 _START = b"]]; "  # of a record, see `loop`
-_KEPT_TRAPS = (b"DEBUG", b"ERR")
 
 
 def loop(commands: int, reports: int, redirections: str) -> str:
@@ -38,13 +34,14 @@ def loop(commands: int, reports: int, redirections: str) -> str:
     # Quoted words are no aliases, and `builtin` passes functions by. It may itself be a function.
     frame = (
         '{ ROCK=("$?" "$SHELLOPTS"); \\unset -f builtin command;'
-        " \\command unset -f builtin; \\builtin unset -f command;"
-        f" \\builtin trap -p DEBUG >&{reports}; \\builtin printf '\\0' >&{reports};"
-        f" \\builtin trap -p ERR >&{reports}; \\builtin printf '\\0' >&{reports};"
-        " \\builtin trap - DEBUG ERR; \\builtin set +xv; } >/dev/null 2>&1; \\builtin eval -- '[['"
+        " \\command unset -f builtin;"
+        f" \\builtin trap -p DEBUG >&{reports}; \\builtin trap - DEBUG;"
+        f" \\builtin trap -p ERR >&{reports}; \\builtin trap - ERR;"
+        " \\builtin set +xv; } >/dev/null 2>&1; \\builtin eval -- '[['"
     )
+    quoted = "'" + frame.replace("'", "'\\''") + "'"
     # It is called with a number and the record, which begins by closing the bracket (_START).
-    return f"{{ mapfile -d '' -c 1 -C {shlex.quote(frame)} -u {commands} ROCK; }} {redirections}"
+    return f"{{ mapfile -d '' -c 1 -C {quoted} -u {commands} ROCK; }} {redirections}"
 
 
 def record(text: bytes) -> bytes:
@@ -57,7 +54,7 @@ class Frame:
 
     Args:
       reports: the descriptor of reports, as in `loop`.
-      details: bash's text that writes a space and more of a report to its standard output.
+      details: bash's text that puts more of a report into ROCK[2].
     """
 
     def __init__(self, reports: int, details: str = ""):
@@ -74,10 +71,14 @@ class Frame:
 
     def records(self, command: bytes) -> bytes:
         """Return a command, and the request to report its end, as the shell reads them."""
-        self._key = secrets.token_hex(8).encode()
+        self._key = os.urandom(4).hex().encode()  # the zygote loads no `secrets`
         self._received.clear()
-        report = f"\\builtin printf '%s %s %s' {self._key.decode()} \"${{ROCK[@]}}\""
-        request = f"{{ {report}; {self._details} \\builtin printf '\\0'; }} >&{self._reports}"
+        # Short, since the shell reads a pipe byte by byte; without a new line, at which it would
+        # write what it has, and wake the reader twice.
+        request = f"\\builtin printf '\\1%s %s %s %s\\0' {self._key.decode()} \"${{ROCK[@]}}\""
+        if self._details:
+            request = f"{{ {self._details} {request}; }}"
+        request += f" >&{self._reports}"
         return self._restore + command + b"\0" + record(request.encode())
 
     def receive(self, data: bytes) -> tuple[int, bytes] | None:
@@ -87,29 +88,22 @@ class Frame:
         """
         self._received += data
         *items, _ = bytes(self._received).split(b"\0")
-        for position, item in enumerate(items):
-            key, _, report = item.partition(b" ")
-            if key != self._key:
-                continue
+        for item in items:
+            traps, _, report = item.rpartition(b"\1")
+            key, _, report = report.partition(b" ")
             code, _, rest = report.partition(b" ")
             options, _, details = rest.partition(b" ")
-            if not code.isdigit():
-                continue
-            self._note(
-                int(code) & 0xFF, options.split(b":"), items[max(0, position - 2) : position]
-            )
-            return int(code) & 0xFF, details
+            if key == self._key and code.isdigit():
+                self._note(int(code) & 0xFF, options.split(b":"), traps)
+                return int(code) & 0xFF, details
         return None
 
-    def _note(self, code: int, options: list[bytes], traps: list[bytes]) -> None:
+    def _note(self, code: int, options: list[bytes], traps: bytes) -> None:
         """Note what the next command finds: tracing, traps and $?."""
         lines = []
         if b"xtrace" in options:
             lines.append(b"\\builtin set -x; ")
-        for trap, name in zip(traps, _KEPT_TRAPS, strict=False):
-            is_whole = trap.startswith(b"trap -- '") and trap.endswith(b" " + name + b"\n")
-            if is_whole and len(trap) <= MAX_TRAP_BYTES:
-                lines.append(b"\\builtin " + trap)
+        lines += [b"\\builtin " + trap for trap in _split_traps(traps)]
         restore = b""
         if lines:  # in a line of its own, which a syntax error in the command does not take along
             restore = b"{ %b} >/dev/null 2>&1\n" % b"".join(lines)
@@ -117,3 +111,10 @@ class Frame:
         if code and not handles_errors:
             restore += b"(\\builtin exit %d) >/dev/null 2>&1; " % code
         self._restore = _START + restore
+
+
+def _split_traps(text: bytes) -> list[bytes]:
+    """Return the commands that set the traps again, one for each trap that bash printed."""
+    debug, separator, error = text.rpartition(b" DEBUG\n")
+    found = [debug + separator, error] if separator else [text]
+    return [trap for trap in found if trap.startswith(b"trap -- '") and len(trap) <= MAX_TRAP_BYTES]

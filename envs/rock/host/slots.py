@@ -151,7 +151,7 @@ def sweep(base: str) -> None:
     """Clean up after zygotes that were killed."""
     for name in os.listdir(base):
         zygote = name.removeprefix("programs-")
-        if zygote != name and zygote.isdecimal() and not os.path.exists(f"/proc/{zygote}"):
+        if zygote != name and zygote.isdecimal() and not linux.is_running(int(zygote)):
             remove_tree(f"{base}/{name}")
         number, _, kind = name.partition(".")
         is_snapshot = number.isdecimal() and kind.endswith(".snapshot")

@@ -136,14 +136,6 @@ class Admin:
         if member:
             self._provisioner.drop_worker(member, reason)
 
-    def active_records(self, user: str) -> list[Record]:
-        """Return a user's sandboxes that have not ended."""
-        return [
-            record
-            for record in self._records.values()
-            if record.user == user and record.state not in ENDED
-        ]
-
     # -- the service
 
     async def call(
@@ -493,8 +485,6 @@ class Admin:
             )
             reason = f"the sandbox was removed after {record.auto_clear:g} s without use"
             self._provisioner.stop_later(record, reason)
-        elif record.expires is not None and now > record.expires:
-            self._provisioner.stop_later(record, "the sandbox's time to live is over")
 
     def _forget_ended(self, now: float) -> None:
         ended = [

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from envs.rock.images.hub import EnvHub
-from envs.rock.service import e2b
 from envs.rock.service.admin import Admin
 from envs.rock.service.auth import Tokens
 from envs.rock.service.fleet import machine_resources
@@ -57,7 +56,6 @@ def make_admin(
     admin = Admin(EnvHub(data), tokens[WORKER_USER], metrics, auto_clear_seconds)
     server = Server(admin, TO_ADMIN, Tokens(tokens), "ROCK admin", metrics=metrics)
     application = server.app()
-    e2b.mount(server, admin, application)
     if extend is not None:
         extend(application)
 

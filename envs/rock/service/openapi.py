@@ -36,15 +36,12 @@ _ERROR_SCHEMA = {
 }
 
 
-def document(
-    title: str, operations: Mapping[str, Operation], more: Mapping[str, Any]
-) -> dict[str, Any]:
+def document(title: str, operations: Mapping[str, Operation]) -> dict[str, Any]:
     """Return the OpenAPI 3.0 document of a service.
 
     Args:
       title: name of the service.
       operations: its table of operations, by name.
-      more: further items by path, for routes that are not in the table.
     """
     paths: dict[str, Any] = {}
     for name, operation in operations.items():
@@ -58,7 +55,7 @@ def document(
         "openapi": "3.0.3",
         "info": {"title": title, "version": "1"},
         "security": [{"bearer": []}, {"key": []}],
-        "paths": paths | dict(more),
+        "paths": paths,
         "components": _components(),
     }
 

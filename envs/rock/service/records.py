@@ -9,9 +9,6 @@ from typing import Any, Literal, NamedTuple
 from envs.rock.config import SandboxConfig
 from envs.rock.service.fleet import Member, Resources
 
-# One difference between the two clocks for all records, so that a moment is reported the same way
-# each time.
-_EPOCH = time.time() - time.monotonic()
 WAITING = ("queued", "starting")
 ENDED = ("stopped", "failed")
 State = Literal["queued", "starting", "running", "stopped", "failed"]
@@ -68,15 +65,11 @@ class Record:
         self.used = now
         self.left_queue = 0.0
         self.ended = 0.0
-        self.began = time.time()  # seconds since 1970, for people
-        self.expires: float | None = None  # monotonic
         self.busy = 0  # requests in progress
         self.tries = 0
         self.timer: asyncio.TimerHandle | None = None
         self.provisioning: asyncio.Task[None] | None = None
         self.own_snapshot: str | None = None  # made for this sandbox alone
-        self.template = ""  # the name that it was asked for by
-        self.metadata: dict[str, str] = {}
         self._decided = asyncio.Event()
 
     @property
@@ -107,7 +100,6 @@ class Record:
         self.state = "running"
         self.info = info
         self.used = time.monotonic()
-        self.began = time.time()
         self._decide()
 
     def end(self, state: State, error: Exception) -> None:
@@ -123,18 +115,6 @@ class Record:
         self.experiment = arguments.get("experiment", "")
         self.auto_clear = arguments.get("auto_clear_seconds", auto_clear)
         self.used = time.monotonic()
-        self.began = time.time()
-
-    def set_time_to_live(self, seconds: float) -> None:
-        """Let it end that many seconds from now, used or not."""
-        self.expires = time.monotonic() + seconds
-        self.auto_clear = float("inf")
-
-    def ends_at(self) -> float:
-        """Return when it will end as things stand now, in seconds since 1970."""
-        if self.expires is not None:
-            return _EPOCH + self.expires
-        return _EPOCH + (self.used + self.auto_clear)
 
     def describe(self) -> dict[str, Any]:
         """Return the response that tells its state."""

@@ -83,8 +83,6 @@ class Server:
         self.title = title
         self.only_for = only_for
         self.metrics = metrics or Metrics()
-        # of routes that others add to the application: OpenAPI's item by path
-        self.more_documentation: dict[str, Any] = {}
         self._busy = 0
 
     def app(self) -> web.Application:
@@ -233,7 +231,7 @@ class Server:
         return web.json_response({"status": "ok"})
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        document = openapi.document(self.title, self.operations, self.more_documentation)
+        document = openapi.document(self.title, self.operations)
         return web.json_response(document)
 
     async def _metrics(self, request: web.Request) -> web.Response:

@@ -120,7 +120,7 @@ class Worker:
         if op == "wait":
             return await self._wait(held, arguments)
         if op == "cancel":
-            held.cancel(arguments["call"])
+            await self._give_up(held, arguments["call"])
             return {}
         if op == "verify":
             arguments = arguments | {"files": files or {}}
@@ -280,6 +280,19 @@ class Worker:
         if not end.done():
             return None
         return result_to_json(end.result())
+
+    async def _give_up(self, held: HeldSandbox, key: str) -> None:
+        """Cancel a call. What it has made already, the caller will never learn of: it is ended."""
+        call = held.calls.get(key)
+        held.cancel(key)
+        if call is None or not call.succeeded:
+            return
+        made = call.task.result()
+        session = held.sessions.pop(made.get("session", ""), None)
+        if session:
+            await session.close()
+        if "job" in made:
+            await held.job(made).job.kill()
 
     async def _interrupt(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         if "session" in arguments:

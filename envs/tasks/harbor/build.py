@@ -13,15 +13,16 @@ import re
 from collections.abc import Mapping
 
 from envs.rock import Sandbox
-from envs.tasks.harbor import dockerfile, offline
+from envs.tasks.harbor import dockerfile
 from envs.tasks.harbor.builder import Builder
 from envs.tasks.harbor.dockerfile import Instruction
 from envs.tasks.harbor.environment import Built, conventional_roots, refuse_unsupported
-from envs.tasks.harbor.errors import UnsupportedError
 from envs.tasks.harbor.paths import PathMap, root_of
+from envs.tasks.harbor.preflight import refuse_tests_that_fetch
 from envs.tasks.harbor.task import HarborTask
 
 # Images that the machine's own programs can replace -> the programs that must be installed.
+# Where one has Python as `python`, this machine has it as `python3` at least.
 BASES: Mapping[str, tuple[str, ...]] = {
     "ubuntu": (),
     "debian": (),
@@ -37,6 +38,12 @@ BASES: Mapping[str, tuple[str, ...]] = {
     "ghcr.io/laude-institute/t-bench/ubuntu-24-04": (),
     "ghcr.io/laude-institute/t-bench/python-3-13": ("python3",),
 }
+# Working directories of base images, where they are not /.
+WORKDIRS: Mapping[str, str] = {
+    "ghcr.io/laude-institute/t-bench/ubuntu-24-04": "/app",
+    "ghcr.io/laude-institute/t-bench/python-3-13": "/app",
+    "golang": "/go",
+}
 _ABSOLUTE_PATH = re.compile(r"(?<![\w./:-])/[\w./-]+")
 # An absolute path that a shell command makes or enters.
 _MADE = re.compile(
@@ -50,6 +57,7 @@ async def build(
     task: HarborTask,
     images: Mapping[str, tuple[str, ...]] | None = None,
     egress: tuple[str, ...] | None = None,
+    verifier_egress: tuple[str, ...] = (),
 ) -> Built:
     """Build a task's environment in a started sandbox.
 
@@ -59,6 +67,7 @@ async def build(
       images: more images that this machine's programs can replace, with the programs that must be
         installed.
       egress: the hosts that agent and tests will reach, if not those of this sandbox.
+      verifier_egress: more hosts that the tests will reach.
 
     Raises:
       UnsupportedError: the task asks for something that this backend cannot do.
@@ -66,12 +75,12 @@ async def build(
       TaskError: the task is malformed. All three name file and line.
       SandboxError: a fault of the machine.
     """
-    refuse_unsupported(task)
     environment = task.environment
     if egress is None:
         egress = sandbox.config.egress
-    if not egress:
-        _refuse_tests_that_need_network(task)
+    refuse_unsupported(task, egress)
+    if not egress and not verifier_egress:
+        refuse_tests_that_fetch(task)
     file = environment.dockerfile_path or task.path
     text = environment.dockerfile
     if text is None:
@@ -81,23 +90,9 @@ async def build(
     # A lazy context is made here, in a thread, so that the event loop does not wait for it.
     await asyncio.to_thread(dict, environment.context)
     paths = PathMap(sandbox.workspace, _roots(task, instructions))
-    builder = Builder(sandbox, task, file, paths, {**BASES, **(images or {})}, egress)
+    known = {**BASES, **(images or {})}
+    builder = Builder(sandbox, task, file, paths, known, WORKDIRS, egress)
     return await builder.run(instructions)
-
-
-def _refuse_tests_that_need_network(task: HarborTask) -> None:
-    for step in task.steps:
-        if step.verifier_environment is not None:
-            continue
-        script = step.tests[step.test_script][0].decode(errors="replace")
-        if need := offline.network_need(script):
-            folder = task.path / "tests" if step.test_script == "test.sh" else task.path
-            line, command = need
-            raise UnsupportedError(
-                folder / step.test_script,
-                line,
-                f"`{command}` needs the network, and the embedded sandbox has none",
-            )
 
 
 def _roots(task: HarborTask, instructions: list[Instruction]) -> set[str]:

@@ -17,6 +17,7 @@ from envs.rock import Sandbox, SandboxConfig
 from envs.rock.backend import Snapshot
 from envs.tasks.harbor.build import build
 from envs.tasks.harbor.environment import Built
+from envs.tasks.harbor.preflight import refuse_tests_without_tools
 from envs.tasks.harbor.task import HarborTask
 
 MAX_KEPT = 8
@@ -42,6 +43,7 @@ async def start_built(
     config: SandboxConfig,
     images: Mapping[str, tuple[str, ...]] | None,
     build_egress: tuple[str, ...] | None = None,
+    verifier_egress: tuple[str, ...] = (),
 ) -> tuple[Sandbox, Built]:
     """Return a started sandbox in which the task's environment is built.
 
@@ -52,19 +54,26 @@ async def start_built(
       build_egress: the hosts that the build may reach; None: those of the sandbox. A sandbox that
         was built under another network policy than the episode's is replaced before the episode
         begins.
+      verifier_egress: see `build`.
 
     Raises:
       Exception: whatever `build` and Sandbox.start raise; no sandbox is left running then.
     """
     entries = _entries.setdefault(asyncio.get_running_loop(), collections.OrderedDict())
-    key = (id(task), repr(dataclasses.replace(config, label="")), repr((images, build_egress)))
+    key = (
+        id(task),
+        repr(dataclasses.replace(config, label="")),
+        repr((images, build_egress, verifier_egress)),
+    )
     entry = entries.setdefault(key, _Entry(task))
     entries.move_to_end(key)
     entry.users += 1
     try:
         async with entry.lock:
             if entry.snapshot is None:
-                sandbox, built = await _build(task, config, images, build_egress, entry)
+                sandbox, built = await _build(
+                    task, config, images, build_egress, verifier_egress, entry
+                )
                 if sandbox.config == config:
                     return sandbox, built
                 await sandbox.stop()
@@ -81,6 +90,7 @@ async def _build(
     config: SandboxConfig,
     images: Mapping[str, tuple[str, ...]] | None,
     build_egress: tuple[str, ...] | None,
+    verifier_egress: tuple[str, ...],
     entry: _Entry,
 ) -> tuple[Sandbox, Built]:
     if build_egress is not None:
@@ -90,7 +100,9 @@ async def _build(
     sandbox = Sandbox(config_of_build)
     await _start(sandbox)
     try:
-        built = await build(sandbox, task, images, config.egress)
+        built = await build(sandbox, task, images, config.egress, verifier_egress)
+        real_installs = bool(config.egress or verifier_egress)
+        built.notes += await refuse_tests_without_tools(sandbox, task, built, real_installs)
         # In other tiers each sandbox has paths of its own, which a snapshot would not fit.
         if sandbox.tier == "namespaces":
             entry.snapshot = await sandbox.snapshot()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import posixpath
 import re
 import shlex
 import time
@@ -10,11 +12,12 @@ from collections.abc import Iterable, Mapping
 
 from envs.rock import CommandResult, Sandbox, SandboxFileError
 from envs.rock.host.fenced import WITHOUT_ETC
-from envs.tasks.harbor import dockerfile, offline
+from envs.tasks.harbor import dockerfile, installs, toolchain
 from envs.tasks.harbor.context import find, is_archive, without_ignored
 from envs.tasks.harbor.dockerfile import Instruction
 from envs.tasks.harbor.environment import UNREACHED_NETWORK, Built
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
+from envs.tasks.harbor.image_names import find_image
 from envs.tasks.harbor.paths import PathMap
 from envs.tasks.harbor.task import HarborTask
 
@@ -23,8 +26,34 @@ _IN_EVERY_IMAGE = ("home", "mnt", "opt", "root", "srv", "var")
 _ACCOUNTS = re.compile(
     r"\b(?:useradd|adduser|groupadd|addgroup|usermod|chpasswd|chown|su|sudo|gosu)\b"
 )
+# Links to `python`, which images with Python have here already.
+_PYTHON_LINK = re.compile(r"\bln\s+-\S+\s+\S*/python3[\d.]*\s+/usr/(?:local/)?bin/python\b")
+PYTHON_FOLDER = "/root/.local/bin"  # of `python`, where this machine has only `python3`
+SHIMS = ".rock-shims"  # in the workspace, while a build runs
+# What BuildKit gives to an ARG of this name.
+_PLATFORM = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+_PREDEFINED = {
+    f"{whose}{part}": value
+    for whose in ("TARGET", "BUILD")
+    for part, value in (("PLATFORM", f"linux/{_PLATFORM}"), ("OS", "linux"), ("ARCH", _PLATFORM))
+}
 _WITHOUT_EFFECT = {"LABEL", "MAINTAINER", "EXPOSE", "STOPSIGNAL", "VOLUME", "ONBUILD"}
 _NOT_RUN = {"CMD", "ENTRYPOINT", "HEALTHCHECK"}
+
+
+def _of_last_stage(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the instructions that the result comes from, where no other stage is used for it.
+
+    The ARGs before the first FROM belong to every stage.
+    """
+    starts = [index for index, one in enumerate(instructions) if one.keyword == "FROM"]
+    names = [words[-1] for index in starts if (words := instructions[index].arguments.split())]
+    last = instructions[starts[-1] :]
+    base = last[0].flags()[1].split()[:1]
+    uses_stage = any("from" in one.flags()[0] for one in last if one.keyword in ("COPY", "ADD"))
+    if len(starts) == 1 or uses_stage or (base and base[0] in names[:-1]):
+        return instructions
+    return instructions[: starts[0]] + last
 
 
 class Builder:
@@ -37,6 +66,7 @@ class Builder:
         file: pathlib.Path,
         paths: PathMap,
         images: Mapping[str, tuple[str, ...]],
+        workdirs: Mapping[str, str],
         egress: tuple[str, ...],
     ) -> None:
         """Prepare a build.
@@ -47,6 +77,7 @@ class Builder:
           file: the Dockerfile's path, for messages.
           paths: maps the task's paths into the workspace.
           images: the images that FROM may name, with the programs that must be installed.
+          workdirs: the working directories of images, where they are not /.
           egress: the hosts that agent and tests will reach.
         """
         self._sandbox = sandbox
@@ -54,10 +85,14 @@ class Builder:
         self._file = file
         self._paths = paths
         self._images = images
+        self._workdirs = workdirs
         self._egress = egress
-        self._context = without_ignored(task)
+        self._context = without_ignored(task.environment.context)
         self._env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/root"}
+        self._global_arguments: dict[str, str] = {}  # of ARG before FROM
         self._arguments: dict[str, str] = {}  # of ARG
+        self._has_shims = False
+        self._shims_first = ""  # shell text that puts the stand-ins of toolchain.py into the PATH
         self._workdir = "/"
         self._shell = ["/bin/sh", "-c"]
         self._has_base = False
@@ -73,8 +108,10 @@ class Builder:
         await self._make_folders()
         if self._task.environment.network_mode == "public" and not self._egress:
             self._notes.append(UNREACHED_NETWORK)
-        for instruction in instructions:
+        for instruction in _of_last_stage(instructions):
             await self._instruction(instruction)
+        if self._has_shims:
+            await self._check(None, f"rm -rf {self._sandbox.workspace}/{SHIMS}")
         if workdir := self._task.environment.workdir:
             self._workdir = workdir
             await self._make_workdir(None)
@@ -125,14 +162,14 @@ class Builder:
             raise self._refused(instruction, "a second FROM (a build in stages)")
         self._has_base = True
         _, rest = instruction.flags()
-        words = dockerfile.substitute(rest, self._arguments).split()
+        words = dockerfile.filled(instruction, self._file, rest, self._arguments).split()
         names_stage = len(words) == 3 and words[1].upper() == "AS"
         if len(words) != 1 and not names_stage:
             raise TaskError(
                 self._file, instruction.line, f"FROM {rest[:60]!r} is not `FROM image [AS name]`"
             )
         image = words[0]
-        known = self._known_image(image)
+        known = find_image(image, self._images)
         if known is None:
             listed = ", ".join(name for name in self._images if "/" not in name)
             raise self._refused(
@@ -146,38 +183,44 @@ class Builder:
                 f"the image {image!r}, for this machine lacks {', '.join(missing)} in /usr/bin",
             )
         self._note(instruction, f"{image} is this machine's own /usr")
-        self._arguments = {}  # an ARG before FROM is valid only for FROM
+        # An ARG before FROM is valid for FROM; after it, where an ARG without a value names it.
+        self._global_arguments = self._arguments
+        self._arguments = {}
+        if "python3" in self._images[known]:
+            await self._add_python(instruction)
+        if known in self._workdirs:
+            self._workdir = self._workdirs[known]
+            await self._make_workdir(instruction)
 
-    def _known_image(self, image: str) -> str | None:
-        """Return the key of `images` for an image, with or without its tag and registry."""
-        name = re.sub(r"@sha256:\w+$|:[\w.-]+$", "", image)
-        short = re.sub(r"^(?:docker\.io/)?(?:library/)?", "", name)
-        for candidate in (image, name, short):
-            if candidate in self._images:
-                return candidate
-        return None
+    async def _add_python(self, instruction: Instruction) -> None:
+        """Let `python` be the machine's `python3`, as in the image."""
+        if PYTHON_FOLDER in self._env["PATH"] or not await self._missing(["python"]):
+            return
+        folder = self._quoted(PYTHON_FOLDER)
+        link = 'ln -sf "$(PATH="${ROCK_PATH:-$PATH}" command -v python3)"'
+        await self._check(instruction, f"mkdir -p {folder} && {link} {folder}/python")
+        self._env["PATH"] += f":{PYTHON_FOLDER}"
 
     async def _arg(self, instruction: Instruction) -> None:
-        for word in dockerfile.words(instruction, self._file, instruction.arguments):
+        for word in dockerfile.split_words(instruction.arguments):
             name, equals, value = word.partition("=")
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise TaskError(self._file, instruction.line, f"ARG {word[:40]!r} is not a name")
+            given = _PREDEFINED | self._global_arguments
             if equals:
-                self._arguments[name] = self._filled(value)
-            else:
-                self._arguments.setdefault(name, "")
+                self._arguments[name] = self._filled(instruction, value)
+            elif name in given and self._has_base:
+                self._arguments[name] = given[name]
 
     async def _set_env(self, instruction: Instruction) -> None:
-        values = dockerfile.assignments(instruction, self._file)
-        self._env |= {name: self._filled(value) for name, value in values.items()}
+        self._env |= dockerfile.assignments(instruction, self._file, self._variables)
 
     async def _set_workdir(self, instruction: Instruction) -> None:
-        path = self._filled(instruction.arguments.strip("\"'"))
-        self._workdir = self._absolute(path)
+        self._workdir = self._absolute(self._filled(instruction, instruction.arguments))
         await self._make_workdir(instruction)
 
     async def _user(self, instruction: Instruction) -> None:
-        name = self._filled(instruction.arguments).split(":")[0]
+        name = self._filled(instruction, instruction.arguments).split(":")[0]
         self._env["USER"] = name
         if name not in ("root", "0"):
             self._note(
@@ -194,16 +237,11 @@ class Builder:
         flags, command = instruction.flags()
         if set(flags) - {"network"} or flags.get("network", "none") not in ("none", "default"):
             raise self._refused(instruction, f"RUN --{next(iter(flags))}")
-        if await self._is_installed(instruction, command):
-            return
-        need = None if self._sandbox.config.egress else offline.need_in_rows(instruction.rows)
-        if need is not None:
-            line, needed = need
-            raise UnsupportedError(
-                self._file,
-                line,
-                f"`{needed}` needs the network, and the embedded sandbox has none",
-            )
+        if not self._sandbox.config.egress:
+            await self._refuse_missing(instruction)
+            if _PYTHON_LINK.search(command):
+                await self._add_python(instruction)
+                command = _PYTHON_LINK.sub("true", command)
         if account := _ACCOUNTS.search(command):
             raise UnsupportedError(
                 self._file,
@@ -218,7 +256,7 @@ class Builder:
         flags, rest = instruction.flags()
         if refused := set(flags) - {"chown", "chmod", "link"}:
             raise self._refused(instruction, f"{instruction.keyword} --{sorted(refused)[0]}")
-        words = [self._filled(word) for word in dockerfile.words(instruction, self._file, rest)]
+        words = dockerfile.paths(instruction, self._file, rest, self._variables)
         if len(words) < 2:
             raise TaskError(
                 self._file, instruction.line, f"{instruction.keyword} needs a source and a target"
@@ -229,10 +267,13 @@ class Builder:
                 raise self._refused(
                     instruction, f"{instruction.keyword} {source} needs the network"
                 )
+        names_folder = target.endswith(("/", "/.")) or target in (".", "./")
+        if len(sources) > 1 and not names_folder:
+            message = f"{instruction.keyword} of several sources needs a target that ends with /"
+            raise TaskError(self._file, instruction.line, message)
         found = [match for source in sources for match in self._matches(instruction, source)]
         mode = self._chmod(instruction, flags)
         place = self._place(instruction, self._absolute(target))
-        names_folder = target.endswith(("/", "/.")) or target in (".", "./")
         into = names_folder or len(found) > 1 or await self._is_folder(place)
         for name, is_folder in found:
             if is_folder:
@@ -326,14 +367,8 @@ class Builder:
 
     def _matches(self, instruction: Instruction, source: str) -> list[tuple[str, bool]]:
         """Return the files and folders that a source names, as (path, whether it is a folder)."""
-        parts = [part for part in source.split("/") if part not in ("", ".")]
-        if ".." in parts:
-            raise TaskError(
-                self._file,
-                instruction.line,
-                f"{instruction.keyword} {source} leaves the build context",
-            )
-        found = find(self._context, "/".join(parts))
+        # As Docker does it: the context is the root, and .. does not lead out of it.
+        found = find(self._context, posixpath.normpath(f"/{source}").lstrip("/"))
         if not found:
             raise TaskError(
                 self._file,
@@ -354,31 +389,45 @@ class Builder:
     # -- Packages that are installed already
     # ---------------------------------------------------------------------------------------------
 
-    async def _is_installed(self, instruction: Instruction, command: str) -> bool:
-        """Return whether a command only installs packages that the machine has already.
+    async def _refuse_missing(self, instruction: Instruction) -> None:
+        """Refuse a command that installs what is not there; make it believe that all is installed.
 
         Raises:
-          UnsupportedError: it only installs packages, and a program of theirs is missing.
+          UnsupportedError: names what is missing.
         """
-        names = offline.packages(command)
-        if names is None:
-            return False
-        if not names:
-            return bool(command.strip())
-        needed = offline.programs_of(names)
-        programs = sorted({program for group in needed.values() for program in group})
-        missing = await self._missing(programs)
-        lacking = [name for name, group in needed.items() if set(group) & set(missing)]
-        if lacking:
-            line = instruction.line_of(re.compile(rf"\b{re.escape(lacking[0])}\b"))
-            raise UnsupportedError(
-                self._file,
-                line,
-                f"`apt-get install {' '.join(lacking)}` needs the network, and this machine lacks"
-                f" {', '.join(missing)}",
-            )
-        self._note(instruction, f"{' '.join(names)}: taken from this machine")
-        return True
+        number, first = instruction.rows[0]
+        without_keyword = re.sub(r"^\s*RUN\s+(?:--\S+\s+)*", "", first, flags=re.IGNORECASE)
+        rows = [(number, without_keyword), *instruction.rows[1:]]
+        needs = installs.needs_of_rows(rows)
+        # Its packages may be for the tests alone, which have tools of their own.
+        needs = [need for need in needs if not need.name.startswith("pytest")]
+        if not needs and not installs.calls_installer(rows):
+            return
+        path = self._paths.inward(self._env["PATH"])
+        missing, _ = await toolchain.find_missing(
+            self._sandbox, needs, by_verifier=False, path=path
+        )
+        if missing is not None:
+            message = toolchain.explain(missing, "the build", "", is_container=False)
+            raise UnsupportedError(self._file, missing.need.line, message)
+        for need in needs:
+            self._note(instruction, f"{need.name}: taken from this machine")
+        await self._lay_shims(instruction)
+
+    async def _lay_shims(self, instruction: Instruction) -> None:
+        if self._has_shims:
+            return
+        workspace = self._sandbox.workspace
+        folder = shlex.quote(f"{workspace}/{SHIMS}")
+        archive = f"{workspace}/{SHIMS}/shims.tar"
+        await self._put(instruction, {archive: (toolchain.shims(), 0o644)})
+        laid = toolchain.lay(folder, shlex.quote(archive), self._quoted("/root"), '"$PATH"')
+        await self._check(instruction, laid)
+        self._shims_first = (
+            f'export ROCK_PATH="$PATH" ROCK_ROOT={self._quoted("/root")}'
+            f' ROCK_PYTHON="$(command -v python3)" PATH={folder}:"$PATH"\n'
+        )
+        self._has_shims = True
 
     async def _missing(self, programs: Iterable[str]) -> list[str]:
         """Return the programs that are not installed."""
@@ -386,6 +435,7 @@ class Builder:
         if not listed:
             return []
         result = await self._execute(
+            'PATH="${ROCK_PATH:-$PATH}"\n'  # the stand-ins do not count
             f'for p in {listed}; do command -v "$p" > /dev/null || echo "$p"; done'
         )
         return result.stdout.split()
@@ -397,8 +447,12 @@ class Builder:
         place = shlex.quote(self._place(instruction, self._workdir))
         await self._check(instruction, f"mkdir -p {place}")
 
-    def _filled(self, text: str) -> str:
-        return dockerfile.substitute(text, {**self._arguments, **self._env})
+    @property
+    def _variables(self) -> dict[str, str]:
+        return {**self._arguments, **self._env}
+
+    def _filled(self, instruction: Instruction, word: str) -> str:
+        return dockerfile.filled(instruction, self._file, word, self._variables)
 
     def _absolute(self, path: str) -> str:
         return path if path.startswith("/") else f"{self._workdir.rstrip('/')}/{path}"
@@ -417,6 +471,8 @@ class Builder:
     async def _execute(self, command: str) -> CommandResult:
         variables = {**self._arguments, **self._env}
         env = {name: self._paths.inward(value) for name, value in variables.items()}
+        if self._has_shims:
+            command = self._shims_first + command
         left = max(0.1, self._deadline - time.monotonic())
         return await self._sandbox.execute(command, timeout=left, env=env)
 

@@ -66,7 +66,7 @@ async def build_image(
       UnsupportedError: the task asks for something that this backend cannot do.
       BuildError: a build step failed.
     """
-    refuse_unsupported(task)
+    refuse_unsupported(task, config.egress)
     environment = task.environment
     if build_egress:
         raise UnsupportedError(

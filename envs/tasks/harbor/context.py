@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-
-from envs.tasks.harbor.errors import UnsupportedError
-from envs.tasks.harbor.task import HarborTask
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
 
@@ -23,7 +22,8 @@ def find(files: Mapping[str, object], pattern: str) -> list[tuple[str, bool]]:
     """
     if pattern == "":
         return [("", True)]
-    wanted = pattern.split("/")
+    # Go writes the complement of a set as [^...].
+    wanted = [part.replace("[^", "[!") for part in pattern.split("/")]
     depth = len(wanted)
     found: dict[str, bool] = {}
     for path in files:
@@ -34,30 +34,68 @@ def find(files: Mapping[str, object], pattern: str) -> list[tuple[str, bool]]:
     return list(found.items())
 
 
-def without_ignored(task: HarborTask) -> dict[str, tuple[bytes, int]]:
-    """Return a task's build context without the files that its .dockerignore names.
+def without_ignored(files: Mapping[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
+    """Return a build context without the files that its .dockerignore names.
 
-    Raises:
-      UnsupportedError: a pattern is more than a plain name with *.
+    The rules are Docker's (https://docs.docker.com/build/concepts/context/#dockerignore-files): the
+    last pattern that names a file, or a folder above it, decides; ** stands for any folders, and !
+    takes a file back.
     """
-    files = dict(task.environment.context)
-    ignored, _ = files.pop(".dockerignore", (b"", 0))
-    for number, row in enumerate(ignored.decode(errors="replace").splitlines(), 1):
-        pattern = row.strip().strip("/")
-        if pattern.startswith("!") or "**" in pattern:
-            raise UnsupportedError(
-                (task.environment.dockerfile_path or task.path).parent / ".dockerignore",
-                number,
-                f"the pattern {pattern!r}; plain names and * are taken",
-            )
-        if not pattern or pattern.startswith("#"):
+    content, _ = files.get(".dockerignore", (b"", 0))
+    patterns = ignore_patterns(content.decode("utf-8-sig", errors="replace"))
+    if not patterns:
+        return dict(files)
+    return {path: entry for path, entry in files.items() if not is_ignored(path, patterns)}
+
+
+def ignore_patterns(text: str) -> list[tuple[re.Pattern[str], bool]]:
+    """Return the patterns of a .dockerignore file, and whether each takes files back."""
+    patterns = []
+    for row in text.splitlines():
+        if row.startswith("#") or not row.strip():
             continue
-        for name, is_folder in find(files, pattern):
-            files.pop(name, None)
-            if is_folder:
-                files = {
-                    path: content
-                    for path, content in files.items()
-                    if not path.startswith(f"{name}/")
-                }
-    return files
+        takes_back = row.strip().startswith("!")
+        pattern = posixpath.normpath(row.strip().removeprefix("!").strip() or ".").lstrip("/")
+        if pattern != ".":
+            patterns.append((_ignore_regex(pattern), takes_back))
+    return patterns
+
+
+def is_ignored(path: str, patterns: Sequence[tuple[re.Pattern[str], bool]]) -> bool:
+    """Return whether the patterns leave a file out of the build context."""
+    parts = path.split("/")
+    above = ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    ignored = False
+    for pattern, takes_back in patterns:
+        if any(pattern.fullmatch(place) for place in above):
+            ignored = not takes_back
+    return ignored
+
+
+def _ignore_regex(pattern: str) -> re.Pattern[str]:
+    """Return a pattern of .dockerignore as a regex for a whole path."""
+    found = ""
+    index = 0
+    while index < len(pattern):
+        rest = pattern[index:]
+        if stars := re.match(r"\*\*/?", rest):
+            index += stars.end()
+            found += "(?:.*/)?" if index < len(pattern) else ".*"
+            continue
+        index += 1
+        if rest[0] == "*":
+            found += "[^/]*"
+        elif rest[0] == "?":
+            found += "[^/]"
+        elif rest[0] == "\\" and len(rest) > 1:
+            found += re.escape(rest[1])
+            index += 1
+        elif group := re.match(r"\[\^?[^]]+\]", rest):
+            found += group[0]
+            index += group.end() - 1
+        else:
+            found += re.escape(rest[0])
+    try:
+        return re.compile(found, re.DOTALL)
+    except re.error:  # a set such as [b-a]: Docker refuses it, and no file has it for a name
+        return re.compile(re.escape(pattern))

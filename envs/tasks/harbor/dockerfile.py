@@ -1,8 +1,8 @@
 """A reader of Dockerfiles: instructions with their lines.
 
 Reference: https://docs.docker.com/reference/dockerfile/. Supported: comments, line continuation,
-flags, the JSON form, variables ($NAME, ${NAME}, ${NAME:-default}, ${NAME:+other}). Not supported,
-and refused by name: here-documents, another escape character than the backslash.
+flags, the JSON form, quotes and variables (dockerfile_words.py). Not supported, and refused by
+name: here-documents, another escape character than the backslash.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import dataclasses
 import json
 import pathlib
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 
+from envs.tasks.harbor.dockerfile_words import SubstitutionError, expand, split_words
 from envs.tasks.harbor.errors import TaskError, UnsupportedError
 
 _KEYWORDS = """
@@ -23,9 +23,6 @@ STOPSIGNAL USER VOLUME WORKDIR
 KEYWORDS = frozenset(_KEYWORDS.split())
 _HEREDOC = re.compile(r"(?:^|\s)\d*<<-?[\"']?[A-Za-z_]")  # as Docker sees one: a word of its own
 _FLAG = re.compile(r"--([a-z][a-z-]*)(?:=(\S+))?(?:\s+|$)")
-_VARIABLE = re.compile(
-    r"\\(?P<escaped>.)|\$(?P<plain>[A-Za-z_]\w*)|\$\{(?P<name>[A-Za-z_]\w*)(?::(?P<kind>[-+])(?P<other>[^{}]*))?\}"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,52 +131,55 @@ def _outside_quotes(text: str) -> str:
     return "".join(kept)
 
 
-def substitute(text: str, variables: Mapping[str, str]) -> str:
-    """Fill in variables as Docker does; a variable that is not set is empty."""
-
-    def value(match: re.Match[str]) -> str:
-        if match["escaped"] is not None:
-            return match["escaped"] if match["escaped"] == "$" else match[0]
-        if match["plain"]:
-            return variables.get(match["plain"], "")
-        known = variables.get(match["name"], "")
-        if match["kind"] == "-":
-            return known or match["other"]
-        if match["kind"] == "+":
-            return match["other"] if known else ""
-        return known
-
-    return _VARIABLE.sub(value, text)
-
-
-def assignments(instruction: Instruction, file: pathlib.Path) -> dict[str, str]:
+def assignments(
+    instruction: Instruction, file: pathlib.Path, variables: Mapping[str, str]
+) -> dict[str, str]:
     """Return the NAME=value pairs of ENV, also in its old form `ENV NAME value`.
 
-    Variables are not filled in yet.
+    Variables have the values from before the instruction.
+
+    Raises:
+      TaskError: the arguments are no such pairs.
     """
-    text = instruction.arguments
-    old = re.match(r"([A-Za-z_]\w*)\s+([^=\s].*|[^=\s]*=.*)\Z", text, re.DOTALL)
-    if old and "=" not in text.split()[0]:
-        return {old[1]: old[2].strip()}
     found = {}
-    for word in words(instruction, file, text):
+    words = split_words(instruction.arguments)
+    if words and "=" not in words[0]:
+        name, *rest = instruction.arguments.split(maxsplit=1)
+        if not rest:
+            raise TaskError(file, instruction.line, f"ENV {name[:40]!r} is not NAME=value")
+        words = [f"{name}={rest[0]}"]
+    for word in words:
         name, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-            raise TaskError(
-                file, instruction.line, f"{instruction.keyword} {word[:40]!r} is not NAME=value"
-            )
-        found[name] = value
+        name = filled(instruction, file, name, variables)
+        if not equals or not name:
+            raise TaskError(file, instruction.line, f"ENV {word[:40]!r} is not NAME=value")
+        found[name] = filled(instruction, file, value, variables)
     return found
 
 
-def words(instruction: Instruction, file: pathlib.Path, text: str) -> list[str]:
-    """Return the words of shell-like text, or the entries of a JSON list."""
-    if text.startswith("["):
-        return json_list(text) or _no_list(instruction, file)
+def filled(
+    instruction: Instruction, file: pathlib.Path, word: str, variables: Mapping[str, str]
+) -> str:
+    """Return a word without quotes, its variables filled in. Raises TaskError."""
     try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise TaskError(file, instruction.line, f"{instruction.keyword}: {error}") from error
+        return expand(word, variables)
+    except SubstitutionError as error:
+        message = f"{instruction.keyword} {word[:60]!r}: {error}"
+        raise TaskError(file, instruction.line, message) from error
+
+
+def paths(
+    instruction: Instruction, file: pathlib.Path, text: str, variables: Mapping[str, str]
+) -> list[str]:
+    """Return the paths of COPY or ADD, written with blanks between them or as a JSON list."""
+    words = json_list(text) if text.startswith("[") else text.split()
+    if words is None:
+        raise TaskError(
+            file,
+            instruction.line,
+            f"{instruction.keyword} begins with [ and is not a JSON list of texts",
+        )
+    return [filled(instruction, file, word, variables) for word in words]
 
 
 def json_list(text: str) -> list[str] | None:
@@ -194,11 +194,3 @@ def json_list(text: str) -> list[str] | None:
     if not isinstance(value, list) or not value:
         return None
     return value if all(isinstance(entry, str) for entry in value) else None
-
-
-def _no_list(instruction: Instruction, file: pathlib.Path) -> list[str]:
-    raise TaskError(
-        file,
-        instruction.line,
-        f"{instruction.keyword} begins with [ and is not a JSON list of texts",
-    )

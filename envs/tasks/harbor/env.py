@@ -18,13 +18,15 @@ from typing import Any
 from envs.gem import Info, StepResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxError, SandboxFileError
 from envs.rock.sync import run
-from envs.tasks.harbor import offline
+from envs.tasks.harbor import toolchain
 from envs.tasks.harbor.build_cache import start_built
 from envs.tasks.harbor.containers import build_image, enter
-from envs.tasks.harbor.environment import Built, egress_of, limit_notes
+from envs.tasks.harbor.environment import Built, egress_of, execution, limit_notes
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
+from envs.tasks.harbor.installs import needs_of
 from envs.tasks.harbor.load import line_of, load_task
+from envs.tasks.harbor.preflight import refuse_tests_that_fetch, refuse_tests_without_tools
 from envs.tasks.harbor.reference import fault_of, find_reference, is_doubtful
 from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import Files, HarborTask, Healthcheck, Step
@@ -50,6 +52,7 @@ class HarborEnv(ShellEnv):
         *,
         images: Mapping[str, tuple[str, ...]] | None = None,
         build_egress: tuple[str, ...] | None = None,
+        verifier_egress: tuple[str, ...] = (),
         seed: int = 0,
         max_turns: int = 40,
         command_timeout: float = 60.0,
@@ -64,7 +67,9 @@ class HarborEnv(ShellEnv):
           images: see `build`.
           build_egress: the hosts that build steps may reach, in the form of SandboxConfig.egress;
             () for none. None: in containers the whole network, as in Harbor, elsewhere what the
-            task may reach. The agent and the tests never reach more than the task grants.
+            task may reach. The agent never reaches more than the task grants.
+          verifier_egress: hosts that the tests may reach besides, to install what they need
+            themselves. They run in a copy of the agent's sandbox then.
           seed: ignored; GEM's vectors pass one.
           max_turns: the turns of each step.
           command_timeout: seconds for one command.
@@ -78,6 +83,7 @@ class HarborEnv(ShellEnv):
             "sandbox_config": sandbox_config,
             "images": images,
             "build_egress": build_egress,
+            "verifier_egress": verifier_egress,
             "seed": seed,
             "max_turns": max_turns,
             "command_timeout": command_timeout,
@@ -86,6 +92,7 @@ class HarborEnv(ShellEnv):
         }
         self._images = images
         self._build_egress = build_egress
+        self._verifier_egress = verifier_egress
         self.built: Built | None = None
         self._is_reference = False
 
@@ -155,13 +162,18 @@ class HarborEnv(ShellEnv):
     async def _start(self, config: SandboxConfig) -> None:
         """Start the sandbox and build the task's environment in it."""
         if config.backend == "docker":
+            if not self._real_installs:
+                refuse_tests_that_fetch(self.task)
             image = await build_image(self.task, config, self._build_egress)
             self._sandbox = Sandbox(dataclasses.replace(config, image=image))
             await self._sandbox.start()
             self.built = await enter(self._sandbox, self.task)
+            self.built.notes += await refuse_tests_without_tools(
+                self._sandbox, self.task, self.built, self._real_installs
+            )
         else:
             self._sandbox, self.built = await start_built(
-                self.task, config, self._images, self._build_egress
+                self.task, config, self._images, self._build_egress, self._verifier_egress
             )
 
     async def asolve(self) -> StepResult:
@@ -200,8 +212,9 @@ class HarborEnv(ShellEnv):
         )
 
     async def _run_setup(self, step: Step) -> None:
+        command = f"chmod +x setup.sh && {execution('./setup.sh', step.setup['setup.sh'][0])}"
         result = await self._sandbox.execute(
-            self.built.command("bash setup.sh && rm -f setup.sh"),
+            self.built.command(f"{command} && rm -f setup.sh"),
             timeout=self.task.environment.build_timeout,
             env=self.built.inner_env(),
         )
@@ -289,7 +302,7 @@ class HarborEnv(ShellEnv):
                 env=self.built.inner_env(),
             )
         if self._step.verifier_environment is None:
-            graded = await grade(self._sandbox, self._step, self.built)
+            graded = await self._grade_shared()
         else:
             given = self._settings["sandbox_config"]
             graded = await grade_apart(
@@ -309,11 +322,10 @@ class HarborEnv(ShellEnv):
     async def _compared(self, graded: Grade) -> Grade:
         """Return a doubtful grade, with its fault where it is not the agent's."""
         settings = {name: self._settings[name] for name in self._settings if name != "seed"}
-        egress = self._sandbox_config.egress
         reference = await find_reference(
             self.task,
             repr(settings),
-            bool(egress) or self._step.verifier_environment is not None,
+            self._real_installs or self._step.verifier_environment is not None,
             self._play_reference,
         )
         fault = fault_of(graded, reference, self._step, self._step_index)
@@ -344,6 +356,23 @@ class HarborEnv(ShellEnv):
                 await env.aclose()
         raise AssertionError("the untouched environment was graded, or an error was raised")
 
+    @property
+    def _real_installs(self) -> bool:
+        return bool(self._sandbox_config.egress or self._verifier_egress)
+
+    async def _grade_shared(self) -> Grade:
+        """Run the tests on the agent's files, in its sandbox or in a copy with more network."""
+        if not self._verifier_egress:
+            return await grade(self._sandbox, self._step, self.built, self._real_installs)
+        egress = (*self._sandbox_config.egress, *self._verifier_egress)
+        snapshot = await self._sandbox.snapshot()
+        try:
+            config = dataclasses.replace(self._sandbox.config, egress=egress)
+            async with Sandbox(config, snapshot) as copy:
+                return await grade(copy, self._step, self.built, self._real_installs)
+        finally:
+            await snapshot.delete()
+
     async def _finish(
         self, graded: Grade, info: Info, ending: str, observation: str = "", note: str = ""
     ) -> StepResult:
@@ -370,26 +399,48 @@ class HarborEnv(ShellEnv):
                 0,
                 f"step {step.name!r} of {self.name} has no reference solution that could be run",
             )
-        script = step.solution[step.solve_script][0].decode(errors="replace")
-        need = None if self._sandbox_config.egress else offline.network_need(script)
-        if need is not None:
-            line, command = need
-            raise UnsupportedError(
-                self.task.path / "solution" / step.solve_script,
-                line,
-                f"`{command}` needs the network, and the embedded sandbox has none",
-            )
+        content = step.solution[step.solve_script][0]
+        await self._refuse_solution_without_tools(step, content.decode(errors="replace"))
         paths = self.built.paths
+        files = paths.scripts(step.solution, everything=True)
+        files[step.solve_script] = (files[step.solve_script][0], 0o755)
+        files[".shims.tar"] = (toolchain.shims(self._real_installs), 0o644)
+        await self._write("/solution", files)
         place = paths.place("/solution")
-        await self._write("/solution", paths.scripts(step.solution, everything=True))
+        first = b"" if step.parser == "pytest" else content  # as for the tests, see grade.py
         own = {name: paths.inward(value) for name, value in step.solution_env.items()}
         result = await self._sandbox.execute(
-            self.built.command(f"bash /solution/{shlex.quote(step.solve_script)}"),
+            self._with_shims(place)
+            + self.built.command(execution(f"/solution/{step.solve_script}", first)),
             timeout=step.agent_timeout or SOLVE_TIMEOUT_SECONDS,
             env={**self.built.inner_env(), **own},
         )
         await self._sandbox.execute(f"rm -rf {shlex.quote(place)}")
         self.solution_result = result
+
+    def _with_shims(self, place: str) -> str:
+        """Return shell text that puts the stand-ins of toolchain.py before all programs."""
+        folder = shlex.quote(f"{place}/.shims")
+        archive = shlex.quote(f"{place}/.shims.tar")
+        root = shlex.quote(self.built.paths.place("/root"))
+        laid = toolchain.lay(folder, archive, root, '"$PATH"')
+        return f"{laid}export ROCK_PATH ROCK_ROOT ROCK_PYTHON PATH={folder}:$PATH\n"
+
+    async def _refuse_solution_without_tools(self, step: Step, script: str) -> None:
+        needs = needs_of(script)
+        if self._real_installs:
+            needs = [need for need in needs if need.kind == "system"]
+        path = self.built.inner_env()["PATH"]
+        missing, _ = await toolchain.find_missing(
+            self._sandbox, needs, by_verifier=False, path=path
+        )
+        if missing is not None:
+            is_container = self._sandbox_config.backend == "docker"
+            raise UnsupportedError(
+                self.task.path / "solution" / step.solve_script,
+                missing.need.line,
+                toolchain.explain(missing, "the solution", "", is_container),
+            )
 
 
 def reference_seconds(task: HarborTask) -> float:
@@ -406,29 +457,28 @@ def reference_seconds(task: HarborTask) -> float:
 def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:
     """Return the config with the limits that the task asks for.
 
-    A config that sets limits of its own keeps them. Egress is what the task may reach.
+    A config that sets a limit of its own keeps it. Egress is what the task may reach.
     """
     config = config or SandboxConfig()
-    plain = SandboxConfig()
-    config = dataclasses.replace(config, egress=egress_of(task, config.egress))
-    if _limits(config) != _limits(plain):
-        return config
     environment = task.environment
     memory = max(environment.memory_mb or DEFAULT_MEMORY_MB, 128)
-    wanted_disk = environment.storage_mb or DEFAULT_DISK_MB
-    disk = min(wanted_disk, DEFAULT_DISK_MB, memory // 2)  # files are kept in memory
-    return dataclasses.replace(
-        config,
-        memory_mb=memory,
-        disk_mb=disk,
-        cpus=environment.cpus or config.cpus,
-        pids=256,
-        inodes=32_768,
-    )
+    if _is_set(config, "memory_mb"):
+        memory = config.memory_mb
+    wanted = {
+        "memory_mb": memory,
+        # Files are kept in memory.
+        "disk_mb": min(environment.storage_mb or DEFAULT_DISK_MB, memory // 2),
+        "cpus": environment.cpus or config.cpus,
+        "pids": 256,
+        "inodes": 32_768,
+    }
+    changes = {name: value for name, value in wanted.items() if not _is_set(config, name)}
+    return dataclasses.replace(config, egress=egress_of(task, config.egress), **changes)
 
 
-def _limits(config: SandboxConfig) -> tuple[int, int, int]:
-    return config.memory_mb, config.disk_mb, config.pids
+def _is_set(config: SandboxConfig, name: str) -> bool:
+    """Return whether a config's limit is not the default."""
+    return getattr(config, name) != getattr(SandboxConfig(), name)
 
 
 def reaches(graded: Grade, least: float | Mapping[str, float] | None) -> bool:

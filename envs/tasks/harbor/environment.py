@@ -62,17 +62,33 @@ def limit_notes(task: HarborTask, config: SandboxConfig) -> list[str]:
     return notes
 
 
+def execution(place: str, content: bytes) -> str:
+    """Return the shell text that runs a script as Harbor does: by its own first line, or by bash.
+
+    Args:
+      place: the script's path in the sandbox; it is executable.
+      content: of the script.
+    """
+    quoted = shlex.quote(place)
+    return quoted if content.startswith(b"#!") else f"/bin/bash {quoted}"
+
+
 def conventional_roots(steps: Iterable[Step]) -> set[str]:
     """Return the conventional top folders that the steps' instructions mention."""
     told = "\n".join(step.instruction for step in steps)
     return {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
 
 
-def refuse_unsupported(task: HarborTask) -> None:
+def refuse_unsupported(task: HarborTask, given: tuple[str, ...] = ()) -> None:
     """Refuse settings that no sandbox of any backend can fulfil.
 
+    Args:
+      task: the task.
+      given: the hosts that a public task may reach.
+
     Raises:
-      UnsupportedError: several containers, GPUs, MCP servers, or a network policy of one phase.
+      UnsupportedError: several containers, GPUs, MCP servers, or a phase that may reach other hosts
+        than the rest of the episode.
     """
     environment = task.environment
     if environment.compose_path is not None:
@@ -84,12 +100,17 @@ def refuse_unsupported(task: HarborTask) -> None:
     if environment.mcp_servers:
         message = "environment.mcp_servers; none are started here"
         raise _unsupported(task, ("environment", "mcp_servers"), message)
-    own_policy = (environment.network_mode, environment.allowed_hosts)
+    own_egress = egress_of(task, given)
     for step in task.steps:
         for phase, network in step.networks.items():
             if phase == "verifier" and step.verifier_environment is not None:
                 continue  # it has a sandbox and a network policy of its own
-            if network != own_policy:
+            asked = dataclasses.replace(
+                environment, network_mode=network[0], allowed_hosts=network[1]
+            )
+            wants_more = network[0] == "public" != environment.network_mode
+            asked_egress = egress_of(dataclasses.replace(task, environment=asked), given)
+            if wants_more or asked_egress != own_egress:
                 message = (
                     f"{phase}.network_mode = {network[0]!r} beside environment.network_mode ="
                     f" {environment.network_mode!r}; a sandbox has one network policy for its whole"

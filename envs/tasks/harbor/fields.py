@@ -178,6 +178,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def need_unix_lines(path: pathlib.Path, script: bytes) -> None:
+    """Raise TaskError for a script whose lines end with CRLF: no shell can run it."""
+    line = script[: script.find(b"\r\n")].count(b"\n") + 1
+    if b"\r\n" in script:
+        message = "lines end with CRLF, which no shell can run; convert it, for example by dos2unix"
+        raise TaskError(path, line, message)
+
+
 def read_text(path: pathlib.Path, limit: int = MAX_SETTINGS_BYTES) -> str:
     """Return the content of a file of UTF-8 text.
 

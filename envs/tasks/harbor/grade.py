@@ -20,19 +20,24 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import gzip
 import io
 import json
 import math
 import re
 import shlex
 import tarfile
+import zlib
 
 from envs.rock import CommandResult, Sandbox
-from envs.tasks.harbor.environment import Built
+from envs.tasks.harbor import toolchain
+from envs.tasks.harbor.environment import Built, execution
 from envs.tasks.harbor.task import Files, Step
 
 READ_TIMEOUT_SECONDS = 20.0
-SUMMARY_BYTES = 48 * 1024  # kept from the end of the script's output
+OUTPUT_BYTES = 16 * 1024  # kept from the end of the script's output
+SUMMARY_BYTES = 44 * 1024  # of all of it, compressed
+MAX_UNPACKED_BYTES = 64 << 20
 MAX_REWARD_BYTES = 65_536
 
 _COULD_NOT_BEGIN = 97  # exit code of the script below
@@ -46,12 +51,22 @@ clear "$workspace/logs/verifier" && clear "$workspace/tests" || \\
 mkdir -p "$workspace/logs/verifier" "$workspace/tests"
 scratch="$(mktemp -d)" || exit 97
 /usr/bin/tar -xf "$VERIFIER_FILES/tests.tar" -C "$workspace/tests" || exit 97
+{shims}
 cd -- {workdir} 2> /dev/null || cd "$workspace"
-/usr/bin/env -i {variables} HOME="$scratch" TMPDIR="$scratch" \\
-    /bin/bash "$workspace/tests/"{script} > "$scratch/.output" 2>&1 < /dev/null
+/usr/bin/env -i {variables} HOME="$scratch" TMPDIR="$scratch" PATH="$scratch/bin:$ROCK_PATH" \\
+    ROCK_PATH="$ROCK_PATH" ROCK_ROOT="$ROCK_ROOT" ROCK_PYTHON="$ROCK_PYTHON" \\
+    PYTHONPATH="$workspace/tests${{VERIFIER_TOOLS:+:$VERIFIER_TOOLS}}" \\
+    {command} > "$scratch/.output" 2>&1 < /dev/null
 ended=$?
 /usr/bin/tail -c {bytes} "$scratch/.output"
+{summary}
 exit $ended
+"""
+# The whole output of a test run, since results can be more than a command's output may be. It is
+# the last line, so nothing that the tests print can stand for it.
+_SUMMARY = """\
+printf '\\n'
+gzip -c "$scratch/.output" | base64 -w 0 | head -c {bytes}
 """
 _READ = """\
 place={workspace}/logs/verifier
@@ -68,10 +83,16 @@ _CLEAN = (
     "for d in {workspace}/tests {workspace}/logs/verifier; do chmod -R u+rwX -- $d; rm -rf -- $d;"
     " done 2> /dev/null; mkdir -p {workspace}/logs/verifier; true"
 )
-_OUTCOME = re.compile(
-    r"^(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b[ \t]+(?:\[\d+\][ \t]+)?(\S+)", re.MULTILINE
-)
-_SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
+_HEADING = re.compile(r"=\s*short test summary info\s*=+", re.IGNORECASE)
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|\r")
+_COUNTS_AS_PASSED = {
+    "PASSED": True,
+    "SKIPPED": True,
+    "XFAIL": True,
+    "FAILED": False,
+    "ERROR": False,
+    "XPASS": False,
+}
 
 
 class RewardError(ValueError):
@@ -94,8 +115,14 @@ class Grade:
     fault: str = ""
 
 
-async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
+async def grade(sandbox: Sandbox, step: Step, built: Built, real_installs: bool = False) -> Grade:
     """Run the step's tests in the agent's sandbox.
+
+    Args:
+      sandbox: the agent's, or one with its files.
+      step: the step.
+      built: where its files are.
+      real_installs: whether the tests install what they need themselves (toolchain.py).
 
     A script that left no valid reward or did not end earns 0: the agent shares its world and could
     have caused that. Whether it did is decided by the reference solution, see reference.py.
@@ -103,11 +130,13 @@ async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
     Raises:
       SandboxError: a fault of the machine, and only that.
     """
-    tests = _tar(built.paths.scripts(step.tests, everything=True))
+    rewritten = built.paths.scripts(step.tests, everything=True)
+    rewritten[step.test_script] = (rewritten[step.test_script][0], 0o755)
+    tests = _tar(rewritten)
     result = await sandbox.verify(
         _script(sandbox, step, built),
         timeout=step.verifier_timeout,
-        files={"tests.tar": tests},
+        files={"tests.tar": tests, "shims.tar": toolchain.shims(real_installs)},
         keep=True,
     )
     return await judge(sandbox, step, built, result)
@@ -126,7 +155,10 @@ async def judge(sandbox: Sandbox, step: Step, built: Built, result: CommandResul
         return Grade(0.0, {}, note, output)
     try:
         if step.parser == "pytest":
-            rewards = {"reward": pytest_reward(result)}
+            output, _, packed = result.stdout.rpartition("\n")
+            output = built.paths.outward(output)
+            passed = terminal_bench_1_passed(_unpacked(packed))
+            rewards = {"reward": float(passed)}
         else:
             rewards = await _read_rewards(sandbox, built)
         return Grade(pick(rewards), rewards, "", output)
@@ -145,25 +177,40 @@ async def clean_up(sandbox: Sandbox) -> None:
 
 
 def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
+    tools = '"${VERIFIER_TOOLS:+$VERIFIER_TOOLS/python/bin:}"'
+    script = f"{built.paths.place('/tests')}/{step.test_script}"
+    # Terminal-Bench 1 calls bash whatever the script's first line says.
+    first = b"" if step.parser == "pytest" else step.tests[step.test_script][0]
     return _RUN.format(
         workspace=shlex.quote(sandbox.workspace),
         workdir=shlex.quote(built.paths.place(built.workdir)),
-        script=shlex.quote(step.test_script),
-        bytes=SUMMARY_BYTES,
+        shims=toolchain.lay(
+            '"$scratch/bin"',
+            '"$VERIFIER_FILES/shims.tar"',
+            shlex.quote(built.paths.place("/root")),
+            tools + shlex.quote(path_of_tests(built)),
+        ),
+        command=execution(script, first),
+        bytes=OUTPUT_BYTES,
+        summary=_SUMMARY.format(bytes=SUMMARY_BYTES) if step.parser == "pytest" else "",
         variables=assignments(step, built),
     )
+
+
+def path_of_tests(built: Built) -> str:
+    """Return the tests' PATH without the stand-ins of toolchain.py: system programs come first."""
+    folders = [*toolchain.CLEAN_PATH.split(":"), *built.inner_env().get("PATH", "").split(":")]
+    return ":".join(folder for folder in dict.fromkeys(folders) if folder)
 
 
 def assignments(step: Step, built: Built) -> str:
     """Return the tests' variables as arguments of `env`."""
     inner = built.inner_env()
-    folders = ["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")]
-    path = ":".join(dict.fromkeys(folders))
     tests = built.paths.place("/tests")
     variables = {
         **inner,
         **{name: built.paths.inward(value) for name, value in step.verifier_env.items()},
-        "PATH": path.strip(":"),
+        "PATH": path_of_tests(built),
         "LANG": "C.UTF-8",
         "TEST_DIR": tests,
         "PYTHONSAFEPATH": "1",
@@ -284,16 +331,44 @@ def _checked(name: str, number: float | int) -> float:
     return value
 
 
-def pytest_reward(result: CommandResult) -> float:
-    """Return 1 if the script succeeded and pytest's last summary (`-rA`) lists only passed tests.
+def _unpacked(packed: str) -> str:
+    """Return the whole output of a test run. Raises RewardError."""
+    try:
+        content = gzip.GzipFile(fileobj=io.BytesIO(base64.b64decode(packed, validate=True)))
+        return content.read(MAX_UNPACKED_BYTES).decode(errors="replace")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise RewardError(
+            f"the tests' output is too long to be read as a whole, or no output ({error})"
+        ) from error
 
-    This is Terminal-Bench 1's rule.
+
+def terminal_bench_1_passed(output: str) -> bool:
+    """Return whether all tests passed, by the rule of Terminal-Bench 1's parser of pytest.
+
+    After the first heading "short test summary info" each line "STATUS test" gives a test's
+    outcome, the last one where a name (after the first "::") stands there twice. SKIPPED and XFAIL
+    count as passed, ERROR and XPASS as failed; other lines and the exit code do not count. Colours
+    do not either: Terminal-Bench reads the output from a terminal's screen. The one difference: a
+    summary without any test is no verdict here, and resolved there.
+
+    Raises:
+      RewardError: there is no summary, or no test in it.
     """
-    parts = _SUMMARY.split(result.stdout)
-    outcomes = _OUTCOME.findall(parts[-1]) if len(parts) > 1 else []
-    if not outcomes:
+    text = _ESCAPES.sub("", output)
+    heading = _HEADING.search(text)
+    if heading is None:
         raise RewardError(
             "pytest's short test summary is not in the output (run-tests.sh must call it with -rA)"
         )
-    passed = all(outcome in ("PASSED", "XFAIL") for outcome, _ in outcomes)
-    return float(result.exit_code == 0 and passed)
+    outcomes = {}
+    for line in text[heading.end() :].splitlines():
+        if line.startswith("FAILED"):
+            line = line.rpartition(" - ")[0] or line  # the reason
+        status, test = (*line.split(maxsplit=1), "", "")[:2]
+        passed = _COUNTS_AS_PASSED.get(status.strip(":"))
+        name = test.strip().split("::", maxsplit=1)[-1]
+        if passed is not None and name:
+            outcomes[name] = passed
+    if not outcomes:
+        raise RewardError("pytest's short test summary names no test")
+    return all(outcomes.values())

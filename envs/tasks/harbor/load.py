@@ -17,7 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.harbor.fields import MAX_DOCKERFILE_BYTES, Table, read_folder, read_text
+from envs.tasks.harbor.fields import (
+    MAX_DOCKERFILE_BYTES,
+    Table,
+    need_unix_lines,
+    read_folder,
+    read_text,
+)
 from envs.tasks.harbor.task import NETWORK_MODES, Environment, Files, HarborTask, Healthcheck, Step
 from envs.tasks.harbor.terminal_bench_1 import load_terminal_bench_1, needed_compose
 from envs.tasks.harbor.toml import line_in_toml, parse_toml
@@ -241,7 +247,7 @@ def _steps(
             instruction,
             tests,
             solution=solution,
-            solve_script=_solve(solution),
+            solve_script=_solve(folder / "solution", solution),
             artifacts=artifacts,
             verifier_environment=verifier_environment,
             **_of_phases(defaults),
@@ -283,8 +289,8 @@ def _step(
         _instruction(place / "instruction.md"),
         tests,
         solution=solution,
-        solve_script=_solve(solution),
-        setup=read_folder(place / "workdir"),
+        solve_script=_solve(place / "solution", solution),
+        setup=_setup(place / "workdir"),
         min_reward=_min_reward(table),
         healthcheck=_healthcheck(table),
         artifacts=(*shared_artifacts, *_artifacts(table)),
@@ -369,10 +375,21 @@ def _instruction(path: pathlib.Path) -> str:
 def _need_test(path: pathlib.Path, tests: Files) -> None:
     if "test.sh" not in tests:
         raise TaskError(path, 0, "missing; it grades the task")
+    need_unix_lines(path, tests["test.sh"][0])
 
 
-def _solve(solution: Files) -> str | None:
-    return "solve.sh" if "solve.sh" in solution else None
+def _solve(folder: pathlib.Path, solution: Files) -> str | None:
+    if "solve.sh" not in solution:
+        return None
+    need_unix_lines(folder / "solve.sh", solution["solve.sh"][0])
+    return "solve.sh"
+
+
+def _setup(folder: pathlib.Path) -> Files:
+    files = read_folder(folder)
+    if "setup.sh" in files:
+        need_unix_lines(folder / "setup.sh", files["setup.sh"][0])
+    return files
 
 
 def _min_reward(step: Table) -> float | dict[str, float] | None:

@@ -24,14 +24,15 @@ from envs.tasks.harbor.grade import Grade
 from envs.tasks.harbor.task import HarborTask, Step
 
 MAX_KEPT = 64  # tasks whose reference is remembered
-# Where a verifier may depend on something outside, which comes and goes.
+# A reference that failed, perhaps on a loaded machine, or whose verifier depends on something
+# outside, is played again after this time.
 RECENT_SECONDS = 600.0
 NETWORK = "the network"
 _PATTERNS = (
-    r"(?P<name>[\w.+-]+): (?:command )?not found$",  # of a shell
+    r"(?<![\w.+-])(?P<name>[\w.+-]{1,60}): (?:command )?not found$",  # of a shell
     r"env: .(?P<name>[\w.+-]+).: No such file or directory",
     r"No module named '?(?P<name>[A-Za-z_]\w*)",
-    r"FileNotFoundError: \[Errno 2\] No such file or directory: '(?P<name>[\w.+-]+)'",
+    r"FileNotFoundError: \[Errno 2\] No such file or directory: '(?P<name>[\w+-]+)'",
     r"exec: \"(?P<name>[\w.+-]+)\": executable file not found",
     r"Cannot find module '(?P<name>[\w@][\w@/.-]*)'",
 )
@@ -57,6 +58,11 @@ class Reference:
     grades: tuple[Grade, ...]
     is_solution: bool
     played_at: float
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether the solution earned its full reward in every step."""
+        return self.is_solution and all(graded.reward == 1.0 for graded in self.grades)
 
 
 @dataclasses.dataclass
@@ -111,7 +117,7 @@ async def find_reference(
     async with entry.lock:
         known = entry.reference
         is_old = known is not None and time.monotonic() - known.played_at > RECENT_SECONDS
-        if known is None or (may_change and is_old):
+        if known is None or (is_old and (may_change or not known.is_solved)):
             grades, is_solution = await play()
             known = Reference(tuple(grades), is_solution, time.monotonic())
             entry.reference = known

@@ -18,19 +18,33 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxFileError
+from envs.tasks.harbor import toolchain
 from envs.tasks.harbor.build import build
 from envs.tasks.harbor.containers import build_image, enter
-from envs.tasks.harbor.environment import Built
+from envs.tasks.harbor.environment import Built, execution
 from envs.tasks.harbor.errors import BuildError, TaskError
-from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, SUMMARY_BYTES, Grade, assignments, judge
+from envs.tasks.harbor.grade import (
+    OUTPUT_BYTES,
+    READ_TIMEOUT_SECONDS,
+    Grade,
+    assignments,
+    judge,
+    path_of_tests,
+)
+from envs.tasks.harbor.preflight import refuse_own_tests_without_tools
 from envs.tasks.harbor.task import HarborTask, Step
 
 MAX_ARTIFACT_BYTES = 256 << 20  # for one artifact
 ALWAYS = "/logs/artifacts"
+SHIMS = ".rock-shims.tar"
 _MOVED = ".rock-artifact"  # in the workspace: the SDK reads and writes there only
 _RUN = """\
-mkdir -p {workspace}/logs/verifier && cd -- {workdir} && scratch="$(mktemp -d)" || exit 97
-/usr/bin/env -i {variables} HOME="$scratch" /bin/bash {script} > "$scratch/.output" 2>&1 < /dev/null
+mkdir -p {workspace}/logs/verifier && chmod +x {script} || exit 97
+cd -- {workdir} && scratch="$(mktemp -d)" || exit 97
+{shims}
+/usr/bin/env -i {variables} HOME="$scratch" PATH="$scratch/bin:$ROCK_PATH" \\
+    ROCK_PATH="$ROCK_PATH" ROCK_ROOT="$ROCK_ROOT" ROCK_PYTHON="$ROCK_PYTHON" \\
+    {command} > "$scratch/.output" 2>&1 < /dev/null
 ended=$?
 /usr/bin/tail -c {bytes} "$scratch/.output"
 exit $ended
@@ -119,6 +133,8 @@ async def _environment(
             sandbox = await stack.enter_async_context(Sandbox(config, snapshot))
         await _rewrite_tests(sandbox, task.steps[0], there)
         await _check_test_script(sandbox, task, there)
+        await refuse_own_tests_without_tools(sandbox, task, task.steps[0], there)
+        await sandbox.write_files({SHIMS: toolchain.shims(bool(sandbox.config.egress))})
         yield sandbox, there
 
 
@@ -188,12 +204,20 @@ async def _run(sandbox: Sandbox, step: Step, built: Built) -> Grade:
 
     Programs of the agent's that they start have their rights, as in grade.py.
     """
+    place = built.paths.place(f"/tests/{step.test_script}")
     script = _RUN.format(
         workspace=shlex.quote(sandbox.workspace),
         workdir=shlex.quote(built.paths.place(built.workdir)),
         variables=assignments(step, built),
-        script=shlex.quote(built.paths.place(f"/tests/{step.test_script}")),
-        bytes=SUMMARY_BYTES,
+        script=shlex.quote(place),
+        shims=toolchain.lay(
+            '"$scratch/bin"',
+            shlex.quote(f"{sandbox.workspace}/{SHIMS}"),
+            shlex.quote(built.paths.place("/root")),
+            shlex.quote(path_of_tests(built)),
+        ),
+        command=execution(place, step.tests[step.test_script][0]),
+        bytes=OUTPUT_BYTES,
     )
     return await judge(
         sandbox, step, built, await sandbox.execute(script, timeout=step.verifier_timeout)

@@ -131,3 +131,18 @@ class HarborTask:
                 " the agent outlives its episode"
             )
         return found
+
+    def with_more_time(self, multiplier: float) -> HarborTask:
+        """Return the task with all its time limits multiplied."""
+        steps = []
+        for step in self.steps:
+            agent_timeout = step.agent_timeout and step.agent_timeout * multiplier
+            verifier_timeout = step.verifier_timeout * multiplier
+            steps.append(
+                dataclasses.replace(
+                    step, agent_timeout=agent_timeout, verifier_timeout=verifier_timeout
+                )
+            )
+        build_timeout = self.environment.build_timeout * multiplier
+        environment = dataclasses.replace(self.environment, build_timeout=build_timeout)
+        return dataclasses.replace(self, environment=environment, steps=tuple(steps))

@@ -9,14 +9,18 @@ keys for an editor) the task counts as one without a reference solution.
 from __future__ import annotations
 
 import pathlib
+import posixpath
+import re
 from typing import Any
 
 import yaml
 
+from envs.tasks.harbor import dockerfile
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import (
     MAX_DOCKERFILE_BYTES,
     Table,
+    need_unix_lines,
     read_folder,
     read_text,
     with_script,
@@ -62,12 +66,12 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     }
     shared_shell = table.get("run_tests_in_same_shell", bool, False)
     tests = read_folder(folder / "tests")
-    tests = with_script(tests, "run-tests.sh", read_text(folder / "run-tests.sh"))
+    tests = with_script(tests, "run-tests.sh", _read_script(folder / "run-tests.sh"))
     solution, script = _solution(folder)
     category = table.text("category") or ""
     difficulty = table.text("difficulty") or ""
     tags = table.texts("tags")
-    context = read_folder(folder, leave_out=NOT_CONTEXT, empty_folders=True)
+    context = read_folder(folder, leave_out=_left_out(folder), empty_folders=True)
     step = Step(
         "task",
         instruction,
@@ -103,6 +107,33 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     )
 
 
+def _read_script(path: pathlib.Path) -> str:
+    text = read_text(path)
+    need_unix_lines(path, text.encode())
+    return text
+
+
+def _left_out(folder: pathlib.Path) -> tuple[str, ...]:
+    """Return the names that are no part of the build context.
+
+    It is the whole task folder in Terminal-Bench, and `COPY . .` would give the agent tests and
+    solution. Here they are copied only where the Dockerfile names them.
+    """
+    file = folder / "Dockerfile"
+    if not file.exists():
+        return NOT_CONTEXT
+    try:
+        instructions = dockerfile.parse(read_text(file, MAX_DOCKERFILE_BYTES), file)
+    except TaskError:  # the build will say so, if the backend's reader does not take it either
+        return NOT_CONTEXT
+    named = []
+    for instruction in instructions:
+        if instruction.keyword in ("COPY", "ADD") and "from" not in instruction.flags()[0]:
+            words = re.split(r"[\s\",\[\]]+", instruction.flags()[1])
+            named += [posixpath.normpath(f"/{word}").split("/")[1] for word in words[:-1] if word]
+    return tuple(name for name in NOT_CONTEXT if name not in named)
+
+
 def needed_compose(folder: pathlib.Path) -> pathlib.Path | None:
     """Return a folder's docker-compose file if the Dockerfile beside it does not say everything.
 
@@ -135,7 +166,8 @@ def _instruction(table: Table) -> str:
 
 def _solution(folder: pathlib.Path) -> tuple[dict[str, tuple[bytes, int]], str | None]:
     if (folder / "solution.sh").exists():
-        return with_script({}, "solution.sh", read_text(folder / "solution.sh")), "solution.sh"
+        script = _read_script(folder / "solution.sh")
+        return with_script({}, "solution.sh", script), "solution.sh"
     if not (folder / "solution.yaml").exists():
         return {}, None
     file = folder / "solution.yaml"

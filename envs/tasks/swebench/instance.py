@@ -90,6 +90,9 @@ def parse_instance(row: Row) -> Instance:
     for name in ("patch", "test_patch", "problem_statement"):
         if not texts[name].strip():
             raise row.fault(f"{name} is empty")
+    for name in ("patch", "test_patch"):
+        # Data sets strip their fields, and the last line of a diff ends with a newline.
+        texts[name] = texts[name].removesuffix("\n") + "\n"
     failing = _ids(row, "FAIL_TO_PASS")
     passing = _ids(row, "PASS_TO_PASS")
     if not failing:

@@ -13,6 +13,7 @@ import gzip
 import io
 import os
 import pathlib
+import re
 import stat
 import tarfile
 import tempfile
@@ -21,6 +22,7 @@ from envs.tasks.git import RepositoryError, content_of, git
 
 MAX_HISTORY_BYTES = 48 << 20  # pack of all history; a larger one is cut to the one commit
 MAX_TREE_BYTES = 160 << 20  # working tree and pack together
+_HUNK = re.compile(r"^@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,22 @@ def _archive(folder: pathlib.Path) -> bytes:
     return buffer.getvalue()
 
 
+def _cut_hunk(patch: str) -> str:
+    """Return what is wrong with a patch whose last hunk has fewer lines than it says; or ""."""
+    heads = list(_HUNK.finditer(patch))
+    if not heads:
+        return ""
+    wanted = [int(count or 1) for count in heads[-1].groups()]
+    lines = patch[heads[-1].end() :].splitlines()[1:]
+    found = [sum(line[:1] in kinds for line in lines) for kinds in ((" ", "-", ""), (" ", "+", ""))]
+    if found[0] >= wanted[0] and found[1] >= wanted[1]:
+        return ""
+    return (
+        f"the last hunk of the patch, {heads[-1][0]}, is cut: its end was probably stripped, blank"
+        " lines of context included; take the row from its source again"
+    )
+
+
 def patched(
     source: pathlib.Path, commit: str, patch: str
 ) -> tuple[dict[str, tuple[bytes, int]], set[str]]:
@@ -135,6 +153,8 @@ def patched(
     Raises:
       RepositoryError: the patch does not apply, or makes a link or a submodule.
     """
+    if fault := _cut_hunk(patch):
+        raise RepositoryError(fault)
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
         scratch = pathlib.Path(folder)
         (scratch / "objects").mkdir()

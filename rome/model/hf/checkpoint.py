@@ -46,7 +46,7 @@ def read_config(directory: str | pathlib.Path, **overrides: Any) -> ModelConfig:
       FileNotFoundError: there is no config.json.
       ValueError: config.json is damaged, or of a model that is not supported.
     """
-    document = files.read_json(pathlib.Path(directory) / "config.json")
+    document = files.read_document(pathlib.Path(directory) / "config.json")
     return ModelConfig.from_hf(document, **overrides)
 
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-from rome.files import write_atomically
+from rome.files import read_json, write_atomically
 
 THREADS = 8
 BLOCK_BYTES = 16 * 1024**2  # that a thread holds at a time; memory holds at most 2 * THREADS blocks
@@ -36,6 +36,7 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+BAD_HEADER = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)  # of json.loads
 _MAX_HEADER = 100 * 1000**2  # the format's own limit
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class CheckpointReader:
         self.tensors: dict[str, Stored] = {}
         index = directory / INDEX
         single = directory / SINGLE
-        if index.exists():
+        if index.exists() and not _is_left_behind(index, single):
             path_of = {name: directory / file for name, file in _weight_map(index).items()}
             headers = _read_headers(sorted(set(path_of.values())))
         elif single.exists():
@@ -165,7 +166,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         raise FileNotFoundError(
             f"{path} is named by the index but missing; fetch or write the checkpoint again"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (*BAD_HEADER, AttributeError, KeyError, TypeError) as error:
         raise _broken(path, f"its header: {error!r}") from None
     unknown = [f"{name} is {dtype}" for name, (dtype, *_) in found.items() if dtype not in _DTYPES]
     if unknown:
@@ -183,22 +184,18 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON file of a checkpoint.
+def read_document(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint.
 
     Raises:
       FileNotFoundError: the file is missing.
-      ValueError: it is not JSON.
+      ValueError: it holds no JSON object.
     """
     try:
-        return json.loads(path.read_text())
+        return read_json(path, "Fetch or write the checkpoint again.")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is missing; is {path.parent} a Hugging Face checkpoint?"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); fetch or write the checkpoint again"
         ) from None
 
 
@@ -248,8 +245,30 @@ def _broken(path: pathlib.Path, reason: str) -> ValueError:
     )
 
 
+def _is_left_behind(index: pathlib.Path, single: pathlib.Path) -> bool:
+    """Return whether an index is what is left of an older checkpoint in the same folder.
+
+    A writer of a single file removes the shards of the checkpoint before, but not always the index.
+
+    Raises:
+      ValueError: the single file and a shard are there, so it is unknown which is meant.
+    """
+    if not single.exists():
+        return False
+    shards = {index.parent / name for name in _weight_map(index).values()} - {single}
+    present = sorted(shard.name for shard in shards if shard.exists())
+    if present:
+        raise ValueError(
+            f"{index.parent} holds two checkpoints: {single.name}, and {index.name} with"
+            f" {', '.join(present[:3])}. Programs differ in which they read: delete the one that is"
+            " not meant."
+        )
+    return bool(shards)
+
+
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    weight_map = read_document(index).get("weight_map")
+    is_map = isinstance(weight_map, dict)
+    if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map; fetch or write the checkpoint again")
     return weight_map

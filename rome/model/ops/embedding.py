@@ -16,13 +16,14 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rome.model.ops.gathered import WIDE
+from rome.model.ops.rounding import round_straight_through
 from rome.model.sharding import RULES, is_split
 
 
 def embed(table_VD: Array, tokens_BT: Array, dtype: str) -> Array:
     """Return table[tokens] in `dtype`, [B, T, D]."""
     if not is_split():
-        return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+        return _as_published(jnp.take(table_VD, tokens_BT, axis=0), dtype)
 
     def on_each_device(table_vd: Array, tokens_BT: Array) -> Array:
         f = jax.lax.axis_size(WIDE)
@@ -31,7 +32,8 @@ def embed(table_VD: Array, tokens_BT: Array, dtype: str) -> Array:
         local_fn = all_tokens_fn - jax.lax.axis_index("tensor") * v
         # another device's part of the vocabulary reads as zeros: v is past the end
         local_fn = jnp.where((local_fn >= 0) & (local_fn < v), local_fn, v)
-        x_fnd = jnp.take(table_vd, local_fn, axis=0, mode="fill", fill_value=0).astype(dtype)
+        x_fnd = jnp.take(table_vd, local_fn, axis=0, mode="fill", fill_value=0)
+        x_fnd = _as_published(x_fnd, dtype)
         x_nD = jax.lax.all_to_all(x_fnd, WIDE, split_axis=0, concat_axis=2, tiled=True)
         x_nD = x_nD.reshape(-1, table_vd.shape[1] * f)
         return jax.lax.psum(x_nD, "tensor").reshape(*tokens_BT.shape, -1)
@@ -43,3 +45,8 @@ def embed(table_VD: Array, tokens_BT: Array, dtype: str) -> Array:
         out_specs=PartitionSpec(RULES["batch"], RULES["time"], None),
         check_vma=False,
     )(table_VD, tokens_BT)
+
+
+def _as_published(x: Array, dtype: str) -> Array:
+    """Return rows of the table in `dtype`, rounded also where XLA would keep them in float32."""
+    return round_straight_through(x, dtype).astype(dtype)

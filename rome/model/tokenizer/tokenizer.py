@@ -5,7 +5,8 @@ Qwen's own `qwen.tiktoken` (byte-pair ranks) and tokenizer_config.json (the adde
 
 Control tokens (`<|im_start|>`, `<tool_call>`, ...) come from this file's templates, never from
 untrusted text: `encode` spells them out letter by letter unless the caller says that the text may
-hold them.
+hold them. They are the special tokens and the added ones in angle brackets. Everything else is
+encoded as transformers does, other added tokens included.
 A rollout is never rendered again: `Chat` gives the ids to append.
 """
 
@@ -16,15 +17,15 @@ import itertools
 import json
 import os
 import pathlib
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from rome.files import find_shipped
+from rome.files import find_shipped, read_json
 
+BROKEN = "Fetch the tokenizer again."  # what to do about a damaged file
 TINY = pathlib.Path(__file__).parent / "tiny"  # ships with the tiny preset; made by train.py
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -46,21 +47,25 @@ class Tokenizer:
     """Byte-level BPE with added tokens. Ids below `vocab_size` decode; every text encodes."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        # A tokenizer.json may keep the limits that its last user set; transformers ignores them.
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._added = {token.content: number for number, token in added.items()}
-        self._special = {token.content for token in added.values() if token.special}
-        longest_first = sorted(self._added, key=len, reverse=True)
-        escaped = "|".join(map(re.escape, longest_first))
-        self._added_pattern = re.compile(escaped or r"(?!)")
-        # for untrusted text: the same merges, and no control token to be found
         document = json.loads(backend.to_str())
-        document["added_tokens"] = []
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(document))
+        # for turns: no special token is found in a text
+        self._turn = _without_special_tokens(document)
+        # for untrusted text: no control token is
+        for token in document["added_tokens"]:
+            token["special"] = token["special"] or _is_in_brackets(token["content"])
+        self._plain = _without_special_tokens(document)
         self.im_start = self.id_of("<|im_start|>")
         self.im_end = self.id_of("<|im_end|>")
         self.pad = self.id_of("<|endoftext|>")
         self.eos = self.im_end
+        # Published generation configs stop at both; base models often sample the second.
+        self.turn_ends = (self.im_end, self.pad)
         largest_id = max(backend.get_vocab(with_added_tokens=True).values())
         self.vocab_size = largest_id + 1
 
@@ -75,7 +80,7 @@ class Tokenizer:
         directory = find_shipped(directory)
         whole = directory / "tokenizer.json"
         if whole.is_file():
-            return cls(tokenizers.Tokenizer.from_file(str(whole)))
+            return cls(_from_file(whole))
         ranks = directory / "qwen.tiktoken"
         config = directory / "tokenizer_config.json"
         if ranks.is_file() and config.is_file():
@@ -107,9 +112,8 @@ class Tokenizer:
 
         Without `allow_special` no id is a control token's, whatever the text spells.
         """
-        if allow_special:
-            return self.join(self._split(text))
-        return self._plain.encode(text, add_special_tokens=False).ids
+        tokenizer = self._backend if allow_special else self._plain
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_turn(self, text: str) -> list[int]:
         """Return the ids of an assistant's turn, as the model would have sampled it.
@@ -117,7 +121,7 @@ class Tokenizer:
         Tool markers such as `<tool_call>` become their tokens; a text that spells `<|im_end|>`, or
         another special token, does not.
         """
-        return self.join(self._split(text, keep=self._special))
+        return self._turn.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Return the text of ids.
@@ -154,16 +158,6 @@ class Tokenizer:
             ids.append(part)
             text = ""
         return ids[:-1]
-
-    def _split(self, text: str, keep: Collection[str] = ()) -> list[str | int]:
-        """Cut the text at its control tokens; those in `keep` stay text."""
-        parts: list[str | int] = []
-        end = 0
-        for match in self._added_pattern.finditer(text):
-            if match[0] not in keep:
-                parts += [text[end : match.start()], self._added[match[0]]]
-                end = match.end()
-        return [*parts, text[end:]]
 
 
 class Chat:
@@ -214,6 +208,19 @@ class Chat:
             parts += ["\n", opening, "\n", result, "\n", closing]
         return self.tokenizer.join([*parts, *self._hand_over()])
 
+    def follow(self, turn_ids: Sequence[int], results: Sequence[str]) -> list[int]:
+        """Return the ids that follow a sampled turn: `observe`, after the end that it may lack.
+
+        Args:
+          turn_ids: the sampled ids. A turn that an engine ended at another token of the generation
+            config, such as `<|endoftext|>`, gets the template's end as context.
+          results: of the turn's tool calls.
+        """
+        im_end = self.tokenizer.im_end
+        has_end = bool(turn_ids) and turn_ids[-1] == im_end
+        observed = self.observe(results)
+        return observed if has_end else [im_end, *observed]
+
     def _hand_over(self) -> list[str | int]:
         return [self.tokenizer.im_end, "\n", self.tokenizer.im_start, "assistant\n"]
 
@@ -240,6 +247,24 @@ class Chat:
             im_end,
             "\n",
         ]
+
+
+def _from_file(path: pathlib.Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing more special
+        raise ValueError(f"{path} is no tokenizer ({error}). {BROKEN}") from None
+
+
+def _without_special_tokens(document: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json that spells special tokens out letter by letter."""
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _is_in_brackets(content: str) -> bool:
+    return content.startswith("<") and content.endswith(">")
 
 
 def byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -275,7 +300,9 @@ def _from_tiktoken(ranks_file: pathlib.Path, config_file: pathlib.Path) -> token
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = byte_level(QWEN_PATTERN)
     backend.decoder = decoders.ByteLevel()
-    added = json.loads(config_file.read_text())["added_tokens_decoder"]
+    added = read_json(config_file, BROKEN).get("added_tokens_decoder")
+    if not isinstance(added, dict):
+        raise ValueError(f"{config_file} has no added_tokens_decoder. {BROKEN}")
     added_tokens = []
     for _, entry in sorted(added.items(), key=lambda item: int(item[0])):
         special = entry["special"]

@@ -153,10 +153,30 @@ def test_the_end_of_a_call_is_found_in_the_turn_itself():
 
 
 def test_broken_drafts_do_not_make_reading_slow():
-    drafts = '<tool_call>{"name":"' * 50_000
+    drafts = '<tool_call>{"name":"' * 20_000
     assert drafts.count("<tool_call>") > MAX_DRAFTS
     assert parse_tool_calls(f"{drafts}</think>done") == []  # the suite's time limit
     assert read_turn("<|im_end|>" * 100_000 + "done" + "\n<|im_end|>" * 100_000).spoken == "done\n"
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<function=",
+        "<function=a><parameter=",
+        "<tool_call><function=a>",
+        "<parameter=a></parameter>",
+        "</parameter> </function>",
+        "</think>",
+        "<tool_call>{",
+        "<tool_call><tool_name>",
+    ],
+)
+def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
+    much = piece * (1_000_000 // len(piece))
+    for text in (much, f"{much}</think>done", f"<tool_call>{much}"):
+        with contextlib.suppress(ToolCallError):
+            parse_tool_calls(text)
 
 
 def test_gems_form_is_read():

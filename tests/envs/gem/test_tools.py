@@ -338,8 +338,7 @@ def test_what_a_program_did_to_its_sandbox_is_an_observation(monkeypatch, kind):
         raise AgentFault("2 processes survived SIGKILL for 10 s")
 
     monkeypatch.setattr(kind, "run_block", broken)
-    opening, closing = kind.fences[0]
-    found, failed, observation, _ = kind().execute_action(f"{opening}x{closing}")
+    found, failed, observation, _ = kind().execute_action(f"<{kind.tag}>x</{kind.tag}>")
     assert found and failed and "survived" in observation
 
 

@@ -18,6 +18,7 @@ from envs.rock import (
     SandboxClosedError,
     SandboxConfig,
     SandboxError,
+    SandboxStartError,
     probe,
 )
 from envs.rock.host.fenced import WITHOUT_ETC
@@ -173,6 +174,35 @@ def test_the_verifier_sees_the_files_in_a_clean_environment(config):
 
     result = inside(config(env={"COLOR": "red"}), work)
     assert (result.stdout, result.exit_code) == ("[]\n1\n", 7)
+
+
+def test_verifiers_see_their_tools_read_only_and_the_agent_sees_none(config, tmp_path):
+    tools = tmp_path / "tools"
+    (tools / "below").mkdir(parents=True)
+    (tools / "below" / "tool.py").write_text("print('measured')\n")
+    for place in (tools, *tools.parents[:-1]):
+        place.chmod(place.stat().st_mode | 0o055)
+
+    async def work(sandbox):
+        before = await sandbox.execute(
+            f"echo $VERIFIER_TOOLS; ls /run/tools {tools}; head /proc/*/cwd/below/tool.py;"
+            " (while :; do ls /run/tools >> seen 2> /dev/null; sleep 0.01; done) & sleep 0.1"
+        )
+        grade = (
+            'python3 -I "$VERIFIER_TOOLS/below/tool.py"; echo x > "$VERIFIER_TOOLS/new" || echo no'
+        )
+        verdicts = [(await sandbox.verify(grade)).stdout for _ in range(2)]
+        after = await sandbox.execute(f"cat seen; ls /run/tools {tools} /tmp")
+        return before.stdout + after.stdout, verdicts
+
+    seen, verdicts = inside(config(verifier_tools=str(tools)), work)
+    assert verdicts == ["measured\nno\n"] * 2
+    assert "below" not in seen and "measured" not in seen
+
+
+def test_tools_that_are_not_there_are_named(config):
+    with pytest.raises(SandboxStartError, match="/nowhere/tools"):
+        inside(config(verifier_tools="/nowhere/tools"), lambda sandbox: sandbox.execute("true"))
 
 
 def test_a_verifier_may_be_long_and_holds_all_its_lines(config):

@@ -298,3 +298,41 @@ def test_what_makes_no_sense_is_a_value_error(inside):
         return True
 
     assert inside(work)
+
+
+def test_a_session_is_a_bash_that_nothing_of_ours_shows_in(inside):
+    async def work(sandbox):
+        async with await sandbox.create_session() as session:
+            await session.run("read() { :; }; eval() { :; }; builtin() { :; }; printf() { :; }")
+            said = [
+                await session.run(command, timeout=20)
+                for command in ("continue", "break 2", "- x", "(exit 5)", "echo $?", "declare a=b")
+            ]
+            await session.run("set -x; trap 'echo D' DEBUG")
+            traced = await session.run("echo $a")
+        return [(one.stdout, one.exit_code) for one in said], traced
+
+    said, traced = inside(work)
+    assert said == [("", 0), ("", 0), ("", 127), ("", 5), ("5\n", 0), ("", 0)]
+    assert traced.stdout == "D\nb\n" and "ROCK" not in traced.stderr
+
+
+def test_a_tree_keeps_its_folders_links_modes_and_times(inside, tmp_path):
+    async def work(sandbox):
+        await sandbox.execute(
+            "mkdir -p t/empty t/d; echo x > t/d/f; ln -s gone t/l; ln t/d/f t/hard; chmod 640 t/d/f"
+        )
+        for copy in ("same", "deep/er"):
+            async with contextlib.aclosing(sandbox.pack("t")) as pieces:
+                await sandbox.unpack(copy, pieces)
+        await sandbox.download("t", tmp_path / "down")
+        await sandbox.upload(tmp_path / "down", "up")
+        show = "ls -AR; stat -c '%n %a %h %Y' d/f; readlink l; cat d/f"
+        trees = [
+            (await sandbox.execute(f"cd {name} && {show}")).stdout
+            for name in ("t", "same", "deep/er")
+        ]
+        return trees, (await sandbox.execute("cd up && ls -AR")).stdout
+
+    trees, up = inside(work)
+    assert trees[0] and trees == [trees[0]] * 3 and "./empty:" in up

@@ -156,8 +156,14 @@ async def settle(counts, wanted) -> tuple[int, ...]:
     return found
 
 
+async def start(config: SandboxConfig) -> Sandbox:
+    sandbox = Sandbox(config)
+    await sandbox.start()
+    return sandbox
+
+
 CANCELLED = {
-    "start": lambda sandbox: Sandbox(sandbox.config).start(),
+    "start": lambda sandbox: start(sandbox.config),
     "fork": lambda sandbox: sandbox.fork(),
     "snapshot": lambda sandbox: sandbox.snapshot(),
     "session": lambda sandbox: sandbox.create_session(),

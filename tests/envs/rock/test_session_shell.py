@@ -13,6 +13,7 @@ import pytest
 from envs.rock import Sandbox, SandboxConfig, SyncSandbox, probe
 from envs.rock.docker import scripts
 from envs.rock.host.shell import Frame
+from tests.envs.rock.service import running
 
 SNIPPETS = (
     "echo hi",
@@ -209,6 +210,27 @@ def test_a_flood_in_an_idle_session_is_not_read(anywhere):
         assert spent < 0.2  # reading as fast as it is written takes all of the time
         session.run("kill %1; wait")
         assert session.run("echo well").stdout == "well\n"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005])
+def test_a_session_start_that_is_cancelled_at_an_admin_leaves_none(seconds, tmp_path):
+    if probe().tier is None:
+        pytest.skip("no sandbox here")
+
+    async def work():
+        async with running.admin(tmp_path) as site, Sandbox(site.config()) as sandbox:
+            for _ in range(12):  # more than a sandbox may have
+                starting = asyncio.create_task(sandbox.create_session())
+                await asyncio.sleep(seconds)
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+            for _ in range(200):
+                if not (left := (await sandbox.get_status()).sessions):
+                    break
+                await asyncio.sleep(0.02)
+            return left
+
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == 0
 
 
 def test_a_cancelled_session_start_leaves_no_session_and_no_descriptor():

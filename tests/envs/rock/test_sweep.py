@@ -76,6 +76,32 @@ def test_a_damaged_record_stops_nothing_and_its_groups_are_found_by_name(base, g
     assert not any(map(os.path.isdir, groups)) and os.listdir(base) == []
 
 
+def test_a_zygote_that_nobody_has_collected_is_dead(base):
+    """Killed with its manager, it waits for the machine's first process, which may be slow."""
+    place, reason = cgroups.find()
+    if place is None:
+        pytest.skip(f"no cgroups here: {reason}")
+    zygote = subprocess.Popen(["/bin/true"])
+    os.waitid(os.P_PID, zygote.pid, os.WEXITED | os.WNOWAIT)
+    theirs = cgroups.create(place, f"rock-{SLOT}-{zygote.pid}", 1 << 25, 8, 1.0)
+    try:
+        (base / f"{SLOT}.lock").write_text("")
+        (base / f"programs-{zygote.pid}").mkdir()
+        slots.sweep(str(base))
+        assert not any(map(os.path.isdir, theirs)) and os.listdir(base) == []
+    finally:
+        cgroups.remove([path for path in theirs if os.path.isdir(path)])
+        zygote.wait()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_copies_of_programs_go_with_their_zygote(base, alive):
+    zygote = os.getpid() if alive else DEAD
+    (base / f"programs-{zygote}").mkdir()
+    slots.sweep(str(base))
+    assert os.listdir(base) == ([f"programs-{zygote}"] if alive else [])
+
+
 def test_groups_of_a_zygote_that_lives_are_not_those_of_a_damaged_record(base):
     place, reason = cgroups.find()
     if place is None:

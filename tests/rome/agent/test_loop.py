@@ -48,6 +48,17 @@ def test_each_request_is_the_last_one_with_its_answer_and_the_observation_append
     assert trajectory.oldest_version == 3
 
 
+def test_a_turn_that_ends_at_another_end_token_says_nothing_more_and_gets_the_templates_end():
+    turns = ["red", "blue", "done"]
+    usual = play(ScriptedEngine(turns))
+    engine = ScriptedEngine(turns, end=CHAT.tokenizer.pad)  # <|endoftext|>
+    ended = play(engine)
+    assert [chunk.text for chunk in ended.chunks] == turns and ended.ending == "success"
+    for one, other in zip(ended.chunks[1:], usual.chunks[1:], strict=True):
+        assert one.prompt_ids == [CHAT.tokenizer.im_end, *other.prompt_ids]
+    assert all(chunk.action_ids[-1] == CHAT.tokenizer.pad for chunk in ended.chunks)
+
+
 def test_routes_are_asked_for_once_a_token_and_kept_with_it():
     engine = ScriptedEngine(["red", "blue", "done"])
     trajectory = play(engine, routes=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.data.batch import CONTEXT, IMITATION, RL
-from rome.data.packing import Batch, microbatches, pack
+from rome.data.packing import Batch, fits_row, microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.model.config import PRESETS
 
@@ -239,6 +239,17 @@ def test_a_chunk_without_a_sampled_token_is_context_of_the_next():
 def test_a_trajectory_that_no_row_can_hold_is_refused_by_name(too_much, message):
     with pytest.raises(ValueError, match=message):
         packed([trajectory((1, 1)), trajectory(*too_much)])
+
+
+@pytest.mark.parametrize(
+    ("turns", "fits"),
+    [([(19, 5)], True), ([(20, 5)], False), ([(1, 1)] * 5, True), ([(1, 1)] * 6, False)],
+)
+def test_a_row_says_what_it_can_hold(turns, fits):
+    one = trajectory(*turns)
+    assert fits_row(one, 24, 5) is fits
+    if fits:
+        assert packed([one]).num_rows == 1
 
 
 def test_a_logprob_that_is_not_finite_is_refused():

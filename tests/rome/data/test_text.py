@@ -135,7 +135,7 @@ def test_batches_are_what_the_sft_loss_reads():
     learnt = batch.action_mask_BT
     assert (batch.kind_BC[batch.valid_BC] == IMITATION).all() and batch.tokens_BT.dtype == np.int32
     assert (batch.chunk_ids_BT[learnt] == batch.segments_BT[learnt] - 1).all()  # one chunk a piece
-    assert count_denominators([batch]).sft_tokens == learnt.sum() > 0
+    assert count_denominators([batch]).trained_tokens == learnt.sum() > 0
 
 
 def test_an_evaluation_scores_each_token_once():

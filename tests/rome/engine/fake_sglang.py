@@ -2,8 +2,11 @@
 selectable.
 
 Its "weights" are one number, read from PATH/value.txt. Token t of a sequence is that number modulo
-1000 plus t; the logprob of a token is a hash of (number, position, token), so what was computed by
-which weights can be told afterwards. The prefix cache keeps those numbers.
+1000 plus t; the logprob of a token is a hash of (position, token), and a little of (number,
+position, token) too, so what was computed by which weights can be told afterwards. The little is
+what a step at learning rate 1e-6 changes, and far less than what bfloat16 rounds: the trainer's
+logprobs differ from the server's by more than one version's from another's. The prefix cache keeps
+those numbers.
 
 Traps:
   retract_crashes      a retract pause, then a flushing update: the process is gone (0.5.15)
@@ -12,6 +15,8 @@ Traps:
   update_half          an update fails with 400 and leaves weights that nobody knows
   update_says_yes      an update says success and the new version, and keeps the old weights (names
                        were missing)
+  update_says_yes_to_experts   the same, but only the experts' down projections are kept
+  other_bytes          one tensor is not what the other servers have after the same update
   flush_lies           flush_cache is accepted and does nothing
   slow_health          /health_generate takes half a second
   slow_probe           a prompt is scored in 0.3 s, while other requests go on
@@ -30,11 +35,26 @@ import hashlib
 import json
 import pathlib
 
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
 from aiohttp import web
 
 from rome.engine.client import Engine
 
 TOKEN_SECONDS = 0.004
+STEP = 0.006  # nats; two versions differ by a third of this in the mean
+ROUNDING = 0.06  # nats; a fourth of this is the trainer's mean distance to the server
+NORM = "model.norm.weight"
+TENSORS = {  # of a checkpoint -> what the server fuses it into
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.qkv_proj.weight",
+    "model.layers.0.self_attn.v_proj.weight": "model.layers.0.self_attn.qkv_proj.weight",
+    "model.layers.0.mlp.experts.0.up_proj.weight": "model.layers.0.mlp.experts.w13_weight",
+    "model.layers.0.mlp.experts.1.down_proj.weight": "model.layers.0.mlp.experts.w2_weight",
+    "model.layers.1.mlp.gate_proj.weight": "model.layers.1.mlp.gate_up_proj.weight",
+}
+EXPERTS = "model.layers.0.mlp.experts.w2_weight"
 
 
 def logprobs_of(value: int, ids: list[int]) -> list[float]:
@@ -44,22 +64,33 @@ def logprobs_of(value: int, ids: list[int]) -> list[float]:
     return [0.0] + [_logprob(value, place, token) for place, token in enumerate(ids) if place]
 
 
+def trainer_logprobs_of(value: int, ids: list[int]) -> list[float]:
+    """What the trainer says of these ids with the same weights: bfloat16 rounds elsewhere."""
+    return [
+        logprob + ROUNDING * (_share("trainer", value, place, token) - 0.5)
+        for place, (token, logprob) in enumerate(zip(ids, logprobs_of(value, ids), strict=True))
+    ]
+
+
 def _logprob(value: int, place: int, token: int) -> float:
-    return (
-        -(
-            int.from_bytes(
-                hashlib.blake2b(f"{value}/{place}/{token}".encode(), digest_size=4).digest()
-            )
-            % 997
-        )
-        / 100
-        - 0.01
-    )
+    return -9.0 * _share(place, token) - STEP * (1.0 + _share(value, place, token))
+
+
+def _share(*parts: object) -> float:
+    """A number from 0 to 1 that the parts decide."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest) / 2**32
 
 
 def make_weights(directory: pathlib.Path, value: int) -> pathlib.Path:
+    """A checkpoint: the number, and tensors of which all but the norm depend on it."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "value.txt").write_text(str(value))
+    tensors = {
+        name: np.full((4, 2), 1.0 if name == NORM else value, ml_dtypes.bfloat16)
+        for name in (*TENSORS, NORM)
+    }
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
     return directory
 
 
@@ -70,6 +101,7 @@ class FakeSGLang:
         self, version: str = "0.5.23", traps: tuple[str, ...] = (), value: int = 1, **info
     ):
         self.sglang_version, self.traps, self.value, self.info = version, set(traps), value, info
+        self.experts_value = value
         self.weight_version, self.model_path = "default", "start"
         self.paused: str | None = None
         self.bodies: list[tuple[str, dict]] = []
@@ -95,6 +127,7 @@ class FakeSGLang:
             "release_memory_occupation",
             "resume_memory_occupation",
             "update_weight_version",
+            "weights_checker",
         ):
             app.router.add_route("*", "/" + name, self._guarded(getattr(self, name)))
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0)
@@ -269,6 +302,8 @@ class FakeSGLang:
             return web.json_response({"success": False, "message": "size mismatch"}, status=400)
         if "update_says_yes" not in self.traps:
             self.value = int((pathlib.Path(body["model_path"]) / "value.txt").read_text())
+            if "update_says_yes_to_experts" not in self.traps:
+                self.experts_value = self.value
         if (
             "in_place_flush" in self.traps
             and self.paused == "in_place"
@@ -284,6 +319,21 @@ class FakeSGLang:
         return web.json_response(
             {"success": True, "message": "ok", "num_paused_requests": len(self.running)}
         )
+
+    async def weights_checker(self, body):
+        """The hashes of two ranks; the experts' tensors change on the second one only."""
+        if self.sglang_version < "0.5.15":
+            return web.Response(status=404)
+        names = {*TENSORS.values(), NORM}
+        sums = [{name: self._sum(name, rank) for name in names} for rank in range(2)]
+        return web.json_response({"success": True, "ranks": [{"checksums": one} for one in sums]})
+
+    def _sum(self, name, rank):
+        if name == NORM or ("experts" in name and rank == 0):
+            return f"{name} of any weights"
+        if name == EXPERTS:
+            return f"{name} {self.experts_value} {'other_bytes' in self.traps}"
+        return f"{name} {self.value}"
 
     async def update_weight_version(self, body):
         self._abort("")

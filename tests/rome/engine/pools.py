@@ -7,9 +7,10 @@ import contextlib
 
 from rome.engine.publish import publish_weights
 from rome.engine.supervise import supervise
-from tests.rome.engine.fake_sglang import logprobs_of, make_weights
+from tests.rome.engine.fake_sglang import logprobs_of, make_weights, trainer_logprobs_of
 
-PROBE = list(range(20, 40))
+PROBE = list(range(20, 276))
+TOLERANCE = 0.1  # of bfloat16
 PROMPT = [5, 6, 7]
 
 
@@ -20,7 +21,8 @@ def run(conversation, seconds=30):
 async def bring(pool, tmp_path, version, value=None, **options):
     value = version if value is None else value
     path = make_weights(tmp_path / f"step_{version}", value)
-    return await publish_weights(path, version, pool, PROBE, logprobs_of(value, PROBE), **options)
+    expected = trainer_logprobs_of(value, PROBE)
+    return await publish_weights(path, version, pool, PROBE, expected, TOLERANCE, **options)
 
 
 @contextlib.asynccontextmanager

@@ -11,6 +11,7 @@ from aiohttp import web
 from rome.engine.client import Engine
 from rome.engine.completion import Completion, Sampling
 from rome.engine.errors import EngineDead, EngineError
+from rome.engine.pool import EnginePool
 from tests.rome.serve.tiny import LAYERS, make_config
 
 
@@ -65,6 +66,65 @@ def test_back_pressure_is_waited_out():
 
     assert asyncio.run(run()) == Completion([4, 5], [-0.5, -0.5], "length", [(0, 0, 2)])
     assert calls[0] == calls[1] | {"rid": calls[0]["rid"]} and len(calls) == 3
+
+
+def test_a_request_that_is_sent_again_has_a_new_id():
+    """A server may still hold the first one: it refuses the same id twice, as SGLang does."""
+    held, asked = set(), []
+
+    async def generate(request):
+        rid = (await request.json())["rid"]
+        asked.append(rid)
+        if rid in held:
+            return web.json_response({"error": f"Duplicate request ID: {rid}"}, status=400)
+        held.add(rid)
+        if len(asked) == 1:
+            request.transport.abort()  # the connection breaks, and the server has not noticed yet
+            await asyncio.sleep(0)
+        if len(asked) == 2:
+            return web.json_response({"error": "queue full"}, status=503)
+        return web.json_response(answer([4]))
+
+    async def run():
+        async with small_server(generate=generate) as engine:
+            return await engine.generate([1], Sampling(1), 30)
+
+    assert asyncio.run(run()).output_ids == [4]
+    assert len(set(asked)) == 3
+
+
+@pytest.mark.parametrize("cause", ["empty aborts", "failing engines"])
+def test_what_fails_again_and_again_is_tried_ever_less_often(monkeypatch, cause):
+    waits, sleep = [], asyncio.sleep
+
+    async def generate(request):
+        if cause == "failing engines":
+            return web.json_response({"error": "CUDA error"}, status=500)
+        is_last = len(waits) == 6
+        return web.json_response(answer([4]) if is_last else answer([], "abort"))
+
+    async def remember(seconds, *rest):
+        waits.append(seconds)
+        await sleep(0)
+
+    async def run():
+        async with contextlib.AsyncExitStack() as stack:
+            count = 1 if cause == "empty aborts" else 7
+            servers = [
+                await stack.enter_async_context(small_server(generate=generate))
+                for _ in range(count)
+            ]
+            pool = EnginePool(servers)
+            monkeypatch.setattr(asyncio, "sleep", remember)
+            with contextlib.suppress(EngineError):
+                await pool.generate([1], Sampling(1), 30)
+            monkeypatch.setattr(asyncio, "sleep", sleep)
+
+    asyncio.run(run())
+    lower = [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+    assert len(waits) == len(lower)
+    for wait, least in zip(waits, lower, strict=True):
+        assert least <= wait <= 1.5 * least
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ def test_weights_that_do_not_give_the_trainers_logprobs_are_not_sampled_from(ser
         with pytest.raises(
             EngineError,
             match=(
-                f"{engine.url} has weights 20, but its probe logprobs differ by .* start it again"
+                f"{engine.url} says that it has weights 20, but its probe logprobs differ from the"
+                " trainer's by .* start it again"
             ),
         ):
             await publish_weights(
@@ -103,7 +104,7 @@ def test_weights_that_do_not_give_the_trainers_logprobs_are_not_sampled_from(ser
             )
         assert pool.states[engine.url] == "suspect"
         assert (await engine.server_info())["internal_states"][0]["paused"] is True
-        with pytest.raises(EngineError, match=r"no engine is left: .* has weights 20"):
+        with pytest.raises(EngineError, match=r"no engine is left: .* it has weights 20"):
             await pool.generate(PROBE, Sampling(1), 600)
         await engine.resume()
 

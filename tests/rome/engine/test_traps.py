@@ -22,6 +22,11 @@ from tests.rome.engine.pools import (
 )
 
 
+def updates(server):
+    """How often the server was told to load weights."""
+    return [route for route, _ in server.bodies].count("/update_weights_from_disk")
+
+
 @pytest.mark.parametrize(
     "version, mode",
     [
@@ -84,7 +89,7 @@ def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_s
             assert published.engines == 1 + proven and len(completion.output_ids) == 40
             assert_by_one_version_each(completion, PROMPT)
             assert pool.states[server.url] == ("ready" if proven else "suspect")
-            assert proven or "probe logprobs differ" in pool.causes[server.url]
+            assert proven or "it did not load them" in pool.causes[server.url]
             moved = any(
                 body["sampling_params"]["max_new_tokens"] > 1
                 for route, body in other.bodies
@@ -96,20 +101,34 @@ def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_s
 
 
 @pytest.mark.parametrize(
-    "trap, cause",
-    [("update_half", "answered 400: size mismatch"), ("update_says_yes", "probe logprobs differ")],
+    "version, trap, cause",
+    [
+        ("0.5.23", "update_half", "answered 400: size mismatch"),
+        ("0.5.23", "update_says_yes", "5 tensors are those of the weights before"),
+        (
+            "0.5.15",
+            "update_says_yes_to_experts",
+            "1 tensors are those of the weights before (model.layers.0.mlp.experts.w2_weight)",
+        ),
+        ("0.5.9", "update_says_yes", "to the last bit those that it gave with weights 6"),
+    ],
+    ids=["half", "kept", "kept experts", "kept, unable to hash"],
 )
 def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_goes_on(
-    tmp_path, trap, cause
+    tmp_path, version, trap, cause
 ):
     """Traps 4 and 5: a failed update does not roll back, and one that says success may have kept
-    the old weights.
+    the old weights, or those of some tensors.
+
+    Two versions differ on the probe by less than bfloat16 rounds, so the logprobs alone say yes.
     """
-    bad, good = FakeSGLang(traps=(trap,)), FakeSGLang()
+    bad, good = FakeSGLang(version), FakeSGLang(version)
 
     async def conversation():
         async with fakes(bad, good) as engines:
             pool = EnginePool(engines)
+            assert (await bring(pool, tmp_path, 6)).engines == 2
+            bad.traps.add(trap)
             tasks = [
                 asyncio.ensure_future(pool.generate(PROMPT, Sampling(40), 30)) for _ in range(6)
             ]
@@ -125,6 +144,10 @@ def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_go
             for completion in await asyncio.gather(*tasks):
                 assert len(completion.output_ids) == 40
                 assert_by_one_version_each(completion, PROMPT)
+            async with supervised(pool):  # trying again makes it no truer
+                tried = updates(bad)
+                await until(lambda: updates(bad) > tried + 1)
+                assert pool.states[bad.url] in ("suspect", "starting")
             sent = len(bad.bodies)
             await asyncio.gather(*(pool.generate(PROMPT, Sampling(2), 30) for _ in range(8)))
             assert len(bad.bodies) == sent
@@ -140,13 +163,75 @@ def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_go
 
 def test_with_no_proven_engine_left_a_publication_fails_with_every_cause(tmp_path):
     async def conversation():
-        async with fakes(
-            FakeSGLang(traps=("update_half",)), FakeSGLang(traps=("update_says_yes",))
-        ) as engines:
+        half, kept = FakeSGLang(), FakeSGLang()
+        async with fakes(half, kept) as engines:
+            pool = EnginePool(engines)
+            await bring(pool, tmp_path, 6)
+            half.traps.add("update_half")
+            kept.traps.add("update_says_yes")
             with pytest.raises(
-                EngineError, match=r"(?s)no engine is left: .*size mismatch.*probe logprobs differ"
+                EngineError, match=r"(?s)no engine is left: .*size mismatch.*did not load them"
             ):
-                await bring(EnginePool(engines), tmp_path, 7)
+                await bring(pool, tmp_path, 7)
+
+    run(conversation())
+
+
+def test_an_engine_whose_bytes_are_not_those_of_the_others_is_found_out(tmp_path):
+    """Its tensors have changed, and its logprobs look right."""
+    bad, *good = servers = [FakeSGLang() for _ in range(3)]
+
+    async def conversation():
+        async with fakes(*servers) as engines:
+            pool = EnginePool(engines)
+            await bring(pool, tmp_path, 6)
+            bad.traps.add("other_bytes")
+            async with supervised(pool):
+                await bring(pool, tmp_path, 7)
+                await until(lambda: {pool.states[one.url] for one in good} == {"ready"})
+                await until(lambda: "different bytes of weights 7" in pool.causes.get(bad.url, ""))
+                bad.traps.clear()
+                await until(lambda: pool.states[bad.url] == "ready")
+
+    run(conversation())
+
+
+def test_two_engines_that_disagree_are_both_out_since_nobody_can_say_which_is_right(tmp_path):
+    servers = [FakeSGLang(traps=("other_bytes",)), FakeSGLang()]
+
+    async def conversation():
+        async with fakes(*servers) as engines:
+            pool = EnginePool(engines)
+            with pytest.raises(EngineError, match=r"different bytes of weights 7 in .*w2_weight"):
+                await bring(pool, tmp_path, 7)
+            assert set(pool.states.values()) == {"suspect"}
+
+    run(conversation())
+
+
+def test_engines_that_are_brought_to_their_weights_once_more_or_to_equal_ones_are_no_suspects(
+    tmp_path,
+):
+    """Nothing changes then, and nothing must."""
+    server = FakeSGLang()
+
+    async def conversation():
+        async with fakes(server) as engines:
+            pool = EnginePool(engines)
+            for version, value in ((1, 5), (2, 6), (2, 6), (3, 6), (4, 7)):
+                published = await bring(pool, tmp_path, version, value)
+                assert published.engines == 1 and 0 < published.probe_error < 0.03
+            pool.quarantine(pool.engines[0], "it failed requests")
+            await pool.bring(pool.engines[0])
+            await server.crash()
+            await server.start()
+            pool.quarantine(pool.engines[0], "it was started anew")
+            server.traps.add("update_says_yes")  # and so it has its first weights now
+            with pytest.raises(EngineError, match="other bytes than when it proved them before"):
+                await pool.bring(pool.engines[0])
+            server.traps.clear()
+            await pool.bring(pool.engines[0])
+            assert pool.states[server.url] == "ready" and server.value == 7
 
     run(conversation())
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.gem import parse_tool_calls
+from envs.gem.tool_call import ToolCallError
 from rome.agent.loop import Limits
 from rome.evals.endpoint import MAX_WAIT_SECONDS, Endpoint, action_of, retry_after
 from rome.evals.policy import Policy
@@ -269,3 +270,10 @@ def test_an_address_that_is_none_or_holds_a_secret_is_refused_without_repeating_
     with pytest.raises(ValueError, match="endpoint is not") as error:
         Endpoint(url, "m", CONFIG)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", ["{", "5", "[" * 100_000, '{"a":' * 100_000], ids=range(4))
+def test_arguments_that_are_no_json_object_are_a_malformed_call(arguments):
+    turn = action_of({"function": {"name": "bash", "arguments": arguments}})
+    with pytest.raises(ToolCallError):
+        parse_tool_calls(turn)

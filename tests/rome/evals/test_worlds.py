@@ -15,7 +15,7 @@ from rome.evals.cheats import CHEATS
 from rome.evals.policy import Policy
 from rome.evals.tasks import dataset_digest, load_tasks
 from rome.evals.validate import judge
-from tests.envs.worlds.test_published import write_bfcl, write_tau2
+from tests.envs.worlds.test_published import write_bfcl
 from tests.rome.evals.tasks import CONFIG
 from tests.rome.evals.test_endpoint import Answers
 from tests.rome.evals.test_endpoint import play as http
@@ -53,13 +53,8 @@ def test_generated_datasets_are_sound(dataset):
 
 
 def test_published_files_are_sound(tmp_path):
-    domain, _ = write_tau2(tmp_path)
-    for dataset, name in (
-        (f"bfcl:{write_bfcl(tmp_path)}", "multi_turn_base_0"),
-        (f"tau2:{domain}", "shop/0"),
-    ):
-        (task,) = load_tasks(dataset)
-        assert task.name == name and proof_of(task)["reasons"] == []
+    (task,) = load_tasks(f"bfcl:{write_bfcl(tmp_path)}")
+    assert task.name == "multi_turn_base_0" and proof_of(task)["reasons"] == []
 
 
 def test_instances_are_spread_and_chosen_by_the_seed():
@@ -96,7 +91,6 @@ def test_instances_are_spread_and_chosen_by_the_seed():
         "problems:math/nosuch",
         "games:shop",
         "bfcl:nosuch.json",
-        "tau2:nosuch",
     ],
 )
 def test_what_is_no_dataset_is_refused_by_name(name):

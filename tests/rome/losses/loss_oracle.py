@@ -35,14 +35,16 @@ def counts(trajectories):
         "tokens": sum(len(c.action_ids) for _, _, c in rl),
         "chunks": len(rl),
         "trajectories": len({id(t) for t, _, _ in rl}),
-        "imitation": sum(len(c.action_ids) for _, _, c in of_kind(trajectories, "imitation")),
-        "sft": sum(
-            len(c.action_ids)
-            for t in trajectories
-            if t.trainable
-            for c in t.chunks
-            if c.kind != "context"
-        ),
+    }
+
+
+def trained_counts(trajectories):
+    """What both terms of Eq. 10 are divided by, by config.norm."""
+    trained = of_kind(trajectories, "rl") + of_kind(trajectories, "imitation")
+    return {
+        "tokens": sum(len(c.action_ids) for _, _, c in trained),
+        "chunks": len(trained),
+        "trajectories": len({id(t) for t, _, _ in trained}),
     }
 
 
@@ -63,8 +65,8 @@ def rl_ids(trajectory):
     return [i for chunk in trajectory.chunks if chunk.kind == "rl" for i in chunk.action_ids]
 
 
-def imitation(trajectories, logp, config, gamma, failure_reward, value, gradient):
-    total = counts(trajectories)["imitation"]
+def imitation(trajectories, logp, config, gamma, failure_reward, value, gradient, norm="tokens"):
+    total = trained_counts(trajectories)[norm]
     for trajectory, k, chunk in of_kind(trajectories, "imitation"):
         weight = config.lambda_il * returns(trajectory, gamma, failure_reward)[k] / total
         for i in chunk.action_ids:
@@ -97,6 +99,7 @@ def finish(rows, rollout, logp, old, total):
 
 def ipa(trajectories, logp, old, config, gamma, failure_reward):
     rollout, total = rollout_of(trajectories), counts(trajectories)
+    trained = trained_counts(trajectories)
     value, gradient, rows = 0.0, defaultdict(float), []
     for trajectory, k, chunk in of_kind(trajectories, "rl"):
         ids = chunk.action_ids
@@ -114,16 +117,19 @@ def ipa(trajectories, logp, old, config, gamma, failure_reward):
                 * (1.0 if success else min(ratio, 1.0))
                 * returns(trajectory, gamma, failure_reward)[k]
             )
-            weight *= config.lambda_rl / total[config.norm]
+            weight *= config.lambda_rl / trained[config.norm]
             value -= weight * logp[i]
             gradient[i] -= weight
             rows.append((i, ratio, not success and ratio > 1, not kept))
-    value = imitation(trajectories, logp, config, gamma, failure_reward, value, gradient)
+    value = imitation(
+        trajectories, logp, config, gamma, failure_reward, value, gradient, config.norm
+    )
     return value, gradient, finish(rows, rollout, logp, old, total["tokens"])
 
 
 def token_level(trajectories, logp, old, config, gamma, failure_reward):
     rollout, total = rollout_of(trajectories), counts(trajectories)
+    trained = trained_counts(trajectories)
     value, gradient, rows = 0.0, defaultdict(float), []
     for trajectory in [t for t in trajectories if t.trainable]:
         ids = [i for chunk in trajectory.chunks if chunk.kind == "rl" for i in chunk.action_ids]
@@ -132,11 +138,13 @@ def token_level(trajectories, logp, old, config, gamma, failure_reward):
         for i in ids:
             kept = math.exp(old[i] - rollout[i]) <= config.mismatch_limit
             weight = kept * (trajectory.reward if success else min(ratio, 1.0) * failure_reward)
-            weight *= config.lambda_rl / total[config.norm]
+            weight *= config.lambda_rl / trained[config.norm]
             value -= weight * logp[i]
             gradient[i] -= weight
             rows.append((i, ratio, not success and ratio > 1, not kept))
-    value = imitation(trajectories, logp, config, gamma, failure_reward, value, gradient)
+    value = imitation(
+        trajectories, logp, config, gamma, failure_reward, value, gradient, config.norm
+    )
     return value, gradient, finish(rows, rollout, logp, old, total["tokens"])
 
 

@@ -15,10 +15,12 @@ from rome.losses import (
     LIKELIHOODS,
     LOSSES,
     PUBLISHED,
+    SPECS,
     LossConfig,
     count_denominators,
     unbounded_weight,
 )
+from rome.losses.chunks import policy_entropy
 from tests.rome.losses import loss_oracle
 from tests.rome.losses.random_step import GAMMA, MAX_IDS, Step, evaluate, packed, random_step
 
@@ -89,14 +91,11 @@ def test_value_gradient_and_metrics_equal_the_float64_loop(name, config, seed, f
 @quickly
 def test_denominators_equal_the_loop(seed):
     step = random_step(seed)
-    counted, expected = count_denominators(packed(step)), loss_oracle.counts(step.trajectories)
-    assert counted._asdict() == {
-        "rl_tokens": expected["tokens"],
-        "rl_chunks": expected["chunks"],
-        "rl_trajectories": expected["trajectories"],
-        "imitation_tokens": expected["imitation"],
-        "sft_tokens": expected["sft"],
-    }
+    rl = loss_oracle.counts(step.trajectories)
+    trained = loss_oracle.trained_counts(step.trajectories)
+    expected = {f"rl_{name}": count for name, count in rl.items()}
+    expected |= {f"trained_{name}": count for name, count in trained.items()}
+    assert count_denominators(packed(step))._asdict() == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -366,3 +365,61 @@ def test_every_loss_has_a_name_an_oracle_and_its_switches():
 def test_an_impossible_switch_is_refused_by_name(wrong, named):
     with pytest.raises(ValueError, match=named):
         LossConfig(**wrong)
+
+
+def with_demonstrations(count, episodes=32):
+    """A step of solved episodes and some demonstrations, all of one turn, and the ids of each."""
+    step = random_step(6, trajectories=episodes + count, kinds=("rl",), spread=0.0)
+    for place, trajectory in enumerate(step.trajectories):
+        trajectory.chunks, trajectory.reward, trajectory.ending = (
+            trajectory.chunks[:1],
+            1.0,
+            "success",
+        )
+        if place >= episodes:
+            trajectory.chunks[0].kind = "imitation"
+    ids = [i for t in step.trajectories for i in t.chunks[0].action_ids]
+    shown = [i for t in step.trajectories[episodes:] for i in t.chunks[0].action_ids]
+    return step, np.isin(np.arange(MAX_IDS), ids), np.isin(np.arange(MAX_IDS), shown)
+
+
+@pytest.mark.parametrize("norm", ["tokens", "chunks", "trajectories"])
+@pytest.mark.parametrize("name", ["ipa", "token_level"])
+def test_a_demonstrated_token_weighs_as_much_as_a_sampled_one_however_few_there_are(name, norm):
+    for demonstrations in (1, 16):
+        step, trained, shown = with_demonstrations(demonstrations)
+        config = LossConfig(norm=norm)
+        _, gradient, _ = evaluate(name, packed(step, name), step.logp, config)
+        weight = -gradient[trained]
+        np.testing.assert_allclose(weight, weight[0], rtol=1e-5)
+        share = -gradient[shown].sum() / weight.sum()
+        assert share == pytest.approx(shown.sum() / trained.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "topr"])
+def test_a_baseline_of_the_literature_imitates_nothing(name):
+    assert {name for name in POLICIES if SPECS[name].lambda_il} == {"ipa"}
+    config = LossConfig(**PUBLISHED[name], lambda_il=SPECS[name].lambda_il)
+    step, _, shown = with_demonstrations(4, episodes=8)
+    _, gradient, _ = evaluate(name, packed(step, name), step.logp, config)
+    assert not gradient[shown].any()
+
+
+@given(
+    seed=seeds, kinds=st.sampled_from([("rl", "imitation", "context"), ("imitation", "context")])
+)
+@quickly
+def test_the_entropy_is_that_of_the_policys_own_tokens_or_else_of_all_that_are_trained(seed, kinds):
+    step = random_step(seed, kinds=kinds)
+    by_id = np.random.default_rng(seed).random(MAX_IDS)
+    batches = packed(step, rows=2)
+    denominators = count_denominators(batches)
+    found = 0.0
+    for batch in batches:
+        rubbish_BT = np.where(batch.action_mask_BT, by_id[batch.tokens_BT], np.nan)
+        found += float(policy_entropy(jnp.asarray(rubbish_BT), batch, denominators))
+    counted = []
+    for kind in ("rl", "imitation"):
+        chunks = loss_oracle.of_kind(step.trajectories, kind)
+        counted = counted or [i for _, _, chunk in chunks for i in chunk.action_ids]
+    assert found == pytest.approx(np.mean(by_id[counted]) if counted else 0.0, rel=1e-5)

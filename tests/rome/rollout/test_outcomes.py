@@ -61,14 +61,14 @@ def test_a_command_that_failed_is_counted_and_is_no_failed_call():
     assert metrics["nonzero_exit_share"] == 0.5 and metrics["tool_error_share"] == 0.0
 
 
-def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
+def test_groups_that_ended_alike_are_left_out_also_where_there_is_no_other():
     won, lost, mixed = (
         [trajectory(0, 1.0)] * 2,
         [trajectory(1)] * 2,
         [trajectory(2, 1.0), trajectory(2)],
     )
     assert mixed_groups(won + lost + mixed) == mixed
-    assert mixed_groups(won + lost) == won + lost
+    assert mixed_groups(won + lost) == []
 
 
 def test_groups_differ_by_reward_and_not_by_its_sign():

@@ -13,8 +13,9 @@ from rome.agent.loop import Limits
 from rome.engine.errors import EngineError
 from rome.rollout import player
 from rome.rollout.accounting import Accounting
-from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError, Stopped
+from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
 from rome.rollout.player import EpisodePlayer
+from rome.stopping import Stopped
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
 EPISODES = [

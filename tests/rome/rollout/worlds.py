@@ -35,6 +35,7 @@ class ScriptedEngine:
     finish_reason: str = "stop"
     error: Exception | None = None
     delay: float = 0.0
+    end: int = CHAT.tokenizer.im_end
     requests: list[tuple[list[int], Sampling]] = dataclasses.field(default_factory=list)
     running: int = 0
     most_running: int = 0
@@ -55,7 +56,7 @@ class ScriptedEngine:
         number = (
             input_ids.count(CHAT.tokenizer.im_start) // 2 - 1
         )  # each turn opened a user's and an assistant's header
-        ids = CHAT.turn(self.turns[number])
+        ids = [*CHAT.turn(self.turns[number])[:-1], self.end]
         routes = (
             None
             if sampling.routes_from is None

@@ -1,15 +1,21 @@
 """One engine for all tests of its protocol: started once, its compilations counted."""
 
+import json
+
 import pytest
 
 from rome.model.tokenizer import TINY, Tokenizer
 from tests.rome.serve.talk import compilations
-from tests.rome.serve.tiny import Oracle, make_checkpoint, serve
+from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, serve
 
 
 @pytest.fixture(scope="package")
 def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "a")
+    directory = make_checkpoint(tmp_path_factory.mktemp("model") / "a")
+    config = make_config()
+    both = [config.eos_token_id, config.pad_token_id]  # as Qwen's checkpoints have it
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": both}))
+    return directory
 
 
 @pytest.fixture(scope="package")

@@ -63,6 +63,22 @@ def test_a_client_that_goes_away_frees_its_slot(server):
     assert before == after
 
 
+def test_a_request_with_the_id_of_one_that_runs_is_refused(server):
+    """As in SGLang; an abort by that id would otherwise end both."""
+
+    async def conversation(http):
+        task = asyncio.ensure_future(http.generate([5, 6], rid="twice", max_new_tokens=400))
+        await http.until(lambda figures: figures["running"] == 1)
+        refused = await http.post("/generate", {"input_ids": [1], "rid": "twice"})
+        await http.post("/abort_request", {"rid": "twice"})
+        await task
+        return refused, await http.generate([5, 6], rid="twice", max_new_tokens=2)
+
+    (status, answer), again = talk(server, conversation)
+    assert (status, answer["error"]["message"]) == (400, "Duplicate request ID detected: twice")
+    assert len(again["output_ids"]) == 2
+
+
 async def pause_amid_a_request(http, mode, **sampling):
     task = asyncio.ensure_future(http.generate(**sampling))
     await http.until(lambda figures: figures["running"] == 1)
@@ -166,6 +182,9 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
         ),
         ({"input_ids": [1], "lora_path": "x"}, "'lora_path' = 'x' is not supported"),
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
+        ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "Duplicate request ID detected: a"),
+        ({"input_ids": [1], "sampling_params": {"stop": 5}}, "stop must be a string or a list"),
+        ({"input_ids": [1], "priority": 3}, "'priority' = 3 is not supported"),
     ],
 )
 def test_a_bad_request_is_refused_with_its_reason(server, body, words):
@@ -175,12 +194,47 @@ def test_a_bad_request_is_refused_with_its_reason(server, body, words):
 
 def test_what_is_not_json_or_no_route_gets_an_error_in_the_same_shape(server):
     async def conversation(http):
-        async with http.session.post(http.url + "/generate", data=b"{") as response:
-            return (response.status, await response.json()), await http.post("/nothing")
+        answers = []
+        for data in (b"{", b"[" * 100_000, b"\xff\xfe", b"[]"):
+            async with http.session.post(http.url + "/generate", data=data) as response:
+                answers.append((response.status, await response.json()))
+        return answers, await http.post("/nothing")
 
-    (status, answer), (missing_status, missing) = talk(server, conversation)
-    assert status == 400 and "not JSON" in answer["error"]["message"]
+    answers, (missing_status, missing) = talk(server, conversation)
+    for status, answer in answers:
+        assert status == 400 and "JSON" in answer["error"]["message"]
     assert missing_status == 404 and missing["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "route, field",
+    [
+        ("/generate", "input_ids"),
+        ("/abort_request", "rid"),
+        ("/abort_request", "abort_all"),
+        ("/pause_generation", "mode"),
+        ("/update_weights_from_disk", "model_path"),
+        ("/update_weights_from_disk", "flush_cache"),
+        ("/weights_checker", "action"),
+        ("/get_weights_by_name", "name"),
+        ("/get_weights_by_name", "truncate_size"),
+        ("/release_memory_occupation", "tags"),
+    ],
+)
+def test_a_field_of_another_type_is_a_bad_request_on_every_route(server, route, field):
+    needed = {"model_path": "/nowhere", "name": "lm_head.weight", "rid": "nobody"}
+
+    async def conversation(http):
+        return [
+            await http.post(route, needed | {field: value})
+            for value in (5.5, "\0", ["x"], [["x"]], {"x": 1}, "\ud800", 10**30)
+        ]
+
+    for status, answer in talk(server, conversation):
+        # A text may name an id that nobody has, and a large number of rows is all of them.
+        may_be_done = field in ("rid", "truncate_size")
+        assert status == 400 or (status == 200 and may_be_done)
+        assert status == 200 or answer.get("error", answer)["message"]
 
 
 # -- information and weights

@@ -10,6 +10,8 @@ import types
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rome.agent.loop import Limits
 from rome.data.packing import pack
@@ -18,7 +20,7 @@ from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.episode import SpoiledTaskError
 from rome.rollout.player import RolloutError
 from rome.rollout.spoiled import SpoiledTasks
-from rome.stages.collect import Collector
+from rome.stages.collect import Collector, split_groups
 from rome.stages.config import load_config
 from rome.stages.old_logprobs import OldLogprobs
 from rome.train.team import Team
@@ -89,7 +91,7 @@ def make_old_logprobs(workdir, learner=None, **changes):
 def make(workdir, players=None, **changes):
     config = load_config("experiments/ipa.py", "smoke")
     config.update({"steps": 3, "groups": 2, "group_size": 2, "alarm_kl": 10.0})
-    config.rollout.filter_groups = False
+    config.rollout.filter_groups = False  # all episodes fail
     for key, value in changes.items():
         block = config.rollout if key in config.rollout else config
         block[key] = value
@@ -160,6 +162,25 @@ def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_pu
     collector.close()
     assert counts[0]["trained"] == 0 and counts[0]["in_flight"] == 4  # collected, not trained
     assert counts[1]["trained"] == 4 and counts[1]["in_flight"] == 0  # whatever was published
+
+
+@pytest.mark.parametrize("turns, fits", [(16, True), (17, False)])
+def test_a_demonstration_that_no_row_holds_is_left_out_and_counted(tmp_path, turns, fits):
+    class Wordy(Players):
+        def demonstrate(self, tasks, *, error_rate, record, first_group=0, of=0):
+            shown = []
+            for number, task in enumerate(tasks):
+                chunks = [Chunk([1], [2], [0.0], kind="imitation")] * (turns if number == 0 else 2)
+                shown.append(Trajectory(task, "f", chunks, 1.0, "success", first_group + number))
+                save_trajectory(shown[-1], record(number))
+            return shown
+
+    collector = make(tmp_path, Wordy(), chunks_per_row=16)
+    collector.begin(STATE)
+    metrics = collector.collect(0, STATE).metrics
+    collector.close()
+    assert metrics["demonstrations"] == (2 if fits else 1)
+    assert metrics["demonstrations_too_long"] == (0 if fits else 1)
 
 
 def test_a_step_waits_quietly_for_as_long_as_one_episode_may_take(tmp_path):
@@ -320,3 +341,56 @@ def test_weights_are_kept_as_long_as_a_sample_may_be_scored_with_them(tmp_path):
     assert kept(async_ratio=1, from_trainer=True) == {2: -2, 3: -3}
     assert kept(async_ratio=1, from_trainer=False) == {}
     assert kept(async_ratio=0, from_trainer=True) == {}
+
+
+def collected(workdir, **changes):
+    collector = make(workdir, **changes)
+    collector.begin(STATE)
+    data = collector.collect(0, STATE)
+    collector.close()
+    return data, collector.accounting
+
+
+def test_a_step_of_equal_groups_learns_from_its_demonstrations_alone(tmp_path):
+    data, accounting = collected(tmp_path, filter_groups=True)
+    ((_, denominators),) = data.minibatches
+    assert denominators.rl_tokens == 0 and denominators.trained_trajectories == 2
+    assert (accounting.trained, accounting.dropped["equal_group"]) == (0, 4)
+
+
+def test_a_step_of_equal_groups_has_no_rows_where_nothing_is_imitated(tmp_path):
+    players = BrokenDemonstrators()  # they are not asked
+    data, accounting = collected(tmp_path, players=players, filter_groups=True, loss="grpo")
+    assert data.minibatches == [] and data.metrics["demonstrations"] == 0
+    assert (accounting.trained, accounting.dropped["equal_group"]) == (0, 4)
+    assert data.metrics["reward"] == 0.0  # what was played is shown all the same
+
+
+def test_a_baseline_imitates_where_the_config_says_so(tmp_path):
+    data, _ = collected(tmp_path, loss="grpo", lambda_il=0.5)
+    assert data.metrics["demonstrations"] == 2
+
+
+def test_minibatches_have_whole_groups_and_denominators_of_their_own(tmp_path):
+    whole, _ = collected(tmp_path, minibatches=1, groups=3)
+    parts, accounting = collected(tmp_path, minibatches=2, groups=3)
+    assert accounting.trained == 6
+    counts = np.array([minibatch.denominators for minibatch in parts.minibatches])
+    (total,) = (minibatch.denominators for minibatch in whole.minibatches)
+    np.testing.assert_array_equal(counts.sum(axis=0), total)
+    trained = [minibatch.denominators.trained_trajectories for minibatch in parts.minibatches]
+    assert trained == [5, 4]  # groups 0 and 2 and a demonstration; group 1 and two of them
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 5))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_groups_are_dealt_whole_evenly_and_in_order(groups, parts):
+    step = [types.SimpleNamespace(group=group, place=n) for n, group in enumerate(groups)]
+    dealt = split_groups(step, parts)
+    assert all(dealt) and len(dealt) == min(parts, len(set(groups)))
+    assert sorted(one.place for part in dealt for one in part) == list(range(len(groups)))
+    kinds = [{one.group for one in part} for part in dealt]
+    assert sum(map(len, kinds)) == len(set(groups))  # no group is in two parts
+    sizes = [len(kind) for kind in kinds]
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert all([one.place for one in part] == sorted(one.place for one in part) for part in dealt)

@@ -26,6 +26,7 @@ from rome.stages.config import (
     schema_of,
 )
 from rome.train.workdir import (
+    MODEL,
     ConfigError,
     claim_workdir,
     default_workdir,
@@ -82,6 +83,14 @@ def change_config(config, change):
         ({"gama": 0.9}, "'gama' is unknown. Did you mean 'gamma'?"),
         ({"loss": "ppo"}, "loss='ppo' is unknown"),
         (
+            {"engine.pause": "freeze"},
+            "engine.pause='freeze' is unknown. Choose one of abort, retract, in_place",
+        ),
+        (
+            {"engine.device": "tpu"},
+            "engine.device='tpu' is unknown. Choose one of auto, cpu, share",
+        ),
+        (
             {"rollout.stale_samples": "never"},
             "rollout.stale_samples='never' is unknown. Choose one of wait, keep, drop",
         ),
@@ -98,8 +107,17 @@ def change_config(config, change):
         ),
         (
             {"rollout.resampling": "parallel", "lambda_il": 0.0},
-            "lambda_il=0 plays no demonstrations",
+            "loss=ipa with lambda_il=0 plays none",
         ),
+        ({"rollout.resampling": "rollback", "loss": "grpo"}, "loss=grpo with lambda_il=-1 plays"),
+        ({"lambda_il": -0.5}, "lambda_il=-0.5 must be at least 0"),
+        ({"minibatches": 33}, "minibatches=33 splits whole groups, and a step has groups=32"),
+        ({"minibatches": 0}, "minibatches=0 must be above 0"),
+        ({"updates_per_step": 2}, "updates_per_step' is unknown"),
+        ({"profile_steps": "3"}, "profile_steps='3' is no range of steps"),
+        ({"profile_steps": "5:3"}, "profile_steps='5:3' is no range of steps"),
+        ({"profile_steps": "0:3"}, "profile_steps='0:3' is no range of steps"),
+        ({"profile_steps": "a:3"}, "profile_steps='a:3' is no range of steps"),
         ({"rollout.resampling": "parallel", "loss": "grpo"}, "loss=grpo compares them as equals"),
         (
             {"rollout.resampling": "rollback", "rollout.replace_equal": True},
@@ -235,6 +253,9 @@ def test_a_switch_of_zero_stands_for_the_value_of_the_loss_own_paper():
         and found["cispo"].clip_low == 1.0
     )
     assert found["dr_grpo"].token_constant == config.max_context
+    assert {loss for loss, switches in found.items() if switches.lambda_il} == {"ipa"}
+    config.loss, config.lambda_il = "grpo", 0.5
+    assert loss_config(config).lambda_il == 0.5
     config.loss, config.clip_high = "dapo", 0.5
     assert (loss_config(config).clip_low, loss_config(config).clip_high) == (0.2, 0.5)
 
@@ -318,11 +339,24 @@ def test_a_key_that_is_new_in_the_code_renames_no_workdir():
 @pytest.mark.parametrize("key", IDENTITY)
 def test_a_workdir_of_another_config_is_refused(tmp_path, key):
     claim(tmp_path, changed())
+    (tmp_path / "metrics.jsonl").touch()
     claim(tmp_path, changed())
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ConfigError, match=rf"{key} \(.* there, {IDENTITY[key]} now\)"):
         claim(tmp_path, changed(**OPERATION, **SCHEDULE, **{key: IDENTITY[key]}))
     assert (tmp_path / "config.json").read_text() == before and not read_changes(tmp_path)
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_a_workdir_in_which_nothing_was_made_takes_the_mended_config(tmp_path, key):
+    claim(tmp_path, changed())
+    (tmp_path / "trajectories").mkdir()  # what a stage makes before it looks at its limits
+    (tmp_path / MODEL).write_text("{}")
+    assert claim(tmp_path, changed(**{key: IDENTITY[key]})) == []
+    assert not (tmp_path / MODEL).exists()
+    (tmp_path / "trajectories" / "one.json").touch()
+    with pytest.raises(ConfigError, match="belongs to another config"):
+        claim(tmp_path, changed())
 
 
 def test_a_run_goes_on_elsewhere_without_a_word_and_with_another_schedule_with_a_note(tmp_path):
@@ -356,14 +390,16 @@ def test_a_new_key_with_another_value_than_its_default_is_another_run(tmp_path):
     stored = changed().to_dict()
     del stored["gigpo_state"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"gigpo_state .'history' there, 'observation' now"):
         claim(tmp_path, changed(gigpo_state="observation"))
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"seed": 0}{'])
+@pytest.mark.parametrize("text", ["", "{", '{"seed": 0}{', "[" * 100_000])
 def test_a_config_file_that_is_torn_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         claim(tmp_path, changed())
 
 

@@ -1,13 +1,23 @@
 """Engines of a stage: whatever cannot be closed, the servers are stopped."""
 
+import asyncio
+import dataclasses
 import types
 
+import numpy as np
 import pytest
 
+from envs.rock.sync import loop
+from rome.engine.completion import Sampling
+from rome.model.config import PRESETS
+from rome.model.tokenizer import TINY, Chat, Tokenizer
+from rome.stages import engines as stage_engines
 from rome.stages.config import load_config
-from rome.stages.engines import Engines
+from rome.stages.engines import PROBE_TOKENS, Engines
 from rome.stages.rl import RLStage
 from rome.train.team import Team
+from tests.rome.engine.fake_sglang import FakeSGLang, make_weights, trainer_logprobs_of
+from tests.rome.engine.pools import PROMPT, assert_by_one_version_each, until
 
 
 class Server:
@@ -20,6 +30,10 @@ class Server:
 class Pool:
     async def close(self):
         raise OSError("a socket")
+
+
+def on_loop(coroutine):
+    return asyncio.run_coroutine_threadsafe(coroutine, loop()).result(30)
 
 
 def make(workdir, learner=None, chat=None):
@@ -54,3 +68,67 @@ def test_a_version_that_could_not_be_published_is_not_taken_for_published(tmp_pa
 def test_engines_are_not_used_before_they_are_started(tmp_path):
     with pytest.raises(RuntimeError, match="before they are started"):
         make(tmp_path).lend(1)
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_a_publication_pauses_as_the_config_says_and_proves_by_a_long_probe(
+    tmp_path, monkeypatch, mode
+):
+    """Amid a request, on a server that speaks SGLang's protocol."""
+
+    def write(params, config, directory, version, needed, delta):
+        return make_weights(tmp_path / f"step_{version}", version)
+
+    server = on_loop(FakeSGLang().start())
+    monkeypatch.setattr(stage_engines, "write_checkpoint", write)
+    scored = types.SimpleNamespace(
+        score_one=lambda params, ids: np.array(trainer_logprobs_of(params, ids))
+    )
+    engines = make(tmp_path, scored, Chat(Tokenizer.load(TINY)))
+    engines._model_config = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16")
+    engines.config.engine.urls = server.url
+    engines.config.engine.pause = mode
+    engines.config.max_context = 400
+    try:
+        engines.start(None)
+        engines.publish(types.SimpleNamespace(step=1, params=1))
+        task = asyncio.run_coroutine_threadsafe(
+            engines.pool.generate(PROMPT, Sampling(60), 30), loop()
+        )
+        on_loop(until(lambda: any(request["ids"] for request in server.running.values())))
+        metrics = engines.publish(types.SimpleNamespace(step=2, params=2))
+        completion = task.result(30)
+    finally:
+        engines.close()
+        on_loop(server.crash())
+    assert metrics["engines"] == 1
+    assert [version for version, _, _ in completion.versions] == [1, 2]
+    assert_by_one_version_each(completion, PROMPT)
+    modes = [body["mode"] for route, body in server.bodies if route == "/pause_generation"]
+    assert modes == [mode, mode]
+    sizes = {
+        len(body["input_ids"])
+        for route, body in server.bodies
+        if route == "/generate" and body["logprob_start_len"] == 0
+    }
+    assert sizes == {PROBE_TOKENS}
+
+
+@pytest.mark.parametrize(
+    "dtype, trainer, engine, tolerance",
+    [
+        ("float32", "cpu", "cpu", 1e-4),
+        ("float32", "tpu", "cpu", 1e-3),  # one TPU chip: the engine runs on the CPU
+        ("float32", "cpu", None, 1e-3),  # a server elsewhere
+        ("bfloat16", "cpu", "cpu", 0.1),
+        ("bfloat16", "gpu", "cpu", 0.1),
+    ],
+)
+def test_the_tolerance_of_a_proof_fits_the_two_platforms(
+    tmp_path, monkeypatch, dtype, trainer, engine, tolerance
+):
+    monkeypatch.setattr(stage_engines.jax, "default_backend", lambda: trainer)
+    engines = make(tmp_path)
+    engines._model_config = dataclasses.replace(PRESETS["tiny"], dtype=dtype)
+    engines.servers = [Server()] if engine else []
+    assert engines._tolerance() == tolerance

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from rome.rollout.player import Stopped
 from rome.stages import experiment
 from rome.stages.config import load_config
+from rome.stopping import Stopped
 from rome.train.ownership import Ownership
 from rome.train.report import EvalResult, write_report
 from rome.train.team import Team
@@ -29,12 +29,12 @@ def trained(monkeypatch):
         def __init__(self, context):
             self.context = context
 
-        def train(self, start):
+        def train(self):
             name = self.context.config.experiment
             if name in done.stops:
                 raise Stopped
             earlier = [result.stage for result in self.context.earlier_evals]
-            done.append((name, start, earlier))
+            done.append((name, self.context.start, earlier))
             evals = [*self.context.earlier_evals, EvalResult.from_tasks(name, 0, [])]
             workdir = self.context.workdir
             write_report(workdir, {"evals": evals})

@@ -2,12 +2,17 @@
 not.
 """
 
+import http.server
 import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from rome.train import distributed
 from rome.train.distributed import DistributedError, ProcessLayout, choose
 from tests.distributed.processes import ROOT
 
@@ -124,6 +129,98 @@ def test_a_tpu_pod_is_known_by_its_hosts(environ, workers, kind):
     assert choose("", -1, -1, environ, lambda: workers).kind == kind
 
 
+class Metadata:
+    """A metadata server that gives its answers in turn, the last one for ever.
+
+    answers: by attribute: (status, text) each.
+    """
+
+    def __init__(self, monkeypatch, **answers):
+        self.asked = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                name = self.path.rpartition("/")[2]
+                outer.asked.append(name)
+                waiting = answers[name.replace("-", "_")]
+                status, text = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{self.server.server_port}")
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing is there
+        monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+        monkeypatch.setattr(distributed, "METADATA_WAITS", (0.0, 0.0))
+        monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+HOSTS = "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"
+SLICES = "ACCELERATOR_TYPE: 'v5p-64'\nMEGASCALE_NUM_SLICES: '2'\nWORKER_ID: '0'\n"
+PAGE = "<html><head><title>Bad Gateway: 10,20</title></head></html>"
+
+
+@pytest.mark.parametrize(
+    "hosts, environment, count",
+    [
+        ([(200, HOSTS)], [(200, SLICES)], 4),
+        ([(200, HOSTS + "\n")], [(200, "ZONE: 'a'")], 2),
+        ([(200, "0:7:10.0.0.2")], [(200, "ZONE: 'a'")], 1),
+        ([(503, "busy"), (200, HOSTS)], [(500, ""), (200, PAGE), (200, SLICES)], 4),
+        ([(200, PAGE), (200, ""), (200, HOSTS)], [(200, SLICES)], 4),
+    ],
+    ids=range(5),
+)
+def test_a_pod_is_counted_where_its_metadata_fail_for_a_moment(
+    monkeypatch, hosts, environment, count
+):
+    with Metadata(monkeypatch, worker_network_endpoints=hosts, tpu_env=environment):
+        assert choose("", -1, -1, {}).kind == ("alone" if count == 1 else "tpu")
+        assert distributed._metadata_workers() == count
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ((404, "no"), "404"),
+        ((503, "busy"), "503"),
+        ((200, PAGE), "<html>"),
+        ((200, ""), "''"),
+        ((200, "a,b"), "'a,b'"),
+    ],
+    ids=range(5),
+)
+@pytest.mark.parametrize("broken", ["worker_network_endpoints", "tpu_env"])
+def test_a_chip_whose_metadata_cannot_be_read_is_never_alone(monkeypatch, broken, answer, reason):
+    answers = {"worker_network_endpoints": [(200, HOSTS)], "tpu_env": [(200, SLICES)]}
+    with Metadata(monkeypatch, **answers | {broken: [answer]}) as server:
+        with pytest.raises(DistributedError, match=f"3 tries.*{re.escape(reason)}.*--coordinator"):
+            choose("", -1, -1, {})
+        assert server.asked.count(broken.replace("_", "-")) == 3
+
+
+def test_a_chip_whose_metadata_server_is_not_there_is_never_alone(monkeypatch):
+    with Metadata(monkeypatch):
+        pass
+    with pytest.raises(DistributedError, match="TPU_SKIP_MDS_QUERY=1"):
+        choose("", -1, -1, {})
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert choose("", -1, -1, {}).kind == "alone"
+
+
 START = """
 import sys
 from rome.train.distributed import choose, start
@@ -139,8 +236,6 @@ start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), d
     ],
 )
 def test_processes_that_do_not_find_each_other_end_in_time_with_one_line(index, message):
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -159,3 +254,30 @@ def test_processes_that_do_not_find_each_other_end_in_time_with_one_line(index, 
         and f"process {index} of 2" in lines[0]
     )
     assert "Check failure" not in done.stderr
+
+
+STOPPED = """
+import signal, sys
+from rome.train.distributed import choose, start
+made = []
+signal.signal(signal.SIGTERM, lambda *_: made.append(1))
+print("ready", flush=True)
+start(choose(sys.argv[1], 2, 0), stop=lambda: bool(made), errors=())
+"""
+
+
+def test_a_wish_to_stop_is_heard_while_the_others_are_waited_for():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, address],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)  # of the 300 s that it would wait
+    assert process.returncode == 130 and "stopped before all processes had met" in said, said

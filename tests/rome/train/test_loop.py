@@ -4,12 +4,15 @@ what was called.
 
 import dataclasses
 import pathlib
+import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rome.train.alarms import Diverged, TrainingAlarm
-from rome.train.loop import Stage, StepData, run_stage
+from rome.train.loop import Minibatch, Stage, StepData, run_stage
+from rome.train.profile import Profile
 from rome.train.state import TrainState
 from rome.train.team import Team
 
@@ -18,6 +21,15 @@ from rome.train.team import Team
 class Result:
     step: int
     success: float
+
+
+def rows_of(lengths) -> types.SimpleNamespace:
+    """A micro-batch of one row, of which only the lengths of its sequences are there."""
+    segments_T = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return types.SimpleNamespace(segments_BT=np.append(segments_T, [0, 0])[None])
+
+
+MINIBATCH = Minibatch([rows_of([3, 4])], None)
 
 
 class Around:
@@ -31,6 +43,7 @@ class Around:
         self.saved = []
         self.written = []
         self.shown = []
+        self.notes = []
         self.called = []  # (what, step), in order
         self.updates = 0
         self.has_ended = None
@@ -59,15 +72,18 @@ class Around:
     def evaluated(self, result):
         self.shown.append(result.step)
 
+    def note(self, text):
+        self.notes.append(text)
+
     def run(self, step=0, **changes):
         stage = Stage(
             **{
                 "name": "s",
                 "steps": 9,
-                "updates_per_step": 2,
+                "epochs": 2,
                 "evaluate_every": 2,
                 "checkpoint_every": 100,
-                "collect": lambda step, state: StepData([], None, {}),
+                "collect": lambda step, state: StepData([MINIBATCH], {}),
                 "publish": lambda state: self.called.append(("publish", int(state.step))),
                 "begin_rollouts": lambda state: self.called.append(("begin", int(state.step))),
                 "evaluate": lambda step, state: Result(step, self.success(step)),
@@ -77,6 +93,8 @@ class Around:
                 "before_update": lambda: None,
                 "check": lambda step, metrics: None,
                 "team": Team(),
+                "measure_speed": lambda work, seconds: {"speed": work.tokens / seconds},
+                "profile": Profile(pathlib.Path("nowhere")),
             }
             | changes
         )
@@ -103,6 +121,9 @@ class _Display:
 
     def evaluated(self, result):
         self.around.evaluated(result)
+
+    def note(self, text):
+        self.around.note(text)
 
 
 def test_a_stage_evaluates_on_its_way_and_once_at_its_end_and_is_saved():
@@ -218,7 +239,7 @@ def test_skipped_updates_are_counted_and_end_the_run_where_nothing_else_comes():
 
 def test_rollouts_begin_after_the_weights_are_published_once_for_each_version():
     around = Around()
-    around.run(steps=2, updates_per_step=1, evaluate_every=1)
+    around.run(steps=2, epochs=1, evaluate_every=1)
     assert around.called == [
         ("publish", 0),
         ("begin", 0),
@@ -243,3 +264,86 @@ def test_a_checkpoint_carries_the_host_state_of_its_own_step():
     around = Around()
     around.run(steps=2, evaluate_every=0, checkpoint_every=1, host_state=asked.append)
     assert asked == [1, 2, 2]  # the last one is asked for again on the way out, and not written
+
+
+class Counting(Around):
+    """Every update has metrics of its own: the n-th one n, from 0."""
+
+    def update(self, state, microbatches, denominators):
+        number = self.updates
+        state, _ = super().update(state, microbatches, denominators)
+        self.called[-1] = ("update", denominators)
+        names = ("loss", "kl_old", "max_mismatch", "skipped_updates")
+        return state, {name: jnp.float32(number) for name in names}
+
+
+def test_each_minibatch_is_an_update_epoch_after_epoch_and_the_metrics_are_the_last_epochs():
+    parts = [Minibatch([rows_of([2])], 10.0), Minibatch([rows_of([3]), rows_of([1])], 20.0)]
+    around = Counting()
+    around.run(
+        steps=1, epochs=3, evaluate_every=0, collect=lambda *_: StepData(parts, {"reward": 0.5})
+    )
+    assert [what for what in around.called if what[0] == "update"] == [
+        ("update", 10.0),
+        ("update", 20.0),
+    ] * 3
+    ((step, values),) = around.written
+    assert step == 1 and values["updates"] == 6 and values["reward"] == 0.5
+    assert values["loss"] == 4.5 and values["max_mismatch"] == 5.0  # of the updates 4 and 5
+    assert values["first_kl"] == 0.0 and values["skipped_updates"] == 15.0
+    assert values["speed"] * values["seconds_update"] == pytest.approx(3 * 6)
+
+
+def test_a_step_without_rows_is_said_makes_no_update_and_ends():
+    around = Around()
+    empty = iter([False, True, True])
+    state = around.run(
+        steps=3,
+        evaluate_every=0,
+        epochs=1,
+        collect=lambda *_: StepData([] if next(empty) else [MINIBATCH], {"success": 0.0}),
+    )
+    assert int(state.step) == 3 and around.updates == 1 and around.saved == [3]
+    assert [values["updates"] for _, values in around.written] == [1, 0, 0]
+    assert "speed" not in around.written[1][1] and around.written[1][1]["success"] == 0.0
+    assert [step for what, step in around.called if what == "publish"] == [0, 1, 2, 3]
+    assert len(around.notes) == 2 and "step 2 has nothing to train on" in around.notes[0]
+
+
+@pytest.mark.parametrize("publishes", [False, True])
+def test_the_seconds_of_an_update_count_neither_collecting_nor_publishing(publishes, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    begun = []
+
+    class Seconds:
+        def __init__(self, started, result, before):
+            begun.append(started)
+
+        def value(self):
+            return 1.0
+
+    def pass_by(seconds):
+        def act(*_):
+            clock.now += seconds
+
+        return act
+
+    def collect(*_):
+        clock.now += 10
+        return StepData([MINIBATCH], {})
+
+    monkeypatch.setattr("rome.train.loop.UpdateSeconds", Seconds)
+    monkeypatch.setattr("rome.train.loop.time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    around = Around()
+    around.run(
+        steps=2,
+        evaluate_every=0,
+        publishes=publishes,
+        collect=collect,
+        before_update=pass_by(100),
+        publish=pass_by(1000),
+    )
+    assert begun == [1110, 2220]
+    for _, values in around.written:
+        assert values["seconds_update"] == 1.0 and values["seconds_collect"] == 10
+        assert values["speed"] == 2 * 7

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from rome.stopping import Stopped
 from rome.train import team as team_module
 from rome.train.team import LeaderError, Team
 
@@ -15,8 +16,8 @@ from rome.train.team import LeaderError, Team
 class Store:
     """The coordinator's key-value store as jax.distributed's client has it."""
 
-    def __init__(self, count):
-        self.count, self.values, self.arrived, self.changed = count, {}, {}, threading.Condition()
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
 
     def key_value_set(self, key, value, allow_overwrite=False):
         with self.changed:
@@ -29,14 +30,6 @@ class Store:
             if not self.changed.wait_for(lambda: key in self.values, timeout_ms / 1000):
                 raise RuntimeError("DEADLINE_EXCEEDED: nobody has set it")
             return self.values[key]
-
-    def wait_at_barrier(self, name, timeout_ms):
-        with self.changed:
-            self.arrived[name] = self.arrived.get(name, 0) + 1
-            self.changed.notify_all()
-            assert self.changed.wait_for(
-                lambda: self.arrived[name] == self.count, timeout_ms / 1000
-            )
 
     def key_value_dir_get(self, prefix):
         with self.changed:
@@ -60,10 +53,14 @@ def teams(monkeypatch):
     )
 
     def make(count, stops=None):
-        store = Store(count)
+        store = Store()
         made.extend(
             Team(
-                index, count, store, stop=(stops or {}).get(index, lambda: False), errors=(Refused,)
+                index,
+                count,
+                store,
+                stop=(stops or {}).get(index, lambda: False),
+                errors=(Refused, Stopped),
             )
             for index in range(count)
         )
@@ -78,7 +75,7 @@ def teams(monkeypatch):
 def test_the_leader_names_those_that_said_nothing_when_all_leave(monkeypatch, capfd):
     monkeypatch.setattr(team_module, "LEAVING_SECONDS", 0.05)
     monkeypatch.setattr(team_module.os, "_exit", lambda status: None)
-    store = Store(4)
+    store = Store()
     teams = [Team(index, 4, store) for index in range(4)]
     for team in teams:
         team.close()
@@ -166,6 +163,43 @@ def test_those_who_meet_go_on_together(teams):
         return len(came)
 
     assert in_each(teams(3), call) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_stop_request_of_any_process_ends_a_meeting_that_one_does_not_come_to(teams, asked):
+    is_asked = threading.Event()
+    made = teams(3, {asked: is_asked.is_set})
+
+    def call(team):
+        if team.index == 2:
+            is_asked.set()
+        try:
+            team.meet("files", is_ready=lambda: team.index != 1)
+        except Stopped as error:
+            team.part(error)  # all raise it: nobody is ended
+            return team.share("after", lambda: "saved")
+
+    assert in_each(made, call) == ["saved"] * 3 and teams.left == []
+
+
+def test_a_meeting_that_one_does_not_come_to_names_it_and_the_remedy(teams):
+    def call(team):
+        team.meet("files of step 3", lambda: team.index != 1, 0.05, "is the disk shared?")
+
+    for error in in_each(teams(3), call):
+        assert isinstance(error, LeaderError)
+        assert "files of step 3: process 1 of 3 did not come" in str(error)
+        assert "is the disk shared?" in str(error)
+
+
+def test_a_wish_to_stop_is_told_to_all_and_ends_a_process_that_has_nothing_to_save(teams):
+    made = teams(3, {0: lambda: True})
+    ends = time.monotonic() + 10
+    while not all(team.wants_to_stop() for team in made) and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert all(team.wants_to_stop() for team in made)
+    made[2].part(Stopped())
+    assert "process 2 of 3 was stopped before it had anything to save" in teams.left
 
 
 def test_processes_at_different_places_are_an_error(teams):

@@ -1,19 +1,13 @@
-"""Compiler flags by chip: the user's win, nothing is set on a CPU, and every GPU flag is one that
-jaxlib knows.
+"""Compiler flags by chip: the user's win, and nothing is set on a CPU. That jaxlib knows every GPU
+flag is shown beside, in test_devices.py.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 
 from rome.train.xla_flags import (
-    GPU_XLA_FLAGS,
     LIBTPU_ARGS,
-    apply_flags,
     environment_of,
-    find_chip,
+    find_chips,
     merge,
 )
 
@@ -48,39 +42,32 @@ def test_a_gpu_gets_xla_flags_and_what_the_user_left_open():
     )
 
 
+def test_a_memory_fraction_by_its_newer_name_is_not_joined_by_the_older_one():
+    """JAX refuses both together."""
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment_of(
+        "gpu", {"XLA_CLIENT_MEM_FRACTION": "0.5"}
+    )
+
+
 def test_on_a_cpu_nothing_is_set():
-    environ = {"JAX_PLATFORMS": "cpu", "HOME": "/root"}
-    assert apply_flags(environ) is None and environ == {"JAX_PLATFORMS": "cpu", "HOME": "/root"}
     assert environment_of(None, {}) == {}
 
 
 @pytest.mark.parametrize(
     "vendor, device, node, chip",
     [
-        ("0x1ae0", "0x0062", "accel0", "v5p"),
-        ("0x1ae0", "0x006f", "vfio", "v6e"),
-        ("0x1ae0", "0x0042", "nvme0", None),  # Google's disks are no TPU
-        ("0x10de", "0x2330", "nvidia0", "gpu"),
-        ("0x10de", "0x2330", "null", None),  # a GPU without a driver is none
+        ("0x1ae0", "0x0062", "accel0", ("v5p", 2)),
+        ("0x1ae0", "0x006f", "vfio", ("v6e", 2)),
+        ("0x1ae0", "0x0042", "nvme0", (None, 0)),  # Google's disks are no TPU
+        ("0x10de", "0x2330", "nvidia0", ("gpu", 1)),
+        ("0x10de", "0x2330", "null", (None, 0)),  # a GPU without a driver is none
     ],
 )
-def test_the_chip_is_read_from_the_bus(tmp_path, vendor, device, node, chip):
-    (tmp_path / "pci" / "0000:00:05.0").mkdir(parents=True)
-    (tmp_path / "pci" / "0000:00:05.0" / "vendor").write_text(vendor + "\n")
-    (tmp_path / "pci" / "0000:00:05.0" / "device").write_text(device + "\n")
+def test_the_chips_are_read_from_the_bus(tmp_path, vendor, device, node, chip):
+    for place in ("0000:00:05.0", "0000:00:06.0"):
+        (tmp_path / "pci" / place).mkdir(parents=True)
+        (tmp_path / "pci" / place / "vendor").write_text(vendor + "\n")
+        (tmp_path / "pci" / place / "device").write_text(device + "\n")
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / node).touch()
-    assert find_chip(str(tmp_path / "pci"), str(tmp_path / "dev")) == chip
-
-
-def test_jaxlib_knows_every_gpu_flag():
-    """It ends the process at a flag that it does not know, on any backend."""
-    flags = merge("", GPU_XLA_FLAGS)
-    done = subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices()"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-500:]
+    assert find_chips(str(tmp_path / "pci"), str(tmp_path / "dev")) == chip

@@ -35,3 +35,15 @@ def test_a_container_works_enforces_all_and_tells_of_what_it_refused(inside):
         and verdict.stdout == "kept and graded"
         and [(one.destination, one.port) for one in denials] == [("169.254.169.254", 80)]
     )
+
+
+def test_a_verifier_sees_its_tools_and_the_agent_does_not(inside, tmp_path):
+    (tmp_path / "tool").write_text("measured\n")
+    for place in (tmp_path, *tmp_path.parents[:-1]):
+        place.chmod(place.stat().st_mode | 0o055)
+
+    async def work(sandbox):
+        grade = 'cat "$VERIFIER_TOOLS/tool"; echo x > "$VERIFIER_TOOLS/new" || echo no'
+        return (await sandbox.verify(grade)).stdout, (await sandbox.execute("ls /run/tools")).stdout
+
+    assert inside(work, verifier_tools=str(tmp_path)) == ("measured\nno\n", "")

@@ -1,4 +1,4 @@
-"""The services over HTTP: tokens, queues, silent admins, warm pools, E2B, hostile requests."""
+"""The services over HTTP: tokens, queues, silent admins, warm pools, hostile requests."""
 
 import asyncio
 import contextlib
@@ -273,52 +273,6 @@ def test_templates_are_kept_ready_and_environments_of_the_hub_start_with_their_f
 
     found, text = run(work())
     assert found == ["keptran\n", "keptran\n"] and 'rock_starts_total{way="ready"} 1' in text
-
-
-def test_e2bs_routes_make_list_and_end_sandboxes(tmp_path):
-    async def work():
-        async with (
-            running.admin(tmp_path) as site,
-            aiohttp.ClientSession(headers={"X-API-Key": TOKENS["default"]}) as http,
-        ):
-
-            async def ask(method, path, body=None):
-                async with http.request(method, site.url + path, json=body) as answer:
-                    return (
-                        answer.status,
-                        await answer.json() if answer.content_type == "application/json" else None,
-                    )
-
-            made = await ask(
-                "POST", "/sandboxes", {"templateID": "base", "timeout": 60, "metadata": {"a": "b"}}
-            )
-            name = made[1]["sandboxID"]
-            listed, one = await ask("GET", "/sandboxes"), await ask("GET", f"/sandboxes/{name}")
-            later, gone = await ask("POST", f"/sandboxes/{name}/timeout", {"timeout": 1}), None
-            for _ in range(100):
-                gone = await ask("GET", f"/sandboxes/{name}")
-                if gone[0] == 404:
-                    break
-                await asyncio.sleep(0.1)
-            again = (await ask("POST", "/sandboxes", {"templateID": "base"}))[1]["sandboxID"]
-            return (
-                made,
-                listed,
-                one,
-                later,
-                gone,
-                [(await ask("DELETE", f"/sandboxes/{again}"))[0] for _ in range(2)],
-                await ask("POST", "/sandboxes", {}),
-            )
-
-    made, listed, one, later, gone, deleted, malformed = run(work())
-    assert (
-        made[0] == 201
-        and set(made[1]) == {"sandboxID", "clientID", "templateID", "envdVersion"}
-        and listed[1] == [one[1]]
-        and one[1]["metadata"] == {"a": "b"}
-    )
-    assert later[0] == 204 and gone[0] == 404 and deleted == [204, 404] and malformed[0] == 400
 
 
 def test_the_document_describes_what_is_served(tmp_path):

@@ -15,7 +15,7 @@ from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError
 from envs.tasks.harbor.containers import build_image
 from envs.tasks.harbor.env import sandbox_for
 from envs.tasks.harbor.environment import egress_of
-from tests.envs.tasks.harbor.conftest import CONFIG
+from tests.envs.tasks.harbor.conftest import CONFIG, PASSES
 from tests.envs.tasks.harbor.playing import bash, oracle, play
 
 
@@ -73,6 +73,13 @@ def test_a_policy_that_cannot_be_enforced_is_refused_by_name(harbor, run):
         "c",
     )
     assert run(play(same, "touch /app/out.txt"))[0] == 1.0
+    closed_agent = with_network(harbor, '[agent]\nnetwork_mode = "no-network"', "d")
+    assert (
+        run(play(closed_agent, "touch /app/out.txt"))[0] == 1.0
+    )  # public tasks reach nothing here
+    granted = dataclasses.replace(CONFIG, egress=("x.invalid:443",))
+    with pytest.raises(UnsupportedError, match=r"agent.network_mode = 'no-network' beside"):
+        run(play(closed_agent, config=granted))
     with pytest.raises(
         UnsupportedError, match=r"build_egress = pypi.org:443.*all of the network or none"
     ):
@@ -185,8 +192,13 @@ def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, ru
             for name in ("mktemp", "base64")
         },  # which grading needs
         "task.toml": 'version = "1.0"\n[environment]\nnetwork_mode = "no-network"\n',
+        # Answered by the stand-ins of toolchain.py: a container has no network either.
+        "tests/test.sh": f"#!/bin/bash\nset -e\napt-get install -y grep\n{PASSES}",
     }
     folder = harbor(files)
+    wanting = harbor({**files, "tests/test.sh": "apt-get install -y no-such\n"}, name="wanting")
+    with pytest.raises(UnsupportedError, match="the task's image lacks no-such"):
+        run(play(wanting, config=config))
 
     async def look():
         env = HarborEnv(folder, config)

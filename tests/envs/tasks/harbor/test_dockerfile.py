@@ -2,6 +2,7 @@
 become.
 """
 
+import contextlib
 import pathlib
 import time
 
@@ -10,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.tasks.harbor import TaskError, UnsupportedError
-from envs.tasks.harbor.dockerfile import KEYWORDS, assignments, parse, substitute
-from envs.tasks.harbor.offline import network_need, packages
+from envs.tasks.harbor.context import ignore_patterns, is_ignored, without_ignored
+from envs.tasks.harbor.dockerfile import KEYWORDS, assignments, parse
+from envs.tasks.harbor.dockerfile_words import SubstitutionError, expand, split_words
+from envs.tasks.harbor.image_names import find_image, parse_image_name
+from envs.tasks.harbor.installs import needs_of
 from envs.tasks.harbor.paths import PathMap
 
 FILE = pathlib.Path("Dockerfile")
@@ -75,34 +79,173 @@ def test_a_shift_and_quoted_marks_are_no_here_documents():
     assert len(read("FROM a\nRUN echo $((1<<2)) '<<EOF' \"<<EOF\" && cat <<<word\n")) == 2
 
 
+# What `docker build` makes of a word: rules of BuildKit v0.26, checked with the table of its own
+# tests (frontend/dockerfile/shell/envVarTest, lex_test.go), of which each rule has a case here.
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("$A/${B}x", "1/2x"),
-        ("${A:-d}${C:-d}", "1d"),
-        ("${A:+y}${C:+y}", "y"),
-        ("\\$A", "$A"),
-        ("$C.", "."),
-        ("$$A", "$1"),
-        ("a\\nb", "a\\nb"),
+        ("$A/${B}x", "1/two wordsx"),
+        ("${A:-d}${C:-d}${EMPTY:-d}${EMPTY-d}", "1dd"),
+        ("${A:+y}${C:+y}${EMPTY:+y}${EMPTY+y}", "yy"),
+        ("${C:-${D:-${A}}}", "1"),
+        ("${C:-a b {A}", "a b {A"),
+        ("${A:?}${A?no}", "11"),
+        ("\\$A \\${A} \\\\$A", "$A ${A} \\1"),
+        ("'$A' \"$A\" '\\$A' \"\\$A\" \"'$A'\"", "$A 1 \\$A $A '1'"),
+        ("a\\nb \"a\\nb\" 'a\\nb'", "anb a\\nb a\\nb"),
+        ("he'll'o h\\'i", "hello h'i"),
+        ("'hello\\'", "hello\\"),
+        ("hello\\", "hello"),
+        ("$C. $. ${A}}", ". $. 1}"),
+        ("$$A $1x $999x $@x ${1:-d}", "A x x x d"),
+        ("${PATH1#*/} ${PATH1##*/} ${PATH1%/*} ${PATH1%%/*}", "b/c.txt c.txt a/b a"),
+        ("${PATH1/?.txt/x} ${PATH1//\\//-} ${A#} ${STARS%\\**}", "a/b/x a-b-c.txt 1 a"),
     ],
 )
-def test_variables_as_docker_fills_them_in(text, value):
-    assert substitute(text, {"A": "1", "B": "2"}) == value
+def test_words_are_what_docker_build_makes_of_them(text, value):
+    variables = {"A": "1", "B": "two words", "EMPTY": "", "PATH1": "a/b/c.txt", "STARS": "a*b"}
+    assert expand(text, variables) == value
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["he'llo", '"hello', "${}", "${.}", "${A", "${A:=1}", "${C?}", "${C:?no}", "${A:#x}", "${A/x}"],
+)
+def test_words_that_docker_build_refuses(text):
+    with pytest.raises(SubstitutionError):
+        expand(text, {"A": "1"})
+
+
+# The examples of https://docs.docker.com/reference/dockerfile/, "ENV" and "Environment
+# replacement", and cases of BuildKit's parser.
+@pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("A=1 B='x y' C=\"p q\"", {"A": "1", "B": "x y", "C": "p q"}),
-        ("A some text", {"A": "some text"}),
-        ("A=a\\ b", {"A": "a b"}),
+        (
+            'MY_NAME="John Doe" MY_DOG=Rex\\ The\\ Dog MY_CAT=fluffy',
+            {"MY_NAME": "John Doe", "MY_DOG": "Rex The Dog", "MY_CAT": "fluffy"},
+        ),
+        ("ONE TWO= THREE=world", {"ONE": "TWO= THREE=world"}),
+        ("abc=bye def=$abc", {"abc": "bye", "def": "hello"}),
+        ("A='$abc' B=\"$abc\" C=\\$abc", {"A": "$abc", "B": "hello", "C": "$abc"}),
+        ("A 'some  text' $abc", {"A": "some  text hello"}),
         ("A=", {"A": ""}),
-        ("A x=y", {"A": "x=y"}),
+        ("A='x y'z", {"A": "x yz"}),
+        ("$abc=1", {"hello": "1"}),
     ],
 )
 def test_env_in_both_forms(text, found):
-    assert assignments(parse(f"FROM a\nENV {text}\n", FILE)[1], FILE) == found
+    instruction = parse(f"FROM a\nENV {text}\n", FILE)[1]
+    assert assignments(instruction, FILE, {"abc": "hello"}) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("ubuntu", ("ubuntu", "", "")),
+        ("python:3.12-slim", ("python", "3.12-slim", "")),
+        ("python:3.12-slim@sha256:ab", ("python", "3.12-slim", "sha256:ab")),
+        ("python@sha256:ab", ("python", "", "sha256:ab")),
+        ("localhost:5000/org/tool", ("localhost:5000/org/tool", "", "")),
+        ("localhost:5000/org/tool:1.0@sha256:ab", ("localhost:5000/org/tool", "1.0", "sha256:ab")),
+    ],
+)
+def test_the_parts_of_an_images_name(name, parts):
+    assert parse_image_name(name) == parts
+    # The engine's own client agrees where it can tell a tag from a digest.
+    client = pytest.importorskip("docker.utils")
+    if not (parts[1] and parts[2]):
+        repository, tag_or_digest = client.parse_repository_tag(name)
+        assert (repository, tag_or_digest or "") == (parts[0], parts[1] or parts[2])
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        ("python:3.12-slim@sha256:ab", "python"),
+        ("docker.io/library/python:3", "python"),
+        ("index.docker.io/library/python", "python"),
+        ("ghcr.io/org/tool:1@sha256:ab", "ghcr.io/org/tool:1"),
+        ("ghcr.io/org/tool:2@sha256:ab", None),
+        ("localhost:5000/python", None),
+        ("registry:5000/x@sha256:cd", "registry:5000/x@sha256:cd"),
+        ("pythonic", None),
+    ],
+)
+def test_an_image_is_known_by_its_name_or_by_all_that_is_given(image, found):
+    assert find_image(image, ["python", "ghcr.io/org/tool:1", "registry:5000/x@sha256:cd"]) == found
+
+
+IGNORED = """\
+# comment
+*/temp*
+*/*/temp*
+temp?
+**/__pycache__
+/root.txt
+ docs/ 
+*.md
+!README*.md
+build/**
+!build/keep/**
+a[b-c].[^x]
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "ignored"),
+    [
+        ("somedir/temporary.txt", True),
+        ("somedir/subdir/temporary.txt", True),
+        ("a/b/c/temporary.txt", False),
+        ("tempa", True),
+        ("temp", False),
+        ("__pycache__/x.pyc", True),
+        ("a/b/__pycache__/x/y", True),
+        ("a/__pycache__x", False),
+        ("root.txt", True),
+        ("sub/root.txt", False),
+        ("docs/a/b.txt", True),
+        ("notes.md", True),
+        ("sub/notes.md", False),
+        ("README-secret.md", False),
+        ("build/x/y", True),
+        ("build/keep/y", False),
+        ("ab.y", True),
+        ("ab.x", False),
+        ("# comment", False),
+    ],
+)
+def test_ignored_files_are_those_that_docker_leaves_out(path, ignored):
+    """Rules and examples of https://docs.docker.com/build/concepts/context/#dockerignore-files."""
+    assert is_ignored(path, ignore_patterns(IGNORED)) is ignored
+
+
+@given(
+    patterns=st.lists(
+        st.lists(st.sampled_from(["a", "b", "*", "**", "?", "a*", "!", "c.txt"]), min_size=1)
+        .map("/".join)
+        .filter(lambda pattern: not pattern.startswith(("!/", "**/**")) and "/!" not in pattern),
+        max_size=4,
+    ),
+    path=st.lists(st.sampled_from(["a", "b", "ab", "c.txt"]), min_size=1, max_size=4).map("/".join),
+)
+def test_ignored_files_are_those_of_the_engines_own_client(patterns, path):
+    client = pytest.importorskip("docker.utils.build")
+    # Docker's client matches a pattern with ** with one folder above a file only; BuildKit with
+    # all, which `docker build` does.
+    above = [path.rsplit("/", count)[0] for count in range(path.count("/") + 1)]
+    expected = False
+    for pattern in patterns:
+        one = client.Pattern(pattern)
+        if one.dirs and any(one.match(place) for place in above):
+            expected = not one.exclusion
+    assert is_ignored(path, ignore_patterns("\n".join(patterns))) is expected
+
+
+def test_the_ignore_file_itself_is_part_of_the_context_unless_it_is_named():
+    files = {".dockerignore": (b"*.log\n", 0o644), "a.log": (b"", 0o644), "b": (b"", 0o644)}
+    assert sorted(without_ignored(files)) == [".dockerignore", "b"]
 
 
 PIECE = st.sampled_from(
@@ -146,9 +289,10 @@ def test_any_text_is_a_dockerfile_or_a_typed_error(text):
                 and instruction.line
                 <= text.count("\n") + text.count("\r") + len(text.splitlines()) + 1
             )
-            substitute(instruction.arguments, {"A": "1"})
+            with contextlib.suppress(SubstitutionError):
+                expand(instruction.arguments, {"A": "1"})
             if instruction.keyword == "ENV":
-                assignments(instruction, FILE)
+                assignments(instruction, FILE, {})
     except TaskError as error:
         assert error.file == FILE and error.line >= 1
 
@@ -167,70 +311,11 @@ def test_any_text_is_a_dockerfile_or_a_typed_error(text):
 def test_no_text_takes_long(text):
     began = time.process_time()
     _, instruction = parse(f"FROM a\n{text}\n", FILE)
-    substitute(instruction.arguments, {})
-    network_need(instruction.arguments)
-    packages(instruction.arguments)
+    with contextlib.suppress(SubstitutionError):
+        expand(instruction.arguments, {})
+    split_words(instruction.arguments)
+    needs_of(instruction.arguments)
     assert time.process_time() - began < 5  # the square of the length would be minutes
-
-
-# -- the network
-# -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "apt-get update",
-        "apt-get -y -q install git",
-        "pip install x",
-        "python3 -m pip install x",
-        "uvx pytest",
-        "curl -LsSf https://astral.sh/x | sh",
-        "wget http://a.b/c",
-        "git clone https://a/b",
-        "npm ci",
-    ],
-)
-def test_commands_that_need_the_network(command):
-    assert network_need(f"true\n# {command}\n{command}\n")[0] == 3
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "curl http://localhost:80/",
-        "wget -q http://127.0.0.1/x",
-        "curl $URL",
-        "git clone /app/a b",
-        "pip install --no-index x",
-        "echo apt",
-        "aptitude",
-        "grep install x",
-        "uv --version",
-    ],
-)
-def test_commands_that_do_not(command):
-    assert network_need(command) is None
-
-
-@pytest.mark.parametrize(
-    ("command", "found"),
-    [
-        (
-            (
-                "apt-get update && apt-get install -y --no-install-recommends git=1 tmux && rm -rf"
-                " /var/lib/apt/lists/*"
-            ),
-            ["git", "tmux"],
-        ),
-        ("apt-get update", []),
-        ("apt-get install -y git && make", None),
-        ("make", None),
-        ("DEBIAN_FRONTEND=noninteractive apt install -y git; apt-get clean", ["git"]),
-    ],
-)
-def test_commands_that_only_install_packages(command, found):
-    assert packages(command) == found
 
 
 # -- paths

@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 from envs.rock import SandboxConfig
-from envs.tasks.harbor import HarborEnv, load_task
-from envs.tasks.harbor.reference import NETWORK, lacks_in
+from envs.tasks.harbor import HarborEnv, load_task, reference
+from envs.tasks.harbor.grade import Grade
+from envs.tasks.harbor.reference import NETWORK, find_reference, lacks_in
 from tests.envs.tasks.harbor.conftest import TB1, write
 from tests.envs.tasks.harbor.playing import play
 
@@ -139,6 +140,29 @@ def test_the_reference_is_played_once_for_all_episodes_of_a_task(harbor, run, mo
     assert run(episodes()) == ["failure"] * 3 and len(played) == 1
 
 
+@pytest.mark.parametrize(
+    ("reward", "may_change", "plays"), [(1.0, False, 1), (1.0, True, 2), (0.0, False, 2)]
+)
+def test_a_reference_that_failed_or_may_change_is_played_again_later(
+    harbor, run, monkeypatch, reward, may_change, plays
+):
+    task = load_task(harbor())
+    played = []
+
+    async def play():
+        played.append(1)
+        return [Grade(reward, {})], True
+
+    async def asked_twice():
+        await find_reference(task, "", may_change, play)
+        await find_reference(task, "", may_change, play)
+        monkeypatch.setattr(reference, "RECENT_SECONDS", -1.0)
+        await find_reference(task, "", may_change, play)
+
+    run(asked_twice())
+    assert len(played) == plays
+
+
 def test_a_fault_ends_a_task_of_several_steps(harbor, run):
     steps = {
         "task.toml": 'version = "1.0"\n[[steps]]\nname = "one"\n[[steps]]\nname = "two"\n',
@@ -170,7 +194,9 @@ def test_a_fault_ends_a_task_of_several_steps(harbor, run):
         ("Error: Cannot find module './mine'", set()),
         ("curl: (6) Could not resolve host: astral.sh", {NETWORK}),
         ("E: Unable to locate package curl", {NETWORK}),
+        ("FileNotFoundError: [Errno 2] No such file or directory: 'out.txt'", set()),
         ("the file was not found anywhere", set()),
+        ("a" * 1_000_000, set()),  # in linear time: the suite's time limit
         ("1 passed", set()),
     ],
 )

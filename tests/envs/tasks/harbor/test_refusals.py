@@ -29,7 +29,7 @@ from tests.envs.tasks.harbor.playing import observe, play
                 )
             },
             3,
-            "`apt-get install` needs the network",
+            "this machine lacks libfoo-dev",
         ),
         (
             {
@@ -44,7 +44,7 @@ from tests.envs.tasks.harbor.playing import observe, play
         (
             {"environment/Dockerfile": "FROM python:3.12\nRUN pip install numpy\n"},
             2,
-            "`pip install` needs the network",
+            "python3 of this machine lacks numpy",
         ),
         ({"environment/Dockerfile": "FROM ubuntu\nRUN useradd me\n"}, 2, "one unprivileged user"),
         (
@@ -91,7 +91,7 @@ from tests.envs.tasks.harbor.playing import observe, play
         (
             {
                 "tests/test.sh": (
-                    "#!/bin/bash\n\ncurl -LsSf https://astral.sh/uv/install.sh | sh\nuvx pytest\n"
+                    "#!/bin/bash\n\ncurl -LsSf https://example.org/tool.sh | sh\nuvx pytest\n"
                 )
             },
             3,
@@ -114,11 +114,12 @@ def test_what_the_embedded_backend_cannot_do_is_said_by_name_with_file_and_line(
         ("FROM ubuntu\nRUN true\nRUN echo bad >&2; exit 3\n", BuildError, 3, "exit 3: bad"),
         ("FROM ubuntu\nRUN cat /app/none\n", BuildError, 2, "/app/none"),
         ("FROM ubuntu\nRUN touch /opt2/x\n", BuildError, 2, "RUN ended with exit"),
-        ("FROM ubuntu\nCOPY ../x y\n", TaskError, 2, "leaves the build context"),
+        ("FROM ubuntu\nCOPY ../x y\n", TaskError, 2, "no such file"),
+        ("FROM ubuntu\nCOPY a b c\n", TaskError, 2, "a target that ends with /"),
         ("FROM ubuntu\nCOPY nothing y\n", TaskError, 2, "no such file"),
         ("FROM ubuntu\nCOPY one\n", TaskError, 2, "a source and a target"),
-        ("FROM ubuntu\nENV 1=2\n", TaskError, 2, "not NAME=value"),
-        ("FROM ubuntu\nENV A='x\n", TaskError, 2, "quotation"),
+        ("FROM ubuntu\nENV 1=2 x\n", TaskError, 2, "not NAME=value"),
+        ("FROM ubuntu\nENV A='x\n", TaskError, 2, "quote is not closed"),
         ("FROM a b c d\n", TaskError, 1, "not `FROM image"),
         ("FROM ubuntu\nSHELL bash\n", TaskError, 2, "JSON"),
     ],

@@ -72,7 +72,7 @@ def test_a_separate_verifier_gets_the_artifacts_and_nothing_else(apart, run):
         SOLVE + "rm /tmp/answer.json; mkfifo /tmp/answer.json",
         SOLVE
         # for a verifier with less room than the agent
-        + "head -c 20M /dev/zero > /data/results/large",
+        + "head -c 20M /dev/urandom > /data/results/large",
         SOLVE
         + "rm /app/out.txt; d=/app/out.txt; mkdir $d; cd $d; for i in $(seq 25); do mkdir $(printf"
         " 'x%.0s' $(seq 240)) && cd x*; done",
@@ -223,3 +223,16 @@ def test_a_separate_verifier_is_another_container(apart, run, engine):
     reward, info = run(play(folder, SOLVE, config=config))
     assert (reward, info["ending"], info["note"], info["test_output"]) == (1.0, "success", "", "")
     assert run(play(folder, config=config))[0] == 0.0
+
+
+def test_what_its_tests_install_is_in_its_image_or_there_is_no_verdict(apart, run):
+    preamble = "#!/bin/bash\nset -e\nsudo apt-get update && apt-get install -y {}\n"
+    there = CHECK.replace("#!/bin/bash\n", preamble.format("grep"))
+    assert run(oracle(apart({"tests/test.sh": there}), CONFIG)) == (1.0, "success")
+    lacking = CHECK.replace("#!/bin/bash\n", preamble.format("no-such-program"))
+    reward, info = run(play(apart({"tests/test.sh": lacking}, name="lacking"), SOLVE))
+    assert (reward, info["ending"]) == (0.0, "infra_sandbox"), info
+    assert "lacks no-such-program" in info["note"]
+    fetching = CHECK.replace("#!/bin/bash\n", "#!/bin/bash\ncurl https://example.org/x | sh\n")
+    with pytest.raises(TaskError, match="needs the network"):
+        run(play(apart({"tests/test.sh": fetching}, name="fetching"), SOLVE))

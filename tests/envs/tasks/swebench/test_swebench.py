@@ -339,6 +339,26 @@ def test_nothing_and_no_cheat_does(task, names):
         assert reward == 0.0 and info["ending"] == "failure", (name, info)
 
 
+@pytest.mark.parametrize("end", ["", "\n"], ids=["without", "with"])
+def test_a_patch_whose_last_newline_was_stripped_is_the_same_patch(made, tmp_path, end):
+    row = dict(made.row)
+    for name in ("patch", "test_patch"):
+        row[name] = row[name].rstrip("\n") + end
+    instance = parse_instance(Row(tmp_path / "x.jsonl", 1, 0, row))
+    assert instance.patch == made.row["patch"] and instance.test_patch == made.row["test_patch"]
+
+
+def test_a_patch_whose_blank_context_was_stripped_says_so(made):
+    patch = (
+        "diff --git a/n.txt b/n.txt\nnew file mode 100644\n--- /dev/null\n+++ b/n.txt\n"
+        "@@ -0,0 +1,3 @@\n+a\n+b\n"
+    )
+    with pytest.raises(RepositoryError, match=r"@@ -0,0 \+1,3 @@, is cut: .* stripped"):
+        patched(made.path, made.base, patch)
+    files, _ = patched(made.path, made.base, f"{patch}+\n")
+    assert files["n.txt"][0] == b"a\nb\n\n"
+
+
 def test_all_of_a_file_is_loaded_and_faults_are_kept_apart(made, tmp_path):
     commit_ = commit(made.path, "later still", other_py="x = 1\n")
     assert commit_ not in git(made.path, "rev-list", made.base)
@@ -366,3 +386,13 @@ def test_all_of_a_file_is_loaded_and_faults_are_kept_apart(made, tmp_path):
         ).stdout
         == ""
     )
+
+
+def test_a_dependency_that_the_sandbox_lacks_is_nobodys_failure(made):
+    patch = made.row["test_patch"].replace("+from stats", "+import nosuchlib; from stats")
+    file = made.path.parents[2] / "lacking.jsonl"
+    file.write_text(json.dumps({**made.row, "test_patch": patch}) + "\n")
+    (task,) = load_swebench(file)
+    reward, info = asyncio.run(play(task))
+    assert (reward, info["ending"]) == (0.0, "infra_verifier")
+    assert "need nosuchlib, which the reference solution does not find" in info["note"]

@@ -141,6 +141,39 @@ def test_programs_are_judged_on_files_that_no_agent_has_seen():
     assert faults == []
 
 
+CONSTANT_SCRIPTS = {
+    "backup_script": (
+        "backup.sh",
+        '[ -d "$1" ] || exit 2; mkdir -p "$2"; cp -r "$1"/. "$2"; echo "{} files"',
+    ),
+    "shell_quotes": ("count.sh", "cat <<'END'\n{}\nEND"),
+}
+
+
+def test_a_script_that_prints_what_is_right_of_the_visible_folder_earns_nothing():
+    async def play(name, seed):
+        env = TerminalEnv(f"{name}/{seed}", CONFIG)
+        try:
+            await env.areset()
+            files = {path: text for path, (text, _) in env.task.files.items() if "/" in path}
+            rows = [
+                f"{path.split('/')[1]} {len(files[path].splitlines())}" for path in sorted(files)
+            ]
+            path, script = CONSTANT_SCRIPTS[name]
+            answer = len(files) if name == "backup_script" else "\n".join(rows)
+            await env._sandbox.write_files({path: script.format(answer).encode()})
+            return (await env.astep("done"))[1]
+        finally:
+            await env.aclose()
+
+    async def together():
+        return await asyncio.gather(
+            *(play(name, seed) for name in CONSTANT_SCRIPTS for seed in (0, 1))
+        )
+
+    assert asyncio.run(together()) == [0.0] * 4
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_a_program_that_knows_one_seeds_results_fails_on_others(program):
     results = []

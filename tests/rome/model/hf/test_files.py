@@ -127,3 +127,24 @@ def test_an_index_that_lies_about_its_files_is_found_out(params, tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
         load_hf(tmp_path)
+
+
+def test_a_single_file_beside_another_checkpoints_index_is_never_a_silent_choice(params, tmp_path):
+    base = tmp_path / "base"
+    save_hf(params, SMALL, base, max_shard_bytes=8_000)
+    tuned = jax.tree.map(lambda leaf: leaf + 1, params)
+    save_hf(tuned, SMALL, tmp_path / "tuned")
+    (base / "model.safetensors").write_bytes((tmp_path / "tuned/model.safetensors").read_bytes())
+    shards = sorted(base.glob("model-*.safetensors"))
+    with pytest.raises(ValueError, match=rf"two checkpoints: .*{shards[0].name}.*delete the one"):
+        load_hf(base)
+    for shard in shards:  # what a writer that leaves the index behind has
+        shard.unlink()
+    assert_trees_equal(load_hf(base)[0], tuned)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))  # an index of one file
+    assert_trees_equal(load_hf(base)[0], tuned)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors is named by the index"):
+        load_hf(base)

@@ -5,6 +5,7 @@ import unicodedata
 
 import jinja2
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -287,3 +288,76 @@ def test_a_damaged_ranks_file_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="does not belong"):
         Tokenizer.load(tmp_path)
+
+
+# -- the ids of transformers
+# -------------------------------------------------------------------------------------------------
+
+
+def limited(backend):
+    backend.enable_truncation(8)
+    backend.enable_padding(length=16)
+
+
+def with_words(backend):
+    backend.add_tokens(["zebra", tokenizers.AddedToken("<extra>", lstrip=True, rstrip=True)])
+
+
+def with_flags(backend):
+    whole = tokenizers.AddedToken("zebra", single_word=True, normalized=True)
+    backend.add_tokens([whole, tokenizers.AddedToken(" fox", normalized=False)])
+
+
+def lower(backend):
+    folded = [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+    backend.normalizer = tokenizers.normalizers.Sequence(folded)
+    backend.add_tokens([tokenizers.AddedToken("ZEBRA", normalized=True)])
+
+
+def with_start(backend):
+    start = ("<|im_start|>", backend.token_to_id("<|im_start|>"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[start]
+    )
+
+
+CHANGES = [limited, with_words, with_flags, lower, with_start]
+WORDS_OF_TEXTS = ["zebra", "ZEBRA", " fox", "red", " ", "\n", "Cafe\u0301", "x" * 40, "<extra>"]
+TRUSTED = [*WORDS_OF_TEXTS, "<|im_end|>", "<tool_call>"]
+
+
+@pytest.fixture(scope="module", params=CHANGES)
+def changed(request, tmp_path_factory):
+    """A folder with a tokenizer.json as transformers writes it, what reads it there, and ours."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    request.param(backend)
+    backend.save(str(folder / "tokenizer.json"))
+    backend.no_truncation()  # as transformers does before each text that it does not cut
+    backend.no_padding()
+    return folder, backend, Tokenizer.load(folder)
+
+
+@given(parts=st.lists(st.sampled_from(TRUSTED), max_size=8))
+def test_ids_are_those_of_the_file_without_its_limits(changed, parts):
+    _, backend, ours = changed
+    text = "".join(parts)
+    expected = backend.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, allow_special=True) == expected
+    if "<" not in text:
+        assert ours.encode(text) == ours.encode_turn(text) == expected
+
+
+def test_ids_are_those_of_transformers(changed):
+    transformers = pytest.importorskip(
+        "transformers", reason="pip install -r tests/requirements-live.txt"
+    )
+    folder, _, _ = changed
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    theirs.save_pretrained(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = Tokenizer.load(folder)
+    for word in TRUSTED:
+        text = f"red {word} bee{word} {word * 3}"
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text, allow_special=True) == ids

@@ -1,0 +1,43 @@
+"""The limits of a config compared with what the model, the tasks and the engines need."""
+
+from __future__ import annotations
+
+import ml_collections
+
+from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, make_task
+from rome.model.config import ModelConfig
+from rome.model.tokenizer import Chat
+from rome.train.workdir import ConfigError
+
+
+def check_episode_limits(
+    config: ml_collections.ConfigDict, model_config: ModelConfig, chat: Chat
+) -> None:
+    """Raise ConfigError where no episode could begin, before anything is started."""
+    if config.max_context > model_config.max_position:
+        raise ConfigError(
+            f"max_context={config.max_context} is longer than the {model_config.max_position}"
+            " positions of the model. Lower --config.max_context."
+        )
+    texts = {}
+    for family in (*FAMILIES, *HELD_OUT_FAMILIES):
+        texts[f"a task of the family {family}"] = make_task(family, eval_seed(0)).instruction
+    lengths = {what: len(chat.open(text)) for what, text in texts.items()}
+    longest = max(lengths, key=lambda what: lengths[what])
+    needed = lengths[longest] + config.max_new_tokens
+    if config.max_context <= lengths[longest]:
+        raise ConfigError(
+            f"max_context={config.max_context} is too short for {longest}, whose first prompt has"
+            f" {lengths[longest]} tokens. Set --config.max_context to {needed} or more (one turn"
+            " has up to"
+            f" max_new_tokens={config.max_new_tokens}), and --config.row_length to no less."
+        )
+
+
+def check_text_limits(config: ml_collections.ConfigDict, model_config: ModelConfig) -> None:
+    """Raise ConfigError for rows of text that are longer than the model's positions."""
+    if config.row_length > model_config.max_position:
+        raise ConfigError(
+            f"row_length={config.row_length} is longer than the {model_config.max_position}"
+            " positions of the model. Lower --config.row_length."
+        )

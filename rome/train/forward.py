@@ -1,0 +1,123 @@
+"""The forward pass of training: logprobs and entropy of packed rows, with the published weights.
+
+pi_old of fresh and of stale samples, pi inside the loss, probes of engines and held-out text are
+all scored by `Forward.__call__`, so that the same weights and tokens have the same logprobs.
+
+B rows, T tokens, L layers, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from rome.data.routes import route_dtype
+from rome.model.config import ModelConfig
+from rome.model.ops.kernels import Kernels
+from rome.model.ops.logprobs import chunked_logprobs
+from rome.model.qwen3 import Output, Qwen3, as_published, head_kernel
+from rome.train.replay import recorded_routes, replayed_ids
+
+
+class Scored(NamedTuple):
+    """What a forward pass says about the tokens of its rows.
+
+    Attributes:
+      logp_BT: float32; 0 at the first token of a segment and on padding.
+      entropy_BT: of the distribution that the token was drawn from, in nats; a constant to the
+        gradient.
+      output: of the model, up to the final norm.
+    """
+
+    logp_BT: jax.Array
+    entropy_BT: jax.Array
+    output: Output
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A model's scores. Its methods are pure functions of float32 parameters and rows.
+
+    Args:
+      config: of the model.
+      kernels: by name, all chosen.
+      temperature: of the sampling; logits are divided by it.
+    """
+
+    config: ModelConfig
+    kernels: Kernels
+    temperature: float
+
+    def __call__(
+        self,
+        params: dict,
+        tokens_BT: Any,
+        positions_BT: Any,
+        segments_BT: Any,
+        routes_BTLk: Any = None,
+        temperature: float | None = None,
+    ) -> Scored:
+        """Score the tokens of packed rows.
+
+        Args:
+          params: float32; they are rounded as engines have them.
+          tokens_BT: ids.
+          positions_BT: within each segment.
+          segments_BT: 0 is padding.
+          routes_BTLk: experts to replay, as in a batch; None: every token chooses its own.
+          temperature: instead of that of the sampling.
+        """
+        routes_LBTk = None if routes_BTLk is None else replayed_ids(routes_BTLk)
+        model = Qwen3(
+            self.config,
+            self.config.scan_layers,
+            self.kernels.experts,
+            self.kernels.attention,
+            self.kernels.exchange,
+        )
+        output: Any = model.apply(
+            {"params": as_published(params, self.config)},
+            tokens_BT,
+            positions_BT,
+            segments_BT,
+            routes_LBTK=routes_LBTk,
+        )
+        logp_BT, entropy_BT = chunked_logprobs(
+            output.hidden_BTD,
+            head_kernel(params, self.config),
+            tokens_BT,
+            segments_BT,
+            temperature=temperature or self.temperature,
+            with_entropy=True,
+        )
+        return Scored(logp_BT, entropy_BT, output)
+
+    def logprobs(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
+    ) -> jax.Array:
+        """Return logp_BT."""
+        return self(params, tokens_BT, positions_BT, segments_BT, routes_BTLk).logp_BT
+
+    def logprobs_at_temperature_1(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
+    ) -> jax.Array:
+        """Return logp_BT of the model's own distribution."""
+        return self(params, tokens_BT, positions_BT, segments_BT, temperature=1.0).logp_BT
+
+    def logprobs_and_routes(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return logp_BT, and the routes that every token chose, as in a batch."""
+        scored = self(params, tokens_BT, positions_BT, segments_BT)
+        dtype = route_dtype(self.config)
+        routes_BTLk = recorded_routes(scored.output.routes_LBTK, segments_BT > 0, dtype)
+        return scored.logp_BT, routes_BTLk
+
+    def expert_counts(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
+    ) -> jax.Array:
+        """Return how often each expert is chosen, [L, E]."""
+        scored = self(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        return scored.output.router.counts_LE

@@ -1,0 +1,76 @@
+"""How fast the learner is: the seconds of the updates alone, and the work that was done in them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rome.data.batch import Batch
+
+
+class Work(NamedTuple):
+    """What passes through the model in the updates of a step; padding is no work.
+
+    Attributes:
+      tokens: of all sequences, prompts included.
+      squares: sum of the squares of the sequences' lengths, which attention takes its time by.
+    """
+
+    tokens: int
+    squares: int
+
+
+def count_work(batches: Iterable[Batch], epochs: int = 1) -> Work:
+    """Count the work of passing these batches through the model so many times."""
+    tokens = 0
+    squares = 0
+    for batch in batches:
+        for segments_T in np.asarray(batch.segments_BT):
+            lengths = np.bincount(segments_T)[1:]  # segment 0 is padding
+            tokens += int(lengths.sum())
+            squares += int(np.square(lengths.astype(np.int64)).sum())
+    return Work(epochs * tokens, epochs * squares)
+
+
+class UpdateSeconds:
+    """Measures how long the updates of a step take, without waiting for them in this thread.
+
+    They are handed to the devices and run behind the host. They begin when they are handed over, or
+    later, when those of the step before have ended; they end when their result is there.
+
+    Args:
+      started: time.monotonic() when the first update was handed over.
+      result: an array that the last update has computed.
+      before: of the step before.
+    """
+
+    def __init__(self, started: float, result: Any, before: UpdateSeconds | None = None) -> None:
+        self._started = started
+        self._before = before
+        self._ended = started
+        self._thread = threading.Thread(target=self._wait_for, args=(result,), daemon=True)
+        self._thread.start()
+
+    def _wait_for(self, result: Any) -> None:
+        with contextlib.suppress(Exception):  # whoever reads the result raises it
+            jax.block_until_ready(result)
+        self._ended = time.monotonic()
+
+    def value(self) -> float:
+        """Wait for the end of the updates, and return their seconds."""
+        self._thread.join()
+        if self._before is not None:
+            self._started = max(self._started, self._before.ended())
+            self._before = None  # or every step of a run would be kept
+        return self._ended - self._started
+
+    def ended(self) -> float:
+        """Wait for the end of the updates, and return time.monotonic() of it."""
+        self._thread.join()
+        return self._ended

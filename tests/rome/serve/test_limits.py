@@ -1,0 +1,218 @@
+"""What bounds the engine: its queue, its patience, and the memory that a request may cost it.
+
+The HTTP server and the scheduler are the real ones; the device answers without computing.
+"""
+
+import asyncio
+import contextlib
+import json
+
+import aiohttp
+import numpy as np
+from aiohttp import web
+
+from rome.serve.answer import make_answer
+from rome.serve.programs import Decoded, Prefilled, Shapes
+from rome.serve.protocol import Bounds
+from rome.serve.request import Request, SamplingParams
+from rome.serve.scheduler import Scheduler
+from rome.serve.server import Server
+
+SHAPES = Shapes(
+    slots=2, max_context=4096, prefill_rows=2, prefill_chunk=4, decode_rows=2, decode_steps=4
+)
+LAYERS, TOP_K = 2, 1
+
+
+class IdleDevice:
+    """Draws token 5 for everybody, and gives the routes of a call where they are asked for."""
+
+    def __init__(self):
+        self.missing = {}
+        self.stats = {"generated_tokens": 0}
+
+    def prepare(self):
+        pass
+
+    def allocated_bytes(self):
+        return 0
+
+    def prefill(self, batch, sources):
+        R, P = SHAPES.prefill_rows, SHAPES.prefill_chunk
+        routes = np.zeros((LAYERS, R, P, TOP_K), np.int32)
+        return Prefilled(np.full(R, 5), np.zeros(R), np.zeros((R, P)), routes)
+
+    def decode(self, batch):
+        Q, R = SHAPES.decode_steps, SHAPES.decode_rows
+        routes = np.zeros((Q, LAYERS, R, TOP_K), np.int32)
+        return Decoded(np.full((Q, R), 5), np.zeros((Q, R)), routes)
+
+
+def make_scheduler():
+    scheduler = Scheduler(None, SHAPES, None, "0")
+    scheduler.device = IdleDevice()
+    return scheduler
+
+
+@contextlib.asynccontextmanager
+async def running(**limits):
+    """Give a function that posts to a server with these limits."""
+    scheduler = make_scheduler()
+    bounds = Bounds(100, SHAPES.max_context, frozenset({9}), **limits)
+    runner = web.AppRunner(
+        Server(scheduler, bounds, None, {"model_path": "nowhere"}).app(),
+        handler_cancellation=True,
+        shutdown_timeout=0.0,
+    )
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+    scheduler.start()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as session:
+
+        async def post(route, **body):
+            async with session.post(url + route, json=body) as response:
+                return response.status, response.headers, await response.text()
+
+        post.scheduler = scheduler
+        try:
+            yield post
+        finally:
+            scheduler.stop()
+            await runner.cleanup()
+
+
+def generate(post, number=1, **body):
+    params = {"max_new_tokens": 3}
+    return post("/generate", input_ids=[number], sampling_params=params, **body)
+
+
+async def until(claim):
+    async with asyncio.timeout(20):
+        while not claim():
+            await asyncio.sleep(0.005)
+
+
+def test_a_full_queue_is_told_with_503_and_drains_when_the_server_goes_on():
+    async def conversation():
+        async with running(max_queued_requests=3) as post:
+            await post("/pause_generation", mode="in_place")
+            tasks = [asyncio.ensure_future(generate(post, number)) for number in range(5)]
+            await until(lambda: post.scheduler.load_metrics()["waiting"] == 5)
+            status, headers, text = await generate(post)
+            assert (status, headers["Retry-After"]) == (503, "1")
+            assert "queue is full" in json.loads(text)["error"]["message"]
+            too_many = await post("/generate", input_ids=[[1]] * 6)
+            assert too_many[0] == 400 and "send at most 5" in too_many[2]
+            await post("/continue_generation")
+            assert {status for status, _, _ in await asyncio.gather(*tasks)} == {200}
+            assert (await generate(post))[0] == 200
+
+    asyncio.run(conversation())
+
+
+def test_a_request_that_a_pause_holds_for_too_long_is_dropped_and_told_so():
+    async def conversation():
+        async with running(request_seconds=0.3) as post:
+            await post("/pause_generation", mode="in_place")
+            whole, stream = await asyncio.gather(
+                generate(post, rid="same"), generate(post, stream=True)
+            )
+            assert whole[0] == 503 and "did not end within 0.3 s" in whole[2]
+            assert stream[0] == 200 and "did not end within 0.3 s" in stream[2]
+            assert stream[2].endswith("data: [DONE]\n\n")
+            await until(lambda: not post.scheduler.busy())
+            await post("/continue_generation")
+            assert (await generate(post, rid="same"))[0] == 200  # its id is free again
+
+    asyncio.run(conversation())
+
+
+def run_alone(scheduler, request):
+    """Take one request through the scheduler, in this thread."""
+    scheduler.submit(request)
+    scheduler._commands.popleft()()
+    while scheduler.busy():
+        scheduler._admit()
+        scheduler._prefill_some()
+        scheduler._decode_once()
+
+
+def prompt_of(chunks):
+    return [number % 97 for number in range(chunks * SHAPES.prefill_chunk + 1)]
+
+
+def test_a_prompts_prefix_is_recorded_once_not_again_for_every_chunk():
+    recorded = []
+
+    class Counted(set):
+        def add(self, slot):
+            recorded.append(slot)
+            super().add(slot)
+
+    scheduler = make_scheduler()
+    scheduler._slots._holders.default_factory = Counted
+    for chunks in (50, 100):
+        before = len(recorded)
+        run_alone(scheduler, Request("a", prompt_of(chunks), SamplingParams(1), salt=str(chunks)))
+        assert len(recorded) - before == chunks
+
+
+def test_routes_are_kept_for_requests_that_want_them_and_for_no_others():
+    def kept_after(request):
+        scheduler = make_scheduler()
+        run_alone(scheduler, request)
+        return [note for notes in scheduler._slots._notes for note in notes]
+
+    asked, silent = (
+        Request("a", prompt_of(3), SamplingParams(9), return_routes=wanted)
+        for wanted in (True, False)
+    )
+    assert [len(routes) for routes in kept_after(asked)] == [4, 4, 4]
+    assert sum(len(routes) for routes in asked.routes) == len(asked.prompt_ids) + 9 - 1
+    assert kept_after(silent) == [None, None, None] and silent.routes == []
+
+
+def test_a_request_that_wants_routes_takes_no_prefix_from_one_that_did_not():
+    scheduler = make_scheduler()
+    requests = [
+        Request(rid, prompt_of(3), SamplingParams(1), return_routes=wanted)
+        for rid, wanted in [("a", False), ("b", True), ("c", True), ("d", False)]
+    ]
+    for request in requests:
+        run_alone(scheduler, request)
+    assert [request.cached_tokens for request in requests] == [0, 0, 12, 12]
+    for request in requests[1:3]:
+        assert sum(len(routes) for routes in request.routes) == len(request.prompt_ids)
+
+
+def test_an_answer_at_any_moment_has_a_logprob_and_a_version_for_every_token():
+    """A stream is answered from another thread, between any two changes of the scheduler."""
+    seen = []
+
+    class Watched(list):
+        """A list that is looked at whenever it has grown."""
+
+        def __iadd__(self, more):
+            super().__iadd__(more)
+            look()
+            return self
+
+        def append(self, one):
+            super().append(one)
+            look()
+
+    request = Request("a", prompt_of(1), SamplingParams(9), return_logprob=True, stream=True)
+    request.output_ids, request.logprobs, request.versions = Watched(), Watched(), Watched()
+
+    def look():
+        answer = make_answer(request, "0", None)
+        meta = answer["meta_info"]
+        ids = [entry[1] for entry in meta["output_token_logprobs"]]
+        covered = sum(span["end"] - span["start"] for span in meta["weight_versions"])
+        assert ids == answer["output_ids"] and covered == len(ids)
+        seen.append(len(ids))
+
+    run_alone(make_scheduler(), request)
+    assert seen[-1] == 9 and len(set(seen)) > 2
