@@ -22,10 +22,12 @@ class Score(NamedTuple):
 
     Attributes:
       logp_BT: float32.
+      expert_counts_LE: float32; how often the pass chose each expert; None without a pass.
       routes_BTLk: the experts that the pass chose or replayed; None without routing replay.
     """
 
     logp_BT: np.ndarray
+    expert_counts_LE: np.ndarray | None
     routes_BTLk: np.ndarray | None
 
 
@@ -102,17 +104,16 @@ class OldLogprobs:
                         filled[place], score, sampled_by(filled[place], {version})
                     )
         for place, batch in enumerate(filled):
-            engines_own = Score(batch.logp_rollout_BT, batch.routes_BTLk)
+            engines_own = Score(batch.logp_rollout_BT, None, batch.routes_BTLk)
             filled[place] = fill_where(batch, engines_own, sampled_by(batch, lost))
         return filled, lost
 
     def _score(self, params: dict, batches: list[Batch]) -> list[Score]:
         if self._records_routes:
             return [Score(*found) for found in self._learner.score_and_record(params, batches)]
-        logprobs = self._learner.score(params, batches)
+        scored = self._learner.score_and_count(params, batches)
         return [
-            Score(logp_BT, batch.routes_BTLk)
-            for batch, logp_BT in zip(batches, logprobs, strict=True)
+            Score(*found, batch.routes_BTLk) for batch, found in zip(batches, scored, strict=True)
         ]
 
     def _has(self, version: int, current: int) -> bool:
@@ -134,9 +135,13 @@ class OldLogprobs:
 
 
 def fill_all(batch: Batch, score: Score) -> Batch:
-    """Return the batch with the logprobs of its action tokens and the routes of a score."""
+    """Return the batch with the logprobs of its action tokens, the counts and routes of a score."""
     logp_old_BT = np.where(batch.action_mask_BT, score.logp_BT, 0.0)
-    return batch._replace(logp_old_BT=logp_old_BT, routes_BTLk=score.routes_BTLk)
+    return batch._replace(
+        logp_old_BT=logp_old_BT,
+        routes_BTLk=score.routes_BTLk,
+        expert_counts_LE=score.expert_counts_LE,
+    )
 
 
 def fill_where(batch: Batch, score: Score, where_BT: np.ndarray) -> Batch:

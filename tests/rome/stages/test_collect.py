@@ -277,9 +277,12 @@ class RecordingLearner:
     def __init__(self):
         self.passes = []  # (parameters, first token of the micro-batch)
 
-    def score(self, params, batches):
+    def score_and_count(self, params, batches):
         self.passes += [(params, int(batch.tokens_BT[0, 0])) for batch in batches]
-        return [np.full(batch.tokens_BT.shape, params, np.float32) for batch in batches]
+        counts_LE = np.full((1, 2), -params, np.float32)
+        return [
+            (np.full(batch.tokens_BT.shape, params, np.float32), counts_LE) for batch in batches
+        ]
 
     def keep(self, params):
         return params
@@ -325,6 +328,8 @@ def test_every_token_is_scored_once_at_the_weights_that_sampled_it(tmp_path):
     found = [batch.logp_old_BT[batch.action_mask_BT].tolist() for batch in scored]
     assert found == [[-3, -3], [-4, -4], [-2, -4], [-3, -2], [-4, -4], [-0.5, -0.5]]
     assert lost == {1}
+    # of the first pass over each: at the newest weights that sampled in it
+    assert [batch.expert_counts_LE[0, 0] for batch in scored] == [3, 4, 4, 3, 4, 4]
     once = {10: [-3], 20: [-4], 30: [-4, -2], 40: [-3, -2], 50: [-4], 60: [-4]}
     assert sorted(learner.passes) == sorted((p, row) for row, ps in once.items() for p in ps)
 
