@@ -50,8 +50,11 @@ test:
 	@$(SETUP) $(DEV)
 	@exec .venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
+# The CUDA plugin of this jax lies beside .venv: inside, it would look for a GPU in every process.
 test-all:
 	@$(SETUP) $(DEV) tests/requirements-live.txt
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || [ -d .cache/cuda/jax_plugins ] || { jax=$$(.venv/bin/python -c "import jax; print(jax.__version__)") && \
+	  .venv/bin/python -m pip install -qq --no-deps --target .cache/cuda jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax; }
 	@exec .venv/bin/python -m pytest $(PARALLEL) -m "slow or not slow" --cov --cov-report=term $(ARGS)
 
 docs:

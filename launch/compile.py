@@ -1,11 +1,12 @@
 r"""Compile an experiment's step for a TPU slice that need not exist, and report its cost.
 
 python -m launch.compile --config=experiments/ipa.py:qwen3_30b_a3b --topology=v5p:4x4x4 \
-    [--json=FILE] [--config.key=value ...]
+    [--sequence_length=N] [--imbalance=1.2] [--json=FILE] [--config.key=value ...]
 
 Needs libtpu, not a TPU: pip install "jax[tpu]==VERSION OF JAX". Prints bytes a device by kind,
-FLOPs, collectives by mesh axis, the time that each bounds, the MFU that is left, and what to change
-where it does not fit (exit status 1).
+FLOPs, collectives by mesh axis, the least time that each takes, the MFU that is left at most, and
+what to change where it does not fit (exit status 1). All passes of a step are counted: the scoring
+of pi_old, the counting of experts where nothing is scored, and the epochs.
 """
 
 from __future__ import annotations
@@ -34,20 +35,46 @@ _TOPOLOGY = flags.DEFINE_string(
 _LAYERS = flags.DEFINE_integer(
     "layers", 0, "Compile this many layers instead of the model's: quicker, for a first look."
 )
+_SEQUENCE = flags.DEFINE_integer(
+    "sequence_length", 0, "Tokens of a sequence, several of which share a row; 0: the whole row."
+)
+_IMBALANCE = flags.DEFINE_float(
+    "imbalance", 1.0, "Choices of experts on the busiest device over the mean of all devices."
+)
 _JSON = flags.DEFINE_string("json", "", "Write the report to this file.")
 
 
-def compile_experiment(config: Any, topology: str, layers: int = 0) -> dict[str, Any]:
-    """Return the report of an experiment's step on a topology (`rome.cost.estimate.report`)."""
+def compile_experiment(
+    config: Any,
+    topology: str,
+    layers: int = 0,
+    sequence_length: int = 0,
+    imbalance: float = 1.0,
+) -> dict[str, Any]:
+    """Return the report of an experiment's step on a topology (`rome.cost.estimate.report`).
+
+    Args:
+      config: of the experiment.
+      topology: such as v5p:4x4x4.
+      layers: instead of the model's own; 0: all of them.
+      sequence_length: as for `report`; 0: a row is one sequence.
+      imbalance: as for `rome.cost.compile.visited_rows`.
+    """
     import jax
 
     from rome.cost.compile import batch_shapes, compile_programs, topology_devices
     from rome.cost.estimate import find_chip, report, state_bytes
     from rome.model.sharding import check_mesh
     from rome.stages.base import make_learner, model_of
-    from rome.stages.config import ConfigError, check_config
+    from rome.stages.config import ConfigError, check_config, passes_of_step
 
     check_config(config)
+    sequence_length = sequence_length or config.row_length
+    if not 0 < sequence_length <= config.row_length or imbalance < 1.0:
+        raise ConfigError(
+            f"--sequence_length={sequence_length} must be in 1..{config.row_length} (row_length),"
+            f" and --imbalance={imbalance:g} at least 1"
+        )
     chip = find_chip(topology)
     model = model_of(config)
     if layers:
@@ -66,8 +93,9 @@ def compile_experiment(config: Any, topology: str, layers: int = 0) -> dict[str,
     learner = make_learner(config, model, devices)
     replays = config.get("routing_replay", "off") != "off"
     batch = batch_shapes(rows, length, config.chunks_per_row, model if replays else None)
-    scored = config.get("logp_old_from") == "trainer"
-    programs = compile_programs(learner, batch, chip, None if scored else ("accumulate", "apply"))
+    passes = passes_of_step(config, balances_experts=model.router_aux_loss_coef > 0)
+    names = ("score", "accumulate", "apply") if passes["score"] else ("accumulate", "apply")
+    programs = compile_programs(learner, batch, chip, names, imbalance)
     state = state_bytes(learner.state)
     found = {
         "experiment": config.experiment,
@@ -78,10 +106,22 @@ def compile_experiment(config: Any, topology: str, layers: int = 0) -> dict[str,
         "mesh": mesh,
         "row_length": length,
         "rows_per_microbatch": rows,
+        "sequence_length": sequence_length,
+        "imbalance": imbalance,
         "remat": model.remat,
         "jax": jax.__version__,
     }
-    return found | report(programs, state, chip, config=model, mesh=mesh, rows=rows, length=length)
+    return found | report(
+        programs,
+        state,
+        chip,
+        config=model,
+        mesh=mesh,
+        rows=rows,
+        length=length,
+        passes=passes,
+        sequence_length=sequence_length,
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -93,7 +133,9 @@ def main(argv: list[str]) -> int:
     # The compiler flags that a run on this chip has; JAX is not imported yet.
     chip_name = _TOPOLOGY.value.partition(":")[0]
     os.environ.update(environment_of(chip_name, os.environ))
-    found = compile_experiment(_CONFIG.value, _TOPOLOGY.value, _LAYERS.value)
+    found = compile_experiment(
+        _CONFIG.value, _TOPOLOGY.value, _LAYERS.value, _SEQUENCE.value, _IMBALANCE.value
+    )
 
     from rome.cost.compile import show
 

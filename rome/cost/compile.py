@@ -20,6 +20,7 @@ from rome.data.routes import route_dtype
 from rome.model.config import ModelConfig
 from rome.model.ops.balanced_time import busiest_share, query_places
 from rome.model.ops.expert_exchange import chunks_of
+from rome.model.ops.experts import MEGABLOX_ROWS
 from rome.train.step import Learner
 
 _SHOWN_COLLECTIVES = 8
@@ -76,6 +77,7 @@ def compile_programs(
     batch: Batch[jax.ShapeDtypeStruct],
     chip: Chip,
     only: Collection[str] | None = None,
+    imbalance: float = 1.0,
 ) -> dict[str, Program]:
     """Compile the programs of a step and measure each.
 
@@ -84,6 +86,7 @@ def compile_programs(
       batch: shapes of a micro-batch.
       chip: of the topology.
       only: names of the programs; None: all of them.
+      imbalance: as for `visited_rows`.
 
     Returns:
       name -> Program. One that the compiler refused for memory has only the bytes it needs.
@@ -91,7 +94,7 @@ def compile_programs(
     T = batch.tokens_BT.shape[1]
     time_shards = learner.mesh.shape["sequence"]
     score_share = busiest_share(query_places(T, time_shards), time_shards)
-    rows = grouped_rows(learner, batch)
+    rows = visited_rows(learner, batch, imbalance)
     programs = {}
     for name, lowered in learner.lower(batch).items():
         if only and name not in only:
@@ -109,18 +112,27 @@ def compile_programs(
     return programs
 
 
-def grouped_rows(learner: Learner, batch: Batch[Any]) -> float:
-    """Return how many choices of experts one device computes at a time when they are even.
+def visited_rows(learner: Learner, batch: Batch[Any], imbalance: float = 1.0) -> float:
+    """Return the rows of the tiles that a grouped matmul visits at a time on the busiest device.
 
-    Its tokens' choices, shared by the ring of the expert axis; or as many as a chunk of its tokens
-    has where choices are exchanged.
+    It has its tokens' choices, shared by the ring of the expert axis; or as many as a chunk of its
+    tokens has where choices are exchanged. Each of its experts but the first begins inside of a
+    tile that another one has rows in, and such a tile is computed for both.
+
+    Args:
+      learner: on the devices of a topology.
+      batch: shapes of a micro-batch.
+      imbalance: choices of the busiest device over the mean of all.
     """
     shape = learner.mesh.shape
+    config = learner.model_config
     B, T = batch.tokens_BT.shape
     tokens = B * T // learner.mesh.size * shape["tensor"]
     exchanged = learner.chosen_kernels.exchange == "all_to_all"
     parts = chunks_of(tokens) if exchanged else shape["expert"]
-    return tokens * learner.model_config.experts_per_token / parts
+    rows = imbalance * tokens * config.experts_per_token / parts
+    shared_tiles = config.num_experts // shape["expert"] - 1
+    return rows + shared_tiles * MEGABLOX_ROWS
 
 
 def show(found: dict[str, Any]) -> None:
@@ -156,7 +168,12 @@ def _show_speed(found: dict[str, Any]) -> None:
     tera_flops = found["flops"] / 1e12
     model_tera_flops = found["model_flops"] / 1e12
     sent_gib = found["collective_bytes"] / GIB
-    print("\none micro-batch, one device (a bound: no latency, every rate at its peak)")
+    passes = ", ".join(f"{name} {times} x" for name, times in found["passes"].items() if times)
+    print(
+        f"\none micro-batch, one device: {passes}\n  (lower bounds: no latency, every rate at its"
+        f" peak; sequences of {found['sequence_length']} tokens, the busiest device has"
+        f" {found['imbalance']:g} x its share of experts)"
+    )
     print(
         f"  compute     {seconds['compute']:9.4f} s  {tera_flops:.1f} TFLOP, of which the model's"
         f" own {model_tera_flops:.1f}"
@@ -172,7 +189,7 @@ def _show_speed(found: dict[str, Any]) -> None:
             f" {one['largest'][-_MAX_NAME:]}"
         )
     print(
-        f"  MFU bound   {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute,"
+        f"  MFU at most {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute,"
         f" {100 * found['roofline_mfu_serial']:.1f} % where none does"
     )
     if found["kernels_not_counted"]:

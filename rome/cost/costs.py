@@ -57,8 +57,9 @@ def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.
 
     Args:
       one: the instruction.
-      grouped_rows: rows that a grouped matmul really has. Its kernel (gmm, tgmm) states the work of
-        every row of its operand, but leaves out those that belong to none of its groups.
+      grouped_rows: rows of the tiles that a grouped matmul visits. Its kernel (gmm, tgmm) states
+        the work of every row of its operand once; it leaves out tiles that belong to none of its
+        groups, and computes a tile once for each group that has rows in it.
       score_share: share of the scores of a device's queries with all keys that attention kernels
         compute on the busiest device; causality leaves a half where all devices have as much.
     """
@@ -77,8 +78,8 @@ def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.
     if stated is None:
         return _attention_flops(one, score_share)
     rows = _grouped_matmul_rows(one)
-    used_share = min(rows, grouped_rows) / rows if rows else 1.0
-    return float(stated[1]) * used_share
+    visited_share = grouped_rows / rows if rows and math.isfinite(grouped_rows) else 1.0
+    return float(stated[1]) * visited_share
 
 
 def hidden_kernels(module: Module) -> list[str]:

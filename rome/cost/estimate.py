@@ -1,10 +1,11 @@
 """From compiled programs to a report: bytes, FLOPs, collectives, their time, and advice.
 
 A step of training runs three programs (rome.train.step): `score`, once a micro-batch where the
-trainer scores pi_old; `accumulate`, a micro-batch's loss and gradient, which takes most of the
-time; `apply`, once an update. Memory is the largest of the three, each with the arrays that stay on
-the device without being handed to it. FLOPs, collectives and MFU are those of `accumulate`, for one
-micro-batch.
+trainer scores pi_old; `accumulate`, a micro-batch's loss and gradient, once an epoch; `apply`, once
+an update. Memory is the largest of the three, each with the arrays that stay on the device without
+being handed to it. FLOPs, seconds and MFU are those of all passes that a step makes over one
+micro-batch; `apply` is left out, as its share falls with the number of micro-batches. Rates are
+peaks and nothing waits: seconds are lower bounds and the MFU is an upper one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,7 @@ def measure(
       compile_seconds: time to compile it.
       mesh: that it runs on.
       chip: of the mesh's devices.
-      grouped_rows: rows of one device's grouped matmul where every expert gets the same share.
+      grouped_rows: as in `costs.flops`.
       score_share: as in `costs.flops`.
     """
     memory = compiled.memory_analysis()
@@ -179,10 +180,12 @@ def report(
     mesh: Mapping[str, int],
     rows: int,
     length: int,
+    passes: Mapping[str, int],
+    sequence_length: int,
 ) -> dict[str, Any]:
     """Return the report that `--json` writes.
 
-    Speed is left out where `accumulate` did not compile.
+    Speed is left out where one of the passes did not compile.
 
     Args:
       programs: name -> program.
@@ -192,6 +195,9 @@ def report(
       mesh: size of each axis.
       rows: B of a micro-batch.
       length: T.
+      passes: program -> how often a step runs it over each micro-batch.
+      sequence_length: tokens of a sequence, of which a row packs as many as fit. The model's own
+        work is attention within sequences; the kernel may compute more.
     """
     peaks = {}
     for name, program in programs.items():
@@ -220,9 +226,10 @@ def report(
         "bytes": {kind: round(size) for kind, size in kinds.items()},
         "programs": by_program,
     }
-    step = programs.get("accumulate")
-    if step is not None and step.fits:
-        found |= _speed(step, chip, config, math.prod(mesh.values()), rows * length, length)
+    if all(name in programs and programs[name].fits for name, times in passes.items() if times):
+        tokens = rows * length / math.prod(mesh.values())
+        own_flops = 3 * forward_flops(config, sequence_length) * tokens * passes["accumulate"]
+        found |= _speed(programs, passes, chip, own_flops)
     found["advice"] = advice(found, chip, config, mesh, rows, length)
     return found
 
@@ -287,33 +294,47 @@ def _local_bytes(tree: Any) -> float:
 
 
 def _speed(
-    step: Program, chip: Chip, config: ModelConfig, devices: int, tokens: int, length: int
+    programs: Mapping[str, Program],
+    passes: Mapping[str, int],
+    chip: Chip,
+    model_flops: float,
 ) -> dict[str, Any]:
-    bound = Bound(
-        compute=step.flops / chip.device_flops,
-        memory=step.traffic / chip.device_hbm,
-        collectives=sum(one.seconds for one in step.sent),
-        model_flops=3 * forward_flops(config, length) * tokens / devices,
-        peak_flops=chip.device_flops,
-    )
-    seconds = {
-        "compute": bound.compute,
-        "memory": bound.memory,
-        "collectives": bound.collectives,
-    }
+    """Return the work of all passes over one micro-batch, and the bounds of their time."""
+    run = [(programs[name], times) for name, times in passes.items() if times]
+    bounds = [(_bound(program, chip), times) for program, times in run]
+
+    def total(value: Callable[[Program], float]) -> float:
+        return sum(times * value(program) for program, times in run)
+
+    peak_seconds = model_flops / chip.device_flops
+    step = programs["accumulate"]
     return {
-        "flops": step.flops,
-        "model_flops": bound.model_flops,
-        "hbm_bytes": round(step.traffic),
-        "collective_bytes": round(sum(one.bytes for one in step.sent)),
-        "seconds": seconds,
-        "roofline_mfu": bound.overlapped,
-        "roofline_mfu_serial": bound.serial,
+        "passes": dict(passes),
+        "flops": total(lambda program: program.flops),
+        "model_flops": model_flops,
+        "hbm_bytes": round(total(lambda program: program.traffic)),
+        "collective_bytes": round(total(lambda program: sum(one.bytes for one in program.sent))),
+        "seconds": {
+            "compute": sum(times * bound.compute for bound, times in bounds),
+            "memory": sum(times * bound.memory for bound, times in bounds),
+            "collectives": sum(times * bound.collectives for bound, times in bounds),
+        },
+        "roofline_mfu": peak_seconds / sum(times * bound.overlapped for bound, times in bounds),
+        "roofline_mfu_serial": peak_seconds / sum(times * bound.serial for bound, times in bounds),
         "collectives": [dataclasses.asdict(one) for one in step.sent],
         "largest_arrays": [_describe(row) for row in step.largest],
         "largest_traffic": [_describe(row) for row in step.busiest],
         "kernels_not_counted": list(step.hidden_kernels),
     }
+
+
+def _bound(program: Program, chip: Chip) -> Bound:
+    return Bound(
+        compute=program.flops / chip.device_flops,
+        memory=program.traffic / chip.device_hbm,
+        collectives=sum(one.seconds for one in program.sent),
+        exposed=sum(one.seconds for one in program.sent if one.kind == "ragged-all-to-all"),
+    )
 
 
 def _describe(row: costs.Row) -> dict[str, Any]:

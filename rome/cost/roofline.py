@@ -107,25 +107,31 @@ class Sent:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds that one device needs at least, by resource, and the model's own FLOPs for them."""
+    """Seconds that one device needs at least for one run of a program, by resource.
+
+    Attributes:
+      compute: at the chip's peak.
+      memory: at the peak of its bandwidth.
+      collectives: of all of them, one after the other.
+      exposed: of those among them that nothing can hide: an exchange of experts sends, multiplies
+        and sends back inside a loop whose number of rounds the data decides.
+    """
 
     compute: float
     memory: float
     collectives: float
-    model_flops: float
-    peak_flops: float
+    exposed: float = 0.0
 
     @property
     def overlapped(self) -> float:
-        """Return the MFU where everything happens at the same time."""
-        seconds = max(self.compute, self.memory, self.collectives)
-        return self.model_flops / self.peak_flops / seconds
+        """Return the seconds where all that can happens at the same time."""
+        hidden = self.collectives - self.exposed
+        return max(self.compute, self.memory, hidden) + self.exposed
 
     @property
     def serial(self) -> float:
-        """Return the MFU where no collective is hidden behind compute."""
-        seconds = max(self.compute, self.memory) + self.collectives
-        return self.model_flops / self.peak_flops / seconds
+        """Return the seconds where no collective is hidden behind compute."""
+        return max(self.compute, self.memory) + self.collectives
 
 
 class _Member(NamedTuple):

@@ -58,6 +58,9 @@ class Batch(NamedTuple, Generic[ArrayT]):
     valid_BC: ArrayT  # bool; False where a row has fewer chunks
     # uint8 or uint16, encoded as in rome.data.routes; None: every token chooses its own experts
     routes_BTLk: ArrayT | None = None
+    # float32; how often these rows chose each expert in the pass that scored logp_old; None: not
+    # counted. Not split by rows, so it stays on the host.
+    expert_counts_LE: np.ndarray | None = None
 
     def map(self, function: Callable[..., Any], *others: Batch[Any]) -> Batch[Any]:
         """Apply `function` to each field together with the same field of `others`.

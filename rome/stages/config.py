@@ -248,6 +248,24 @@ def updates_of_step(config: ml_collections.ConfigDict) -> tuple[int, int]:
     return config.minibatches, config.epochs
 
 
+def passes_of_step(config: ml_collections.ConfigDict, *, balances_experts: bool) -> dict[str, int]:
+    """Return how often a step runs the learner's programs over each micro-batch.
+
+    Args:
+      config: of an experiment. Its micro-batches are taken to be of one version each, and several
+        for each update.
+      balances_experts: whether the loss has a balance term, which needs the step's counts.
+
+    Returns:
+      "score": forward passes, for pi_old or to count the choices of experts; "accumulate": forward
+      and backward.
+    """
+    _, epochs = updates_of_step(config)
+    scores = config.get("logp_old_from") == "trainer"  # and counts in the same pass
+    counts = 0 if scores or not balances_experts else epochs
+    return {"score": int(scores) + counts, "accumulate": epochs}
+
+
 def profiled_steps(config: ml_collections.ConfigDict) -> tuple[int, int] | None:
     """Return the first and the last step that are profiled; None: none are.
 

@@ -22,10 +22,12 @@ class Score(NamedTuple):
 
     Attributes:
       logp_BT: float32.
+      expert_counts_LE: float32; how often the pass chose each expert; None without a pass.
       routes_BTLk: the experts that the pass chose or replayed; None without routing replay.
     """
 
     logp_BT: np.ndarray
+    expert_counts_LE: np.ndarray | None
     routes_BTLk: np.ndarray | None
 
 
@@ -74,8 +76,10 @@ class OldLogprobs:
     def fill(self, batches: list[Batch], state: TrainState) -> tuple[list[Batch], set[int]]:
         """Fill in logp_old of every micro-batch, and the routes where they are recorded.
 
-        Each sampled token is scored at the weights that sampled it, every other token at the
-        weights of `state`.
+        Each sampled token is scored once, at the weights that sampled it: a micro-batch takes one
+        pass for each version in it, and none for any other. Tokens without a version (prompts,
+        demonstrations) take what the newest of these says, or the weights of `state` where the
+        micro-batch has no sampled token.
 
         Returns:
           The filled micro-batches, and the versions whose weights are lost: their tokens have the
@@ -83,57 +87,61 @@ class OldLogprobs:
         """
         if not self._from_trainer:
             return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches], set()
-        scores = self._score(state.params, batches)
-        filled = [fill_all(batch, score) for batch, score in zip(batches, scores, strict=True)]
-        lost: set[int] = set()
-        for version in sorted(sampled_versions(batches) - {int(state.step)}):
-            params = self._params_of(version)
-            if params is None:
-                lost.add(version)
-            self._fill_version(version, params, batches, filled)
+        current = int(state.step)
+        sampled = [sampled_versions(batch) for batch in batches]
+        lost = {version for version in set().union(*sampled) if not self._has(version, current)}
+        passes = [(versions - lost) or {current} for versions in sampled]
+        filled = list(batches)
+        for version in sorted(set().union(*passes), reverse=True):
+            params = state.params if version == current else self._params_of(version)
+            places = [place for place, versions in enumerate(passes) if version in versions]
+            scores = self._score(params, [batches[place] for place in places])
+            for place, score in zip(places, scores, strict=True):
+                if version == max(passes[place]):
+                    filled[place] = fill_all(batches[place], score)
+                else:
+                    filled[place] = fill_where(
+                        filled[place], score, sampled_by(filled[place], {version})
+                    )
+        for place, batch in enumerate(filled):
+            engines_own = Score(batch.logp_rollout_BT, None, batch.routes_BTLk)
+            filled[place] = fill_where(batch, engines_own, sampled_by(batch, lost))
         return filled, lost
-
-    def _fill_version(
-        self, version: int, params: dict | None, batches: list[Batch], filled: list[Batch]
-    ) -> None:
-        """Replace in `filled` what was sampled by `version`, scored at its parameters."""
-        masks = [sampled_tokens(batch) & (batch.version_BT == version) for batch in batches]
-        places = [place for place, mask_BT in enumerate(masks) if mask_BT.any()]
-        chosen = [batches[place] for place in places]
-        if params is None:
-            scores = [Score(batch.logp_rollout_BT, batch.routes_BTLk) for batch in chosen]
-        else:
-            scores = self._score(params, chosen)
-        for place, score in zip(places, scores, strict=True):
-            filled[place] = fill_where(filled[place], score, masks[place])
 
     def _score(self, params: dict, batches: list[Batch]) -> list[Score]:
         if self._records_routes:
             return [Score(*found) for found in self._learner.score_and_record(params, batches)]
-        logprobs = self._learner.score(params, batches)
+        scored = self._learner.score_and_count(params, batches)
         return [
-            Score(logp_BT, batch.routes_BTLk)
-            for batch, logp_BT in zip(batches, logprobs, strict=True)
+            Score(*found, batch.routes_BTLk) for batch, found in zip(batches, scored, strict=True)
         ]
 
-    def _params_of(self, version: int) -> dict | None:
-        """Return the parameters of an earlier version, from memory or from the published files.
+    def _has(self, version: int, current: int) -> bool:
+        """Return whether the weights of a version are there, in memory or as published files.
 
-        None where they are lost. That happens to samples beyond the staleness bound, with
-        stale_samples=keep.
+        They may be lost to samples beyond the staleness bound, with stale_samples=keep.
         """
+        in_memory = version == current or version in self.past
+        return in_memory or self._directory(version).is_dir()
+
+    def _params_of(self, version: int) -> dict:
+        """Return the parameters of an earlier version, from memory or from the published files."""
         if version in self.past:
             return self._learner.recall(self.past[version])
-        directory = self._weights / f"step_{version:06d}"
-        if not directory.is_dir():
-            return None
-        return load_published(directory, self._model_config, self._learner.mesh)
+        return load_published(self._directory(version), self._model_config, self._learner.mesh)
+
+    def _directory(self, version: int) -> pathlib.Path:
+        return self._weights / f"step_{version:06d}"
 
 
 def fill_all(batch: Batch, score: Score) -> Batch:
-    """Return the batch with the logprobs of its action tokens and the routes of a score."""
+    """Return the batch with the logprobs of its action tokens, the counts and routes of a score."""
     logp_old_BT = np.where(batch.action_mask_BT, score.logp_BT, 0.0)
-    return batch._replace(logp_old_BT=logp_old_BT, routes_BTLk=score.routes_BTLk)
+    return batch._replace(
+        logp_old_BT=logp_old_BT,
+        routes_BTLk=score.routes_BTLk,
+        expert_counts_LE=score.expert_counts_LE,
+    )
 
 
 def fill_where(batch: Batch, score: Score, where_BT: np.ndarray) -> Batch:
@@ -150,10 +158,11 @@ def sampled_tokens(batch: Batch) -> np.ndarray:
     return batch.kind_BT() == RL
 
 
-def sampled_versions(batches: list[Batch]) -> set[int]:
-    """Return the weight versions that sampled a token of these micro-batches."""
-    versions: set[int] = set()
-    for batch in batches:
-        found = np.unique(batch.version_BT[sampled_tokens(batch)])
-        versions.update(int(version) for version in found)
-    return versions
+def sampled_by(batch: Batch, versions: set[int]) -> np.ndarray:
+    """Return [B, T] bool: action tokens of RL chunks that one of these versions sampled."""
+    return sampled_tokens(batch) & np.isin(batch.version_BT, list(versions))
+
+
+def sampled_versions(batch: Batch) -> set[int]:
+    """Return the weight versions that sampled a token of a micro-batch."""
+    return {int(version) for version in np.unique(batch.version_BT[sampled_tokens(batch)])}

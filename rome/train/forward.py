@@ -94,11 +94,12 @@ class Forward:
         )
         return Scored(logp_BT, entropy_BT, output)
 
-    def logprobs(
+    def logprobs_and_counts(
         self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
-    ) -> jax.Array:
-        """Return logp_BT."""
-        return self(params, tokens_BT, positions_BT, segments_BT, routes_BTLk).logp_BT
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return logp_BT, and how often each expert is chosen, [L, E]."""
+        scored = self(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        return scored.logp_BT, scored.output.router.counts_LE
 
     def logprobs_at_temperature_1(
         self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
@@ -108,12 +109,12 @@ class Forward:
 
     def logprobs_and_routes(
         self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return logp_BT, and the routes that every token chose, as in a batch."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return logp_BT, how often each expert is chosen, and the routes that tokens chose."""
         scored = self(params, tokens_BT, positions_BT, segments_BT)
         dtype = route_dtype(self.config)
         routes_BTLk = recorded_routes(scored.output.routes_LBTK, segments_BT > 0, dtype)
-        return scored.logp_BT, routes_BTLk
+        return scored.logp_BT, scored.output.router.counts_LE, routes_BTLk
 
     def expert_counts(
         self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any

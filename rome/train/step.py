@@ -108,7 +108,7 @@ class Learner:
         state = shardings_of(self.state)
         forward = self._forward
         self._score = jax.jit(
-            forward.logprobs,
+            forward.logprobs_and_counts,
             in_shardings=(params, rows, rows, rows, rows),
             out_shardings=replicated,
         )
@@ -195,13 +195,24 @@ class Learner:
 
         Routes that a micro-batch carries are replayed.
         """
+        return [logp_BT for logp_BT, _ in self.score_and_count(params, microbatches)]
+
+    def score_and_count(
+        self, params: dict, microbatches: Sequence[Batch]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (logp_BT, expert_counts_LE) of every micro-batch, both on the host.
+
+        Routes that a micro-batch carries are replayed, and counted.
+        """
         with jax.set_mesh(self.mesh):
-            return [np.asarray(self._score(params, *self._inputs(batch))) for batch in microbatches]
+            return [
+                jax.device_get(self._score(params, *self._inputs(batch))) for batch in microbatches
+            ]
 
     def score_and_record(
         self, params: dict, microbatches: Sequence[Batch]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return (logp_BT, routes_BTLk) of every micro-batch, both on the host.
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Return (logp_BT, expert_counts_LE, routes_BTLk) of every micro-batch, on the host.
 
         Every token chooses its experts itself; the choices are recorded to be replayed later.
         """
@@ -264,7 +275,8 @@ class Learner:
             counts_LE = self._count_choices(state.params, microbatches)
             gradients = self._zeros_like(state.params)
             for batch in microbatches:
-                on_mesh = feed(batch, self._row_sharding)
+                rows = batch._replace(expert_counts_LE=None)
+                on_mesh = feed(rows, self._row_sharding)
                 gradients, more = self._accumulate(
                     state.params, gradients, on_mesh, denominators, tokens, replayed, counts_LE
                 )
@@ -280,10 +292,14 @@ class Learner:
         """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""
         return self._all_finite(params)
 
-    def _count_choices(self, params: dict, microbatches: Sequence[Batch]) -> jax.Array | None:
+    def _count_choices(
+        self, params: dict, microbatches: Sequence[Batch]
+    ) -> jax.Array | np.ndarray | None:
         """Count how often the step's tokens choose each expert, [L, E].
 
-        Load balance is a property of the whole step, so a forward pass over all of it comes first.
+        Load balance is a property of the whole step. The pass that scored logp_old has counted:
+        at the weights of this update where they are those that sampled, else at older ones. Where
+        nothing was scored, a forward pass over the whole step comes first.
 
         Returns:
           None where one micro-batch is the whole step and counts itself, or where the loss has no
@@ -291,6 +307,10 @@ class Learner:
         """
         if len(microbatches) == 1 or not self.model_config.router_aux_loss_coef:
             return None
+        found = [batch.expert_counts_LE for batch in microbatches]
+        counted = [counts_LE for counts_LE in found if counts_LE is not None]
+        if len(counted) == len(microbatches):
+            return np.stack(counted).sum(axis=0)
         counts = (
             in_turn(self._count_experts(params, *self._inputs(batch))) for batch in microbatches
         )
@@ -429,7 +449,8 @@ class Learner:
         Returns:
           The programs "score", "accumulate" and "apply".
         """
-        platforms = (self.mesh.devices.flat[0].platform,)
+        platform = self.mesh.devices.flat[0].platform
+        platforms = ("cuda" if platform == "gpu" else platform,)  # lowering has a finer name
         state = self.state
         params = state.params
         batch = jax.tree.map(lambda leaf: abstract(leaf, self._row_sharding), batch)

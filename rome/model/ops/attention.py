@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from rome.model.ops.attention_cpu import attention_blocked
-from rome.model.ops.attention_kernels import cudnn, splash
+from rome.model.ops.attention_kernels import splash, tokamax
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "cudnn")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "tokamax")
 HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN, also in the gradient
 
 
@@ -48,8 +48,8 @@ def attention(
       implementation: "reference" scores every query against every key. The others take ordered
         places only: "blocked" takes queries in blocks, leaves out the keys that lie in a block's
         future, nearly half of the work, and computes the scores again in its backward pass;
-        "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs. "auto" is "blocked" where places are
-        ordered.
+        "splash" is a kernel of TPUs, "tokamax" of NVIDIA GPUs. "auto" is "blocked" where places
+        are ordered.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -62,16 +62,15 @@ def attention(
             f"attention implementation {implementation!r} is unknown; choose one of"
             f" {', '.join(IMPLEMENTATIONS)}"
         )
-    if implementation in ("blocked", "splash", "cudnn") and not ordered:
+    if implementation in ("blocked", "splash", "tokamax") and not ordered:
         raise ValueError(
             f"attention implementation {implementation!r} needs ordered places; choose 'reference'"
         )
     if ordered and implementation in ("auto", "blocked"):
         return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
-    if implementation in ("splash", "cudnn"):
-        kernel = splash if implementation == "splash" else cudnn
-        scaled_BTNH = q_BTNH * q_BTNH.shape[-1] ** -0.5
-        return kernel(scaled_BTNH, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
+    if implementation in ("splash", "tokamax"):
+        kernel = splash if implementation == "splash" else tokamax
+        return kernel(q_BTNH, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     scaled_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)

@@ -1,17 +1,19 @@
-"""Attention by kernels that only an accelerator has: splash on TPUs, cuDNN on NVIDIA GPUs.
+"""Attention by kernels that only an accelerator has: splash on TPUs, tokamax's on NVIDIA GPUs.
 
 Each equals the reference of `rome.model.ops.attention` over packed rows.
 
 B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K *
 G), H head dim, t = T / devices of the sequence axis.
 
-Both take rows whose places are 0, 1, 2, ...: causality is order. Queries come scaled.
+Both take rows whose places are 0, 1, 2, ...: causality is order. Memory grows with T, and blocks of
+keys that no query of a tile sees are left out.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rome.model.ops.balanced_time import query_places, swap_late_halves
+from rome.model.ops.tokamax_library import load_tokamax
 from rome.model.sharding import RULES, is_split
 
 # tokens of a tile; the largest that fits into a TPU core's memory beside its double buffer
@@ -31,7 +34,8 @@ SPLASH_KEYS = 2048
 # beyond (T > 8192), dq is computed by a kernel of its own: seven matmuls instead of five, but
 # memory does not grow with T * T
 MAX_PARTS = 4
-MAX_CUDNN_TOKENS = 16384  # cuDNN takes packed rows only by a [T, T] mask
+# of tokamax, in order of preference: Hopper and Blackwell, then every GPU from Ampere on
+GPU_KERNELS = ("mosaic_gpu", "triton")
 SAVED_OUTPUT = "attention_output"  # name of the kernel's output for remat policies
 
 
@@ -46,7 +50,7 @@ def splash(
     meanwhile, so that every device computes as many scores (`rome.model.ops.balanced_time`).
 
     Args:
-      q_BTNH: queries, scaled.
+      q_BTNH: queries, not scaled.
       k_BSKH: keys.
       v_BSKH: values.
       segments_BT: 0 is padding.
@@ -58,6 +62,7 @@ def splash(
     mesh = jax.sharding.get_abstract_mesh()
     time_shards = mesh.shape["sequence"] if is_split() else 1
     T = q_BTNH.shape[1]
+    q_BTNH = q_BTNH * q_BTNH.shape[-1] ** -0.5
     G = q_BTNH.shape[2] // k_BSKH.shape[2]
     kernel = _splash_kernel(T, G, time_shards, interpret)
     if not is_split():
@@ -95,7 +100,8 @@ def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool) -> Any:
     if block < MIN_BLOCK:
         raise ValueError(
             f"attention 'splash' takes rows of a multiple of {MIN_BLOCK} tokens a device, not {T}"
-            f" over {time_shards}; choose row_length so, or 'blocked'"
+            f" over {time_shards}; set --config.row_length to such a multiple, or"
+            " --config.learner.attention=blocked"
         )
     keys = math.gcd(SPLASH_KEYS, T)
     fused = T // keys <= MAX_PARTS
@@ -156,29 +162,110 @@ def _splash_rows(
     return jnp.where(q_segments_BT[:, :, None, None] != 0, out_BTNH, 0)
 
 
-def cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array) -> Array:
-    """Compute attention by cuDNN's fused kernel, in bfloat16.
+def tokamax(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segments_BT: Array,
+    *,
+    kernels: Sequence[str] = GPU_KERNELS,
+) -> Array:
+    """Compute attention by tokamax's flash kernels for NVIDIA GPUs.
 
-    Segments become a mask of one byte for each pair of tokens.
+    A query sees a range of keys: from the first of its segment to its own. So packed rows need no
+    [T, T] mask. On a mesh each device takes its rows and heads, and where time is split its
+    queries, as in `splash`.
+
+    Args:
+      q_BTNH: queries, not scaled; bfloat16, as keys and values.
+      k_BSKH: keys.
+      v_BSKH: values.
+      segments_BT: 0 is padding. A segment is one run of tokens.
+      kernels: names of tokamax's implementations; the first that the device has is used. "xla"
+        runs anywhere, with a [T, T] mask, for tests.
 
     Raises:
-      ValueError: the inputs are not bfloat16, or the row is too long for its mask.
+      ValueError: the inputs are not bfloat16, a device's part of the row is no multiple of
+        MIN_BLOCK, or the device has no such kernel.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    time_shards = mesh.shape["sequence"] if is_split() else 1
     T = q_BTNH.shape[1]
     if q_BTNH.dtype != jnp.bfloat16:
         raise ValueError(
-            f"attention 'cudnn' computes in bfloat16, not {q_BTNH.dtype}; set the model's dtype, or"
-            " choose 'blocked'"
+            f"attention 'tokamax' computes in bfloat16, not {q_BTNH.dtype}; set the"
+            " model's dtype, or --config.learner.attention=blocked"
         )
-    if T > MAX_CUDNN_TOKENS:
+    if T % (MIN_BLOCK * time_shards):
         raise ValueError(
-            f"attention 'cudnn' needs a [T, T] mask for packed rows, too large at T={T} (limit"
-            f" {MAX_CUDNN_TOKENS}); split time over mesh.sequence or choose 'blocked'"
+            f"attention 'tokamax' takes rows of a multiple of {MIN_BLOCK} tokens a device, not {T}"
+            f" over {time_shards}; set --config.row_length to such a multiple, or"
+            " --config.learner.attention=blocked"
         )
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
-    same_BTT = same_BTT | (segments_BT[:, :, None] == 0)  # a row of a mask must allow something
-    attend = functools.partial(
-        jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn"
-    )
-    out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask=same_BTT[:, None])
+    first_BT = first_seen(segments_BT)
+    if time_shards == 1:
+        attend = functools.partial(_tokamax_rows, kernels, None)
+    else:
+        attend = functools.partial(_tokamax_part, kernels)
+    if is_split():
+        heads = PartitionSpec(RULES["batch"], RULES["time"], "tensor", None)
+        by_token = PartitionSpec(RULES["batch"], RULES["time"])
+        attend = jax.shard_map(
+            attend, in_specs=(heads, heads, heads, by_token), out_specs=heads, check_vma=False
+        )
+    out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, first_BT)
+    # to the kernel, padding is a segment like others
     return jnp.where(segments_BT[:, :, None, None] != 0, out_BTNH, 0)
+
+
+def first_seen(segments_BT: Array) -> Array:
+    """Return the place of the first token of each token's segment, [B, T] int32."""
+    places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    begins_BT = jnp.pad(begins_BT, ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins_BT, places_T, 0), axis=1)
+
+
+def _tokamax_part(
+    kernels: Sequence[str], q_BtNH: Array, k_BtKH: Array, v_BtKH: Array, first_Bt: Array
+) -> Array:
+    """Return the attention of this device's queries to the keys of the whole row."""
+    k_BSKH = jax.lax.all_gather(k_BtKH, "sequence", axis=1, tiled=True)
+    v_BSKH = jax.lax.all_gather(v_BtKH, "sequence", axis=1, tiled=True)
+    t = first_Bt.shape[1]
+    places_t = jax.lax.axis_index("sequence") * t + jnp.arange(t, dtype=jnp.int32)
+    end_Bt = jnp.broadcast_to(places_t + 1, first_Bt.shape)
+    q_BtNH, first_Bt, end_Bt = (swap_late_halves(a) for a in (q_BtNH, first_Bt, end_Bt))
+    return swap_late_halves(_tokamax_rows(kernels, end_Bt, q_BtNH, k_BSKH, v_BSKH, first_Bt))
+
+
+def _tokamax_rows(
+    kernels: Sequence[str],
+    end_BT: Array | None,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    first_BT: Array,
+) -> Array:
+    """Return the attention to the keys from first_BT up to end_BT, or to a query's own place."""
+    load_tokamax()
+    # The public function takes a [T, T] mask only.
+    from tokamax._src.ops.attention import api
+    from tokamax._src.ops.attention.base import Mask
+
+    end_B1T = None if end_BT is None else end_BT[:, None]
+    mask = Mask(k_start=first_BT[:, None], k_end=end_B1T, is_causal=end_BT is None)
+    reasons = []
+    for name in kernels:
+        if name not in api.IMPLEMENTATIONS:
+            continue
+        try:
+            scale = q_BTNH.shape[-1] ** -0.5
+            attend = api.IMPLEMENTATIONS[name]
+            return attend(q_BTNH, k_BSKH, v_BSKH, mask=mask, logits_scale=scale)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise ValueError(
+        f"tokamax has no attention kernel for this device ({'; '.join(reasons)}); set"
+        " --config.learner.attention=blocked"
+    )

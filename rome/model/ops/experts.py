@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rome.model.ops.experts_cpu import absent_last, experts_sorted
+from rome.model.ops.tokamax_library import load_tokamax
 
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
 GROUPED = ("ragged", "megablox", "tokamax")
@@ -201,9 +202,7 @@ def grouped_matmul(implementation: str) -> GroupedMatmul:
       ValueError: the form has none.
     """
     if implementation == "tokamax":
-        import tokamax  # in requirements-cuda.txt only
-
-        return tokamax.ragged_dot
+        return load_tokamax().ragged_dot
     if implementation not in GROUPED:
         raise ValueError(
             f"experts implementation {implementation!r} has no grouped matmul; choose one of"

@@ -15,7 +15,6 @@ from rome.model.ops.expert_exchange import is_worthwhile
 ONLY_ON = {
     "splash": "tpu",
     "megablox": "tpu",
-    "cudnn": "gpu",
     "tokamax": "gpu",
     "all_to_all": "tpu",
 }
@@ -97,9 +96,12 @@ def _best(platform: str, config: ModelConfig, group: int, extent: tuple[int, ...
         sends = is_worthwhile(config.experts_per_token, group, extent)
         return Kernels(attention_form, "megablox", "all_to_all" if sends else "ring")
     if platform == "gpu":
-        attention_form = "cudnn" if config.dtype == "bfloat16" else "blocked"
         # XLA's own ragged_dot computes every expert on a GPU, up to jaxlib 0.10.2.
-        return Kernels(attention_form, "tokamax" if _has_tokamax() else "ragged", "ring")
+        experts_form = "tokamax" if _has_tokamax() else "ragged"
+        attention_form = "blocked"
+        if config.dtype == "bfloat16" and _has_tokamax():
+            attention_form = "tokamax"
+        return Kernels(attention_form, experts_form, "ring")
     return Kernels(exchange="ring")
 
 

@@ -1,15 +1,20 @@
 """The report: bytes add up, a refusal becomes figures and advice, a step that fits gets none."""
 
+import dataclasses
 import json
 import math
+import types
 
 import pytest
 
+from rome.cost.compile import batch_shapes, visited_rows
 from rome.cost.estimate import Program, find_chip, report, state_bytes, too_large
 from rome.cost.roofline import CHIPS, GIB, Sent
 from rome.losses import LOSSES, LossConfig
 from rome.model.config import PRESETS
+from rome.model.ops.kernels import Kernels
 from rome.model.sharding import make_mesh
+from rome.stages.config import load_config, passes_of_step
 from rome.train.state import make_optimizer
 from rome.train.step import Learner
 
@@ -39,8 +44,27 @@ def programs(
     }
 
 
-def report_of(found: dict[str, Program], mesh=MESH, rows=64, chip="v5p", state=STATE) -> dict:
-    return report(found, state, CHIPS[chip], config=CONFIG, mesh=mesh, rows=rows, length=8192)
+def report_of(
+    found: dict[str, Program],
+    mesh=MESH,
+    rows=64,
+    chip="v5p",
+    state=STATE,
+    score=0,
+    epochs=1,
+    sequence=8192,
+) -> dict:
+    return report(
+        found,
+        state,
+        CHIPS[chip],
+        config=CONFIG,
+        mesh=mesh,
+        rows=rows,
+        length=8192,
+        passes={"score": score, "accumulate": epochs},
+        sequence_length=sequence,
+    )
 
 
 def test_bytes_by_kind_add_up_to_the_peak_and_the_report_is_json():
@@ -62,6 +86,76 @@ def test_the_mfu_bound_falls_with_the_work_that_the_model_did_not_ask_for():
         found["model_flops"] / found["flops"]
     )  # bound by compute alone
     assert found["roofline_mfu_serial"] < found["roofline_mfu"]
+
+
+def test_the_bound_is_of_every_pass_that_a_step_makes_over_its_data():
+    update_alone = report_of(programs())
+    scored = dataclasses.replace(programs()["accumulate"], name="score", flops=5e13)
+    found = programs() | {"score": scored}
+    with_scoring = report_of(found, score=1)
+    assert with_scoring["flops"] == 2.5e14
+    assert with_scoring["model_flops"] == update_alone["model_flops"]  # scoring is no credit
+    assert with_scoring["roofline_mfu"] == pytest.approx(
+        with_scoring["model_flops"] / with_scoring["flops"]
+    )
+    assert with_scoring["roofline_mfu"] < with_scoring["roofline_mfu_serial"] * 1.1
+    twice = report_of(found, score=1, epochs=2)
+    assert twice["flops"] == 4.5e14
+    assert twice["model_flops"] == 2 * update_alone["model_flops"]
+    assert update_alone["roofline_mfu"] > twice["roofline_mfu"] > with_scoring["roofline_mfu"]
+    # programs run one after the other: what one waits for hides nothing of the next
+    waiting = found | {"score": dataclasses.replace(scored, traffic=1e13)}
+    extra = 1e13 / CHIPS["v5p"].hbm - 5e13 / CHIPS["v5p"].peak_flops
+    of = report_of(waiting, score=1)
+    seconds = [one["model_flops"] / one["roofline_mfu"] for one in (of, with_scoring)]
+    assert (seconds[0] - seconds[1]) / CHIPS["v5p"].peak_flops == pytest.approx(extra)
+
+
+def test_short_sequences_that_share_a_row_are_credited_with_their_own_attention():
+    whole, short = (report_of(programs(), sequence=length) for length in (8192, 1024))
+    assert whole["flops"] == short["flops"]
+    assert short["model_flops"] < whole["model_flops"]
+    assert short["roofline_mfu"] < whole["roofline_mfu"]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "rows_of_tiles"),
+    [
+        # 4 rows of 1024 tokens a device, 8 experts each, over 2 devices and 64 experts a device
+        ("ring", 4096 * 8 / 2 + 63 * 512),
+        # in two chunks of 2048 tokens, whose choices are exchanged
+        ("all_to_all", 2048 * 8 + 63 * 512),
+    ],
+)
+def test_tiles_that_two_experts_share_are_computed_twice(exchange, rows_of_tiles):
+    learner = types.SimpleNamespace(
+        mesh=make_mesh({"fsdp": 4, "expert": 2}),
+        model_config=CONFIG,
+        chosen_kernels=Kernels("splash", "megablox", exchange),
+    )
+    batch = batch_shapes(32, 1024, 4, None)
+    assert visited_rows(learner, batch) == rows_of_tiles
+    even = rows_of_tiles - 63 * 512
+    assert visited_rows(learner, batch, imbalance=1.5) == rows_of_tiles + even / 2
+
+
+@pytest.mark.parametrize(
+    ("experiment", "changes", "passes"),
+    [
+        ("ipa", {}, (1, 1)),
+        ("ipa", {"epochs": 2}, (1, 2)),
+        ("ipa", {"epochs": 2, "logp_old_from": "rollout"}, (2, 2)),
+        ("sft", {}, (1, 1)),  # a pass that counts the choices of experts
+    ],
+)
+def test_a_configs_step_is_what_is_counted(experiment, changes, passes):
+    config = load_config(f"experiments/{experiment}.py", "qwen3_30b_a3b")
+    for key, value in changes.items():
+        config[key] = value
+    counted = passes_of_step(config, balances_experts=True)
+    assert counted == dict(zip(("score", "accumulate"), passes, strict=True))
+    scores = config.get("logp_old_from") == "trainer"
+    assert passes_of_step(config, balances_experts=False)["score"] == scores
 
 
 def test_slow_collectives_are_named_with_a_remedy():

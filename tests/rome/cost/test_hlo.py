@@ -185,7 +185,7 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
     assert costs.hidden_kernels(module) == ["jit(f)/mystery"]
 
 
-def test_a_grouped_matmul_counts_the_rows_that_its_groups_have():
+def test_a_grouped_matmul_counts_the_rows_of_the_tiles_that_it_visits():
     module = hlo.parse("""
 ENTRY %main (x: bf16[64,8], w: bf16[2,8,16]) -> bf16[64,16] {
   %x = bf16[64,8]{1,0} parameter(0)
@@ -194,7 +194,9 @@ ENTRY %main (x: bf16[64,8], w: bf16[2,8,16]) -> bf16[64,16] {
     backend_config={"cost_estimate":{"flops":"16384"}}
 }""")
     (one,) = [one for one in hlo.executed(module) if one.instruction.is_root]
-    assert [costs.flops(one, rows) for rows in (16, 1000)] == [16384 / 4, 16384]
+    # more than its operand has, where tiles are visited once for each of several groups
+    assert [costs.flops(one, rows) for rows in (16, 96)] == [16384 / 4, 16384 * 1.5]
+    assert costs.flops(one) == 16384
     assert costs.traffic(module, one, 16) == 2 * (16 * 8 + 2 * 8 * 16 + 16 * 16)
 
 

@@ -271,20 +271,67 @@ def three_versions():
     )
 
 
+class RecordingLearner:
+    """Scores every token with the number that stands for the parameters, and notes each pass."""
+
+    def __init__(self):
+        self.passes = []  # (parameters, first token of the micro-batch)
+
+    def score_and_count(self, params, batches):
+        self.passes += [(params, int(batch.tokens_BT[0, 0])) for batch in batches]
+        counts_LE = np.full((1, 2), -params, np.float32)
+        return [
+            (np.full(batch.tokens_BT.shape, params, np.float32), counts_LE) for batch in batches
+        ]
+
+    def keep(self, params):
+        return params
+
+    recall = keep
+
+
 def test_tokens_whose_weights_are_lost_take_the_engines_word_and_are_named(tmp_path):
-    learner = types.SimpleNamespace(
-        score=lambda params, batches: [
-            np.full(batch.tokens_BT.shape, float(params), np.float32) for batch in batches
-        ],
-        recall=lambda kept: kept,
-        keep=lambda params: params,
-    )
+    learner = RecordingLearner()
     old_logprobs = make_old_logprobs(tmp_path, learner, async_ratio=1, from_trainer=True)
     old_logprobs.past = {2: -2.0, 3: -3.0}
     state = types.SimpleNamespace(step=3, params=-3.0)
     (scored,), lost = old_logprobs.fill([three_versions()], state)
     assert np.allclose(scored.logp_old_BT[scored.action_mask_BT], [-0.5, -2.0, -3.0])
     assert lost == {0}
+    assert sorted(learner.passes) == [(-3.0, 1), (-2.0, 1)]
+
+
+def one_turn(prompt, *versions, kind="rl"):
+    """A batch of one turn whose tokens were sampled by these versions."""
+    ids = list(range(2, 2 + len(versions)))
+    spans = [(version, place, place + 1) for place, version in enumerate(versions)]
+    chunk = Chunk([prompt], ids, [-0.5] * len(ids), spans, kind=kind)
+    trajectory = Trajectory(f"f/{prompt}", "f", [chunk], 1.0, "success")
+    layout = {"row_length": 8, "chunks_per_row": 2}
+    return pack([trajectory], **layout, gamma=1.0, failure_reward=0.0)
+
+
+def test_every_token_is_scored_once_at_the_weights_that_sampled_it(tmp_path):
+    learner = RecordingLearner()
+    old_logprobs = make_old_logprobs(tmp_path, learner, async_ratio=2, from_trainer=True)
+    old_logprobs.past = {2: -2.0, 3: -3.0, 4: -4.0}
+    state = types.SimpleNamespace(step=4, params=-4.0)
+    batches = [
+        one_turn(10, 3, 3),  # stale alone: no pass at the current weights
+        one_turn(20, 4, 4),
+        one_turn(30, 2, 4),
+        one_turn(40, 3, 2),
+        one_turn(50, 0, 0, kind="imitation"),  # demonstrations have no version
+        one_turn(60, 1, 1),  # lost alone
+    ]
+    scored, lost = old_logprobs.fill(batches, state)
+    found = [batch.logp_old_BT[batch.action_mask_BT].tolist() for batch in scored]
+    assert found == [[-3, -3], [-4, -4], [-2, -4], [-3, -2], [-4, -4], [-0.5, -0.5]]
+    assert lost == {1}
+    # of the first pass over each: at the newest weights that sampled in it
+    assert [batch.expert_counts_LE[0, 0] for batch in scored] == [3, 4, 4, 3, 4, 4]
+    once = {10: [-3], 20: [-4], 30: [-4, -2], 40: [-3, -2], 50: [-4], 60: [-4]}
+    assert sorted(learner.passes) == sorted((p, row) for row, ps in once.items() for p in ps)
 
 
 def test_weights_are_kept_as_long_as_a_sample_may_be_scored_with_them(tmp_path):

@@ -115,7 +115,7 @@ def test_recorded_routes_replayed_at_the_same_weights_give_the_same_logprobs(
     trajectories, params, learner
 ):
     batch = packed(trajectories, None)
-    ((logp_BT, routes_BTLk),) = learner.score_and_record(params, [batch])
+    ((logp_BT, _, routes_BTLk),) = learner.score_and_record(params, [batch])
     np.testing.assert_allclose(logp_BT, learner.score(params, [batch])[0], atol=1e-5)
     real_BT = batch.segments_BT > 0
     assert (routes_BTLk[real_BT] > 0).all() and not routes_BTLk[~real_BT].any()
@@ -184,7 +184,7 @@ def test_layers_without_experts_are_replayed_around(trajectories):
         make_learner(config),
         packed(trajectories, None),
     )
-    ((logp_BT, routes_BTLk),) = partly.score_and_record(own, [batch])
+    ((logp_BT, _, routes_BTLk),) = partly.score_and_record(own, [batch])
     assert not routes_BTLk[:, :, 1].any() and (routes_BTLk[batch.segments_BT > 0][:, 0] > 0).all()
     recorded = batch._replace(routes_BTLk=routes_BTLk)
     np.testing.assert_allclose(partly.score(own, [recorded])[0], logp_BT, atol=1e-5)
@@ -205,7 +205,7 @@ def test_in_bfloat16_engine_and_trainer_choose_differently_and_replay_brings_the
     }
     off, replay = (mismatch(batch, half.score(own, [batch])[0]) for batch in batches.values())
     assert replay["kl"] < 0.3 * off["kl"] and replay["max"] < 0.5 * off["max"], (off, replay)
-    ((_, routes_BTLk),) = half.score_and_record(own, [batches[True]])
+    ((_, _, routes_BTLk),) = half.score_and_record(own, [batches[True]])
     agreement = (
         (np.sort(routes_BTLk) == np.sort(batches[True].routes_BTLk))
         .all(-1)[batches[True].routes_BTLk[..., 0] > 0]

@@ -190,6 +190,36 @@ def test_the_step_reports_a_router_balance_near_k_at_the_start():
     assert MODEL.experts_per_token <= metrics["router_balance"] < 1.5 * MODEL.experts_per_token
 
 
+def test_a_step_whose_scoring_counted_the_experts_makes_no_pass_to_count_them():
+    learner = make_learner("ipa", router_aux_loss_coef=0.5)
+    passes = []
+    count = learner._count_experts
+
+    def count_experts(*inputs):
+        passes.append(1)
+        return count(*inputs)
+
+    learner._count_experts = count_experts
+    plain = packed(2)
+    expected = one_update(learner, plain)
+    assert len(passes) == len(plain) > 1
+    scored = learner.score_and_count(learner.init(seed=0).params, plain)
+    counted = [
+        batch._replace(expert_counts_LE=counts_LE)
+        for batch, (_, counts_LE) in zip(plain, scored, strict=True)
+    ]
+    got = one_update(learner, counted)
+    assert len(passes) == len(plain)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    skewed = [batch._replace(expert_counts_LE=batch.expert_counts_LE * 2) for batch in counted]
+    assert one_update(learner, skewed)[1]["router_balance"] == pytest.approx(
+        2 * expected[1]["router_balance"]
+    )  # they are what the loss reads
+    partly = [counted[0], *plain[1:]]
+    one_update(learner, partly)
+    assert len(passes) == 2 * len(plain)
+
+
 def test_sft_learns_a_batch_by_heart():
     learner = make_learner("sft")
     state = learner.init(seed=0)

@@ -3,6 +3,13 @@ they say so by name.
 """
 
 import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +17,9 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.ops import attention_kernels
+from rome.model.ops import attention_kernels, kernels
 from rome.model.ops.attention import attention
-from rome.model.ops.attention_kernels import splash
+from rome.model.ops.attention_kernels import first_seen, splash, tokamax
 from rome.model.ops.balanced_time import busiest_share, query_places, swap_late_halves
 from rome.model.ops.embedding import embed
 from rome.model.ops.kernels import Kernels, choose_kernels
@@ -63,7 +70,7 @@ def value_and_gradients(form, q, k, v, segments_BT):
 
 
 def interpreted(q, k, v, segments_BT):
-    return splash(q * H**-0.5, k, v, segments_BT, interpret=True)
+    return splash(q, k, v, segments_BT, interpret=True)
 
 
 def assert_same(got, expected):
@@ -126,6 +133,101 @@ def test_splash_refuses_rows_that_its_tiles_do_not_divide():
         splash(q[:, :200], k[:, :200], v[:, :200], segments_BT[:, :200])
 
 
+needs_tokamax = pytest.mark.skipif(
+    importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    "row, first",
+    [
+        ([1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 0, 3, 3, 5, 6, 6]),
+        ([1] * 8, [0] * 8),
+        ([0] * 8, [0] * 8),
+        ([5, 1, 1, 5, 5, 5, 5, 0], [0, 1, 1, 3, 3, 3, 3, 7]),
+    ],
+)
+def test_a_query_sees_from_the_first_token_of_its_segment_on(row, first):
+    rows = jnp.array([row, row[::-1]], jnp.int32)
+    assert first_seen(rows)[0].tolist() == first
+    starts_BT = np.asarray(first_seen(rows))
+    for segments_T, starts_T in zip(np.asarray(rows), starts_BT, strict=True):
+        for place, start in enumerate(starts_T):
+            assert (segments_T[start : place + 1] == segments_T[place]).all()
+            assert start == 0 or segments_T[start - 1] != segments_T[place]
+
+
+@pytest.mark.slow
+@needs_tokamax
+@pytest.mark.parametrize(
+    "shape, T", [({}, 256), ({"fsdp": 2, "tensor": 2}, 256), ({"fsdp": 2, "sequence": 4}, 1024)]
+)
+def test_tokamax_equals_the_reference_over_packed_rows_forward_and_backward(shape, T):
+    q, k, v, segments_BT = packed_row(T=T)
+    inputs = *(a.astype(jnp.bfloat16) for a in (q, k, v)), segments_BT
+    form = functools.partial(tokamax, kernels=("xla",))
+    expected = value_and_gradients(reference, *inputs)
+    if shape:
+        with jax.set_mesh(make_mesh(shape)):
+            (_, got), gradients = value_and_gradients(form, *inputs)
+    else:
+        (_, got), gradients = value_and_gradients(form, *inputs)
+    (_, wanted), wanted_gradients = expected
+    assert not np.any(got[0, -16:])  # padding
+    pairs = zip((got, *gradients), (wanted, *wanted_gradients), strict=True)
+    for one, other in pairs:  # bfloat16 has 8 bits
+        one, other = (np.asarray(a, np.float32) for a in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0.02, atol=0.02 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    "shape, T, dtype, complaint",
+    [
+        ({}, 200, jnp.bfloat16, r"multiple of 128.*not 200 over 1; set --config.row_length"),
+        ({"sequence": 4}, 256, jnp.bfloat16, r"not 256 over 4.*learner.attention=blocked"),
+        ({}, 256, jnp.float32, r"computes in bfloat16, not float32"),
+    ],
+)
+def test_tokamax_refuses_what_its_kernels_do_not_take_and_names_what_does(
+    shape, T, dtype, complaint
+):
+    q, k, v, segments_BT = packed_row(T=256)
+    inputs = *(a[:, :T].astype(dtype) for a in (q, k, v)), segments_BT[:, :T]
+    with jax.set_mesh(make_mesh(shape)), pytest.raises(ValueError, match=complaint):
+        tokamax(*inputs)
+
+
+CUDA_PLUGIN = pathlib.Path(__file__).parents[4] / ".cache/cuda"
+
+
+@pytest.mark.slow
+@needs_tokamax
+@pytest.mark.skipif(
+    not (CUDA_PLUGIN / "jax_plugins").is_dir(),
+    reason="JAX's CUDA plugin is not in .cache/cuda; `make test-all` puts it there",
+)
+@pytest.mark.parametrize("row_length, expert, sequence", [(8192, 8, 1), (32768, 4, 2)])
+def test_a_step_compiles_for_h100s_with_memory_that_grows_with_the_row(
+    row_length, expert, sequence
+):
+    paths = [str(CUDA_PLUGIN), *sys.path]
+    arguments = [str(number) for number in (row_length, expert, sequence)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.rome.model.ops.compile_for_h100", *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=pathlib.Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chosen"]["attention"] == found["chosen"]["experts"] == "tokamax"
+    assert "mosaic_gpu_v2" in found["custom_calls"]
+    # Both took 0.31 MB a token. A mask of every pair would add 0.03 MB a token to the longer row.
+    assert found["temporary_bytes"] < 330_000 * row_length // sequence
+
+
 @pytest.mark.parametrize("g", [2, 3, 8])
 def test_swapped_halves_stand_where_their_places_say_and_come_home(g):
     T = 4 * g
@@ -178,16 +280,21 @@ def test_the_embedding_on_a_mesh_equals_one_device_forward_and_backward(shape):
     )
 
 
-def test_each_platform_gets_its_kernels_and_a_name_wins():
+def test_each_platform_gets_its_kernels_and_a_name_wins(monkeypatch):
     config = PRESETS["qwen3_30b_a3b"]
     assert choose_kernels("tpu", config) == ("splash", "megablox", "ring")
     assert (
         choose_kernels("tpu", PRESETS["tiny"]).attention == "blocked"
     )  # its heads are narrower than a TPU's lanes
-    assert choose_kernels("gpu", config).attention == "cudnn"
+    monkeypatch.setattr(kernels, "_has_tokamax", lambda: True)
+    assert choose_kernels("gpu", config) == ("tokamax", "tokamax", "ring")
     assert (
         choose_kernels("gpu", dataclasses.replace(config, dtype="float32")).attention == "blocked"
     )
+    monkeypatch.setattr(kernels, "_has_tokamax", lambda: False)
+    assert choose_kernels("gpu", config) == ("blocked", "ragged", "ring")
+    with pytest.raises(ValueError, match=r"learner.attention='tokamax' needs the package"):
+        choose_kernels("gpu", config, Kernels(attention="tokamax"))
     assert choose_kernels("tpu", config, Kernels(experts="ragged")) == ("splash", "ragged", "ring")
 
 
