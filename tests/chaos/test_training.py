@@ -183,7 +183,7 @@ cp -r {tmp_path}/disk/run {tmp_path}/run
 
 def test_the_trainer_is_killed_again_and_again_and_the_run_ends_whole(start, tmp_path):
     workdir = tmp_path / "run"
-    flags = [*IPA, start, "--config.checkpoint_every=1"]
+    flags = [*IPA, start, "--config.checkpoint_every=1", "--config.keep_trajectories=1"]
     for steps in (1, 2, 4):
         with training(flags, workdir) as process:
             wait_for_steps(process, workdir, steps)
