@@ -20,7 +20,7 @@ from rome.data.routes import route_dtype
 from rome.model.config import ModelConfig
 from rome.model.ops.balanced_time import busiest_share, query_places
 from rome.model.ops.expert_exchange import chunks_of
-from rome.model.ops.experts import MEGABLOX_ROWS
+from rome.model.ops.experts import room, row_tile
 from rome.train.step import Learner
 
 _SHOWN_COLLECTIVES = 8
@@ -130,9 +130,10 @@ def visited_rows(learner: Learner, batch: Batch[Any], imbalance: float = 1.0) ->
     tokens = B * T // learner.mesh.size * shape["tensor"]
     exchanged = learner.chosen_kernels.exchange == "all_to_all"
     parts = chunks_of(tokens) if exchanged else shape["expert"]
-    rows = imbalance * tokens * config.experts_per_token / parts
-    shared_tiles = config.num_experts // shape["expert"] - 1
-    return rows + shared_tiles * MEGABLOX_ROWS
+    even_rows = tokens * config.experts_per_token / parts
+    experts = config.num_experts // shape["expert"]
+    tile = row_tile(room(even_rows), experts)
+    return imbalance * even_rows + (experts - 1) * tile
 
 
 def show(found: dict[str, Any]) -> None:

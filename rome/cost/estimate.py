@@ -396,7 +396,7 @@ def _options(
         options.append(_Option(saved, text))
     if config.remat == "none":
         inputs = config.num_layers * length * rows_here * config.hidden_size * 2
-        text = f"remat full: keeps one input a block, {_gib(inputs)} in all"
+        text = f"--config.learner.remat=full: keeps one input a block, {_gib(inputs)} in all"
         options.append(_Option(kinds["activations"], text))
     if rows_here <= 1:
         half = _gib(passing / 2)

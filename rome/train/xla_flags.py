@@ -16,7 +16,8 @@ import pathlib
 from collections.abc import Mapping
 
 _TPU = {
-    # A weight's all-gather for layer k + 1 runs while layer k multiplies, instead of before it.
+    # A weight's all-gather may run beside matmuls of its own layer. Layers are one scan, so that of
+    # layer k + 1 does not begin while layer k multiplies.
     "--xla_enable_async_all_gather": "true",
     "--xla_enable_async_all_reduce": "true",
     # Such a collective is cut into pieces that ride along inside matmul fusions; several steps of

@@ -9,8 +9,10 @@ j-th expert), R rows of a pass of a grouped matmul, P rows of all passes.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -23,9 +25,15 @@ from rome.model.ops.tokamax_library import load_tokamax
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
 GROUPED = ("ragged", "megablox", "tokamax")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
-# a tile of the kernel; both operands and the float32 sum stay in a core's memory
-MEGABLOX_ROWS = 512
+# Tiles of the kernel; both operands and the float32 sum stay in a core's memory. Each expert but
+# the first begins inside of a tile, which is computed for the expert before it too: small tiles
+# waste less. They cost no traffic as long as one tile is as deep as the matrix: the next tile of
+# the same expert finds its weights in place. Fewer rows than 128 leave a matrix unit idle.
+MEGABLOX_ROWS = 256
+MEGABLOX_ROWS_OF_FEW = 128  # where an expert has less than two tiles of rows
+MEGABLOX_DEPTH = 2048
 MEGABLOX_COLUMNS = 1024
+LANES = 128
 # (rows [R, D] by expert, matrices [E, D, F], rows of each matrix [E]) -> [R, F]
 GroupedMatmul = Callable[[Array, Array, Array], Array]
 # Rows that a part of a mesh makes room for, over the even share of its choices. More choices take
@@ -234,15 +242,84 @@ def _best_here(tokens: int) -> str:
     return "sorted" if jax.default_backend() == "cpu" else "ragged"
 
 
-def _megablox(x_RD: Array, w_EDF: Array, sizes_E: Array, interpret: bool = False) -> Array:
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
+def row_tile(R: int, E: int) -> int:
+    """Return the rows of a tile of megablox where E experts share R rows."""
+    wanted = MEGABLOX_ROWS if R >= 2 * MEGABLOX_ROWS * E else MEGABLOX_ROWS_OF_FEW
+    return max(8, math.gcd(wanted, R))
 
+
+def _megablox(x_RD: Array, w_EDF: Array, sizes_E: Array, interpret: bool = False) -> Array:
     R = x_RD.shape[0]
-    _, D, F = w_EDF.shape
-    tile = max(8, math.gcd(MEGABLOX_ROWS, R))
-    tiling = (tile, min(MEGABLOX_COLUMNS, D), min(MEGABLOX_COLUMNS, F))
+    tile = row_tile(R, w_EDF.shape[0])
     filled_RD = jnp.pad(x_RD, ((0, -R % tile), (0, 0)))
-    return gmm(filled_RD, w_EDF, sizes_E, x_RD.dtype, tiling, interpret=interpret)[:R]
+    return _tiled_matmul(filled_RD, w_EDF, sizes_E, tile, interpret)[:R]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _tiled_matmul(
+    x_RD: Array, w_EDF: Array, sizes_E: Array, tile: int, interpret: bool = False
+) -> Array:
+    """Multiply rows by their expert's matrix, [R, F], in tiles of `tile` rows.
+
+    The gradient that comes with megablox takes the tiles of the forward matmul, which fit neither
+    of its own two: they are chosen for each here.
+    """
+    _, D, F = w_EDF.shape
+    tiling = (tile, _side(D, MEGABLOX_DEPTH), _side(F, MEGABLOX_COLUMNS))
+    return _megablox_kernels().gmm(x_RD, w_EDF, sizes_E, x_RD.dtype, tiling, interpret=interpret)
+
+
+def _tiled_matmul_forward(
+    x_RD: Array, w_EDF: Array, sizes_E: Array, tile: int, interpret: bool
+) -> tuple[Array, tuple[Array, ...]]:
+    out_RF = _tiled_matmul(x_RD, w_EDF, sizes_E, tile, interpret)
+    return out_RF, (x_RD, w_EDF, sizes_E)
+
+
+def _tiled_matmul_backward(
+    tile: int, interpret: bool, residuals: tuple[Array, ...], grad_RF: Array
+) -> tuple[Array, Array, None]:
+    x_RD, w_EDF, sizes_E = residuals
+    E, D, F = w_EDF.shape
+    kernels = _megablox_kernels()
+    dx_RD = kernels.gmm(
+        grad_RF,
+        w_EDF,
+        sizes_E,
+        x_RD.dtype,
+        (tile, _side(F, MEGABLOX_DEPTH), _side(D, MEGABLOX_COLUMNS)),
+        transpose_rhs=True,
+        interpret=interpret,
+    )
+    dw_EDF = kernels.tgmm(
+        x_RD.T,
+        grad_RF,
+        sizes_E,
+        w_EDF.dtype,
+        (tile, _side(D, MEGABLOX_COLUMNS), _side(F, MEGABLOX_COLUMNS)),
+        num_actual_groups=E,
+        interpret=interpret,
+    )
+    return dx_RD, dw_EDF, None
+
+
+_tiled_matmul.defvjp(_tiled_matmul_forward, _tiled_matmul_backward)
+
+
+def _megablox_kernels() -> ModuleType:
+    # the package's own name `gmm` is a function that hides its module
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+
+
+def _side(size: int, most: int) -> int:
+    """Return the side of a tile: the largest number of whole lanes up to `most` that divides.
+
+    A side that does not divide leaves a tile half empty, and the kernel computes all of it.
+    """
+    for side in range(most - most % LANES, 0, -LANES):
+        if size % side == 0:
+            return side
+    return min(size, most)
 
 
 class _Plan(NamedTuple):

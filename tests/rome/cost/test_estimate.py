@@ -122,9 +122,9 @@ def test_short_sequences_that_share_a_row_are_credited_with_their_own_attention(
     ("exchange", "rows_of_tiles"),
     [
         # 4 rows of 1024 tokens a device, 8 experts each, over 2 devices and 64 experts a device
-        ("ring", 4096 * 8 / 2 + 63 * 512),
+        ("ring", 4096 * 8 / 2 + 63 * 128),
         # in two chunks of 2048 tokens, whose choices are exchanged
-        ("all_to_all", 2048 * 8 + 63 * 512),
+        ("all_to_all", 2048 * 8 + 63 * 128),
     ],
 )
 def test_tiles_that_two_experts_share_are_computed_twice(exchange, rows_of_tiles):
@@ -135,7 +135,7 @@ def test_tiles_that_two_experts_share_are_computed_twice(exchange, rows_of_tiles
     )
     batch = batch_shapes(32, 1024, 4, None)
     assert visited_rows(learner, batch) == rows_of_tiles
-    even = rows_of_tiles - 63 * 512
+    even = rows_of_tiles - 63 * 128
     assert visited_rows(learner, batch, imbalance=1.5) == rows_of_tiles + even / 2
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from rome.model.config import PRESETS
 from rome.model.moe import MoE, RouterStats, load_metrics, route, router_loss
+from rome.model.ops import experts as ops
 from rome.model.ops.experts import NO_EXPERT, capacity, drop_beyond, experts, experts_megablox
 from rome.model.ops.experts_cpu import TILES
 
@@ -118,6 +119,38 @@ def test_gradients_of_every_form_equal_those_of_the_dense_oracle(form, load):
     _, expected = value_and_gradients("dense")(*inputs)
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["qwen3_30b_a3b", "qwen3_235b_a22b"])
+def test_tiles_of_a_published_model_are_full_in_each_of_its_three_matmuls(preset):
+    config = PRESETS[preset]
+    sizes = {"D": config.hidden_size, "F": config.moe_intermediate_size}
+    for name, size in sizes.items():
+        for most in (ops.MEGABLOX_DEPTH, ops.MEGABLOX_COLUMNS):
+            side = ops._side(size, most)
+            assert (size % side == 0 and most / 2 < side <= most) or side == size, (name, most)
+    assert ops._side(200, 1024) == 200  # of no whole lanes
+
+
+@pytest.mark.parametrize(
+    ("rows", "here", "most"),
+    [(16384, 32, 1.5), (16384, 8, 1.12), (2048, 16, 2.0)],  # the pod's ring and exchange; few rows
+)
+def test_the_kernel_visits_few_more_rows_than_its_experts_have(rows, here, most):
+    tile = ops.row_tile(ops.room(rows), here)
+    sizes = np.random.default_rng(0).multinomial(rows, np.full(here, 1 / here))
+    kernel = ops._megablox_kernels()
+    _, tiles = kernel.make_group_metadata(
+        group_sizes=jnp.asarray(sizes, jnp.int32),
+        m=ops.room(rows),
+        tm=tile,
+        start_group=jnp.asarray(0),
+        num_nonzero_groups=here,
+        visit_empty_groups=False,
+    )
+    visited = int(tiles) * tile
+    assert visited / rows <= most
+    assert visited <= rows + (here - 1) * tile + tile  # what the compile table counts
 
 
 @pytest.mark.parametrize("implementation", ["dense", "sorted", "ragged"])
