@@ -172,7 +172,7 @@ def _moved(
 
 
 def _load_archive(
-    row: Row, name_column: str, archive_column: str, environ: Mapping[str, str] | None
+    row: Row, name_column: str, archive_column: str, environ: Mapping[str, str] | None = None
 ) -> HarborTask:
     name = row.text(name_column)
     content = row.binary(archive_column)

@@ -21,7 +21,7 @@ def random_routes(seed):
 
 
 def batch_with(routes_BTLk):
-    return Batch(*[None] * (len(Batch._fields) - 1), routes_BTLk)
+    return Batch(**dict.fromkeys(Batch._fields) | {"routes_BTLk": routes_BTLk})
 
 
 @pytest.mark.parametrize("seed", range(4))
