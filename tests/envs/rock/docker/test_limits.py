@@ -149,6 +149,8 @@ def test_the_system_call_filter_refuses_what_the_embedded_one_refuses(inside):
         "1",
         "clone",
         "1",
+        "clone",
+        "1",
         "bpf",
         "1",
         "io_uring",
