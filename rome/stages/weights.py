@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rome.model.config import PRESETS, ModelConfig
+from rome.model.config import PRESETS, SIZES, ModelConfig
 from rome.model.hf.checkpoint import load_hf, read_config
 from rome.model.params import param_shardings
 from rome.stopping import ShouldStop, never, raise_if_stopped
@@ -23,15 +23,7 @@ TOKENIZER_FIELDS = ("eos_token_id", "pad_token_id")  # the run's tokenizer decid
 # Fields that say which parameters there are. Those that are in no tuple here say what is computed
 # with them and belong to the checkpoint: rotary angles, epsilons, the longest context.
 PARAMETER_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "num_experts",
-    "experts_per_token",
-    "moe_intermediate_size",
+    *(name for name in SIZES if name != "max_position"),
     "tie_embeddings",
     "attention_bias",
     "dense_layers",
