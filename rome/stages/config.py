@@ -33,6 +33,7 @@ from rome.losses import (
     unbounded_weight,
 )
 from rome.model.config import PRESETS, REMATS
+from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
 from rome.train.devices import EngineDevice
@@ -57,6 +58,8 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.isolation": ("required", "best_available"),
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
+    # Known before an earlier stage is run, whose own config has other kernels.
+    **{f"learner.{kind}": names for kind, names in zip(Kernels._fields, KNOWN, strict=True)},
 }
 # What a key is to the workdir of a run (rome.train.workdir.KeyRules). A block's name stands for all
 # of its keys. A key that is not named here is part of the run's identity.

@@ -28,7 +28,7 @@ _ACCOUNTS = re.compile(
 )
 # Links to `python`, which images with Python have here already.
 _PYTHON_LINK = re.compile(r"\bln\s+-\S+\s+\S*/python3[\d.]*\s+/usr/(?:local/)?bin/python\b")
-PYTHON_FOLDER = "/root/.local/bin"  # of `python`, where this machine has only `python3`
+PYTHON_FOLDER = "/root/.local/bin"  # of `python`, where the sandbox has only `python3`
 SHIMS = ".rock-shims"  # in the workspace, while a build runs
 # What BuildKit gives to an ARG of this name.
 _PLATFORM = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)

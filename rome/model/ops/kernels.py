@@ -37,6 +37,12 @@ class Kernels(NamedTuple):
 
 
 AUTO = Kernels()
+# All names of each kind.
+KNOWN: tuple[tuple[str, ...], ...] = (
+    attention.IMPLEMENTATIONS,
+    experts.IMPLEMENTATIONS,
+    experts_on_mesh.FORMS,
+)
 
 
 def choose_kernels(
@@ -58,8 +64,7 @@ def choose_kernels(
     Raises:
       ValueError: a name is unknown or cannot run on the platform.
     """
-    known = (attention.IMPLEMENTATIONS, experts.IMPLEMENTATIONS, experts_on_mesh.FORMS)
-    for kind, name, names in zip(Kernels._fields, wanted, known, strict=True):
+    for kind, name, names in zip(Kernels._fields, wanted, KNOWN, strict=True):
         _check_runs(kind, name, names, platform)
     best = _best(platform, config, group, extent)
     pairs = zip(wanted, best, strict=True)

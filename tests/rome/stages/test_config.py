@@ -114,6 +114,8 @@ def change_config(config, change):
         ({"minibatches": 33}, "minibatches=33 splits whole groups, and a step has groups=32"),
         ({"minibatches": 0}, "minibatches=0 must be above 0"),
         ({"updates_per_step": 2}, "updates_per_step' is unknown"),
+        ({"learner.attention": "cudnn"}, "learner.attention='cudnn' is unknown. Choose one of"),
+        ({"learner.exchange": "rings"}, "learner.exchange='rings' is unknown. Choose one of"),
         ({"profile_steps": "3"}, "profile_steps='3' is no range of steps"),
         ({"profile_steps": "5:3"}, "profile_steps='5:3' is no range of steps"),
         ({"profile_steps": "0:3"}, "profile_steps='0:3' is no range of steps"),
