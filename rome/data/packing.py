@@ -19,7 +19,14 @@ import grain
 import grain.experimental
 import numpy as np
 
-from rome.data.advantages import Anchor, Estimator, chunk_returns, group_advantages, loss_reward
+from rome.data.advantages import (
+    Anchor,
+    Comparison,
+    Estimator,
+    chunk_returns,
+    group_advantages,
+    loss_reward,
+)
 from rome.data.batch import CONTEXT, IMITATION, RL, Batch
 from rome.data.routes import join_routes
 from rome.data.trajectory import KINDS, Chunk, Trajectory
@@ -68,7 +75,7 @@ def pack(
     failure_reward: float,
     purpose: Purpose = "rl",
     routes_for: ModelConfig | None = None,
-    advantage: Estimator = "normalised",
+    advantage: Estimator | Comparison = "normalised",
     anchor: Anchor = "history",
     denial_penalty: float = 0.0,
     negative_weight: float = 1.0,

@@ -24,6 +24,7 @@ from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
+from rome.rollout.reward import Reward, ask
 from rome.stopping import POLL_SECONDS, raise_if_stopped
 
 ATTEMPTS = 3  # at an episode that the infrastructure spoils
@@ -137,6 +138,7 @@ class EpisodePlayer:
         accounting: Accounting,
         path: pathlib.Path | None = None,
         routes: bool = False,
+        reward: Reward | None = None,
     ) -> Trajectory:
         """Play one episode until its trajectory is trainable.
 
@@ -147,6 +149,8 @@ class EpisodePlayer:
           path: file of the trajectory. If it exists already, it is returned instead of playing the
             episode.
           routes: ask the engine for the experts of each token and keep them in the chunks.
+          reward: what training learns from, instead of the environment's reward; it is asked once,
+            before the file is written.
 
         Raises:
           SpoiledTaskError: the episode was spoiled `attempts` times. Its last attempt counts as
@@ -166,6 +170,8 @@ class EpisodePlayer:
             trajectory = await self._play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
                 trajectory.model = self.model
+                if reward is not None:
+                    trajectory.training_reward = await ask(reward, trajectory)
                 if path is not None:
                     await to_thread_until_done(save_trajectory, trajectory, path)
                 return trajectory

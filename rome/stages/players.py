@@ -17,6 +17,7 @@ from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
 from rome.rollout.episode import RolloutError
 from rome.rollout.player import ATTEMPTS as EPISODE_ATTEMPTS
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.rollout.reward import REWARD_SECONDS, Reward
 from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.config import sandbox_config
 from rome.stages.engines import PUBLISH_SECONDS, Engines
@@ -79,7 +80,7 @@ class Players:
     def worst_seconds(self) -> float:
         """How long an episode may take at worst until it counts, its replacements included."""
         once = self.limits.worst_seconds(self.config.max_turns, TerminalEnv.grading_seconds)
-        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS
+        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS + REWARD_SECONDS
 
     def make_env(self, task: str) -> TerminalEnv:
         """Return a new environment for one episode of a task."""
@@ -98,6 +99,7 @@ class Players:
         accounting: Accounting,
         path: pathlib.Path,
         routes: bool,
+        reward: Reward | None,
     ) -> Awaitable[Trajectory]:
         """Play one episode of the policy; await the result on the background event loop."""
         return self.policy.play_one(
@@ -106,6 +108,7 @@ class Players:
             accounting=accounting,
             path=path,
             routes=routes,
+            reward=reward,
         )
 
     def play_all(self, episodes: Sequence[Episode], temperature: float) -> list[Trajectory]:

@@ -131,7 +131,8 @@ class Learner:
             cast_tree, static_argnums=1, in_shardings=(params,), out_shardings=params
         )
         self._all_finite = jax.jit(all_finite, in_shardings=(params,), out_shardings=replicated)
-        sums = Sums(params, replicated)
+        everywhere: Any = replicated
+        sums = Sums(params, everywhere)
         self._differentiate = jax.jit(
             self._gradients, in_shardings=(params, rows, None), out_shardings=sums
         )

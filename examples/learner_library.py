@@ -1,0 +1,40 @@
+"""Use the learner as a library: from a checkpoint directory to a real update on your own arrays.
+
+python -m examples.learner_library [DIRECTORY]
+
+Without DIRECTORY, a tiny random checkpoint is written first.
+"""
+
+import sys
+import tempfile
+
+import jax
+import optax
+
+from rome.data.packing import pack
+from rome.data.trajectory import Chunk, Trajectory
+from rome.losses import count_denominators
+from rome.model.config import PRESETS
+from rome.model.hf.checkpoint import save_hf
+from rome.model.qwen3 import init_params
+from rome.train.library import open_learner
+
+if __name__ == "__main__":
+    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
+    if len(sys.argv) == 1:
+        save_hf(init_params(PRESETS["tiny"], jax.random.key(0)), PRESETS["tiny"], directory)
+
+    answers = [([7, 8, 9], 1.0), ([7, 9, 9], 0.0)]  # what your engine sampled, and its rewards
+    episodes = []
+    for number, (sampled, reward) in enumerate(answers):
+        turn = Chunk(prompt_ids=[1, 2, 3], action_ids=sampled, logprobs=[-6.6, -6.6, -6.6])
+        ending = "success" if reward else "failure"
+        episodes.append(Trajectory("ask", "own", [turn], reward, ending, episode=number))
+    rows = pack(episodes, row_length=128, chunks_per_row=4, gamma=1.0, failure_reward=0.0)
+
+    learner, state = open_learner(directory, "grpo", optax.adam(1e-3))
+    for step in range(3):
+        if step == 0:  # pi_old: the weights that the samples are trained from
+            rows = rows._replace(logp_old_BT=learner.score(state.params, [rows])[0])
+        state, metrics = learner.update(state, [rows], count_denominators([rows]))
+        print(f"loss {metrics['loss']:+.5f}, gradient norm {metrics['gradient_norm']:.3f}")
