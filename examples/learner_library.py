@@ -32,9 +32,9 @@ if __name__ == "__main__":
         episodes.append(Trajectory("ask", "own", [turn], reward, ending, episode=number))
     rows = pack(episodes, row_length=128, chunks_per_row=4, gamma=1.0, failure_reward=0.0)
 
-    learner, state = open_learner(directory, "grpo", optax.adam(1e-3))
+    learner, state = open_learner(directory, "grpo", optax.adam(1e-4))
+    rows = rows._replace(logp_old_BT=learner.score(state.params, [rows])[0])  # pi_old
     for step in range(3):
-        if step == 0:  # pi_old: the weights that the samples are trained from
-            rows = rows._replace(logp_old_BT=learner.score(state.params, [rows])[0])
+        rewarded = learner.score_one(state.params, [1, 2, 3, 7, 8, 9])[3:].sum()
         state, metrics = learner.update(state, [rows], count_denominators([rows]))
-        print(f"loss {metrics['loss']:+.5f}, gradient norm {metrics['gradient_norm']:.3f}")
+        print(f"update {step}: log p(rewarded) {rewarded:.3f}, loss {metrics['loss']:+.5f}")

@@ -33,7 +33,8 @@ from rome.rollout.forks import REPLAY_SECONDS, Forks
 from rome.rollout.group import GroupPlan, Taken
 from rome.rollout.outcomes import chosen_episodes, mixed_groups, rollout_metrics, staleness
 from rome.rollout.player import Accounting, Episode
-from rome.rollout.scheduler import RolloutScheduler, Rules
+from rome.rollout.rules import Rules
+from rome.rollout.scheduler import RolloutScheduler
 from rome.stages.config import imitation_weight
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs

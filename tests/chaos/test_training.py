@@ -29,21 +29,16 @@ from tests.chaos.runs import (
     weights_are_finite,
 )
 
-pytestmark = pytest.mark.slow
+# The limit is for hangs; what a run may take is said with Patience.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Where the runs begin: a model that can write tool calls, more or less."""
     workdir = tmp_path_factory.mktemp("sft") / "run"
-    subprocess.run(
-        command(SFT, workdir),
-        cwd=ROOT,
-        env=environment(),
-        check=True,
-        capture_output=True,
-        timeout=280,
-    )
+    with training(SFT, workdir) as process:
+        wait_for_end(process, workdir)
     return f"--config.init_from={workdir / 'final'}"
 
 
@@ -202,6 +197,7 @@ def test_the_trainer_is_killed_again_and_again_and_the_run_ends_whole(start, tmp
     assert "resumed at step" in output(workdir)
 
 
+@pytest.mark.timeout(5400)
 def test_a_run_that_is_killed_15_times_at_random_moments_ends_whole(start, tmp_path):
     """Moments are drawn from the time that a start takes to its first step, and a quarter more.
 
