@@ -21,7 +21,7 @@ from rome.stages.dry_run import try_own_code
 from rome.stages.isolation import find_isolation
 from rome.stages.own_code import own_code_digest
 from rome.stages.rl import RLStage
-from rome.stages.schema import kind_of
+from rome.stages.schema import fill_own_keys, kind_of
 from rome.stages.sft import SFTStage
 from rome.stopping import ShouldStop, Stopped
 from rome.train.alarms import TrainingAlarm
@@ -106,6 +106,7 @@ def run_stages(
     Returns:
       False where the user stopped it.
     """
+    fill_own_keys(config)
     check_config(config)
     team.require_same("config", config_digest(config))
     team.require_same("own code", own_code_digest(config))

@@ -89,3 +89,14 @@ def with_own_defaults(values: Mapping[str, Any], schema: Mapping[str, Any]) -> d
         given = own.get(role, {})
         completed[role] = {**keys, **given} if isinstance(given, Mapping) else given
     return {**values, "own": completed}
+
+
+def fill_own_keys(config: ml_collections.ConfigDict) -> None:
+    """Set the keys of own code that a config leaves out to their defaults.
+
+    So the workdir's config.json holds them, and a default that changes is seen as a change.
+    """
+    completed = with_own_defaults(config.to_dict(), schema_of(config))
+    if isinstance(completed.get("own"), Mapping):
+        with config.unlocked():
+            config.own = ml_collections.ConfigDict(completed["own"])

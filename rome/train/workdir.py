@@ -85,7 +85,7 @@ def claim_workdir(
         write_atomically(path, _text(config))
         return []
     theirs = dict(rules.defaults) | flatten(read_json(path, BROKEN))
-    ours = dict(rules.defaults) | flatten(config.to_dict())  # own code's keys may be left out
+    ours = flatten(config.to_dict())
     keys = sorted(theirs.keys() | ours.keys())
     different = [key for key in keys if theirs.get(key) != ours.get(key)]
     refused = [

@@ -19,7 +19,7 @@ def get_config(preset="smoke"):
     config.init_from = ""  # random weights solve nothing: only the own reward tells episodes apart
     config.loss = "lab.py:Clipped"
     config.advantage = "lab.py:below_the_best"
-    config.reward = "lab.py:ShortIsGood"
+    config.reward = "lab.py:Varied"
     config.filter = "lab.py:first_half"
     config.steps = 2
     config.groups = 3
@@ -57,22 +57,23 @@ def run(lab, *flags):
 @pytest.mark.timeout(1800)
 def test_a_run_trains_with_the_users_loss_advantage_reward_and_filter(lab, tmp_path):
     workdir = tmp_path / "run"
-    done = run(lab, f"--workdir={workdir}", "--config.own.reward.cost=0.5")
+    done = run(lab, f"--workdir={workdir}", "--config.own.reward.weight=0.5")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all({"own_objective", "max_ratio"} <= line.keys() for line in lines)
-    assert all(line["training_reward"] < line["reward"] for line in lines)
+    assert all(line["training_reward"] > line["reward"] for line in lines)
     episodes = [load_trajectory(path) for path in (workdir / "trajectories").glob("lab_*.json")]
     for episode in episodes:
-        expected = episode.reward - 0.5 * episode.num_action_tokens
-        assert episode.training_reward == pytest.approx(expected)
+        written = {token for chunk in episode.chunks for token in chunk.action_ids}
+        assert episode.training_reward == pytest.approx(episode.reward + 0.5 * len(written))
     accounting = json.loads((workdir / "report.json").read_text())["accounting"]
     dropped = accounting["dropped"]
     assert accounting["trained"] > 0 and dropped["filtered"] == accounting["trained"]
     assert accounting["started"] == accounting["trained"] + sum(dropped.values())
     config = json.loads((workdir / "config.json").read_text())
-    assert config["own"] == {"loss": {}, "advantage": {}, "reward": {"cost": 0.5}, "filter": {}}
+    keys = {"loss": {"ceiling": 1.2}, "advantage": {}, "reward": {"weight": 0.5}, "filter": {}}
+    assert config["own"] == keys
 
 
 def test_wrong_own_code_ends_the_command_with_one_line_before_anything_is_started(lab, tmp_path):

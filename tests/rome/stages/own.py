@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from rome.data.batch import RL
+from rome.data.batch import CONTEXT, RL
 from rome.losses import LossSpec
 from rome.losses.chunks import at_tokens, exp_bounded, tokens_of_kind
 
@@ -32,6 +32,15 @@ class Clipped:
 clipped = LossSpec(Clipped, "centred")
 
 
+def weighted_likelihood(logp_BT, batch, config, denominators):
+    learned_BT = at_tokens(batch.valid_BC & (batch.kind_BC != CONTEXT), batch)
+    total = jnp.sum(jnp.where(learned_BT, logp_BT, 0.0))
+    return -total / jnp.maximum(denominators.trained_tokens, 1.0), {}
+
+
+likelihood = LossSpec(weighted_likelihood, likelihood=True)
+
+
 def below_the_best(episodes, rewards):
     return [reward - max(rewards) for reward in rewards]
 
@@ -46,6 +55,17 @@ class ShortIsGood:
 
     def __call__(self, episode):
         return episode.reward - self.cost * episode.num_action_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Varied:
+    """Tells apart even episodes of random weights, which all use up their tokens."""
+
+    weight: float = 0.01
+
+    def __call__(self, episode):
+        written = {token for chunk in episode.chunks for token in chunk.action_ids}
+        return episode.reward + self.weight * len(written)
 
 
 def first_half(episodes):

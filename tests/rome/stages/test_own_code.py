@@ -11,6 +11,7 @@ from rome.losses import PUBLISHED, LossConfig, build_loss
 from rome.stages.config import check_config, key_class, key_rules, load_config, loss_config
 from rome.stages.dry_run import episodes, tiny_step, try_loss, try_own_code
 from rome.stages.own_code import own_advantage, own_filter, own_loss, own_reward
+from rome.stages.schema import fill_own_keys, kind_of
 from rome.train.workdir import ConfigError, claim_workdir, default_workdir
 
 OWN = "tests.rome.stages.own"
@@ -74,6 +75,8 @@ def test_a_workdir_takes_a_key_left_out_for_its_default(tmp_path):
         config_of(changes, loss="Clipped")
         for changes in ({}, {"own.loss.ceiling": 1.2}, {"own.loss.ceiling": 1.5})
     )
+    for config in (plain, same, other):
+        fill_own_keys(config)
     claim_workdir(tmp_path, same, key_rules(same))
     (tmp_path / "metrics.jsonl").touch()
     assert claim_workdir(tmp_path, plain, key_rules(plain)) == []
@@ -96,6 +99,14 @@ def test_own_losses_have_switches_and_advantages_where_their_spec_says_so():
             check_config(config)
     with pytest.raises(ConfigError, match="advantage='centred' is not read by loss=ipa"):
         check_config(config_of(advantage="centred"))
+
+
+def test_an_own_likelihood_is_a_loss_of_sft():
+    config = load_config("experiments/sft.py", "tiny")
+    config.loss = f"{OWN}:likelihood"
+    check_config(config)
+    try_own_code(config)
+    assert kind_of(config.loss) == "sft" and loss_config(config) == LossConfig()
 
 
 @pytest.mark.parametrize(
