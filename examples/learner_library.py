@@ -1,8 +1,6 @@
 """Use the learner as a library: from a checkpoint directory to a real update on your own arrays.
 
-python -m examples.learner_library [DIRECTORY]
-
-Without DIRECTORY, a tiny random checkpoint is written first.
+python -m examples.learner_library [DIRECTORY]    # default: a tiny random checkpoint is written
 """
 
 import sys
@@ -11,7 +9,7 @@ import tempfile
 import jax
 import optax
 
-from rome.data.packing import pack
+from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.losses import count_denominators
 from rome.model.config import PRESETS
@@ -20,8 +18,8 @@ from rome.model.qwen3 import init_params
 from rome.train.library import open_learner
 
 if __name__ == "__main__":
-    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
-    if len(sys.argv) == 1:
+    directory = sys.argv[1] if sys.argv[1:] else tempfile.mkdtemp()
+    if not sys.argv[1:]:
         save_hf(init_params(PRESETS["tiny"], jax.random.key(0)), PRESETS["tiny"], directory)
 
     answers = [([7, 8, 9], 1.0), ([7, 9, 9], 0.0)]  # what your engine sampled, and its rewards
@@ -33,6 +31,7 @@ if __name__ == "__main__":
     rows = pack(episodes, row_length=128, chunks_per_row=4, gamma=1.0, failure_reward=0.0)
 
     learner, state = open_learner(directory, "grpo", optax.adam(1e-4))
+    [rows] = microbatches(rows, learner.mesh.size)  # filled up: the same number for each device
     rows = rows._replace(logp_old_BT=learner.score(state.params, [rows])[0])  # pi_old
     for step in range(3):
         rewarded = learner.score_one(state.params, [1, 2, 3, 7, 8, 9])[3:].sum()

@@ -274,6 +274,13 @@ class Learner:
         """
         if not microbatches:
             raise ValueError("an update needs a micro-batch; a step without rows makes no update")
+        rows = microbatches[0].num_rows
+        if rows % self._num_row_shards:
+            raise ValueError(
+                f"a micro-batch has {rows} rows, and the mesh splits them over"
+                f" {self._num_row_shards} devices. Fill it up with"
+                f" rome.data.packing.microbatches(batch, {rows + -rows % self._num_row_shards})"
+            )
         tokens = float(sum(np.count_nonzero(batch.segments_BT) for batch in microbatches))
         replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
         with jax.set_mesh(self.mesh):

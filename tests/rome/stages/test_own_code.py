@@ -138,9 +138,9 @@ def test_wrong_own_code_is_one_line_that_names_its_key(role, name, message):
     assert text.count(f"config.{role}='{OWN}:{name}'") == 1 and "\n" not in text
 
 
-@pytest.mark.parametrize("name", ["ipa", "gigpo"])
-def test_losses_of_papers_pass_the_check_of_own_ones(name):
-    try_loss(build_loss(name), LossConfig(**PUBLISHED[name]))
+@pytest.mark.parametrize("name", ["ipa", "gigpo", "examples/04_loss.py:clipped_reinforce_loss"])
+def test_losses_of_papers_and_of_the_examples_pass_the_check_of_own_ones(name):
+    try_loss(build_loss(name), LossConfig(**PUBLISHED.get(name, {})))
 
 
 def test_the_tiny_step_has_two_rows_and_all_kinds_of_chunks():
