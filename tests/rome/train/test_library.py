@@ -47,7 +47,7 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused_with_the_remedy(di
     learner, state = open_learner(directory, "grpo", optax.sgd(0.1))
     batch = rows()
     assert learner.mesh.size > batch.num_rows == 1
-    with pytest.raises(ValueError, match=r"has 1 rows, .* microbatches\(batch, 8\)"):
+    with pytest.raises(ValueError, match=r"has 1 rows, .*microbatches\(batch, 8\)"):
         learner.update(state, [batch], count_denominators([batch]))
 
 
