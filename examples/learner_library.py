@@ -20,7 +20,8 @@ from rome.train.library import open_learner
 if __name__ == "__main__":
     directory = sys.argv[1] if sys.argv[1:] else tempfile.mkdtemp()
     if not sys.argv[1:]:
-        save_hf(init_params(PRESETS["tiny"], jax.random.key(0)), PRESETS["tiny"], directory)
+        params = jax.jit(init_params, static_argnums=0)(PRESETS["tiny"], jax.random.key(0))
+        save_hf(params, PRESETS["tiny"], directory)
 
     answers = [([7, 8, 9], 1.0), ([7, 9, 9], 0.0)]  # what your engine sampled, and its rewards
     episodes = []
@@ -34,6 +35,6 @@ if __name__ == "__main__":
     [rows] = microbatches(rows, learner.mesh.size)  # filled up: the same number for each device
     rows = rows._replace(logp_old_BT=learner.score(state.params, [rows])[0])  # pi_old
     for step in range(3):
-        rewarded = learner.score_one(state.params, [1, 2, 3, 7, 8, 9])[3:].sum()
+        rewarded = learner.score(state.params, [rows])[0][0, 3:6].sum()
         state, metrics = learner.update(state, [rows], count_denominators([rows]))
         print(f"update {step}: log p(rewarded) {rewarded:.3f}, loss {metrics['loss']:+.5f}")
