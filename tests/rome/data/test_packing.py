@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.data.batch import CONTEXT, IMITATION, RL
-from rome.data.packing import Batch, fits_row, microbatches, pack
+from rome.data.lines import fits_row
+from rome.data.packing import Batch, microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.model.config import PRESETS
 
