@@ -21,7 +21,7 @@ from rome.model.tokenizer import Tokenizer
 
 Tool = Mapping[str, Any]  # the schema of a tool, as the chat template shows it
 ROLES = ("system", "user", "assistant", "tool")
-EXACT_INTEGER = 2**53  # beyond it, agents written in JavaScript round integers
+EXACT_INTEGER = 2**53  # from there on, agents written in JavaScript round integers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_answer(text: str, number: int) -> tuple[Message, bool]:
     try:
         calls = [] if turn.is_thinking else [call for call, _ in iterate_tool_calls(text)]
     except ToolCallError:
-        return Message("assistant", turn.spoken, turn.thoughts), True
+        return Message("assistant", turn.spoken.strip(), turn.thoughts), True
     made = []
     for place, call in enumerate(calls):
         arguments = json.dumps(call.arguments, ensure_ascii=False)
@@ -94,8 +94,8 @@ def read_answer(text: str, number: int) -> tuple[Message, bool]:
     content = turn.spoken
     if made:
         opening = OPEN if OPEN in content else "<function="
-        content = content[: content.index(opening)].rstrip()
-    return Message("assistant", content, turn.thoughts, tuple(made)), False
+        content = content[: content.index(opening)]
+    return Message("assistant", content.strip(), turn.thoughts, tuple(made)), False
 
 
 def differences(answer: Message, returned: Message) -> frozenset[str] | None:
@@ -194,7 +194,7 @@ def _split_thoughts(message: Message) -> Message:
     if message.reasoning or "</think>" not in message.content:
         return message
     turn = read_turn(message.content)
-    return dataclasses.replace(message, content=turn.spoken, reasoning=turn.thoughts)
+    return dataclasses.replace(message, content=turn.spoken.strip(), reasoning=turn.thoughts)
 
 
 def _canonical_value(value: Any) -> Any:
@@ -207,7 +207,7 @@ def _canonical_value(value: Any) -> Any:
         return value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if abs(value) <= EXACT_INTEGER:
+    if abs(value) < EXACT_INTEGER:
         return value
     try:
         return float(value)
