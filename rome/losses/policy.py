@@ -26,8 +26,9 @@ overlong penalty (the verifier rewards). dual_clip c bounds min(r A, clip(r) A) 
 A < 0 (arXiv 1912.09729): without it the ratio of a failure has no upper bound, which asynchronous
 training cannot afford.
 
-Of an episode with branches, y is one line with the tokens that are trained there. Means over y are
-then means over the lines of each episode, and over episodes.
+Of an episode with branches, y is one line with the tokens that are trained there. A mean over y of
+a sum over t is then the sum over all lines, divided by the number of episodes; where the sum is a
+mean itself (1/n), it is the mean over the lines of each episode, and over episodes.
 
 B rows, T tokens, C chunks a row. A turn is a chunk. None of these papers imitates: their default
 lambda_il is 0. With one above 0 a loss is a hybrid of its own: its objective keeps its denominator,

@@ -87,9 +87,11 @@ class Entry:
 class Conversation:
     tools: tuple = ()
     entries: list[Entry] = dataclasses.field(default_factory=list)
+    is_reordered: bool = False
 
     def copy(self, stop=None):
-        return Conversation(self.tools, [dataclasses.replace(e) for e in self.entries[:stop]])
+        entries = [dataclasses.replace(entry) for entry in self.entries[:stop]]
+        return Conversation(self.tools, entries, self.is_reordered)
 
     @property
     def parent(self):
@@ -222,7 +224,8 @@ class Agent:
         elif move == "insert":
             conversation.entries.append(Entry(Message("assistant", f"told {next(self.numbers)}")))
             conversation.entries.append(Entry(self.new("user")))
-        elif move == "reorder":
+        elif move == "reorder" and not conversation.is_reordered:
+            conversation.is_reordered = True  # a second time might restore what was sampled in
             for place in range(len(conversation.entries) - 2, 0, -1):
                 one, other = conversation.entries[place : place + 2]
                 if one.message.role == other.message.role == "tool":
