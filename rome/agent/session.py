@@ -66,6 +66,8 @@ class Session:
       temperature: of sampling, where a call names no other.
       routes: whether to ask the engine for the experts of each token, and to keep them.
       chunks: of a replayed prefix, which the session goes on to extend.
+      kind: of the chunks that it adds: "rl", or "context" for answers that are only recorded, such
+        as those of another model; these need no weight versions.
 
     Attributes:
       chunks: all chunks so far, in the order of time.
@@ -83,6 +85,7 @@ class Session:
         temperature: float = 1.0,
         routes: bool = False,
         chunks: list[Chunk] | None = None,
+        kind: str = "rl",
     ) -> None:
         self.chunks = [] if chunks is None else chunks
         self.tokenizer = tokenizer
@@ -93,6 +96,7 @@ class Session:
         self._completion_seconds = completion_seconds
         self._temperature = temperature
         self._routes = routes
+        self._kind = kind
         self._calls: collections.Counter[bytes] = collections.Counter()  # by digest of the context
         self._truncated: set[int] = set()
         self._parents = resolve_parents([chunk.parent for chunk in self.chunks])
@@ -159,7 +163,8 @@ class Session:
         completion = await self._engine.generate(
             context, sampling, self._completion_seconds, affinity=str(self._seed)
         )
-        _check_spans(completion)
+        if completion.versions or self._kind == "rl":
+            _check_spans(completion)
         return self._record(parent, prompt_ids, edge, completion)
 
     def _check_parent(self, parent: int, prompt_ids: list[int]) -> None:
@@ -222,6 +227,7 @@ class Session:
             logprobs=answer.logprobs,
             versions=answer.versions,
             text=self.tokenizer.decode(text_ids),
+            kind=self._kind,
             cached_tokens=answer.cached_tokens,
             parent=LAST if follows else parent,
             edge=edge,

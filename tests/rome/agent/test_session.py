@@ -194,6 +194,14 @@ def test_versions_that_do_not_cover_the_answer_are_the_engines_fault(versions):
     assert not one.chunks
 
 
+def test_answers_of_another_model_are_recorded_as_context():
+    one = session(Engine(versions=[]), kind="context")
+    number = asyncio.run(one.sample(ROOT, [1]))
+    assert one.chunks[number].kind == "context" and one.chunks[number].versions == []
+    with pytest.raises(EngineFailed):
+        asyncio.run(session(Engine(versions=[(1, 0, 1)]), kind="context").sample(ROOT, [1]))
+
+
 def test_a_call_that_fails_leaves_nothing_in_the_record():
     one = session(Engine(error=EngineError("gone")))
     with pytest.raises(EngineError, match="gone"):
