@@ -22,7 +22,7 @@ import numpy as np
 from rome.data.routes import extend_routes
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk
-from rome.data.tree import LAST, ROOT, path_to, resolve_parents
+from rome.data.tree import EDGES, LAST, ROOT, path_to, resolve_parents
 from rome.engine.completion import Completion, Sampling
 from rome.engine.errors import EngineFailed
 from rome.model.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class Session:
           EngineError: the engine did not answer, or not as an engine does.
         """
         prompt_ids = list(prompt_ids)
-        self._check_parent(parent, prompt_ids)
+        self._check_parent(parent, prompt_ids, edge)
         context = self.context_of(parent)
         routes_from = self._routes_from(parent, len(context))
         context += prompt_ids
@@ -167,7 +167,12 @@ class Session:
             _check_spans(completion)
         return self._record(parent, prompt_ids, edge, completion)
 
-    def _check_parent(self, parent: int, prompt_ids: list[int]) -> None:
+    def _check_parent(self, parent: int, prompt_ids: list[int], edge: str) -> None:
+        if edge not in EDGES or (edge == "rewind" and parent == ROOT):
+            raise SessionError(
+                f"edge {edge!r} does not lead from parent {parent}; choose one of"
+                f" {', '.join(EDGES)}, and a chunk to rewind to"
+            )
         if parent != ROOT and not 0 <= parent < len(self.chunks):
             raise SessionError(
                 f"parent {parent} is no chunk of this episode, which has {len(self.chunks)}; give"

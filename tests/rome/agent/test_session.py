@@ -181,6 +181,14 @@ def test_a_parent_that_is_not_there_is_refused(parent):
         asyncio.run(session(Engine()).sample(parent, [1]))
 
 
+@pytest.mark.parametrize("edge", ["return", "rewind"])
+def test_an_edge_that_leads_nowhere_is_refused_before_the_engine_is_asked(edge):
+    one = session(Engine())
+    with pytest.raises(SessionError, match=f"edge '{edge}' does not lead"):
+        asyncio.run(one.sample(ROOT, [1], edge=edge))
+    assert not one._engine.requests
+
+
 def test_an_empty_context_is_refused():
     with pytest.raises(SessionError, match="needs a token to begin with"):
         asyncio.run(session(Engine()).sample(ROOT, []))
