@@ -320,7 +320,7 @@ class Dialogue:
             reasoning=message.reasoning,
             tool_calls=message.tool_calls,
             finish_reason="length" if is_truncated else finish,
-            prompt_tokens=len(self.session.context_of(number)) - completion_tokens,
+            prompt_tokens=self.session.tokens_of(number) - completion_tokens,
             completion_tokens=completion_tokens,
             chunk=number,
         )

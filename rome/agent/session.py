@@ -100,9 +100,10 @@ class Session:
         self._calls: collections.Counter[bytes] = collections.Counter()  # by digest of the context
         self._truncated: set[int] = set()
         self._parents = resolve_parents([chunk.parent for chunk in self.chunks])
-        self._digests: list[Any] = []  # of each chunk: the running hash of its context
+        self._tokens: list[int] = []  # of each chunk: the length of its context, itself included
+        self._digests: list[Any] = []  # and the running hash of it
         for number, parent in enumerate(self._parents):
-            self._digests.append(self._extend_digest(parent, _ids_of(self.chunks[number])))
+            self._measure(parent, _ids_of(self.chunks[number]))
 
     @property
     def last(self) -> int:
@@ -116,6 +117,10 @@ class Session:
             ids += self.chunks[place].prompt_ids
             ids += self.chunks[place].action_ids
         return ids
+
+    def tokens_of(self, number: int) -> int:
+        """Return the length of `context_of(number)`."""
+        return 0 if number == ROOT else self._tokens[number]
 
     def is_truncated(self, number: int) -> bool:
         """Return whether a chunk's answer was cut before its end."""
@@ -245,8 +250,13 @@ class Session:
             self._truncated.add(number)
         self.chunks.append(chunk)
         self._parents.append(parent)
-        self._digests.append(self._extend_digest(parent, _ids_of(chunk)))
+        self._measure(parent, _ids_of(chunk))
         return number
+
+    def _measure(self, parent: int, ids: list[int]) -> None:
+        """Note the length and the hash of the context that a new chunk's ids extend."""
+        self._tokens.append(self.tokens_of(parent) + len(ids))
+        self._digests.append(self._extend_digest(parent, ids))
 
 
 def _ids_of(chunk: Chunk) -> list[int]:
