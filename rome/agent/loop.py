@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from envs.gem import ToolCallError, parse_tool_calls
 from envs.gem.core import Env, close_async
-from envs.rock import SandboxError
-from rome.agent.environment import (
+from envs.gem.episode import (
     GRADING_MARGIN_SECONDS,
     EnvironmentFault,
     OutOfTime,
@@ -25,6 +24,7 @@ from rome.agent.environment import (
     Turn,
     task_name,
 )
+from envs.rock import SandboxError
 from rome.data.routes import extend_routes
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
@@ -102,6 +102,7 @@ async def run_episode(
     episode: int = 0,
     routes: bool = False,
     prefix: Sequence[Chunk] = (),
+    tell_tools: bool = False,
 ) -> Trajectory:
     """Play one episode to its typed ending.
 
@@ -122,6 +123,8 @@ async def run_episode(
       prefix: chunks of an earlier trajectory of this task. Their actions are repeated in the
         environment, which must answer as it did then, and they stand in the trajectory as context;
         the policy plays from there. A different answer ends the episode as infra_sandbox.
+      tell_tools: whether the first prompt has the environment's own tools and system text; False
+        leaves it to `chat`.
 
     Returns:
       The trajectory of the episode.
@@ -133,6 +136,8 @@ async def run_episode(
     result = _Result(0.0, "cancelled", "")
     try:
         instruction, _ = await played.start()
+        if tell_tools:
+            chat = told_tools(chat, env)
         await replay(played, prefix, chunks)
         played.hand_over()
         result = await _play(
@@ -158,6 +163,12 @@ async def run_episode(
         note=result.note,
         success_reward=played.success_reward,
     )
+
+
+def told_tools(chat: Chat, env: Env) -> Chat:
+    """Return the chat whose first prompt has an environment's tools and system text."""
+    tools = getattr(env, "tools", None) or None
+    return Chat(chat.tokenizer, tools, getattr(env, "system", None) or None)
 
 
 async def close_env(env: Env) -> None:
