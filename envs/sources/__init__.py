@@ -135,9 +135,7 @@ def _open_one(
     )
 
 
-def _open_gem(
-    spec: str, env_id: str, seed: int, settings: Settings, eval_share: float
-) -> Source:
+def _open_gem(spec: str, env_id: str, seed: int, settings: Settings, eval_share: float) -> Source:
     if env_id.startswith("terminal/"):
         return generated.open_terminal(
             f"terminal:{env_id.removeprefix('terminal/')}", seed, settings

@@ -97,8 +97,8 @@ def _harbor_task(task: HarborTask, settings: Settings) -> Task:
         )
 
     def read() -> Content:
-        text = "\n".join(step.instruction for step in task.steps)
-        return Content(text, task.steps[0].instruction, _parts_of(task))
+        texts = tuple(step.instruction for step in task.steps)
+        return Content(texts, texts[0], _parts_of(task))
 
     start_seconds = task.environment.build_timeout + SandboxConfig().start_timeout
     return Task(
@@ -117,6 +117,7 @@ def _harbor_task(task: HarborTask, settings: Settings) -> Task:
         read=read,
         tools=(BASH_TOOL,),
         system=SYSTEM,
+        path=task.path,
     )
 
 
@@ -134,7 +135,7 @@ def _published_task(entry: Any) -> Task:
     env = entry.make_env()
     opening, _ = env.reset()
     content = Content(
-        text="\n".join(env.scenario.user.requests),
+        texts=tuple(env.scenario.user.requests),
         opening=opening,
         parts=[
             "\n".join(env.scenario.user.requests).encode(errors="surrogatepass"),

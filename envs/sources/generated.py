@@ -117,7 +117,7 @@ def _terminal_task(family: str, seed: int, settings: Settings) -> Task:
         parts = [task.instruction.encode(), task.setup.encode(), task.verifier.encode()]
         for path, (content, mode) in sorted(task.files.items()):
             parts += [path.encode(), content, str(mode).encode()]
-        return Content(task.instruction, task.instruction, parts)
+        return Content((task.instruction,), task.instruction, parts)
 
     start_seconds = SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_SECONDS
     return Task(
@@ -142,7 +142,9 @@ def _terminal_task(family: str, seed: int, settings: Settings) -> Task:
 # -------------------------------------------------------------------------------------------------
 
 
-def open_registered(spec: str, kind: str, ids: Sequence[str], seed: int, settings: Settings):
+def open_registered(
+    spec: str, kind: str, ids: Sequence[str], seed: int, settings: Settings
+) -> Generated:
     """Return the source of environments that `envs.gem.make` knows; a family is one of them.
 
     Args:
@@ -158,9 +160,7 @@ def open_registered(spec: str, kind: str, ids: Sequence[str], seed: int, setting
         most = LISTED_APART * len(ids)
         count = parse_count(spec.split(":", 2)[2], most)
         if count is None:
-            raise SourceError(
-                f"dataset {spec!r} is not {kind}[:NAMES[:N]] with N from 1 to {most}"
-            )
+            raise SourceError(f"dataset {spec!r} is not {kind}[:NAMES[:N]] with N from 1 to {most}")
 
     def make_one(family: str, task_seed: int) -> Task:
         return _registered_task(kind, by_family[family], task_seed, settings)
@@ -225,12 +225,12 @@ def _registered_task(kind: str, env_id: str, seed: int, settings: Settings) -> T
         observation, info = env.reset()
         opening = shown(observation, info)
         is_dialogue = hasattr(env, "scenario")
-        text = "\n".join(env.scenario.user.requests) if is_dialogue else observation
+        texts = tuple(env.scenario.user.requests) if is_dialogue else (observation,)
         definition = str(info.get("suffix", ""))
         if hasattr(env, "definition"):
             definition = env.definition()
-        parts = [part.encode(errors="surrogatepass") for part in (text, definition)]
-        return Content(text, opening, parts)
+        parts = ["\n".join(texts), definition]
+        return Content(texts, opening, [part.encode(errors="surrogatepass") for part in parts])
 
     return Task(
         name=f"{family}/{seed}",

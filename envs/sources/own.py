@@ -19,7 +19,7 @@ from typing import Any
 
 from envs.gem import Env, Info, StepResult, UnplayableTaskError
 from envs.gem.core import close_async, judge_async, reset_async, step_async
-from envs.gem.episode import has_script
+from envs.gem.episode import has_script, script_of, shown
 from envs.rock import SandboxConfig, SandboxError
 from envs.sources.source import Finite, Generated, Source
 from envs.sources.task import MARGIN_SECONDS, Content, Settings, SourceError, Task
@@ -81,9 +81,7 @@ def _import_file(file: str, folders: Sequence[str]) -> ModuleType:
     return module
 
 
-def open_own(
-    spec: str, make: Any, seed: int, settings: Settings, eval_share: float
-) -> Source:
+def open_own(spec: str, make: Any, seed: int, settings: Settings, eval_share: float) -> Source:
     """Return the source of an environment that is not registered here.
 
     Args:
@@ -165,9 +163,7 @@ def _to_gem(spec: str, env: Any) -> Any:
         import gymnasium
 
         if isinstance(env, gymnasium.Env):
-            from envs.gem.gymnasium import FromGymnasium
-
-            return _from_gymnasium(FromGymnasium, spec, env)
+            return _from_gymnasium(spec, env)
     missing = [name for name in ("reset", "step") if not callable(getattr(env, name, None))]
     if missing:
         raise SourceError(
@@ -177,10 +173,12 @@ def _to_gem(spec: str, env: Any) -> Any:
     return env
 
 
-def _from_gymnasium(wrapper: Any, spec: str, env: Any) -> Any:
+def _from_gymnasium(spec: str, env: Any) -> Env:
+    from envs.gem.gymnasium import FromGymnasium  # gymnasium is an extra
+
     limit = getattr(env.spec, "max_episode_steps", None) if env.spec is not None else None
     try:
-        return wrapper(env, **({"max_turns": limit} if limit else {}))
+        return FromGymnasium(env, **({"max_turns": limit} if limit else {}))
     except ValueError as error:
         raise SourceError(f"task {spec!r}: {error}") from error
 
@@ -191,8 +189,9 @@ def _read(env: Env, seed: int) -> Content:
         observation, info = env.reset()
     finally:
         env.close()
-    opening = f"{info.get('prefix', '')}{observation}{info.get('suffix', '')}"
-    return Content(opening, opening, [opening.encode(errors="surrogatepass"), str(seed).encode()])
+    opening = shown(observation, info)
+    parts = [opening.encode(errors="surrogatepass"), str(seed).encode()]
+    return Content((opening,), opening, parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,8 +290,6 @@ class Adopted(Env):
 
     def demonstration(self, rng: Any, error_rate: float = 0.0) -> Any:
         """Return the script of the environment, where it has one."""
-        from envs.gem.episode import script_of
-
         return script_of(self.inner, rng, error_rate)
 
     def _finish(self, result: Any) -> StepResult:

@@ -53,12 +53,13 @@ class Content:
     """What a task consists of.
 
     Attributes:
-      text: the words of its user or of its problem. The text of a task folder may be hostile.
+      texts: the words of its user, of its problem, or of each step. Those of a task folder may be
+        hostile.
       opening: what the agent is shown first.
       parts: everything that defines the task but its name, as bytes.
     """
 
-    text: str
+    texts: tuple[str, ...]
     opening: str
     parts: Sequence[bytes]
 
@@ -84,6 +85,7 @@ class Task:
       tools: schemas of the tools that the agent has.
       system: what every agent is told before the task; None for nothing.
       success: the reward from which on it counts as solved.
+      path: of its files; None for a generated task.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Task:
     tools: Sequence[Mapping[str, Any]] = dataclasses.field(default=(), repr=False, compare=False)
     system: str | None = dataclasses.field(default=None, repr=False)
     success: float = 1.0
+    path: pathlib.Path | None = None
 
     def make_env(self, config: SandboxConfig) -> Env:
         """Return a new environment that is not started yet.
@@ -118,7 +121,7 @@ class Task:
     @property
     def instruction(self) -> str:
         """The task's words."""
-        return self.content.text
+        return "\n".join(self.content.texts)
 
     def digest(self) -> bytes:
         """Return a hash over everything that defines the task, its name included."""

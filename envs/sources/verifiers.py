@@ -60,7 +60,7 @@ def _task_of(name: str, env: Any, row: Mapping[str, Any], max_turns: int) -> Tas
 
     def read() -> Content:
         definition = json.dumps(row, sort_keys=True, default=str)
-        return Content(opening, opening, [definition.encode(errors="surrogatepass")])
+        return Content((opening,), opening, [definition.encode(errors="surrogatepass")])
 
     return Task(
         name=name,

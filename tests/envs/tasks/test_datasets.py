@@ -23,7 +23,7 @@ from envs.tasks.git import fetch_commit
 from envs.tasks.harbor import EXAMPLES, TaskError, load_task
 from envs.tasks.harbor.fields import read_folder
 from envs.tasks.rows import read_rows
-from rome.evals.tasks import dataset_digest, load_tasks
+from envs.sources import dataset_digest, load_tasks
 from tests.envs.tasks.swebench.repositories import commit, git, make
 
 PLAIN = {

@@ -14,7 +14,7 @@ import pytest
 from envs.gem import format_tool_call
 from envs.worlds import bfcl, bfcl_authors
 from envs.worlds.published import FormatError
-from rome.evals.tasks import load_tasks
+from envs.sources import load_tasks
 from tests.envs.worlds.playing import play
 
 CONFIG = """

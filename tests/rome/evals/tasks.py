@@ -4,7 +4,7 @@ import asyncio
 
 from envs.rock import SandboxConfig
 from rome.evals.agents import Outcome
-from rome.evals.tasks import load_tasks
+from envs.sources import load_tasks
 from tests.envs.tasks.harbor.conftest import PASSES, write
 
 CONFIG = SandboxConfig(isolation="best_available")

@@ -15,7 +15,7 @@ from rome.engine.errors import EngineError
 from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.policy import Policy
-from rome.evals.tasks import load_tasks
+from envs.sources import load_tasks
 from tests.rome.evals.tasks import CONFIG, write_task
 from tests.rome.rollout.worlds import CHAT, ScriptedEngine
 

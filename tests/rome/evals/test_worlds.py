@@ -13,7 +13,7 @@ from rome.agent.loop import Limits
 from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.policy import Policy
-from rome.evals.tasks import dataset_digest, load_tasks
+from envs.sources import dataset_digest, load_tasks
 from rome.evals.validate import judge
 from tests.envs.worlds.test_published import write_bfcl
 from tests.rome.evals.tasks import CONFIG

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from envs.tasks.terminal.demonstrator import DemonstrationEpisode, DemonstrationTurn
+from envs.gem.episode import DemonstrationEpisode, DemonstrationTurn
 from rome.rollout import demonstrations, player
 from rome.rollout.episode import Episode, RolloutError
 from rome.stages.config import load_config

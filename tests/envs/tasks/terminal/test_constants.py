@@ -27,7 +27,7 @@ from envs.tasks.terminal import (
     checks,
     make_task,
 )
-from envs.tasks.terminal.demonstrator import play_demonstration
+from envs.gem.episode import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.families.wide.programs import PROGRAMS
 from envs.tasks.terminal.task import Task

@@ -18,7 +18,7 @@ from envs.tasks.terminal import (
     make_task,
     train_seed,
 )
-from envs.tasks.terminal.demonstrator import play_demonstration
+from envs.gem.episode import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 ALL = FAMILIES + HELD_OUT_FAMILIES

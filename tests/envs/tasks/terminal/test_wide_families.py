@@ -21,7 +21,7 @@ from envs.tasks.terminal import (
     eval_seed,
     make_task,
 )
-from envs.tasks.terminal.demonstrator import play_demonstration
+from envs.gem.episode import play_demonstration
 from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
 from envs.tasks.terminal.families.wide.programs import PROGRAMS
 from envs.tasks.terminal.registry import wide_family
