@@ -30,6 +30,7 @@ from envs.gem import core
 from envs.sources import files, generated, own
 from envs.sources.source import (
     EVAL_SHARE,
+    TRAIN_SEEDS,
     Finite,
     Generated,
     Mixture,
@@ -148,6 +149,7 @@ def _open_gem(spec: str, env_id: str, seed: int, settings: Settings, eval_share:
 __all__ = [
     "EVAL_SHARE",
     "GRAMMAR",
+    "TRAIN_SEEDS",
     "Content",
     "Finite",
     "Generated",

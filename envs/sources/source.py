@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from envs.sources.task import SourceError, Task
-from envs.tasks.terminal import eval_seed, train_seed
+from envs.tasks.terminal import EVAL_SEED_START, eval_seed, train_seed
 
+TRAIN_SEEDS = EVAL_SEED_START  # number of training tasks that a family has
 EVAL_SHARE = 0.2  # of a finite set
 # Seeds that belong to one seed of a run or of an evaluation; the next one's follow them.
 LISTED_APART = 100_000
@@ -173,7 +174,8 @@ class Finite:
                 self._trained.setdefault(task.family, []).append(task)
         self.families = tuple(sorted(self._trained))
         evaluated = {task.family for task in self._evaluated}
-        self.held_out = tuple(sorted(evaluated - set(self.families)))
+        # A set that is only evaluated has no families that training could have seen.
+        self.held_out = tuple(sorted(evaluated - set(self.families))) if self.families else ()
 
     @property
     def shares(self) -> tuple[Share, ...]:

@@ -165,9 +165,14 @@ async def run_episode(
     )
 
 
-def told_tools(chat: Chat, env: Env) -> Chat:
-    """Return the chat whose first prompt has an environment's tools and system text."""
-    tools = getattr(env, "tools", None) or None
+def told_tools(chat: Chat, env: Any) -> Chat:
+    """Return the chat whose first prompt has the tools and the system text of an environment.
+
+    Args:
+      chat: its tokenizer is kept.
+      env: an environment or a task; both are optional there.
+    """
+    tools = list(getattr(env, "tools", None) or ()) or None
     return Chat(chat.tokenizer, tools, getattr(env, "system", None) or None)
 
 

@@ -44,6 +44,8 @@ class EpisodePlayer:
       should_stop: polled by `play`; True cancels what runs and raises Stopped.
       attempts: how often an episode is played in all if infrastructure keeps spoiling it.
       model: name of the model that the engine serves, for the files of trajectories.
+      family_of: returns the family of a task; None leaves it to the environment.
+      tell_tools: whether the first prompt has each environment's own tools and system text.
     """
 
     engine: Generator
@@ -54,6 +56,8 @@ class EpisodePlayer:
     should_stop: Callable[[], bool] = lambda: False
     attempts: int = ATTEMPTS
     model: str = ""
+    family_of: Callable[[str], str] | None = None
+    tell_tools: bool = False
 
     async def play(
         self,
@@ -163,9 +167,8 @@ class EpisodePlayer:
             if attempt:
                 accounting.begin()
                 await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
-            trajectory = await self._play_attempt(episode, attempt, temperature, routes)
+            trajectory = await self.play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
-                trajectory.model = self.model
                 if path is not None:
                     await to_thread_until_done(save_trajectory, trajectory, path)
                 return trajectory
@@ -180,9 +183,10 @@ class EpisodePlayer:
         accounting.drop("spoiled_task")
         raise fault
 
-    async def _play_attempt(
-        self, episode: Episode, attempt: int, temperature: float, routes: bool
+    async def play_attempt(
+        self, episode: Episode, attempt: int, temperature: float, routes: bool = False
     ) -> Trajectory:
+        """Play one episode once, whatever its ending; see `play_one`."""
         # A command may answer differently each time (the date, a process id), and then its turns
         # cannot be replayed. The last attempt therefore starts at the beginning of the task.
         is_last_resort = attempt > 0 and attempt + 1 == self.attempts
@@ -202,7 +206,7 @@ class EpisodePlayer:
                 seed=seed,
                 note=f"{type(error).__name__}: {error}",
             )
-        return await run_episode(
+        trajectory = await run_episode(
             self.engine,
             env,
             self.chat,
@@ -213,7 +217,13 @@ class EpisodePlayer:
             episode=episode.episode,
             routes=routes,
             prefix=prefix,
+            tell_tools=self.tell_tools,
         )
+        trajectory.task = episode.task  # an environment may name it otherwise
+        trajectory.model = self.model
+        if self.family_of is not None:
+            trajectory.family = self.family_of(episode.task)
+        return trajectory
 
     async def _make_env(self, episode: Episode, attempt: int, prefix: tuple[Chunk, ...]) -> Env:
         if episode.forks is not None and attempt == 0:
