@@ -3,8 +3,9 @@
 OUT/results.jsonl has one line for each attempt, which is on disk before the next one begins. After
 a kill the same command plays only what is missing. OUT/attempts/ has the transcript of each attempt
 (ATIF), and what its tests printed where the environment tells it; the line names both files.
-OUT/run.json identifies the evaluation; a different one in the same OUT is refused. An attempt that the infrastructure spoiled is retried a
-few times, and once more by the next command; until then it is recorded with its ending.
+OUT/run.json identifies the evaluation; a different one in the same OUT is refused. An attempt that
+the infrastructure spoiled is retried a few times, and once more by the next command; until then it
+is recorded with its ending.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The imitation term of Eq. 10: what a step shows for the tasks that it did not solve.
 
-An unsolved task is played by its scripted demonstrator; where it has none, an earlier success of the
-policy at this task is shown. A group that was resampled from a source
-trajectory imitates what the source did from there on, if none of its episodes succeeded.
+An unsolved task is played by its scripted demonstrator; where it has none, an earlier success of
+the policy at this task is shown. A group that was resampled from a source trajectory imitates what
+the source did from there on, if none of its episodes succeeded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import ml_collections
 from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
 from rome.rollout.anchors import fork_imitation, imitated
 from rome.stages.players import Players
-
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +63,8 @@ def show_solutions(
     A task whose demonstrator fails has none. `solutions` names the files of earlier successes.
 
     Each trajectory is a group of its own, with a number beyond those of all sampled groups, so that
-    it stays out of their statistics. Its file is NAME_STEP_expert_N.json, NAME_STEP_earlier_N.json or
-    NAME_STEP_fork_N.json.
+    it stays out of their statistics. Its file is NAME_STEP_KIND_N.json, of the kind expert, earlier
+    or fork.
     """
     first_group = config.steps * config.groups
 

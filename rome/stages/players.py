@@ -109,7 +109,8 @@ class Players:
     def _note_unshown(self, fault: SpoiledTaskError) -> None:
         """Set a task aside whose demonstrator failed.
 
-        The solution of a task folder may need more than an agent has: such a task is only not shown.
+        The solution of a task folder may need more than an agent has: such a task is not shown, and
+        played all the same.
         """
         is_folder = self.tasks.find(fault.task).path is not None
         if is_folder and not fault.ending.startswith("infra_"):
@@ -163,8 +164,8 @@ class Players:
     ) -> list[Trajectory | None]:
         """Let the scripted demonstrators play tasks and wait for all of them.
 
-        A task whose demonstrator fails is set aside. Its place in the result is None, and so is that
-        of a task without one.
+        A task whose demonstrator fails is set aside. Its place in the result is None, and so is
+        that of a task without one.
 
         Args:
           tasks: names, one for each trajectory.

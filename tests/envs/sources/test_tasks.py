@@ -4,9 +4,9 @@ import collections
 
 import pytest
 
+from envs.sources import dataset_digest, load_tasks
 from envs.tasks.harbor import EXAMPLES, TaskError
 from envs.tasks.terminal import EVAL_SEED_START, WIDE_FAMILIES
-from envs.sources import dataset_digest, load_tasks
 from tests.rome.evals.tasks import write_task
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from envs.games import Sokoban
 from envs.gem import UnplayableTaskError
+from envs.gem.episode import PlayedEnv
 from envs.rock import AgentFault, SandboxError, SandboxFileError
 from rome.agent import loop
-from envs.gem.episode import PlayedEnv
 from rome.agent.loop import Limits, run_episode
 from rome.data.trajectory import is_success
 from rome.engine.errors import EngineError

@@ -3,8 +3,8 @@
 import asyncio
 
 from envs.rock import SandboxConfig
-from rome.evals.agents import Outcome
 from envs.sources import load_tasks
+from rome.evals.agents import Outcome
 from tests.envs.tasks.harbor.conftest import PASSES, write
 
 CONFIG = SandboxConfig(isolation="best_available")

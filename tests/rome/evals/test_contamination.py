@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.sources import load_tasks
 from rome.evals import contamination
 from rome.evals.contamination import N, find_contamination, ngrams_of, words_of
-from envs.sources import load_tasks
 from tests.rome.evals.tasks import write, write_task
 
 GUID = "5a0ce1b4-3f4c-4f0e-9b8e-0123456789ab"
