@@ -42,8 +42,8 @@ def load_folder(spec: str, settings: Settings, faults: list[TaskError] | None) -
 
 def names_files(spec: str) -> bool:
     """Return whether a folder or a file of a known kind has this name (perhaps with :PART)."""
-    if spec == "harbor":
-        return True
+    if spec in ("", "harbor"):
+        return bool(spec)
     if spec.startswith("harbor/"):
         spec = str(EXAMPLES / spec.removeprefix("harbor/"))
     path = pathlib.Path(spec)
