@@ -185,7 +185,6 @@ class Workload:
             lambda task: SleepingEnv(task, sleeps),
             self.chat,
             Limits(1000, 40, 1e6),
-            CONCURRENCY,
         )
         return await player.play_one(episode, temperature=1.0, accounting=self.accounting)
 

@@ -1,4 +1,4 @@
-"""The player of episodes: plays one until it counts, or a list of them at once.
+"""The player of episodes: plays one until it counts.
 
 The scheduler (`scheduler.py`) decides which episodes training plays and when. Episodes move
 independently: generation, commands and grading of different episodes overlap. A finished
@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 
 from envs.gem.core import Env
 from rome.agent.loop import Generator, Limits, run_episode
@@ -24,7 +24,6 @@ from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
-from rome.stopping import POLL_SECONDS, raise_if_stopped
 
 ATTEMPTS = 3  # at an episode that the infrastructure spoils
 # Before an episode is played again; doubled each time, so that a fault of a moment may pass.
@@ -40,8 +39,6 @@ class EpisodePlayer:
       make_env: makes a fresh environment for one episode of the named task.
       chat: the chat template.
       limits: tokens and seconds of an episode.
-      concurrency: episodes that `play` runs at once.
-      should_stop: polled by `play`; True cancels what runs and raises Stopped.
       attempts: how often an episode is played in all if infrastructure keeps spoiling it.
       model: name of the model that the engine serves, for the files of trajectories.
       family_of: returns the family of a task; None leaves it to the environment.
@@ -52,86 +49,10 @@ class EpisodePlayer:
     make_env: Callable[[str], Env]
     chat: Chat
     limits: Limits
-    concurrency: int
-    should_stop: Callable[[], bool] = lambda: False
     attempts: int = ATTEMPTS
     model: str = ""
     family_of: Callable[[str], str] | None = None
     tell_tools: bool = False
-
-    async def play(
-        self,
-        episodes: Sequence[Episode],
-        *,
-        temperature: float,
-        accounting: Accounting | None = None,
-        record: Callable[[Episode], pathlib.Path] | None = None,
-        on_finish: Callable[[Trajectory], None] | None = None,
-        on_spoiled: Callable[[SpoiledTaskError], None] | None = None,
-        routes: bool = False,
-    ) -> list[Trajectory]:
-        """Play all episodes and return their trainable trajectories in the same order.
-
-        Args:
-          episodes: what to play.
-          temperature: of sampling.
-          accounting: counts training samples. Evaluations pass none.
-          record: returns the file of an episode's trajectory. If it exists already, it is returned
-            instead of playing the episode.
-          on_finish: called with each trajectory as soon as it is there.
-          on_spoiled: called for each episode whose task cannot be played; it is left out of the
-            result. None: it is an error.
-          routes: ask the engine for the experts of each token and keep them in the chunks.
-
-        Raises:
-          Stopped: `should_stop` returned True.
-          SpoiledTaskError: an episode was spoiled `attempts` times, without `on_spoiled`.
-          RolloutError: the engines failed for an episode `attempts` times.
-        """
-        counts = accounting or Accounting()
-        places = asyncio.Semaphore(self.concurrency)
-
-        async def play_in_turn(episode: Episode) -> Trajectory | None:
-            async with places:
-                counts.begin()
-                try:
-                    trajectory = await self.play_one(
-                        episode,
-                        temperature=temperature,
-                        accounting=counts,
-                        path=record(episode) if record is not None else None,
-                        routes=routes,
-                    )
-                except SpoiledTaskError as fault:
-                    if on_spoiled is None:
-                        raise
-                    on_spoiled(fault)
-                    return None
-            if on_finish is not None:
-                on_finish(trajectory)
-            return trajectory
-
-        tasks = [asyncio.create_task(play_in_turn(episode)) for episode in episodes]
-        try:
-            await self._wait_for(tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            # Return only when the sandboxes of cancelled episodes are closed.
-            await asyncio.gather(*tasks, return_exceptions=True)
-        played = (task.result() for task in tasks)
-        return [trajectory for trajectory in played if trajectory is not None]
-
-    async def _wait_for(self, tasks: Collection[asyncio.Task[Trajectory | None]]) -> None:
-        """Wait until all tasks are done; raise the first error, or Stopped."""
-        pending = set(tasks)
-        while pending:
-            raise_if_stopped(self.should_stop)
-            done, pending = await asyncio.wait(
-                pending, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
-            )
-            for task in done:
-                task.result()
 
     async def play_one(
         self,

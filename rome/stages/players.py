@@ -65,8 +65,6 @@ class Players:
             self.make_env,
             self._chat,
             self.limits,
-            config.concurrency,
-            self._team.wants_to_stop,
             model=config.model,
             family_of=self.family_of,
             tell_tools=config.tell_tools,
