@@ -89,6 +89,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "sandbox.backend": "operation",
     "sandbox.url": "operation",
     "sandbox.isolation": "operation",
+    "sandbox.verifier_tools": "operation",
     "learner.remat": "operation",
     "learner.attention": "operation",
     "learner.experts": "operation",
@@ -218,6 +219,7 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
       ValueError: for options that contradict each other, or a missing token.
     """
     sandbox = config.sandbox
+    tools = pathlib.Path(sandbox.verifier_tools).expanduser()
     token = os.environ.get(TOKEN, "") if sandbox.backend == "remote" else ""
     if sandbox.backend == "remote" and not token:
         raise ValueError(
@@ -233,6 +235,7 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         pids=sandbox.pids,
         egress=tuple(sandbox.egress.split()),
         **({"disk_mb": sandbox.disk_mb} if sandbox.disk_mb else {}),
+        **({"verifier_tools": str(tools)} if sandbox.verifier_tools and tools.is_dir() else {}),
     )
 
 
