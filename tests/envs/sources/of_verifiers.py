@@ -17,9 +17,7 @@ def load_environment():
         for other in range(6)
     ]
     rubric = vf.Rubric(funcs=[exact])
-    return vf.SingleTurnEnv(
-        dataset=Dataset.from_list(rows), rubric=rubric, system_prompt="Add.", max_turns=1
-    )
+    return vf.SingleTurnEnv(dataset=Dataset.from_list(rows), rubric=rubric, system_prompt="Add.")
 
 
 def with_tools():
