@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -18,13 +19,16 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.losses import PUBLISHED, LossConfig, find_loss, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.rules import StaleSamples
+from rome.stages.own_code import compares_episodes
 from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
+from rome.stages.tasks import check_tasks
 from rome.train.devices import EngineDevice
 from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
 
@@ -72,6 +76,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "sandbox.backend": "operation",
     "sandbox.url": "operation",
     "sandbox.isolation": "operation",
+    "sandbox.verifier_tools": "operation",
     "learner.remat": "operation",
     "learner.attention": "operation",
     "learner.experts": "operation",
@@ -87,6 +92,9 @@ MAY_BE_ZERO = {
     "eval_every",
     "keep_trajectories",
     "demonstration_error_rate",
+    "max_turns",
+    "sandbox.command_timeout",
+    "sandbox.disk_mb",
     "until_success",
     "lambda_rl",
     "lambda_il",
@@ -110,8 +118,13 @@ MAY_BE_MINUS_ONE = {
 
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
 
-# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed.
-INHERITED = ("seed", "model", "tokenizer", "engine", "sandbox", "mesh")
+# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed, the
+# tasks and the sizes of their episodes.
+INHERITED = (
+    *("seed", "model", "tokenizer", "engine", "sandbox", "mesh"),
+    *("task", "eval_task", "tell_tools", "max_turns", "max_context", "max_new_tokens"),
+    *("row_length", "chunks_per_row"),
+)
 TOKEN = "ROCK_TOKEN"  # environment variable with the token of a ROCK admin
 
 
@@ -169,11 +182,17 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
       ValueError: for options that contradict each other, or a missing token.
     """
     sandbox = config.sandbox
+    tools = pathlib.Path(sandbox.verifier_tools).expanduser()
     token = os.environ.get(TOKEN, "") if sandbox.backend == "remote" else ""
     if sandbox.backend == "remote" and not token:
         raise ValueError(
             f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
         )
+    optional: dict[str, Any] = {}
+    if sandbox.disk_mb:
+        optional["disk_mb"] = sandbox.disk_mb
+    if sandbox.verifier_tools and tools.is_dir():
+        optional["verifier_tools"] = str(tools)
     return SandboxConfig(
         backend=sandbox.backend,
         image=sandbox.image or None,
@@ -182,8 +201,8 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         isolation=sandbox.isolation,
         memory_mb=sandbox.memory_mb,
         pids=sandbox.pids,
-        disk_mb=sandbox.disk_mb,
         egress=tuple(sandbox.egress.split()),
+        **optional,
     )
 
 
@@ -249,11 +268,6 @@ def profiled_steps(config: ml_collections.ConfigDict) -> tuple[int, int] | None:
 def imitation_weight(config: ml_collections.ConfigDict) -> float:
     """Return lambda_il of a policy loss; -1 is replaced by the value of the loss' paper."""
     return find_loss(config.loss).lambda_il if config.lambda_il == -1 else config.lambda_il
-
-
-def compares_episodes(config: ml_collections.ConfigDict) -> bool:
-    """Return whether the config's loss learns from comparing the episodes of a group."""
-    return find_loss(config.loss).advantage is not None
 
 
 def split_urls(text: str) -> list[str]:
@@ -375,6 +389,7 @@ def _check_episodes(config: ml_collections.ConfigDict) -> None:
             f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row}"
             " holds. Raise chunks_per_row."
         )
+    check_tasks(config)
     urls = split_urls(config.engine.urls)
     mirrors = split_urls(config.engine.mirrors)
     if mirrors and len(mirrors) != len(urls):
@@ -412,6 +427,10 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         loss_config(config)
     except ValueError as error:
         raise ConfigError(f"loss={loss}: {error}.") from None
+    try:
+        parse_credit(config.edge_credit)
+    except ValueError as error:
+        raise ConfigError(f"edge_credit={config.edge_credit!r}: {error}.") from None
     reason = unbounded_weight(loss, config.dual_clip)
     if config.rollout.async_ratio and reason:
         raise ConfigError(

@@ -89,6 +89,11 @@ def own_advantage(config: ml_collections.ConfigDict) -> Estimator | Comparison:
     return _built(config, "advantage", _build)
 
 
+def compares_episodes(config: ml_collections.ConfigDict) -> bool:
+    """Return whether the config's loss learns from comparing the episodes of a group."""
+    return find_loss(config.loss).advantage is not None
+
+
 def own_reward(config: ml_collections.ConfigDict) -> Reward | None:
     """Return the reward that training learns from; None: the verifier's.
 
