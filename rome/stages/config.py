@@ -1,9 +1,8 @@
 """Check configs before anything starts.
 
-The default config of a shipped experiment is the schema of its kind of training
-(rome/stages/schema.py): its keys, and the type of each value. To add a key, add it there with a
-default. The tables below hold only what a default cannot say: choices, and which numbers may be 0
-or negative.
+The default config of a shipped experiment is the schema of its kind of training: its keys and their
+types (rome/stages/schema.py). To add a key, add it there with a default. The tables below hold only
+what a default cannot say: choices, and which numbers may be 0 or negative.
 """
 
 from __future__ import annotations
@@ -284,10 +283,8 @@ def _check_block(values: Mapping[str, Any], schema: Mapping[str, Any], prefix: s
         if key not in schema:
             near = difflib.get_close_matches(key, schema, 1)
             remedy = f"Did you mean {near[0]!r}?" if near else "Remove it."
-            raise ConfigError(
-                f"config key {prefix}{key!r} is unknown. {remedy} docs/configuration.md lists all"
-                " keys; those of own code are its class's fields."
-            )
+            listed = "docs/configuration.md lists all keys; those of own code are its fields."
+            raise ConfigError(f"config key {prefix}{key!r} is unknown. {remedy} {listed}")
     for key, default in schema.items():
         if key not in values:
             raise ConfigError(
@@ -325,8 +322,7 @@ def _check_value(name: str, value: Any) -> None:
         return
     if not math.isfinite(value):
         raise ConfigError(f"config.{name}={value!r} is not finite. Give a number.")
-    is_own = name.startswith("own.")  # own code checks its ranges itself
-    if is_own or name in MAY_BE_NEGATIVE or value > 0:
+    if value > 0 or name in MAY_BE_NEGATIVE or name.startswith("own."):  # checks itself
         return
     if (value == 0 and name in MAY_BE_ZERO) or (value == -1 and name in MAY_BE_MINUS_ONE):
         return
