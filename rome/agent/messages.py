@@ -4,20 +4,20 @@ A message is text, and text changes on its way through an agent and back: keys o
 places, spaces and thoughts are dropped, calls get other ids. `differences` says what changed
 between an answer and what came back of it, or that it is another message.
 
-The ids of a message depend on the message and on the role of the one before it, on nothing else, so
-a conversation's ids are those of its messages in a row. Its words are never control tokens.
+Ids are only appended: those of a conversation are the ids of its messages in a row, each of which
+depends on that message and on the role of the one before it. Its words are never control tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
-from rome.model.tokenizer import Tokenizer
+from rome.model.tokenizer import Chat, Tokenizer
 
 Tool = Mapping[str, Any]  # the schema of a tool, as the chat template shows it
 ROLES = ("system", "user", "assistant", "tool")
@@ -105,7 +105,8 @@ def differences(answer: Message, returned: Message) -> frozenset[str] | None:
     and "call_ids".
     """
     found = set()
-    returned = _split_thoughts(returned)
+    if answer.content.strip() != returned.content.strip():
+        returned = _split_thoughts(returned)
     if answer.content != returned.content:
         if answer.content.strip() != returned.content.strip():
             return None
@@ -117,9 +118,11 @@ def differences(answer: Message, returned: Message) -> frozenset[str] | None:
     if len(answer.tool_calls) != len(returned.tool_calls):
         return None
     for ours, theirs in zip(answer.tool_calls, returned.tool_calls, strict=True):
-        if ours.name != theirs.name or canonical(ours) != canonical(theirs):
+        if ours.name != theirs.name:
             return None
         if ours.arguments != theirs.arguments:
+            if canonical(ours) != canonical(theirs):
+                return None
             found.add("arguments")
         if ours.id != theirs.id:
             found.add("call_ids")
@@ -135,36 +138,51 @@ def canonical(call: Call) -> str:
     return json.dumps(_canonical_value(value), sort_keys=True)
 
 
-def message_ids(message: Message, previous: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of one message that nobody sampled.
+def opening_ids(messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids of a context of its own, up to where the model begins to write.
 
     Args:
-      message: thoughts are left out, as Qwen3's template leaves out those of earlier turns.
-      previous: role of the message before it; "" at the beginning. A sampled assistant's turn is
-        taken to end with `<|im_end|>`.
-      tokenizer: of the model.
+      messages: all but the system text of the root. Thoughts of assistants are left out, as Qwen3's
+        template leaves out those of earlier turns.
+      chat: with the tools and the system text of the root.
     """
-    parts: list[str | int] = []
-    if previous == "tool" and message.role != "tool":
-        parts += [tokenizer.im_end, "\n"]
-    if message.role == "tool":
-        parts += _tool_parts(message, previous, tokenizer)
-    else:
-        parts += [tokenizer.im_start, f"{message.role}\n", readable(message.content)]
-        parts += _call_parts(message, tokenizer)
-        parts += [tokenizer.im_end, "\n"]
-    return tokenizer.join(parts)
+    return [*chat.begin(), *_messages_ids(messages, chat)]
 
 
-def header_ids(previous: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids after the last message, up to where the model begins to write."""
-    closing: list[str | int] = [tokenizer.im_end, "\n"] if previous == "tool" else []
-    return tokenizer.join([*closing, tokenizer.im_start, "assistant\n"])
+def following_ids(turn_ids: Sequence[int], messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids that follow a sampled turn, up to where the model begins to write.
+
+    Args:
+      turn_ids: the sampled ids, which may lack the template's end.
+      messages: since that turn.
+      chat: with the tools and the system text of the root.
+    """
+    im_end = chat.tokenizer.im_end
+    closing = [] if list(turn_ids[-1:]) == [im_end] else [im_end]
+    return [*closing, *chat.tokenizer.encode("\n"), *_messages_ids(messages, chat)]
 
 
 def readable(text: str) -> str:
     """Return the text with U+FFFD in place of lone surrogates, which no tokenizer encodes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _messages_ids(messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids of messages in a row and of the header of the answer to them."""
+    im_start = chat.tokenizer.im_start
+    turn_end: list[str | int] = [chat.tokenizer.im_end, "\n"]
+    parts: list[str | int] = []
+    previous = ""
+    for message in messages:
+        if message.role == "tool":
+            parts += _tool_parts(message, previous, chat.tokenizer)
+        else:
+            parts += turn_end if previous == "tool" else []
+            parts += [im_start, f"{message.role}\n", readable(message.content)]
+            parts += [*_call_parts(message, chat.tokenizer), *turn_end]
+        previous = message.role
+    parts += turn_end if previous == "tool" else []
+    return chat.tokenizer.join([*parts, im_start, "assistant\n"])
 
 
 def _tool_parts(message: Message, previous: str, tokenizer: Tokenizer) -> list[str | int]:
