@@ -97,6 +97,11 @@ class ProxiedEpisode:
         return calls >= self._budget.calls or sampled >= self._budget.tokens
 
     @property
+    def is_working(self) -> bool:
+        """Whether a call is open."""
+        return self._working > 0
+
+    @property
     def idle_seconds(self) -> float:
         """How long no call has been open."""
         return 0.0 if self._working else time.monotonic() - self._last
@@ -111,7 +116,7 @@ class ProxiedEpisode:
         try:
             if self.is_exhausted:
                 budget = self._budget
-                raise Refused(
+                raise self._refuse(
                     400,
                     "episode_limit",
                     f"this episode has had its {budget.calls} calls or {budget.tokens} tokens",
