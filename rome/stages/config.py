@@ -229,6 +229,11 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         raise ValueError(
             f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
         )
+    optional: dict[str, Any] = {}
+    if sandbox.disk_mb:
+        optional["disk_mb"] = sandbox.disk_mb
+    if sandbox.verifier_tools and tools.is_dir():
+        optional["verifier_tools"] = str(tools)
     return SandboxConfig(
         backend=sandbox.backend,
         image=sandbox.image or None,
@@ -238,8 +243,7 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         memory_mb=sandbox.memory_mb,
         pids=sandbox.pids,
         egress=tuple(sandbox.egress.split()),
-        **({"disk_mb": sandbox.disk_mb} if sandbox.disk_mb else {}),
-        **({"verifier_tools": str(tools)} if sandbox.verifier_tools and tools.is_dir() else {}),
+        **optional,
     )
 
 
