@@ -160,8 +160,7 @@ def _tools(body: Mapping[str, Any]) -> list[Tool]:
                 f"tools[{place}] has type {tool['type']!r}, a tool of Anthropic's servers; known:"
                 " custom"
             )
-        about = (tool.get(key) for key in ("name", "description", "input_schema"))
-        tools.append(function_tool(*about, f"tools[{place}]"))
+        tools.append(function_tool(tool, "input_schema", f"tools[{place}]"))
     return [] if choice == "none" else tools
 
 

@@ -131,12 +131,19 @@ def text_of(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:
     return "".join(texts)
 
 
-def function_tool(name: Any, description: Any, parameters: Any, where: str) -> Tool:
-    """Return a tool's schema in OpenAI's chat form."""
-    if not isinstance(name, str) or not name:
+def function_tool(tool: Mapping[str, Any], parameters: str, where: str) -> Tool:
+    """Return a tool's schema in OpenAI's chat form.
+
+    Args:
+      tool: as its dialect describes it.
+      parameters: name of the member with the schema of its arguments.
+      where: the tool stands, for messages.
+    """
+    name = member(tool, "name", str, "")
+    if not name:
         raise BadRequest(f"{where} has no name")
     function: dict[str, Any] = {"name": name}
-    if description is not None:
-        function["description"] = description
-    function["parameters"] = parameters or {"type": "object", "properties": {}}
+    if tool.get("description") is not None:
+        function["description"] = tool["description"]
+    function["parameters"] = tool.get(parameters) or {"type": "object", "properties": {}}
     return {"type": "function", "function": function}

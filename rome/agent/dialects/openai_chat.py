@@ -134,8 +134,7 @@ def _tools(body: Mapping[str, Any]) -> list[Tool]:
         if tool.get("type", "function") != "function":
             raise BadRequest(f"tools[{place}] has type {tool['type']!r}; known: function")
         function = member(tool, "function", Mapping, {})
-        about = (function.get(key) for key in ("name", "description", "parameters"))
-        tools.append(function_tool(*about, f"tools[{place}].function"))
+        tools.append(function_tool(function, "parameters", f"tools[{place}].function"))
     return [] if choice == "none" else tools
 
 

@@ -208,8 +208,7 @@ def _tools(body: Mapping[str, Any]) -> list[Tool]:
     for place, tool in enumerate(objects(body, "tools")):
         if tool.get("type") != "function":
             raise BadRequest(f"tools[{place}] has type {tool.get('type')!r}; known: function")
-        about = (tool.get(key) for key in ("name", "description", "parameters"))
-        tools.append(function_tool(*about, f"tools[{place}]"))
+        tools.append(function_tool(tool, "parameters", f"tools[{place}]"))
     return [] if choice == "none" else tools
 
 
@@ -221,14 +220,14 @@ def _items(reply: Reply, identity: str) -> list[dict[str, Any]]:
             {"type": "reasoning", "id": f"rs_{identity}", "summary": [], "content": content}
         )
     if reply.text or not reply.tool_calls:
-        content = [{"type": "output_text", "text": reply.text, "annotations": [], "logprobs": []}]
+        text = {"type": "output_text", "text": reply.text, "annotations": [], "logprobs": []}
         items.append(
             {
                 "type": "message",
                 "id": f"msg_{identity}",
                 "role": "assistant",
                 "status": "completed",
-                "content": content,
+                "content": [text],
             }
         )
     for place, call in enumerate(reply.tool_calls):

@@ -10,14 +10,14 @@ from envs.rock import SandboxConfig, probe
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.command import CommandAgent, CommandError, run_command_episode
-from rome.agent.loop import Limits
+from rome.agent.loop import Limits, run_episode
 from rome.agent.proxy import Budget
 from rome.engine.errors import EngineError
 from tests.paths import ROOT
 from tests.rome.agent.test_dialogue import CHAT, Scripted
 
 LIMITS = Limits(max_context=4000, max_new_tokens=500, episode_seconds=60.0)
-OUTSIDE = CommandAgent("python3 $AGENT_FILES/outside_agent.py", files=str(ROOT / "examples"))
+OUTSIDE = CommandAgent("python3 $AGENT_FILES/outside_agent.py", files=str(ROOT / "examples/agents"))
 
 
 def bash(command):
@@ -49,6 +49,18 @@ def test_an_outside_agent_plays_a_task_and_every_sampled_token_is_recorded():
         assert asked == context
         context += chunk.action_ids
     assert episode.instruction and episode.note == ""
+
+
+def test_an_outside_agent_and_the_loop_make_the_same_record():
+    """The dialogue writes what the loop writes, where both hold the same conversation."""
+    turns = (bash("cat list.txt | head -2; false"), bash("grep -c rain list.txt > out.txt"), "done")
+    silent = CommandAgent(f"TELL_TOOLS=0 {OUTSIDE.command}", OUTSIDE.files)
+    outside, _ = play(silent, *turns)
+    looped = asyncio.run(run_episode(Scripted(*turns), terminal({}), CHAT, LIMITS, seed=5))
+    assert (outside.ending, outside.reward) == (looped.ending, looped.reward) == ("success", 1.0)
+    for ours, theirs in zip(outside.chunks, looped.chunks, strict=True):
+        assert ours.prompt_ids == theirs.prompt_ids and ours.action_ids == theirs.action_ids
+        assert ours.tool_call == theirs.tool_call and ours.parent == theirs.parent
 
 
 def test_the_verifier_judges_what_the_command_left():

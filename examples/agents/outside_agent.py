@@ -3,7 +3,7 @@
 It reads its task from $INSTRUCTION and asks the model at $OPENAI_BASE_URL, with one tool, a shell.
 It runs anywhere; here, in the sandbox of a task, where the model is the policy that is trained:
 
-    python -m launch.train --config=experiments/ipa.py --config.agent_files=examples \
+    python -m launch.train --config=experiments/ipa.py --config.agent_files=examples/agents \
         --config.agent='command:python3 $AGENT_FILES/outside_agent.py'
 """
 
