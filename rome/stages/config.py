@@ -21,6 +21,7 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.files import find_shipped
 from rome.losses import (
@@ -225,6 +226,11 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         raise ValueError(
             f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
         )
+    optional: dict[str, Any] = {}
+    if sandbox.disk_mb:
+        optional["disk_mb"] = sandbox.disk_mb
+    if sandbox.verifier_tools and tools.is_dir():
+        optional["verifier_tools"] = str(tools)
     return SandboxConfig(
         backend=sandbox.backend,
         image=sandbox.image or None,
@@ -234,8 +240,7 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         memory_mb=sandbox.memory_mb,
         pids=sandbox.pids,
         egress=tuple(sandbox.egress.split()),
-        **({"disk_mb": sandbox.disk_mb} if sandbox.disk_mb else {}),
-        **({"verifier_tools": str(tools)} if sandbox.verifier_tools and tools.is_dir() else {}),
+        **optional,
     )
 
 
@@ -452,6 +457,10 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         loss_config(config)
     except ValueError as error:
         raise ConfigError(f"loss={loss}: {error}.") from None
+    try:
+        parse_credit(config.edge_credit)
+    except ValueError as error:
+        raise ConfigError(f"edge_credit={config.edge_credit!r}: {error}.") from None
     reason = unbounded_weight(loss, config.dual_clip)
     if config.rollout.async_ratio and reason:
         raise ConfigError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from envs.sources import TRAIN_SEEDS, Share
-from rome.data.packing import count_tokens, fits_row
+from rome.data.lines import count_tokens, fits_row
 from rome.data.sources import sft_batches
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.model.tokenizer import Chat

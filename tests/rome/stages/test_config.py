@@ -155,6 +155,10 @@ def change_config(config, change):
             "mismatch_limit=5.0 is not read by loss=topr. Set it to 0; it is read by ipa, token",
         ),
         (
+            {"edge_credit": "subagent:0.5 return:1"},
+            "edge_credit='subagent:0.5 return:1': 'return:1' is no credit of an edge; write each",
+        ),
+        (
             {"loss": "dapo", "dual_clip": 1.1},
             "loss=dapo: dual_clip 1.1 is within the clip range that ends at 1.28",
         ),
