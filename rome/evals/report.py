@@ -78,7 +78,8 @@ def build_results(
     Returns:
       `identity`, the metrics of `summarise`, `counted` (the number of tasks that they rest on),
       `left_out` ([{task, reason}]: tasks that could not be read, or not be played here), the
-      metrics by source (of mixtures), family, domain and difficulty, endings, approximated settings, cost, and every attempt.
+      metrics by source (of mixtures), family, domain and difficulty, endings, approximated
+      settings, cost, and every attempt.
     """
     endings = collections.Counter(record["ending"] for record in records)
     summary = summarise(records, k)
