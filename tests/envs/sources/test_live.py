@@ -82,8 +82,8 @@ def test_it_is_trained_for_a_few_steps(package, spec, tmp_path):
         "group_size": 2,
         "eval_every": 0,
         "eval_tasks": 2,
-        "max_context": 320,
-        "row_length": 320,
+        "max_context": 512,
+        "row_length": 512,
         "init_from": "",
     }
     command += [f"--config.{key}={value}" for key, value in changes.items()]
