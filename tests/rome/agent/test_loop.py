@@ -12,9 +12,9 @@ import pytest
 
 from envs.games import Sokoban
 from envs.gem import UnplayableTaskError
+from envs.gem.episode import PlayedEnv
 from envs.rock import AgentFault, SandboxError, SandboxFileError
 from rome.agent import loop
-from rome.agent.environment import PlayedEnv
 from rome.agent.loop import Limits, run_episode
 from rome.data.routes import routes_to_npz
 from rome.data.trajectory import is_success, to_atif
