@@ -49,7 +49,7 @@ def pack(
     """Pack all trainable trajectories, each line whole, into as few rows as best-fit finds.
 
     Infrastructure failures and cancelled episodes are left out, here and in the group statistics.
-    The longest trajectory comes first. The same list gives the same rows.
+    The longest line comes first. The same list gives the same rows.
 
     Args:
       trajectories: a whole step or whole groups: advantages compare the trajectories of one
