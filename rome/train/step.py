@@ -26,6 +26,7 @@ from rome.data.batch import Batch
 from rome.losses import Denominators, Loss, LossConfig
 from rome.losses.chunks import policy_entropy
 from rome.model.config import ModelConfig
+from rome.model.hf.peft import HostAdapters
 from rome.model.lora import Lora, adapter_shardings, init_adapters
 from rome.model.moe import load_metrics, router_loss, router_metrics, router_z_loss
 from rome.model.ops.kernels import Kernels, choose_kernels
@@ -231,6 +232,17 @@ class Learner:
         """Return parameters that `keep` has copied, in float32 on the mesh."""
         on_mesh = jax.device_put(kept, self._param_shardings)
         return self._cast(on_mesh, jnp.dtype(jnp.float32))
+
+    def to_publish(self, params: dict) -> tuple[dict, HostAdapters | None]:
+        """Return the model's parameters, and the adapters to add to them as they are written.
+
+        With adapters every process calls this, and each gets all of them in host memory.
+        """
+        if self.lora is None or self.base is None:
+            return params, None
+        gather = jax.jit(lambda tree: tree, out_shardings=self._replicated)
+        whole = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), gather(params))
+        return self.base, HostAdapters.of(whole, self.model_config, self.lora)
 
     # -- scoring
     # ---------------------------------------------------------------------------------------------

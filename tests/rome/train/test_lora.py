@@ -3,14 +3,13 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.lora import MATRICES, Lora, adapter_shapes, find_targets
-from rome.model.ops.low_rank import SUFFIX, add_product
+from rome.model.ops.low_rank import SUFFIX
 from rome.model.sharding import make_mesh
 from rome.train.state import make_optimizer
 from rome.train.step import Learner
