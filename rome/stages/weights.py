@@ -86,7 +86,6 @@ def load_start(
       ConfigError: the directory holds another model; the message lists the fields.
       Stopped: `should_stop` returned True.
     """
-    settings = run_settings(model_config)
     loaded = model_to_start(directory, model_config)
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     compared = [name for name in names if name not in TOKENIZER_FIELDS]
@@ -105,7 +104,7 @@ def load_start(
     def listen(done: int, total: int) -> None:
         raise_if_stopped(should_stop)
 
-    return load_hf(directory, dtype, shardings, progress=listen, **settings)[0]
+    return load_hf(directory, dtype, shardings, progress=listen)[0]
 
 
 def load_published(
@@ -119,7 +118,7 @@ def load_published(
         adapters = load_peft(directory / peft.DIRECTORY, model_config).stacked(model_config)
         return jax.tree.map(put, adapters, adapter_shardings(mesh, model_config, lora))
     shardings = param_shardings(mesh, model_config)
-    return load_hf(directory, shardings=shardings, **run_settings(model_config))[0]
+    return load_hf(directory, shardings=shardings)[0]
 
 
 def run_settings(model_config: ModelConfig) -> dict[str, Any]:

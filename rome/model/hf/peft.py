@@ -110,6 +110,7 @@ def save_peft(adapters: HostAdapters, base: str, directory: pathlib.Path) -> Non
         tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b)
     path = directory / TENSORS
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # an engine may be another user's
     sync(path)
     document = {
         "peft_type": "LORA",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from rome.model.config import PRESETS
 from rome.model.lora import (
@@ -101,9 +102,9 @@ def test_an_adapter_lies_as_its_matrix_does_with_the_rank_whole():
     lora = Lora(3, 32.0, find_targets("all", small.CONFIG))
     placed = adapter_shardings(mesh, small.CONFIG, lora)["layers"]
     wide = ("fsdp", "expert", "sequence")
-    assert placed["attention"]["q_lora"]["a"].spec == (None, wide, None)
-    assert placed["attention"]["q_lora"]["b"].spec == (None, None, ("tensor",), None)
-    assert placed["attention"]["o_lora"]["b"].spec == (None, None, wide)
+    assert placed["attention"]["q_lora"]["a"].spec == P(None, wide, None)
+    assert placed["attention"]["q_lora"]["b"].spec == P(None, None, ("tensor",), None)
+    assert placed["attention"]["o_lora"]["b"].spec == P(None, None, wide)
     within = ("fsdp", "sequence")
-    assert placed["moe"]["down_lora"]["a"].spec == (None, ("expert",), ("tensor",), None)
-    assert placed["moe"]["down_lora"]["b"].spec == (None, ("expert",), None, within)
+    assert placed["moe"]["down_lora"]["a"].spec == P(None, ("expert",), ("tensor",), None)
+    assert placed["moe"]["down_lora"]["b"].spec == P(None, ("expert",), None, within)

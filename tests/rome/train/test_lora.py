@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -132,3 +133,80 @@ def test_scores_are_those_of_the_merged_model_and_gradients_its_projections(conf
         np.testing.assert_allclose(score, full_score, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], atol=1e-5)
     assert_projected(lora, adapters, gradients, full_gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [{"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2}, {"replica": 2}],
+    ids=str,
+)
+def test_a_mesh_changes_neither_scores_nor_gradients(mesh):
+    config = dataclasses.replace(MODEL, scan_layers=True, remat="full")
+    _, _, (scores, gradients, _), _ = both(config, mesh)
+    _, _, (alone, alone_gradients, _), _ = both(config)
+    for one, other in zip(scores, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-3),
+        gradients,
+        alone_gradients,
+    )
+
+
+def bfloat16_learner():
+    config = dataclasses.replace(MODEL, dtype="bfloat16")
+    lora = lora_of(config)
+    learner = learner_of(config, lora, rate=1e-2)
+    learner.freeze(small.random_params(config, scale=0.1))
+    return learner, random_adapters(config, lora)
+
+
+def test_what_is_kept_of_a_version_is_its_adapters_alone_and_scores_it_bitwise():
+    learner, adapters = bfloat16_learner()
+    state = learner.start(adapters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(learner.base)} == {jnp.dtype("bfloat16")}
+    batches = packed(24)
+    before = learner.score(state.params, batches)
+    kept = learner.keep(state.params)
+    sizes = [leaf.size for leaf in jax.tree.leaves(kept)]
+    assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    denominators = count_denominators(batches)
+    filled = [b._replace(logp_old_BT=s) for b, s in zip(batches, before, strict=True)]
+    state, _ = learner.update(state, filled, denominators)
+    assert any(
+        (one != two).any()
+        for one, two in zip(learner.score(state.params, batches), before, strict=True)
+    )
+    recalled = learner.score(learner.recall(kept), batches)
+    for one, two in zip(recalled, before, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_optimizer_knows_adapters_alone_and_the_base_stays_as_it_was():
+    learner, adapters = bfloat16_learner()
+    base = jax.device_get(learner.base)
+    state = learner.start(adapters)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert sum(leaf.size for leaf in moments) == 2 * count
+    batches = packed(8)  # several micro-batches
+    scores = learner.score(state.params, batches)
+    filled = [b._replace(logp_old_BT=s) for b, s in zip(batches, scores, strict=True)]
+    state, metrics = learner.update(state, filled, count_denominators(batches))
+    assert np.isfinite(metrics["gradient_norm"]) and metrics["gradient_norm"] > 0
+    jax.tree.map(np.testing.assert_array_equal, base, jax.device_get(learner.base))
+
+
+def test_replayed_routes_are_replayed_with_adapters_too():
+    lora = lora_of(MODEL)
+    learner = learner_of(MODEL, lora)
+    learner.freeze(small.random_params(MODEL, scale=0.1))
+    adapters = random_adapters(MODEL, lora)
+    (batch,) = packed(24)
+    ((logp_BT, counts_LE, routes_BTLk),) = learner.score_and_record(adapters, [batch])
+    other = learner.start(random_adapters(MODEL, lora, seed=9)).params
+    own = learner.score_and_count(other, [batch])[0]
+    ((_, replayed_LE),) = learner.score_and_count(other, [batch._replace(routes_BTLk=routes_BTLk)])
+    np.testing.assert_array_equal(replayed_LE, counts_LE)
+    assert (own[1] != counts_LE).any() and np.isfinite(logp_BT).all()
