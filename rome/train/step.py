@@ -143,6 +143,7 @@ class Learner:
         self._cast = jax.jit(
             cast_tree, static_argnums=1, in_shardings=(params,), out_shardings=params
         )
+        self._gather = jax.jit(lambda params: params, out_shardings=replicated)
         self._all_finite = jax.jit(all_finite, in_shardings=(params,), out_shardings=replicated)
         self._zeros_like = jax.jit(zeros_like_tree, in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(
@@ -240,9 +241,9 @@ class Learner:
         """
         if self.lora is None or self.base is None:
             return params, None
-        gather = jax.jit(lambda tree: tree, out_shardings=self._replicated)
-        whole = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), gather(params))
-        return self.base, HostAdapters.of(whole, self.model_config, self.lora)
+        gathered = self._gather(params)
+        on_host = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), gathered)
+        return self.base, HostAdapters.of(on_host, self.model_config, self.lora)
 
     # -- scoring
     # ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rome.model.config import ModelConfig
 from rome.model.hf.bits import as_bits
@@ -36,10 +37,17 @@ def params_digest(params: Any, config: ModelConfig) -> str:
     for path, tensors in by_path.items():
         first = tensors[0]
         leaf = leaf_at(params, path)
-        found = jax.device_get(_sums(leaf, len(first.index), first.rows, first.columns))
+        found = _on_host(_sums(leaf, len(first.index), first.rows, first.columns))
         for tensor in tensors:
             sums[tensor.name] = int(found[tensor.index])
     return _digest(sums)
+
+
+def _on_host(sums: Array) -> np.ndarray:
+    """Return sums that may lie on the devices of several processes."""
+    if isinstance(sums.sharding, NamedSharding):
+        sums = jax.device_put(sums, NamedSharding(sums.sharding.mesh, PartitionSpec()))
+    return np.asarray(sums.addressable_data(0))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
