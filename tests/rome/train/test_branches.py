@@ -68,7 +68,7 @@ def gradient(learner, params, batches, counts):
         total = learner._zeros_like(params)
         for batch in batches:
             rows = feed(batch, learner._row_sharding)
-            total, _ = learner._accumulate(params, total, rows, counts, 1.0, 1.0, None)
+            total, _ = learner._accumulate(params, None, total, rows, counts, 1.0, 1.0, None)
     return jax.device_get(total)
 
 
