@@ -49,6 +49,7 @@ def test_a_checkpoint_goes_on_with_its_own_base_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_adapters_learn_from_demonstrations_and_then_from_episodes(tmp_path):
     """SFT of adapters on random weights, IPA of other ones on its result; killed and resumed."""
     sft = tmp_path / "sft"
