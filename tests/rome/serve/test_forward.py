@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.model.config import RopeScaling
+from rome.model.rope import RopeScaling
 from rome.model.qwen3 import Qwen3
 from rome.model.stacking import unstack_layers
 from rome.serve.forward import forward, make_cache
