@@ -361,18 +361,12 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
-    """Check that the model and the weights to start from are there."""
+    """Check that a model's directory is there, and is not one of two."""
     directory = model_directory(config)
     init_from = config.init_from
-    if init_from in ("", RANDOM) or init_from.endswith(".py"):
+    if directory is None or init_from in ("", RANDOM) or init_from.endswith(".py"):
         return
-    start = pathlib.Path(init_from)
-    if not (start / "config.json").is_file():
-        raise ConfigError(
-            f"init_from={init_from!r} has no config.json. Name a Hugging Face directory (a run"
-            f" leaves one in final/), an experiment, {RANDOM!r}, or nothing."
-        )
-    if directory is not None and not start.samefile(directory):
+    if pathlib.Path(init_from).resolve() != directory.resolve():
         raise ConfigError(
             f"init_from={init_from!r} and model={config.model!r} are two directories, and one has"
             " the weights and their model. Set --config.model alone."

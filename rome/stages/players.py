@@ -179,8 +179,9 @@ class Players:
 def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:
     """Return the chat template of a stage that plays episodes.
 
-    A model with the tiny tokenizer learns the form of a tool call from the demonstrations. Any other
-    is told the tools, as in its own chat template, and what an evaluation tells it of the environment.
+    A model with the tiny tokenizer learns the form of a tool call from the demonstrations. Any
+    other is told the tools, as in its own chat template, and what an evaluation tells it of the
+    environment.
     """
     if tokenizer.vocab_size == Tokenizer.load(TINY).vocab_size:
         return Chat(tokenizer)
