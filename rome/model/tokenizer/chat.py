@@ -51,6 +51,11 @@ class Chat:
         self._system = system
         self._layout = _layout_of(tokenizer)
 
+    @property
+    def opened(self) -> str:
+        """Return what the header of a turn has already written of it: `<think>`, or nothing."""
+        return THINK if self._layout.opens_thoughts else ""
+
     def begin(self) -> list[int]:
         """Return the ids of the system turn; [] where there is none."""
         parts = self.tokenizer.template.render(self._opening("Question"), self._tools)
