@@ -26,7 +26,7 @@ from rome.train.workdir import ConfigError, model_directory
 
 # A model of at most so many layers is unrolled: a fifth faster on a CPU, and compiled soon enough.
 MAX_UNROLLED_LAYERS = 8
-# Fields that say which parameters there are and what is computed with them, and that no run changes.
+# Fields that say which parameters there are and what is computed with them; no run changes these.
 FIXED_FIELDS = (
     *(name for name in SIZES if name != "max_position"),
     *EXPERT_SIZES,
