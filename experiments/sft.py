@@ -20,10 +20,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "sft"
     config.preset = preset
     config.seed = 0
-    # a Hugging Face directory, or the path of an experiment; empty: random weights
+    # a Hugging Face directory, the path of an experiment, or random; empty: the weights of the
+    # model's directory, random ones for a preset
     config.init_from = ""
-    config.model = "tiny"  # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tokenizer/tiny"
+    config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
+    config.tokenizer = ""  # a directory; empty: the model's own
     # The tasks (docs/tasks.md).
     config.task = "terminal"  # what is trained on
     config.eval_task = ""  # what is evaluated; empty: tasks of `task` that are never trained on

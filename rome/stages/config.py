@@ -23,7 +23,7 @@ from rome.agent.proxy import Budget
 from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.losses import PUBLISHED, LossConfig, find_loss, unbounded_weight
-from rome.model.config import PRESETS, REMATS, ModelConfig
+from rome.model.config import DTYPES, REMATS, ModelConfig
 from rome.model.lora import Lora, find_targets
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
@@ -31,11 +31,11 @@ from rome.rollout.rules import StaleSamples
 from rome.stages.own_code import compares_episodes
 from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
 from rome.stages.tasks import check_tasks
+from rome.stages.weights import model_of
 from rome.train.devices import EngineDevice
-from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
+from rome.train.workdir import RANDOM, ConfigError, KeyClass, KeyRules, flatten, model_directory
 
 CHOICES: Mapping[str, Sequence[str]] = {
-    "model": tuple(PRESETS),
     "mismatch_mask": ("chunk", "token"),
     "norm": ("tokens", "chunks", "trajectories"),
     "gigpo_state": ("history", "observation"),
@@ -48,6 +48,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.isolation": ("required", "best_available"),
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
+    "learner.dtype": ("", *DTYPES),
     # Known before an earlier stage is run, whose own config has other kernels.
     **{f"learner.{kind}": names for kind, names in zip(Kernels._fields, KNOWN, strict=True)},
 }
@@ -108,6 +109,8 @@ MAY_BE_ZERO = {
     "lora.rank",
     "learner.capacity_factor",
     "learner.router_z_loss_coef",
+    "learner.router_aux_loss_coef",
+    "learner.yarn_factor",
     "rollout.async_ratio",
     "rollout.redundancy",
     "rollout.lend_engines",
@@ -116,6 +119,7 @@ MAY_BE_ZERO = {
 MAY_BE_NEGATIVE = {"failure_reward"}
 MAY_BE_MINUS_ONE = {
     "lambda_il",
+    "learner.router_aux_loss_coef",
     *(f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")),
 }
 
@@ -151,7 +155,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     schema = schema_of(config)
     _check_block(with_own_defaults(config.to_dict(), schema), schema, "")
     profiled_steps(config)
-    lora_of(config, PRESETS[config.model])
+    _check_model(config)
     kind = kind_of(config.loss)
     if kind != "rl":
         _check_rows(config)
@@ -381,6 +385,22 @@ def _check_value(name: str, value: Any) -> None:
 
 # -- combinations
 # -------------------------------------------------------------------------------------------------
+
+
+def _check_model(config: ml_collections.ConfigDict) -> None:
+    """Check that a model's directory is there and is not one of two, and that adapters fit it."""
+    directory = model_directory(config)
+    init_from = config.init_from
+    if config.lora.rank:
+        start = pathlib.Path(init_from) if init_from and pathlib.Path(init_from).is_dir() else None
+        lora_of(config, model_of(config, start))
+    if directory is None or init_from in ("", RANDOM) or init_from.endswith(".py"):
+        return
+    if pathlib.Path(init_from).resolve() != directory.resolve():
+        raise ConfigError(
+            f"init_from={init_from!r} and model={config.model!r} are two directories, and one has"
+            " the weights and their model. Set --config.model alone."
+        )
 
 
 def _check_rows(config: ml_collections.ConfigDict) -> None:

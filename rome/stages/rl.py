@@ -33,6 +33,11 @@ class RLStage(TrainingStage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         config = self.config
+        if config.routing_replay != "off" and self.model_config.is_dense:
+            raise ConfigError(
+                f"routing_replay={config.routing_replay} replays the choice of experts, and this"
+                " model has none. Set --config.routing_replay=off."
+            )
         if command_agent(config) is not None and context.isolation == "landlock":
             raise ConfigError(
                 f"agent={config.agent!r} asks the policy at a door of its sandbox, and the landlock"

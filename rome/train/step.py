@@ -421,6 +421,8 @@ class Learner:
         if batch.routes_BTLk is not None:
             agreement = route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
             metrics = metrics | agreement
+        if config.is_dense:
+            return value, metrics
         router = output.router
         if counts_LE is None:
             counts_LE = router.counts_LE
@@ -470,7 +472,8 @@ class Learner:
         params: Any = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradients)
         metrics = metrics | {"gradient_norm": norm}
-        metrics |= load_metrics(metrics.pop("router_counts"), self.model_config)
+        if not self.model_config.is_dense:
+            metrics |= load_metrics(metrics.pop("router_counts"), self.model_config)
         if self.skip_nonfinite_updates:
             is_finite = jnp.isfinite(norm)
             kept = functools.partial(jnp.where, is_finite)
