@@ -35,7 +35,8 @@ from rome.engine.errors import (
     EngineUnproven,
     RequestRejected,
 )
-from rome.engine.proof import Proof, Weights, disagreement, load_and_prove
+from rome.engine.proof import Proof, disagreement, load_and_prove
+from rome.engine.weights import Weights
 
 State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 MAX_AFFINITIES = 100_000  # remembered episodes; the least recently used are forgotten
@@ -408,6 +409,27 @@ class EnginePool:
             self.states[engine.url] = "updating"
 
         await self._for_each(self.engines_in("lent"), take)
+
+    async def suspend(self, mode: PauseMode, tags: Sequence[str]) -> None:
+        """Stop sampling on devices that the learner needs now, until the next publication.
+
+        For engines inside the trainer. Requests wait and go on with the published weights; their
+        deadlines stand still.
+
+        Args:
+          mode: how running requests are paused, see `Engine.pause`.
+          tags: memory that is freed (MEMORY_TAGS); running requests are then aborted.
+        """
+
+        async def suspend(engine: Engine) -> None:
+            async with self._update_locks[engine.url]:
+                self.states[engine.url] = "updating"
+                engine.hold()
+                await engine.pause(mode)
+                if tags:
+                    await engine.release_memory(tuple(tags))
+
+        await self._for_each(self.engines_in("ready", "updating"), suspend)
 
     async def _for_each(
         self, engines: Sequence[Engine], act: Callable[[Engine], Awaitable[None]]
