@@ -60,6 +60,7 @@ class InsideEngine(Engine):
         start = [weights.params]  # handed on once: nothing here keeps the first weights alive
 
         def load() -> tuple[Params, ModelConfig]:
+            checksums(start[0])  # compiles it now, not in the pause of the first publication
             return start.pop(), config
 
         self._scheduler = Scheduler(load, shapes, None, START_VERSION)
