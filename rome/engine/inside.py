@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -91,23 +90,26 @@ class InsideEngine(Engine):
     def stop(self, seconds: float = STOP_SECONDS) -> None:
         """End the thread and its requests, and free its memory.
 
-        A thread that does not end within `seconds` is left behind, which is logged: it ends with
-        the process.
+        A thread that does not hear it within `seconds` is left behind, which is logged: it ends
+        with the process.
         """
         scheduler = self._scheduler
-        ended = threading.Event()
 
         def free() -> None:
             scheduler.pause("abort")
             scheduler.release_memory(MEMORY_TAGS)
 
         try:
-            scheduler.call(free).add_done_callback(lambda _: ended.set())
+            freed = scheduler.call(free)
         except RuntimeError:  # it has ended
             return
-        scheduler.stop()
-        if not ended.wait(seconds):
+        try:
+            freed.result(seconds)
+        except TimeoutError:
             log.warning("%s did not stop within %g s; it ends with the process", NAME, seconds)
+        except Exception as error:
+            log.warning("the memory of %s was not freed: %s", NAME, error)
+        scheduler.stop()
 
     async def load(self, weights: Weights, *, flush: bool) -> None:
         """Exchange the weights between two steps; memory that was released is taken back."""
@@ -241,14 +243,15 @@ async def in_thread(scheduler: Scheduler, function: Callable[[], Any]) -> Any:
     Raises:
       EngineDead: the thread has ended.
       EngineError: the function refused what was asked of it (ValueError).
+      EngineFailed: it failed in another way.
     """
     try:
         return await asyncio.wrap_future(scheduler.call(function))
     except ValueError as error:
         raise EngineError(f"{NAME}: {error}") from None
-    except RuntimeError as error:
-        if scheduler.failure is None:  # the device's, of the function
-            raise EngineFailed(f"{NAME}: {error}") from error
+    except Exception as error:
+        if scheduler.failure is None:
+            raise EngineFailed(f"{NAME}: {type(error).__name__} {error}") from error
         raise EngineDead(f"{scheduler.failure}; {REMEDY}") from None
 
 
