@@ -2,7 +2,8 @@
 
     starting    joined or restarted; serves once it has proven the current weights
     ready       serves
-    updating    loads new weights; its requests wait on the client's side until they are proven
+    updating    loads new weights, or leaves its device to an update of the trainer until then; its
+                requests wait on the client's side until new weights are proven
     suspect     in quarantine: an update failed or was not proven, or the engine does not answer;
                 serves again once it has proven the current weights
     dead        nothing answers at its URL

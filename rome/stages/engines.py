@@ -99,6 +99,7 @@ class Engines:
         self._supervisor: concurrent.futures.Future[Any] | None = None
         self._metrics: dict[str, float] = {}  # of the last publication
         self._inside: InsideEngine | None = None
+        self._has_room = False  # whether the learner has the device of the engine inside
         self._division = self._divide()
 
     @property
@@ -141,7 +142,7 @@ class Engines:
           seconds_transfer and bytes_transfer.
         """
         version = int(state.step)
-        if version == self.published:
+        if version == self.published and not self._has_room:
             return self._metrics
         ids = self._chat.open(PROBE)[: min(PROBE_TOKENS, self.config.max_context - 1)]
         expected = self._learner.score_one(state.params, ids)
@@ -179,6 +180,7 @@ class Engines:
         if is_inside and keep:  # a resumed run scores samples of these versions
             self._write(state, keep)
         self.published = version
+        self._has_room = False
         return self._metrics
 
     def make_room(self) -> None:
@@ -186,15 +188,15 @@ class Engines:
 
         `publish` ends it. Its requests wait until then.
         """
-        if not self._division.is_inside:
+        if not self._division.is_inside or self._has_room:
             return
-        self.published = None
         engine = self.config.engine
         freeing = self.pool.suspend(engine.pause, () if engine.keep_memory else MEMORY_TAGS)
         what = "the pause of the engine"
         wait_for_engines(freeing, PUBLISH_SECONDS, what, self._team.wants_to_stop)
         if not self.pool.engines_in("updating"):
             raise EngineError("; ".join(self.pool.causes.values()))
+        self._has_room = True
 
     def lend(self, count: int) -> None:
         """Give the devices of `count` engines to the learner; `publish` takes them back."""
