@@ -66,25 +66,22 @@ def hand_over(params: Params, config: ModelConfig, device: jax.Device) -> Handov
             layers[number] = jax.device_put(layer, device)
         return layers
 
-    def sum_up(path: Path, leaf: Array) -> np.ndarray:
-        return np.asarray(_sum_layers(leaf, dtype) if _is_stacked(path) else _sum(leaf, dtype))
-
     copied = unstack_layers(jax.tree_util.tree_map_with_path(copy, params), config)
+    sums = unstack_layers(jax.device_get(_sum_stacked(params, dtype)), config)
     jax.block_until_ready(copied)
-    sums = unstack_layers(jax.tree_util.tree_map_with_path(sum_up, params), config)
     return Handover(copied, dataclasses.replace(config, remat="none"), _name(sums))
 
 
 def checksums(params: Params) -> dict[str, str]:
     """Return a checksum of each tensor of an engine's weights, by its name."""
-    return _name(jax.device_get(jax.tree.map(lambda leaf: _sum(leaf, leaf.dtype), params)))
+    # Layer by layer: layers of one kind share a program.
+    others = {name: part for name, part in params.items() if name != "layers"}
+    sums = _sum_each(others) | {"layers": tuple(map(_sum_each, params["layers"]))}
+    return _name(jax.device_get(sums))
 
 
 def _is_stacked(path: Path) -> bool:
     return path[0].key == "layers"
-
-
-# Compiled once for each shape, not once for each model: a model has a dozen shapes.
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -100,13 +97,19 @@ def _copy_layers(stack: Array, dtype: Any) -> list[Array]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _sum(leaf: Array, dtype: Any) -> Array:
-    return _sum_bits(leaf.astype(dtype))
+def _sum_stacked(params: Params, dtype: Any) -> Params:
+    """Return the sums of the trainer's parameters once they are cast, [L, 2] for a stack."""
+
+    def sum_up(path: Path, leaf: Array) -> Array:
+        cast = leaf.astype(dtype)
+        return jax.vmap(_sum_bits)(cast) if _is_stacked(path) else _sum_bits(cast)
+
+    return jax.tree_util.tree_map_with_path(sum_up, params)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _sum_layers(stack: Array, dtype: Any) -> Array:
-    return jax.vmap(_sum_bits)(stack.astype(dtype))
+@jax.jit
+def _sum_each(params: Params) -> Params:
+    return jax.tree.map(_sum_bits, params)
 
 
 def _sum_bits(tensor: Array) -> Array:

@@ -226,7 +226,10 @@ class SchedulerWire:
         self._scheduler.release_memory(tags)
 
     def _checksums(self) -> dict[str, Any]:
-        return {"ranks": [{"rank": 0, "checksums": checksums(self._scheduler.device.params)}]}
+        params = self._scheduler.device.params
+        if params is None:
+            raise ValueError("its weights are released; publish first")
+        return {"ranks": [{"rank": 0, "checksums": checksums(params)}]}
 
     def _server_info(self) -> dict[str, Any]:
         return {
