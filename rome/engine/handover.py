@@ -59,15 +59,17 @@ def hand_over(params: Params, config: ModelConfig, device: jax.Device) -> Handov
     dtype = jnp.dtype(config.dtype)
 
     def copy(path: Path, leaf: Array) -> Any:
+        stack = _copy_layers(leaf, dtype) if _is_stacked(path) else [_copy(leaf, dtype)]
+        placed = jax.device_put(stack, device)
         if not _is_stacked(path):
-            return jax.device_put(_copy(leaf, dtype), device)
-        layers = np.empty(leaf.shape[0], object)  # cut by `unstack_layers` as it is
-        for number, layer in enumerate(_copy_layers(leaf, dtype)):
-            layers[number] = jax.device_put(layer, device)
+            return placed[0]
+        layers = np.empty(len(placed), object)  # cut by `unstack_layers` as it is
+        for number, layer in enumerate(placed):
+            layers[number] = layer
         return layers
 
-    copied = unstack_layers(jax.tree_util.tree_map_with_path(copy, params), config)
     sums = unstack_layers(jax.device_get(_sum_stacked(params, dtype)), config)
+    copied = unstack_layers(jax.tree_util.tree_map_with_path(copy, params), config)
     jax.block_until_ready(copied)
     return Handover(copied, dataclasses.replace(config, remat="none"), _name(sums))
 

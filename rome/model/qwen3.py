@@ -11,6 +11,8 @@ Parameters are an explicit pytree of float32 arrays; layers are stacked on a lea
     {"embed": {"embedding" [V, D]}, "layers": {"attention_norm", "attention", "moe_norm", "moe"},
     "norm": {"scale"}, "head": {"kernel" [D, V]}}
 
+A matrix of the layers may have an adapter beside it (`rome.model.lora`).
+
 `Qwen3(config)` scans over the stack, which compiles once for any depth. `Qwen3(config, scan=False)`
 runs the same parameters, stacked or as a tuple of layers (`unstack_layers`), one after the other:
 several times faster for decoding on a CPU. Both give the same numbers.
@@ -36,6 +38,7 @@ from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.ops.embedding import embed
 from rome.model.ops.gathered import from_heads, to_heads
+from rome.model.ops.low_rank import adapted
 from rome.model.ops.rotary import rotary_angles, rotate
 from rome.model.ops.rounding import round_straight_through
 from rome.model.stacking import Params, unstack_layers
@@ -141,7 +144,7 @@ class Attention(nn.Module):
 
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
-        return self.param(name, init, shape).astype(dtype)
+        return adapted(self, name, self.param(name, init, shape), dtype)
 
     def _bias(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array | int:
         if not self.config.attention_bias:
@@ -199,11 +202,14 @@ class DenseMLP(nn.Module):
         """Return down(silu(gate(x)) * up(x)), [B, T, D]."""
         D = self.config.hidden_size
         F = self.config.intermediate_size
-        init = nn.initializers.normal(self.config.initializer_range)
-        gate_DF = self.param("gate", init, (D, F)).astype(x_BTD.dtype)
-        up_DF = self.param("up", init, (D, F)).astype(x_BTD.dtype)
-        down_FD = self.param("down", init, (F, D)).astype(x_BTD.dtype)
+        gate_DF = self._matrix("gate", (D, F), x_BTD.dtype)
+        up_DF = self._matrix("up", (D, F), x_BTD.dtype)
+        down_FD = self._matrix("down", (F, D), x_BTD.dtype)
         return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+
+    def _matrix(self, name: str, shape: tuple[int, int], dtype: Any) -> Array:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return adapted(self, name, self.param(name, init, shape), dtype)
 
 
 class Block(nn.Module):

@@ -32,7 +32,8 @@ from rome.losses import (
     LossConfig,
     unbounded_weight,
 )
-from rome.model.config import PRESETS, REMATS
+from rome.model.config import PRESETS, REMATS, ModelConfig
+from rome.model.lora import Lora, find_targets
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
@@ -111,6 +112,7 @@ MAY_BE_ZERO = {
     "denial_penalty",
     "temperature",
     "eval_temperature",
+    "lora.rank",
     "learner.capacity_factor",
     "learner.router_z_loss_coef",
     "rollout.async_ratio",
@@ -169,6 +171,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     _check_block(config.to_dict(), schema_of(config.get("loss")), "")
     profiled_steps(config)
+    lora_of(config, PRESETS[config.model])
     if config.loss in LIKELIHOODS:
         _check_rows(config)
     if config.loss == "cpt":
@@ -242,6 +245,22 @@ def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
         token_constant=config.max_context,
         **switches,
     )
+
+
+def lora_of(config: ml_collections.ConfigDict, model_config: ModelConfig) -> Lora | None:
+    """Return the adapters that a config trains on a model; None where it trains all weights.
+
+    Raises:
+      ConfigError: lora.targets names nothing that the model has.
+    """
+    lora = config.lora
+    if not lora.rank:
+        return None
+    try:
+        targets = find_targets(lora.targets, model_config)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    return Lora(lora.rank, lora.alpha, targets)
 
 
 def updates_of_step(config: ml_collections.ConfigDict) -> tuple[int, int]:

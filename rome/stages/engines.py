@@ -121,7 +121,8 @@ class Engines:
         urls = split_urls(self.config.engine.urls)
         if not urls:
             start = self.weights / "start"
-            save_hf(state.params, self._model_config, start)
+            params, adapters = self._learner.to_publish(state.params)
+            save_hf(params, self._model_config, start, adapters=adapters)
             if self._team.leads:
                 urls = self._start_embedded(start)
         if self._team.leads:
@@ -238,18 +239,20 @@ class Engines:
         return division
 
     def _write(self, state: TrainState, keep: Collection[int]) -> pathlib.Path:
+        params, adapters = self._learner.to_publish(state.params)
         return write_checkpoint(
-            state.params,
+            params,
             self._model_config,
             self.weights,
             int(state.step),
             set(keep),
             delta=bool(self.config.engine.mirrors),
+            adapters=adapters,
         )
 
     def _hand_over(self, state: TrainState) -> Handover:
         device = self._learner.mesh.devices.flat[0]
-        return hand_over(state.params, self._model_config, device)
+        return hand_over(self._learner.merged(state.params), self._model_config, device)
 
     def _start_inside(self, state: TrainState) -> None:
         """Start the engine as a thread of this process."""

@@ -232,7 +232,7 @@ def test_state_bytes_are_a_devices_share():
         config, LOSSES["ipa"], LossConfig(), optimizer, make_mesh({"fsdp": 4, "expert": 2}, config)
     )
     found, weights = (
-        state_bytes(learner.state),
+        state_bytes(learner),
         sum(4 * math.prod(leaf.shape) for leaf in learner.state.params["layers"]["moe"].values()),
     )
     assert (
