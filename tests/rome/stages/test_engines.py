@@ -234,4 +234,4 @@ def test_an_engine_inside_that_failed_is_an_error_at_the_next_update_and_closes(
     with pytest.raises(EngineError, match="scheduler ended: ZeroDivisionError"):
         inside.make_room()
     with pytest.raises(EngineError, match="scheduler ended: ZeroDivisionError"):
-        inside.publish(state_of(0))
+        inside.publish(state_of(1))
