@@ -21,6 +21,7 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.files import find_shipped
 from rome.losses import (
@@ -37,6 +38,7 @@ from rome.model.lora import Lora, find_targets
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
+from rome.stages.tasks import check_tasks
 from rome.train.devices import EngineDevice
 from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
 
@@ -89,6 +91,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "sandbox.backend": "operation",
     "sandbox.url": "operation",
     "sandbox.isolation": "operation",
+    "sandbox.verifier_tools": "operation",
     "learner.remat": "operation",
     "learner.attention": "operation",
     "learner.experts": "operation",
@@ -104,6 +107,9 @@ MAY_BE_ZERO = {
     "eval_every",
     "keep_trajectories",
     "demonstration_error_rate",
+    "max_turns",
+    "sandbox.command_timeout",
+    "sandbox.disk_mb",
     "until_success",
     "lambda_rl",
     "lambda_il",
@@ -128,8 +134,13 @@ MAY_BE_MINUS_ONE = {
 
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
 
-# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed.
-INHERITED = ("seed", "model", "tokenizer", "engine", "sandbox", "mesh")
+# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed, the
+# tasks and the sizes of their episodes.
+INHERITED = (
+    *("seed", "model", "tokenizer", "engine", "sandbox", "mesh"),
+    *("task", "eval_task", "tell_tools", "max_turns", "max_context", "max_new_tokens"),
+    *("row_length", "chunks_per_row"),
+)
 TOKEN = "ROCK_TOKEN"  # environment variable with the token of a ROCK admin
 
 
@@ -212,11 +223,17 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
       ValueError: for options that contradict each other, or a missing token.
     """
     sandbox = config.sandbox
+    tools = pathlib.Path(sandbox.verifier_tools).expanduser()
     token = os.environ.get(TOKEN, "") if sandbox.backend == "remote" else ""
     if sandbox.backend == "remote" and not token:
         raise ValueError(
             f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
         )
+    optional: dict[str, Any] = {}
+    if sandbox.disk_mb:
+        optional["disk_mb"] = sandbox.disk_mb
+    if sandbox.verifier_tools and tools.is_dir():
+        optional["verifier_tools"] = str(tools)
     return SandboxConfig(
         backend=sandbox.backend,
         image=sandbox.image or None,
@@ -225,8 +242,8 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         isolation=sandbox.isolation,
         memory_mb=sandbox.memory_mb,
         pids=sandbox.pids,
-        disk_mb=sandbox.disk_mb,
         egress=tuple(sandbox.egress.split()),
+        **optional,
     )
 
 
@@ -426,6 +443,7 @@ def _check_episodes(config: ml_collections.ConfigDict) -> None:
             f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row}"
             " holds. Raise chunks_per_row."
         )
+    check_tasks(config)
     urls = split_urls(config.engine.urls)
     mirrors = split_urls(config.engine.mirrors)
     if mirrors and len(mirrors) != len(urls):
@@ -458,6 +476,10 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         loss_config(config)
     except ValueError as error:
         raise ConfigError(f"loss={loss}: {error}.") from None
+    try:
+        parse_credit(config.edge_credit)
+    except ValueError as error:
+        raise ConfigError(f"edge_credit={config.edge_credit!r}: {error}.") from None
     reason = unbounded_weight(loss, config.dual_clip)
     if config.rollout.async_ratio and reason:
         raise ConfigError(
