@@ -5,8 +5,8 @@ python -m benchmarks.handover --json handover.json [--model tiny] [--publication
 Both engines are the embedded one, with the same weights, and publications to them alternate. Inside
 the trainer weights are handed over as arrays; beside it they are written to a checkpoint, which a
 process loads. `publication_ms` is all of it, from the trainer's arrays to the proof; `pause_ms` is
-the part for which the engine does not sample. Medians, and the fastest of each, which a machine under
-load distorts less; `ratio` is beside over inside.
+the part for which the engine does not sample. Medians, and the fastest of each, which load on the
+machine distorts less; `ratio` is beside over inside.
 """
 
 from __future__ import annotations
