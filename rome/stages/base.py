@@ -240,8 +240,8 @@ class TrainingStage:
         )
         return self.learner.start(params)
 
-    def _freeze_base(self) -> None:
-        """Give the learner the weights that its adapters are added to, and note their digest."""
+    def _freeze_base(self) -> dict[str, str]:
+        """Give the learner the weights that its adapters are added to; return what they are."""
         learner = self.learner
         if self._start is None:
             params = learner.random_params(self.config.seed)
@@ -257,6 +257,7 @@ class TrainingStage:
             "digest": digest,
             "dtype": self.model_config.dtype,
         }
+        return self._base
 
     def _open_model(self, start: pathlib.Path | None) -> ModelConfig:
         """Return the model that the workdir has, or at the first start that of `start`.
@@ -307,8 +308,8 @@ class TrainingStage:
     def _restore(self, step: int) -> TrainState:
         state, host = self.checkpoints.restore(self.learner.state, step)
         if self.learner.lora is not None:
-            self._freeze_base()
-            check_base(host["base"], self._base, self.checkpoints.directory / str(step))
+            base = self._freeze_base()
+            check_base(host["base"], base, self.checkpoints.directory / str(step))
         self._seconds_before = host["seconds"]
         self.load_host_state(step, host)
         self.evals = self._kept_evaluations(step)

@@ -80,23 +80,22 @@ def step_of(learner, params, batches):
     return scores, jax.device_get(state.params), jax.device_get(metrics)
 
 
-def both(config, mesh=None, targets="all", rows=24):
-    """Scores and gradients of a model with adapters, and of the full model that they merge to."""
-    lora = lora_of(config, targets)
+def adapted_step(config, mesh=None):
+    """The base, the adapters, and scores, gradients and metrics of a step of them."""
+    lora = lora_of(config)
     base = small.random_params(config, scale=0.1)
     adapters = random_adapters(config, lora)
-    full_params = merged(base, adapters, lora)
-    batches = packed(rows)
     learner = learner_of(config, lora, mesh)
     learner.freeze(base)
-    scores, trained, metrics = step_of(learner, jax.tree.map(np.copy, adapters), batches)
-    full = learner_of(config, None, mesh)
-    full_scores, full_trained, full_metrics = step_of(
-        full, jax.tree.map(np.copy, full_params), batches
-    )
-    gradients = jax.tree.map(np.subtract, adapters, trained)
-    full_gradients = jax.tree.map(np.subtract, full_params, full_trained)
-    return lora, adapters, (scores, gradients, metrics), (full_scores, full_gradients, full_metrics)
+    scores, trained, metrics = step_of(learner, jax.tree.map(np.copy, adapters), packed(24))
+    return base, adapters, (scores, jax.tree.map(np.subtract, adapters, trained), metrics)
+
+
+def full_step(config, params):
+    """Scores, gradients and metrics of the same step of the full model."""
+    learner = learner_of(config, None)
+    scores, trained, metrics = step_of(learner, jax.tree.map(np.copy, params), packed(24))
+    return scores, jax.tree.map(np.subtract, params, trained), metrics
 
 
 def assert_projected(lora, adapters, gradients, full_gradients):
@@ -127,8 +126,9 @@ def assert_projected(lora, adapters, gradients, full_gradients):
     ],
 )
 def test_scores_are_those_of_the_merged_model_and_gradients_its_projections(config):
-    lora, adapters, (scores, gradients, metrics), full = both(config)
-    full_scores, full_gradients, full_metrics = full
+    lora = lora_of(config)
+    base, adapters, (scores, gradients, metrics) = adapted_step(config)
+    full_scores, full_gradients, full_metrics = full_step(config, merged(base, adapters, lora))
     for score, full_score in zip(scores, full_scores, strict=True):
         np.testing.assert_allclose(score, full_score, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], atol=1e-5)
@@ -143,8 +143,8 @@ def test_scores_are_those_of_the_merged_model_and_gradients_its_projections(conf
 )
 def test_a_mesh_changes_neither_scores_nor_gradients(mesh):
     config = dataclasses.replace(MODEL, scan_layers=True, remat="full")
-    _, _, (scores, gradients, _), _ = both(config, mesh)
-    _, _, (alone, alone_gradients, _), _ = both(config)
+    _, _, (scores, gradients, _) = adapted_step(config, mesh)
+    _, _, (alone, alone_gradients, _) = adapted_step(config)
     for one, other in zip(scores, alone, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     jax.tree.map(
