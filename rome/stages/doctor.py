@@ -17,8 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from envs.gem.episode import play_demonstration
-from envs.gem.episode import EnvironmentFault
+from envs.gem.episode import EnvironmentFault, play_demonstration
 from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
 from envs.rock.config import TIERS
 from envs.rock.docker.probe import probe_docker
