@@ -54,8 +54,8 @@ class EvalResult:
     by_family: dict[str, Rate]
     unseen_families: float | None
     unseen_by_family: dict[str, Rate]
-    by_difficulty: dict[str, Rate]
-    by_source: dict[str, Rate]
+    by_difficulty: dict[str, Rate] = dataclasses.field(default_factory=dict)
+    by_source: dict[str, Rate] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_tasks(cls, stage: str, step: int, tasks: Iterable[Task]) -> EvalResult:
@@ -92,9 +92,13 @@ class EvalResult:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvalResult:
         """Return the evaluation of an entry in report.json."""
-        fields = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
+        fields = {
+            field.name: entry[field.name]
+            for field in dataclasses.fields(cls)
+            if field.name in entry
+        }
         for name in ("by_family", "unseen_by_family", "by_difficulty", "by_source"):
-            fields[name] = {group: (rate, n) for group, (rate, n) in entry[name].items()}
+            fields[name] = {group: (rate, n) for group, (rate, n) in entry.get(name, {}).items()}
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -155,9 +159,11 @@ def _rate(tasks: list[Task]) -> float:
 
 
 def _rates_by(tasks: list[Task], key: str) -> dict[str, Rate]:
+    """Return success and number by a key; tasks that say nothing about it are left out."""
     groups: dict[str, list[Task]] = {}
     for task in tasks:
-        groups.setdefault(task[key], []).append(task)
+        if key in task:
+            groups.setdefault(task[key], []).append(task)
     return {name: (_rate(members), len(members)) for name, members in sorted(groups.items())}
 
 
