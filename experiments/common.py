@@ -76,9 +76,13 @@ def engine() -> ml_collections.ConfigDict:
     # comma-separated URLs of SGLang servers; empty: embedded engines are started
     block.urls = ""
     block.count = 1  # embedded engines to start where `urls` is empty
-    # of embedded engines. auto: a chip that the mesh leaves, else a share of the GPU, else the CPU;
-    # cpu; share: a share of the trainer's GPU (rome/train/devices.py)
+    # of embedded engines. auto: a chip that the mesh leaves, else inside on a GPU or TPU, else the
+    # CPU; cpu; share: a share of the trainer's GPU; inside: a thread of the trainer, in turn with
+    # its updates (rome/train/devices.py)
     block.device = "auto"
+    # inside: keep the engine's memory during updates; False frees it for them (its cache and its
+    # copy of the weights)
+    block.keep_memory = False
     # requests that an embedded engine runs at once; fewer than `concurrency` evicts cached prefixes
     block.slots = 64
     # for one answer of an engine, its queue included and publications of weights apart

@@ -6,7 +6,8 @@ own, with a pair where those have a matrix:
 
     {"layers": {"attention": {"q_lora": {"a" [L, D, r], "b" [L, r, N, H]}, ...}, ...}}
 
-L layers, D model, N heads, H head dim, r rank.
+L layers, D model, N heads, H head dim, r rank; of any matrix: S layers and experts, I inputs, O
+outputs.
 """
 
 from __future__ import annotations
@@ -165,6 +166,21 @@ def init_adapters(config: ModelConfig, lora: Lora, key: Array) -> Params:
         return jax.random.uniform(own, shape.shape, shape.dtype, -bound, bound)
 
     return jax.tree_util.tree_map_with_path(draw, adapter_shapes(config, lora))
+
+
+def merge(base: Params, adapters: Params, lora: Lora, dtype: Any) -> Params:
+    """Return the base with the adapters' products added, in float32 and then rounded to `dtype`."""
+    layers = dict(base["layers"])
+    for group, name in lora.targets:
+        weight = layers[group][name]
+        pair = adapters["layers"][group][name + SUFFIX]
+        stack = math.prod(weight.shape[: MATRICES[group, name].stacked])
+        a_SIr = pair["a"].reshape(stack, -1, lora.rank)
+        b_SrO = pair["b"].reshape(stack, lora.rank, -1)
+        product_SIO = jnp.matmul(a_SIr, b_SrO, precision=jax.lax.Precision.HIGHEST)
+        merged = weight.astype(jnp.float32) + lora.scale * product_SIO.reshape(weight.shape)
+        layers[group] = layers[group] | {name: merged}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), base | {"layers": layers})
 
 
 def with_adapters(base: Params, adapters: Params, lora: Lora) -> Params:

@@ -95,6 +95,7 @@ class RLStage(TrainingStage):
     def before_update(self) -> None:
         if self.config.rollout.lend_engines:
             self.engines.lend(self.config.rollout.lend_engines)
+        self.engines.make_room()
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         check_metrics(step, metrics, self.config.alarm_kl)

@@ -53,6 +53,9 @@ class SFTStage(TrainingStage):
     def collect(self, step: int, state: TrainState) -> StepData:
         return self.data_of_rows(step, self._stream.draw(step))
 
+    def before_update(self) -> None:
+        self.engines.make_room()
+
     def write_evaluation(self, step: int, state: TrainState) -> None:
         self.engines.publish(state)
 

@@ -27,7 +27,7 @@ from rome.losses import Denominators, Loss, LossConfig
 from rome.losses.chunks import policy_entropy
 from rome.model.config import ModelConfig
 from rome.model.hf.peft import HostAdapters
-from rome.model.lora import Lora, adapter_shardings, init_adapters
+from rome.model.lora import Lora, adapter_shardings, init_adapters, merge
 from rome.model.moe import load_metrics, router_loss, router_metrics, router_z_loss
 from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.params import param_shardings, parameter_shapes
@@ -142,6 +142,10 @@ class Learner:
         self._cast = jax.jit(
             cast_tree, static_argnums=1, in_shardings=(params,), out_shardings=params
         )
+        if self.lora is not None:
+            dtype = jnp.dtype(self.model_config.dtype)
+            merging = functools.partial(merge, lora=self.lora, dtype=dtype)
+            self._merge = jax.jit(merging, out_shardings=self.base_shardings)
         self._gather = jax.jit(lambda params: params, out_shardings=replicated)
         self._all_finite = jax.jit(all_finite, in_shardings=(params,), out_shardings=replicated)
         everywhere: Any = replicated
@@ -250,6 +254,13 @@ class Learner:
         gathered = self._gather(params)
         on_host = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), gathered)
         return self.base, HostAdapters.of(on_host, self.model_config, self.lora)
+
+    def merged(self, params: dict) -> dict:
+        """Return the model's parameters on the mesh, adapters added: what `to_publish` writes.
+
+        Arrays that no adapter changes are not copied.
+        """
+        return params if self.lora is None else self._merge(self.base, params)
 
     # -- scoring
     # ---------------------------------------------------------------------------------------------

@@ -154,6 +154,29 @@ def test_a_mesh_changes_neither_scores_nor_gradients(mesh):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_added_on_the_mesh_and_rounded_once(dtype):
+    """What an engine inside the trainer is handed; the base stays as it was."""
+    config = dataclasses.replace(DENSE_TOO, dtype=dtype)
+    lora = lora_of(config, "attention,mlp")
+    learner = learner_of(config, lora, {"fsdp": 2, "tensor": 2})
+    learner.freeze(small.random_params(config, scale=0.1))
+    base = jax.device_get(learner.base)
+    adapters = random_adapters(config, lora)
+    found = learner.merged(learner.start(adapters).params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+    exact = merged(jax.tree.map(lambda leaf: leaf.astype(np.float32), base), adapters, lora)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(
+            one.astype(np.float32), other, rtol=1e-6 if dtype == "float32" else 2**-8, atol=1e-6
+        ),
+        jax.device_get(found),
+        exact,
+    )
+    np.testing.assert_array_equal(found["layers"]["moe"]["up"], base["layers"]["moe"]["up"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(learner.base), base)
+
+
 def bfloat16_learner():
     config = dataclasses.replace(MODEL, dtype="bfloat16")
     lora = lora_of(config)
