@@ -180,6 +180,9 @@ def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Bat
     if rows_per_microbatch < 1:
         raise ValueError(f"rows_per_microbatch is {rows_per_microbatch}; set it to 1 or more")
     missing = -batch.num_rows % rows_per_microbatch
+    starts = range(0, batch.num_rows, rows_per_microbatch)
+    if not missing:
+        return [_take_rows(batch, start, start + rows_per_microbatch) for start in starts]
     _, T = batch.tokens_BT.shape
     _, C = batch.valid_BC.shape
     empty = _empty_rows(missing, T, C)
@@ -187,7 +190,6 @@ def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Bat
         shape = (missing, *batch.routes_BTLk.shape[1:])
         empty = empty._replace(routes_BTLk=np.zeros(shape, batch.routes_BTLk.dtype))
     full = batch.map(lambda field, padding: np.concatenate([field, padding]), empty)
-    starts = range(0, full.num_rows, rows_per_microbatch)
     return [_take_rows(full, start, start + rows_per_microbatch) for start in starts]
 
 

@@ -11,6 +11,7 @@ others learn its results by `Team.share`, and read the trajectories of a step fr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -25,7 +26,7 @@ from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
 from rome.files import find_shipped, read_json, sync, write_atomically
-from rome.losses import LIKELIHOODS, LOSSES, count_denominators
+from rome.losses import LIKELIHOODS, LOSSES, Denominators, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.hf.companions import copy_companions
@@ -35,10 +36,12 @@ from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
 from rome.stages.config import loss_config, profiled_steps, updates_of_step
+from rome.stages.stream import BatchStream
 from rome.stages.weights import load_start, model_to_start, run_settings
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
+from rome.train.feed import OwnRows
 from rome.train.loop import Minibatch, Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.profile import Profile
@@ -252,12 +255,32 @@ class TrainingStage:
         return ModelConfig.from_hf(document, **run_settings(preset))
 
     def data_of_rows(self, step: int, rows: Batch) -> StepData:
-        """Return the data of a step that trains on these packed rows, the same in every process."""
-        self.team.require_same_rows(step, rows)
+        """Return the data of a step that trains on these packed rows.
+
+        Each process has filled its own rows (`own_rows`); counts are of all of them.
+        """
+        counted = rows.map(lambda field: field[self.own_rows.counted])
+        own = [*count_denominators([counted]), *self.learner.count_work([counted])]
+        total = self.team.total(f"counts of step {step}", own)
+        denominators = Denominators(*total[: len(Denominators._fields)])
+        work = Work(*total[len(denominators) :])
         batches = microbatches(rows, self.config.rows_per_microbatch)
-        tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
-        minibatch = Minibatch(batches, count_denominators(batches))
-        return StepData([minibatch], {"tokens": tokens})
+        return StepData([Minibatch(batches, denominators, work)], {"tokens": work.tokens})
+
+    @functools.cached_property
+    def own_rows(self) -> OwnRows:
+        """The rows of a step that this process reads, of a stage with `config.rows`."""
+        return self.learner.own_rows(self.config.rows, self.config.rows_per_microbatch)
+
+    def stream_position(self, step: int, stream: BatchStream) -> dict[str, Any] | None:
+        """Return the position of a stream of batches, of all processes together.
+
+        It is None at the beginning, and in processes that do not lead.
+        """
+        positions = self.team.gather(f"position at {step}", stream.position(step))
+        if positions is None or None in positions:
+            return None
+        return {row: state for position in positions for row, state in position.items()}
 
     def measure_speed(self, work: Work, seconds: float) -> dict[str, float]:
         """Return metrics of the learner's speed in a step's updates.

@@ -31,9 +31,10 @@ from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.params import param_shardings
 from rome.model.qwen3 import init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
-from rome.train.feed import feed, put
+from rome.train.feed import OwnRows, feed, own_rows, put
 from rome.train.forward import Forward
 from rome.train.replay import count_replayed, route_agreement
+from rome.train.speed import Work, count_work
 from rome.train.state import TrainState, init_state
 from rome.train.trees import (
     abstract,
@@ -254,11 +255,21 @@ class Learner:
     # ---------------------------------------------------------------------------------------------
 
     def update(
-        self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators
+        self,
+        state: TrainState,
+        microbatches: Sequence[Batch],
+        denominators: Denominators,
+        work: Work | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Apply one optimizer update over all micro-batches.
 
         The old state is consumed. `state.step` does not change: a step may take several updates.
+
+        Args:
+          state: before the update.
+          microbatches: rows; those that this process does not feed may be zeros.
+          denominators: of the loss, over the rows of all processes.
+          work: over the rows of all processes; None: the micro-batches hold all of them.
 
         Returns:
           The new state, and metrics on the devices.
@@ -268,8 +279,8 @@ class Learner:
         """
         if not microbatches:
             raise ValueError("an update needs a micro-batch; a step without rows makes no update")
-        tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
-        replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
+        if work is None:
+            work = self.count_work(microbatches)
         metrics: Metrics = {}
         with jax.set_mesh(self.mesh):
             counts_LE = self._count_choices(state.params, microbatches)
@@ -278,7 +289,13 @@ class Learner:
                 rows = batch._replace(expert_counts_LE=None)
                 on_mesh = feed(rows, self._row_sharding)
                 gradients, more = self._accumulate(
-                    state.params, gradients, on_mesh, denominators, tokens, replayed, counts_LE
+                    state.params,
+                    gradients,
+                    on_mesh,
+                    denominators,
+                    float(work.tokens),
+                    float(work.replayed),
+                    counts_LE,
                 )
                 metrics = combine_metrics(metrics, more)
             state, norm = self._apply(state, gradients)
@@ -287,6 +304,15 @@ class Learner:
         if self.skip_nonfinite_updates:
             metrics["skipped_updates"] = (~jnp.isfinite(norm)).astype(jnp.float32)
         return state, metrics
+
+    def own_rows(self, rows: int, rows_per_microbatch: int) -> OwnRows:
+        """Return which rows of a batch this process feeds."""
+        return own_rows(self._row_sharding, rows, rows_per_microbatch)
+
+    def count_work(self, microbatches: Sequence[Batch]) -> Work:
+        """Count the work of passing these rows through the model."""
+        replayed = sum(count_replayed(batch, self.model_config) for batch in microbatches)
+        return count_work(microbatches)._replace(replayed=replayed)
 
     def is_finite(self, params: dict) -> jax.Array:
         """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""

@@ -73,5 +73,7 @@ def _messages(step: dict[str, Any], what: str) -> list[Message]:
     results = _table(step, "observation").get("results") or []
     shown = [text_of(result.get("content"), what) for result in results if isinstance(result, dict)]
     # What nobody called for is shown as a user's message.
-    messages += [Message("tool" if calls else "user", result) for result in shown if calls or result]
+    messages += [
+        Message("tool" if calls else "user", result) for result in shown if calls or result
+    ]
     return messages

@@ -1,9 +1,9 @@
 """Lists of messages in OpenAI's form, and the formats that are made of them.
 
-    {"messages": [...], "tools": [...]}    OpenAI; mini-swe-agent with its "info"
-    [{"role": ..., "content": ...}, ...]   mini-swe-agent's older files
-    {"traj": [...], "reward": ...}         tau-bench
-    {"trajectory": [...], "history": [...], "info": ...}   SWE-agent
+{"messages": [...], "tools": [...]}    OpenAI; mini-swe-agent with its "info"
+[{"role": ..., "content": ...}, ...]   mini-swe-agent's older files
+{"traj": [...], "reward": ...}         tau-bench
+{"trajectory": [...], "history": [...], "info": ...}   SWE-agent
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a conversation to a trajectory: the chat template's ids, of which the assistant's are learned.
+"""From a conversation to a trajectory: ids of the chat template, the assistant's to be learned.
 
 Everything that an assistant did not write (system, tools, users, results of tools, headers of
 turns) is prompt. The ids of a turn are those of its text and of `<|im_end|>`, as the model would
@@ -40,7 +40,9 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Trajectory:
         raise UnfitError("a text holds half of a surrogate pair, which is no Unicode") from None
     pieces = [number for chunk in chunks for number in (*chunk.prompt_ids, *chunk.action_ids)]
     if pieces != whole[: len(pieces)]:
-        place = next(n for n, pair in enumerate(zip(pieces, whole, strict=False)) if len({*pair}) > 1)
+        place = next(
+            n for n, pair in enumerate(zip(pieces, whole, strict=False)) if len({*pair}) > 1
+        )
         raise UnfitError(
             f"as a whole it has other tokens than in pieces, from token {place} on: a turn begins"
             " with blanks that merge with its header"

@@ -56,8 +56,8 @@ def join_turns(turns: Sequence[Turn], reward: float | None) -> Trajectory:
     for number, turn in enumerate(turns, 1):
         if turn.prompt_ids[: len(history)] != history:
             raise UnfitError(
-                f"the prompt of turn {number} does not go on from the tokens of the turn before: its"
-                " history was tokenised anew"
+                f"the prompt of turn {number} does not go on from the tokens of the turn before:"
+                " its history was tokenised anew"
             )
         chunks.append(_chunk_of(turn, turn.prompt_ids[len(history) :], number))
         history = [*turn.prompt_ids, *turn.action_ids]
