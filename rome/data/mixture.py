@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 GRAMMAR = 'Write "A", "A + B", or with a weight for each "0.7*A + 0.3*B".'
-_SEPARATOR = re.compile(r"\s*,\s*|\s+\+\s+")  # a plus inside a name is no separator: c++
+_SEPARATOR = re.compile(r"\s*,\s*|(?:^|\s+)\+(?:\s+|$)")  # a plus inside a name is none: c++
 _WEIGHTED = re.compile(r"([0-9][0-9.eE+-]*|\.[0-9]+)\s*\*\s*(.*)", re.DOTALL)
 
 

@@ -309,7 +309,8 @@ class TrainingStage:
         return state
 
     def _host_state(self, step: int) -> dict[str, Any]:
-        every_kind = {"seconds": self.seconds(), "stream": None, "text": None, "rollouts": None}
+        every_kind = {"seconds": self.seconds(), "stream": None, "text": None}
+        every_kind |= {"records": None, "rollouts": None}
         return every_kind | self.host_state(step)
 
     # -- evaluations

@@ -82,9 +82,7 @@ def read_bytes(path: pathlib.Path, place: Place) -> bytes:
       UnfitError: it is longer than MAX_RECORD_BYTES.
     """
     if not place.size:
-        return json.dumps(_read_row(path, place.start), ensure_ascii=False, default=str).encode(
-            errors="surrogatepass"
-        )
+        return json.dumps(_read_row(path, place.start), default=str).encode()
     if place.size > MAX_RECORD_BYTES:
         raise UnfitError(f"{place.size} bytes long; at most {MAX_RECORD_BYTES} are read")
     with open(path, "rb") as file:
@@ -99,7 +97,12 @@ def parse(content: bytes) -> Any:
       UnfitError: it is no JSON in UTF-8.
     """
     try:
-        return json.loads(content.decode())
+        value = json.loads(content.decode())
+        if b"\\u" in content:  # it can spell half of a surrogate pair, which no text holds
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise UnfitError("a text holds half of a surrogate pair, which is no Unicode") from None
     except UnicodeDecodeError as error:
         raise UnfitError(f"not UTF-8: byte {error.start} is {content[error.start]:#x}") from None
     except RecursionError:

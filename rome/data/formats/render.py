@@ -33,11 +33,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Trajectory:
     if not any(message.role == "assistant" and message.learned for message in messages):
         raise UnfitError("no message of an assistant is there to be learned")
     chat = Chat(tokenizer, list(conversation.tools) or None, system)
-    try:
-        chunks = _render_pieces(messages, chat)
-        whole = _render_whole(messages, chat)
-    except UnicodeEncodeError:
-        raise UnfitError("a text holds half of a surrogate pair, which is no Unicode") from None
+    chunks = _render_pieces(messages, chat)
+    whole = _render_whole(messages, chat)
     pieces = [number for chunk in chunks for number in (*chunk.prompt_ids, *chunk.action_ids)]
     if pieces != whole[: len(pieces)]:
         place = next(
