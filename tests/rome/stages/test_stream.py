@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.data.sources import sft_batches
+from rome.data.sources import endless_order, sft_batches
 from rome.data.text import read_corpus, text_batches
 from rome.data.trajectory import Chunk, Trajectory
 from rome.model.tokenizer import TINY, Tokenizer
@@ -20,7 +20,7 @@ from rome.train.step import Learner
 from rome.train.team import Team
 
 SHAPE = {"rows": 2, "row_length": 24, "chunks_per_row": 4}
-BATCHES = 13  # several epochs
+BATCHES = 37  # several epochs, and all rows that are filled at a time
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def folder(tmp_path_factory):
 
 def open_text(folder):
     corpus = read_corpus(str(folder), 0.2)
-    return iter(text_batches(corpus.training, Tokenizer.load(TINY), seed=0, **SHAPE))
+    return text_batches(corpus.training, Tokenizer.load(TINY), seed=0, **SHAPE)
 
 
 def open_demonstrations(folder):
     chunks = [Chunk([n, 500], [501] * (n % 7 + 1), [0.0] * (n % 7 + 1)) for n in range(1, 14)]
     trajectories = [Trajectory(f"t{n}", "f", [one], 1.0, "success") for n, one in enumerate(chunks)]
-    return iter(sft_batches(trajectories, seed=0, **SHAPE))
+    return sft_batches(endless_order([(trajectories, 1.0)], seed=0), **SHAPE)
 
 
 @pytest.fixture(scope="module", params=[open_text, open_demonstrations])
@@ -55,7 +55,7 @@ def same(left, right):
     return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("steps", [0, 1, 5, 10])
+@pytest.mark.parametrize("steps", [0, 1, 15, 34])
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_a_checkpoint_has_the_position_of_what_was_trained(opened, steps, is_trained):
     open_batches, batches = opened

@@ -15,7 +15,19 @@ from tests.paths import shared_data
 from tests.rome.data.formats.samples import TOOL
 
 TOKENIZER = Tokenizer.load(TINY)
-BORDERS = ("", " ", "\n", "\n\n", "\t", "assistant", "user\n", "<tool_call>", "<|im_end|>", "é", "é")
+BORDERS = (
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    "\t",
+    "assistant",
+    "user\n",
+    "<tool_call>",
+    "<|im_end|>",
+    "é",
+    "é",
+)
 TEXTS = st.lists(st.one_of(st.sampled_from(BORDERS), st.text(max_size=8)), max_size=4).map("".join)
 SAFE = TEXTS.filter(lambda text: "<" not in text)
 SPOKEN = SAFE.map(lambda text: f"a{text}")
