@@ -81,7 +81,7 @@ def test_ids_of_harbors_steps_are_kept():
         history = history + chunk.action_ids
     assert ids(read(record)) == ids(trajectory)
     record["steps"][3]["metrics"]["prompt_token_ids"] = [1, *history]
-    with pytest.raises(UnfitError, match="turn 2 does not go on .* tokenised anew"):
+    with pytest.raises(UnfitError, match=r"turn 2 does not go on .* tokenised anew"):
         read(record)
 
 
@@ -141,7 +141,7 @@ def test_ids_that_do_not_fit_are_refused(path, value, complaint):
 def test_what_comes_after_the_last_ids_belongs_to_no_turn():
     record, _ = nemo_with_ids()
     record["response"]["output"].append({"type": "message", "role": "assistant", "content": "x"})
-    with pytest.raises(UnfitError, match="item 5 .* belongs to no turn with token ids"):
+    with pytest.raises(UnfitError, match=r"item 5 .* belongs to no turn with token ids"):
         read(record)
 
 

@@ -210,9 +210,7 @@ def test_ids_of_a_real_rollout_are_those_of_its_file(real):
 
 def test_ids_of_another_tokenizer_are_set_aside():
     path = shared_data("trajectories/nemogym_coding_token_ids.jsonl")
-    with pytest.raises(
-        ValueError, match="token id 151644, and the tokenizer has 768 tokens|has no"
-    ):
+    with pytest.raises(ValueError, match=r"token id 151644, and the tokenizer has 768 tokens"):
         open_it(path)
 
 
