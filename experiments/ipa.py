@@ -54,6 +54,10 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.negative_tokens = 0
     # subtracted from the reward of an episode that tried to reach a network it was not granted
     config.denial_penalty = 0.0
+    # weights of what an episode's branches earn, such as "subagent:0.5 rewind:0"; "": all weigh 1.
+    # compaction, subagent: turns in a context that was opened so. rewind: turns that were taken
+    # back. A turn of weight 0 is only read
+    config.edge_credit = ""
     # gigpo groups turns by equal history, or by equal last observation ("observation")
     config.gigpo_state = "history"
     # pi_old: scored by the trainer, or the engine's own logprobs ("rollout")

@@ -30,6 +30,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from rome.data.trajectory import Trajectory
+from rome.data.tree import ROOT
 
 Estimator = Literal["normalised", "centred", "leave_one_out", "steps"]
 Anchor = Literal["history", "observation"]
@@ -42,7 +43,7 @@ def chunk_returns(reward: float, num_chunks: int, gamma: float) -> np.ndarray:
 
     Args:
       reward: R, the reward that losses see.
-      num_chunks: K, the number of chunks with sampled tokens.
+      num_chunks: K, the number of chunks with sampled tokens, those of all branches together.
       gamma: discount a chunk, in (0, 1].
 
     Returns:
@@ -106,16 +107,19 @@ def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
         does not show its state, but the same commands with the same outputs lead to the same one.
     """
     states: list[Hashable] = []
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt_ids, chunk in trajectory.turns:
+    digests: list[hashlib.blake2b] = []  # of each turn: what it and those that it goes on from saw
+    for (prompt_ids, chunk), parent in zip(trajectory.turns, trajectory.turn_parents, strict=True):
         if anchor == "observation":
             states.append(tuple(prompt_ids))
             continue
+        empty = hashlib.blake2b(digest_size=16)
+        digest = empty if parent == ROOT else digests[parent].copy()
         observed = json.dumps(list(map(int, prompt_ids)))
         digest.update(observed.encode())
         states.append(digest.copy().digest())
         called = json.dumps(chunk.tool_call, sort_keys=True)
         digest.update(called.encode())
+        digests.append(digest)
     return states
 
 

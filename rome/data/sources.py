@@ -18,10 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grain
+import grain.experimental
 import numpy as np
 
 from rome.data.batch import Batch
-from rome.data.packing import Example, ExampleOptions, pack_stream, to_batch, to_example
+from rome.data.lines import Example, ExampleOptions, to_examples
+from rome.data.packing import pack_stream, to_batch
 from rome.data.trajectory import Trajectory
 
 Item = TypeVar("Item", covariant=True)
@@ -40,6 +42,13 @@ class RandomAccess(Protocol[Item]):
     def __getitem__(self, index: int, /) -> Item:
         """Return one item."""
         ...
+
+
+class Each(grain.experimental.FlatMapTransform):
+    """Replaces a list by its elements."""
+
+    def flat_map(self, element: list[Example]) -> list[Example]:
+        return element
 
 
 class Batches:
@@ -66,6 +75,8 @@ class Batches:
 
     def __next__(self) -> Batch[np.ndarray]:
         batch = to_batch([next(self._streams[number]) for number in self._own])
+        # No likelihood reads it, and it is there or not by what the own rows hold.
+        batch = batch._replace(lines_BC=None)
         if len(self._own) == self._rows:
             return batch
         return batch.map(self._spread)
@@ -111,10 +122,11 @@ def sft_batches(
         failure_reward=0.0,
         purpose="sft",
     )
-    to_sft_example = functools.partial(_to_example, options=options)
+    to_sft_examples = functools.partial(_to_examples, options=options)
 
     def open_row(number: int) -> grain.IterDataset:
-        examples = order[number::rows].map(to_sft_example).to_iter_dataset(READ_OPTIONS)
+        lines = order[number::rows].map(to_sft_examples).to_iter_dataset(READ_OPTIONS)
+        examples = grain.experimental.FlatMapIterDataset(lines, Each())
         return pack_stream(examples, row_length, chunks_per_row, bins=ROWS_OPEN)
 
     return Batches(open_row, rows, own)
@@ -142,5 +154,5 @@ def endless_order(parts: Sequence[tuple[RandomAccess[Any], float]], seed: int) -
     return grain.MapDataset.mix(orders, weights=[weight for _, weight in parts])
 
 
-def _to_example(trajectory: Trajectory, options: ExampleOptions) -> Example:
-    return to_example(trajectory, 0.0, options)  # SFT reads no advantage
+def _to_examples(trajectory: Trajectory, options: ExampleOptions) -> list[Example]:
+    return to_examples(trajectory, 0.0, options)  # SFT reads no advantage

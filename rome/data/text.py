@@ -24,8 +24,16 @@ import numpy as np
 
 from rome.data.batch import Batch
 from rome.data.index import fingerprint, load_index, save_index
-from rome.data.packing import Example, pack_examples, pack_stream, text_example
-from rome.data.sources import READ_OPTIONS, ROWS_OPEN, Batches, RandomAccess, endless_order
+from rome.data.lines import Example, text_example
+from rome.data.packing import pack_examples, pack_stream
+from rome.data.sources import (
+    READ_OPTIONS,
+    ROWS_OPEN,
+    Batches,
+    Each,
+    RandomAccess,
+    endless_order,
+)
 from rome.model.tokenizer import Tokenizer
 from rome.stopping import ShouldStop, never, raise_if_stopped
 
@@ -227,7 +235,7 @@ def text_batches(
 
     def open_row(number: int) -> grain.IterDataset:
         pieces = order[number::rows].to_iter_dataset(READ_OPTIONS)
-        stream = grain.experimental.FlatMapIterDataset(pieces, _Each())
+        stream = grain.experimental.FlatMapIterDataset(pieces, Each())
         return pack_stream(stream, row_length, chunks_per_row, bins=ROWS_OPEN)
 
     return Batches(open_row, rows, own)
@@ -264,13 +272,6 @@ def cut(ids: np.ndarray, row_length: int) -> list[Example]:
     """
     starts = range(0, len(ids) - 1, row_length - 1)
     return [text_example(ids[start : start + row_length]) for start in starts]
-
-
-class _Each(grain.experimental.FlatMapTransform):
-    """Replaces a list by its elements."""
-
-    def flat_map(self, element: list[Example]) -> list[Example]:
-        return element
 
 
 def _cut_all(texts: Iterable[str], tokenizer: Tokenizer, row_length: int) -> list[Example]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from envs.rock import SandboxConfig
-from rome.agent.loop import Generator, Limits, run_episode
+from rome.agent.loop import Limits, run_episode
+from rome.agent.session import Generator
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server

@@ -150,7 +150,8 @@ class Anchors:
         if task.position < 0 or self._has_recovered(task, 0, self.group_size):
             del self.tasks[name]
             return
-        successes = [trajectory for trajectory in group if trajectory.succeeded]
+        # The turns of a source are replayed one after the other: it has no branches.
+        successes = [one for one in group if one.succeeded and one.is_linear]
         shortest = min(successes, key=lambda success: len(success.chunks), default=None)
         if shortest is not None and len(shortest.chunks) <= task.chunks:
             task.replace_source(source_of(shortest), len(shortest.chunks))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from rome.data.trajectory import Trajectory, rewards_differ
+from rome.data.tree import ROOT
 
 
 def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -81,11 +82,11 @@ def staleness(trajectories: Iterable[Trajectory], version: int) -> list[int]:
 
 def _sent_tokens(trajectory: Trajectory) -> int:
     """Count the tokens that the engine was sent: each turn sends the whole context again."""
-    context = 0
+    contexts: list[int] = []  # tokens at the end of each chunk
     sent = 0
-    for chunk in trajectory.chunks:
-        context += len(chunk.prompt_ids)
+    for chunk, parent in zip(trajectory.chunks, trajectory.parents, strict=True):
+        prompt = (0 if parent == ROOT else contexts[parent]) + len(chunk.prompt_ids)
         if chunk.kind != "context":  # a replayed turn went to the environment only
-            sent += context
-        context += len(chunk.action_ids)
+            sent += prompt
+        contexts.append(prompt + len(chunk.action_ids))
     return sent

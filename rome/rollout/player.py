@@ -16,7 +16,8 @@ import pathlib
 from collections.abc import Callable, Collection, Sequence
 
 from envs.gem.core import Env
-from rome.agent.loop import Generator, Limits, run_episode
+from rome.agent.loop import Limits, run_episode
+from rome.agent.session import Generator
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.files import to_thread_until_done

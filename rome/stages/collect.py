@@ -23,8 +23,10 @@ import ml_collections
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, train_seed
 from rome.data.batch import Batch
-from rome.data.packing import fits_row, microbatches, pack
+from rome.data.lines import fits_row
+from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Trajectory, load_trajectory
+from rome.data.tree import parse_credit
 from rome.losses import ADVANTAGES, count_denominators
 from rome.model.config import ModelConfig
 from rome.rollout.anchors import Anchors, anchor_of
@@ -183,6 +185,7 @@ class Collector:
             denial_penalty=config.denial_penalty,
             negative_weight=config.negative_weight,
             negative_tokens=config.negative_tokens,
+            edge_credit=parse_credit(config.edge_credit),
         )
         self._team.require_same_rows(step, rows)
         return microbatches(rows, config.rows_per_microbatch)

@@ -22,6 +22,7 @@ import ml_collections
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
 from rome.data.mixture import parse_mixture
+from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.files import find_shipped
 from rome.losses import (
@@ -458,6 +459,10 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         loss_config(config)
     except ValueError as error:
         raise ConfigError(f"loss={loss}: {error}.") from None
+    try:
+        parse_credit(config.edge_credit)
+    except ValueError as error:
+        raise ConfigError(f"edge_credit={config.edge_credit!r}: {error}.") from None
     reason = unbounded_weight(loss, config.dual_clip)
     if config.rollout.async_ratio and reason:
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from envs.tasks.terminal import FAMILIES, train_seed
 from rome.data.formats.records import Library
-from rome.data.packing import count_tokens, fits_row
+from rome.data.lines import count_tokens, fits_row
 from rome.data.sources import RandomAccess, endless_order, sft_batches
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.stages.base import StageContext, TrainingStage

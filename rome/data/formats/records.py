@@ -29,9 +29,10 @@ from rome.data.formats.detect import read_record
 from rome.data.formats.files import Place, find_files, find_records, parse, read_bytes
 from rome.data.formats.render import render
 from rome.data.index import fingerprint, load_index, save_index
+from rome.data.lines import count_tokens
 from rome.data.mixture import parse_mixture
-from rome.data.packing import count_tokens
 from rome.data.trajectory import Trajectory
+from rome.data.tree import lines_of
 from rome.files import find_shipped
 from rome.model.tokenizer import Tokenizer
 from rome.stopping import ShouldStop, never, raise_if_stopped
@@ -254,14 +255,15 @@ def _check_fits(trajectory: Trajectory, limits: Limits) -> None:
     learned = [chunk for _, chunk in turns if chunk.kind != "context" and chunk.status == "ok"]
     if not learned:
         raise UnfitError("it has no turn to learn: all are context, or their calls failed")
-    if not turns[0][0]:
-        raise UnfitError("it begins with a sampled token, which nothing predicts")
-    tokens = count_tokens(turns)
-    if tokens > limits.tokens or len(turns) > limits.turns:
-        raise UnfitError(
-            f"it has {tokens} tokens in {len(turns)} turns; at most {limits.tokens} tokens"
-            f" (max_context) in {limits.turns} turns (chunks_per_row) are trained on"
-        )
+    for line in lines_of(trajectory.turn_parents):
+        if not turns[line[0]][0]:
+            raise UnfitError("it begins with a sampled token, which nothing predicts")
+        tokens = count_tokens([turns[number] for number in line])
+        if tokens > limits.tokens or len(line) > limits.turns:
+            raise UnfitError(
+                f"it has {tokens} tokens in {len(line)} turns; at most {limits.tokens} tokens"
+                f" (max_context) in {limits.turns} turns (chunks_per_row) are trained on"
+            )
 
 
 def _divide(

@@ -162,8 +162,7 @@ def _message_ids(role: str, text: str, tokenizer: Tokenizer) -> list[int]:
 def _render_whole(messages: Sequence[Message], chat: Chat) -> list[int]:
     """Return the ids of the conversation, each message encoded as one text."""
     tokenizer = chat.tokenizer
-    empty_turn = _message_ids("user", "", tokenizer)
-    ids = chat.open("")[: -len(empty_turn) - len(_header(tokenizer))]
+    ids = chat.begin()
     for role, group in itertools.groupby(messages, lambda message: message.role):
         if role == "tool":
             ids += _results_ids([message.text for message in group], tokenizer)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rome.data import sources
+from rome.data.batch import IMITATION
 from rome.data.sources import endless_order, sft_batches
 from rome.data.trajectory import Chunk, Trajectory
 
@@ -136,3 +137,17 @@ def test_an_untrainable_trajectory_is_refused_by_name(experts):
     lost = Trajectory("lost", "f", [_chunk(1, 2)], 0.0, "infra_engine")
     with pytest.raises(ValueError, match=r"trajectory lost .* ended as infra_engine"):
         next(stream([lost]))
+
+
+def test_a_trajectory_with_branches_is_learned_line_by_line_each_turn_once():
+    stem = Chunk([7, 500], [501, 502], [0.0, 0.0])
+    leaves = [Chunk([8], [503], [0.0]), Chunk([9], [504], [0.0], parent=0, edge="rewind")]
+    tree = Trajectory("t", "f", [stem, *leaves], 1.0, "success")
+    batches = take(stream([tree], rows=1), 12)
+    learned = collections.Counter()
+    for batch in batches:
+        assert batch.lines_BC is None
+        is_learned_BT = batch.kind_BT() == IMITATION
+        learned.update(batch.tokens_BT[is_learned_BT].tolist())
+    assert set(learned) == {501, 502, 503, 504}
+    assert max(learned.values()) - min(learned.values()) <= 1
