@@ -1,6 +1,6 @@
 """From trajectories to examples: what is learned from each line of an episode, by token and chunk.
 
-NumPy arrays. T tokens of a line, K turns of an episode, L layers, k experts a token.
+NumPy arrays. T tokens of a line, K turns of an episode.
 
 A chunk without a sampled token is no decision: its prompt is context of the next chunk, and it is
 not counted among the chunks. A turn that several lines share is trained in the first of them and
@@ -18,10 +18,8 @@ import numpy as np
 
 from rome.data.advantages import chunk_returns, loss_reward
 from rome.data.batch import CONTEXT, IMITATION, RL
-from rome.data.routes import join_routes
 from rome.data.trajectory import KINDS, Chunk, Trajectory
 from rome.data.tree import credits_of, lines_of, path_to
-from rome.model.config import ModelConfig
 
 Purpose = Literal["rl", "sft"]
 Example = dict[str, np.ndarray]  # one line or text: its features, by token or by chunk
@@ -52,7 +50,7 @@ class ExampleOptions:
     gamma: float
     failure_reward: float
     purpose: Purpose = "rl"
-    routes_for: ModelConfig | None = None
+    with_places: bool = False  # where the route of each token is: "places" of the example
     denial_penalty: float = 0.0
     negative_weight: float = 1.0
     negative_tokens: int = 0
@@ -124,9 +122,9 @@ def _line_example(
         example[name] = np.asarray(joined, dtype)
     for name, dtype in CHUNK_FEATURES.items():
         example[name] = np.asarray(per_chunk[name], dtype)
-    if options.routes_for is not None:
+    if options.with_places:
         numbers = [number for number, chunk in enumerate(trajectory.chunks) if chunk.action_ids]
-        example["routes"] = _routes(trajectory, numbers[line[-1]], options.routes_for)
+        example["places"] = _places(trajectory, numbers[line[-1]])
     return example
 
 
@@ -208,25 +206,14 @@ def _token_features(trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk)
     }
 
 
-def _routes(trajectory: Trajectory, leaf: int, config: ModelConfig) -> np.ndarray:
-    """Return the routes of the line to a chunk, [tokens, L, k]; 0 where no engine sampled."""
-    if any(chunk.versions and chunk.routes is None for chunk in trajectory.chunks):
-        raise ValueError(
-            f"{_name(trajectory)} was sampled without routes, so there is nothing to replay; play"
-            " it again with an engine that returns them (SGLang: --enable-return-routed-experts),"
-            " or set routing_replay to off or recompute"
-        )
+def _places(trajectory: Trajectory, leaf: int) -> np.ndarray:
+    """Return (chunk, token of the chunk) of each token on the line to a chunk."""
     pieces = []
     for number in path_to(leaf, trajectory.parents):
         chunk = trajectory.chunks[number]
-        tokens = len(chunk.prompt_ids) + len(chunk.action_ids)
-        pieces.append((chunk.routes, tokens))
-    try:
-        return join_routes(pieces, config)
-    except ValueError as error:
-        raise ValueError(
-            f"{_name(trajectory)}: {error}; it was sampled by another model, or its file is damaged"
-        ) from error
+        offsets = np.arange(len(chunk.prompt_ids) + len(chunk.action_ids), dtype=np.int32)
+        pieces.append(np.stack([np.full_like(offsets, number), offsets], axis=1))
+    return np.concatenate(pieces)
 
 
 def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
@@ -238,7 +225,7 @@ def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
         versions[start:end] = version
     if (versions < 0).any():
         raise ValueError(
-            f"version spans {chunk.versions} of {_name(trajectory)} leave some of {len(versions)}"
+            f"version spans {chunk.versions} of {name_of(trajectory)} leave some of {len(versions)}"
             " action tokens without a weight version; record one for every token"
         )
     return versions
@@ -250,7 +237,7 @@ def _check_fits(
     lines: list[list[int]],
     options: ExampleOptions,
 ) -> None:
-    name = _name(trajectory)
+    name = name_of(trajectory)
     if not trajectory.trainable or not turns:
         raise ValueError(
             f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action"
@@ -297,12 +284,13 @@ def _check_trained_once(
         trained += int(np.count_nonzero(example["action_mask"] & is_trained_T))
     if trained != wanted:
         raise ValueError(
-            f"{_name(trajectory)} would train {trained} tokens of {wanted} that were sampled;"
+            f"{name_of(trajectory)} would train {trained} tokens of {wanted} that were sampled;"
             " its tree of chunks is damaged"
         )
 
 
-def _name(trajectory: Trajectory) -> str:
+def name_of(trajectory: Trajectory) -> str:
+    """Return the name of a trajectory, for messages."""
     return (
         f"trajectory {trajectory.task} (group {trajectory.group}, episode {trajectory.episode},"
         f" seed {trajectory.seed})"

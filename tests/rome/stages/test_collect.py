@@ -23,6 +23,7 @@ from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.collect import Collector, split_groups
 from rome.stages.config import load_config
 from rome.stages.old_logprobs import OldLogprobs
+from rome.train.feed import OwnRows
 from rome.train.team import Team
 
 
@@ -102,6 +103,7 @@ def make(workdir, players=None, **changes):
         players=players or Players(),
         old_logprobs=make_old_logprobs(workdir),
         model_config=None,
+        own_rows=OwnRows(fed=list(range(config.rows_per_microbatch)), counted=[]),
         team=Team(),
     )
 
