@@ -263,7 +263,7 @@ class TrainingStage:
         own = [*count_denominators([counted]), *self.learner.count_work([counted])]
         total = self.team.total(f"counts of step {step}", own)
         denominators = Denominators(*total[: len(Denominators._fields)])
-        work = Work(*total[len(denominators) :])
+        work = Work(*map(int, total[len(denominators) :]))
         batches = microbatches(rows, self.config.rows_per_microbatch)
         return StepData([Minibatch(batches, denominators, work)], {"tokens": work.tokens})
 

@@ -218,7 +218,7 @@ class Collector:
             own = batch._replace(routes_BTLk=batch.routes_BTLk[self._own_rows.counted])
             replayed += count_replayed(own, self._model_config)
         (total,) = self._team.total(f"replayed routes of step {step}", [replayed])
-        return Minibatch(batches, denominators, count_work(batches)._replace(replayed=total))
+        return Minibatch(batches, denominators, count_work(batches)._replace(replayed=int(total)))
 
     def prune(self, step: int, oldest_checkpoint: int) -> None:
         """Delete what neither training nor a run resumed from any checkpoint reads again.

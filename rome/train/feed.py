@@ -31,6 +31,7 @@ def own_rows(sharding: Sharding, rows: int, rows_per_microbatch: int) -> OwnRows
       rows_per_microbatch: of a micro-batch.
     """
     processes: list[set[int]] = [set() for _ in range(rows_per_microbatch)]
+    device: Any
     for device, index in sharding.devices_indices_map((rows_per_microbatch,)).items():
         for row in range(*index[0].indices(rows_per_microbatch)):
             processes[row].add(device.process_index)

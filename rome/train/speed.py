@@ -23,9 +23,9 @@ class Work(NamedTuple):
       replayed: pairs of a token and a layer whose experts are replayed.
     """
 
-    tokens: float
-    squares: float
-    replayed: float = 0.0
+    tokens: int
+    squares: int
+    replayed: int = 0
 
 
 def count_work(batches: Iterable[Batch]) -> Work:

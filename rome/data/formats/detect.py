@@ -53,8 +53,8 @@ def _find_reader(record: Any) -> tuple[str, Reader]:
     for name, keys, reader in FORMATS:
         if all(key in record for key in keys):
             return name, reader
-    keys = ", ".join(map(str, list(record)[:8]))[:200]
-    raise UnfitError(f"no format is known that has the keys {keys or '(none)'}")
+    there = ", ".join(map(str, list(record)[:8]))[:200]
+    raise UnfitError(f"no format is known that has the keys {there or '(none)'}")
 
 
 def _has_role(value: Any) -> bool:

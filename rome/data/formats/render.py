@@ -81,7 +81,7 @@ def _split_system(messages: Sequence[Message]) -> tuple[str | None, list[Message
 
 
 def _render_pieces(messages: Sequence[Message], chat: Chat) -> list[Chunk]:
-    chunks = []
+    chunks: list[Chunk] = []
     read: list[Message] = []
     for number, message in enumerate(messages, 1):
         if message.role != "assistant":

@@ -360,7 +360,7 @@ def collected(workdir, **changes):
 
 def test_a_step_of_equal_groups_learns_from_its_demonstrations_alone(tmp_path):
     data, accounting = collected(tmp_path, filter_groups=True)
-    ((_, denominators),) = data.minibatches
+    ((_, denominators, _),) = data.minibatches
     assert denominators.rl_tokens == 0 and denominators.trained_trajectories == 2
     assert (accounting.trained, accounting.dropped["equal_group"]) == (0, 4)
 

@@ -101,7 +101,7 @@ class Updates:
         monkeypatch.setattr(Learner, "update", self.update)
         monkeypatch.setattr(cpt.CPTStage, "write_evaluation", self.write_evaluation)
 
-    def update(self, state, microbatches, denominators):
+    def update(self, state, microbatches, denominators, work):
         if len(self.trained) == self.fails_at:
             raise Interrupted
         rows = np.concatenate([batch.tokens_BT for batch in microbatches])
