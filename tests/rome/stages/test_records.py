@@ -25,9 +25,9 @@ def write_talk(path, count=60):
     return path
 
 
-def config_of(trajectories, **changes):
+def config_of(data, **changes):
     config = load_config("experiments/sft.py", "smoke")
-    config.trajectories = str(trajectories)
+    config.trajectories = str(data)
     config.eval_tasks = 0
     config.update(changes)
     return config
