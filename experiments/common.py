@@ -37,8 +37,12 @@ def learner() -> ml_collections.ConfigDict:
     block.attention = "auto"  # kernels by name (rome/model/ops/kernels.py)
     block.experts = "auto"
     block.exchange = "auto"
+    block.dtype = ""  # float32 or bfloat16; empty: the model's own
     block.capacity_factor = 0.0  # of an expert; 0: no token is dropped
     block.router_z_loss_coef = 0.0
+    block.router_aux_loss_coef = -1.0  # weight of the load balance; -1: the model's own
+    # YaRN: the context that the model was trained on is stretched by this factor; 0: as it is
+    block.yarn_factor = 0.0
     block.offload_moments = False  # keep Adam's moments in host memory
     return block
 

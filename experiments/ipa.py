@@ -28,8 +28,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.seed = 0
     # an experiment, which is run first where its result is missing, or a Hugging Face directory
     config.init_from = "experiments/sft.py"
-    config.model = "tiny"  # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tokenizer/tiny"
+    config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
+    config.tokenizer = ""  # a directory; empty: the model's own
 
     # The loss (rome/losses). A switch of 0 means the value of the loss' own paper.
     config.loss = "ipa"  # or one of the baselines named above

@@ -22,10 +22,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "sft"
     config.preset = preset
     config.seed = 0
-    # a Hugging Face directory, or the path of an experiment; empty: random weights
+    # a Hugging Face directory, the path of an experiment, or random; empty: the weights of the
+    # model's directory, random ones for a preset
     config.init_from = ""
-    config.model = "tiny"  # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tokenizer/tiny"
+    config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
+    config.tokenizer = ""  # a directory; empty: the model's own
     config.loss = "sft"
     config.steps = 2400  # at most, where until_success is set
     # held-out success at which the stage ends: IPA starts where many outcomes are undecided.

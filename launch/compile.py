@@ -65,8 +65,9 @@ def compile_experiment(
     from rome.cost.compile import batch_shapes, compile_programs, topology_devices
     from rome.cost.estimate import find_chip, report, state_bytes
     from rome.model.sharding import check_mesh
-    from rome.stages.base import make_learner, model_of
+    from rome.stages.base import make_learner
     from rome.stages.config import ConfigError, check_config, passes_of_step
+    from rome.stages.weights import model_of
 
     check_config(config)
     sequence_length = sequence_length or config.row_length

@@ -25,9 +25,9 @@ import ml_collections
 from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
-from rome.files import find_shipped, read_json, sync, write_atomically
+from rome.files import read_json, sync, write_atomically
 from rome.losses import LIKELIHOODS, LOSSES, Denominators, count_denominators
-from rome.model.config import PRESETS, ModelConfig
+from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.hf.companions import copy_companions
 from rome.model.ops.kernels import Kernels
@@ -37,7 +37,7 @@ from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
 from rome.stages.config import loss_config, profiled_steps, updates_of_step
 from rome.stages.stream import BatchStream
-from rome.stages.weights import load_start, model_to_start, run_settings
+from rome.stages.weights import check_start, from_document, load_start, model_of, to_document
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
@@ -57,7 +57,7 @@ from rome.train.speed import Work
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
-from rome.train.workdir import MODEL, mark_complete, read_changes
+from rome.train.workdir import MODEL, mark_complete, read_changes, tokenizer_directory
 from rome.version import describe
 
 
@@ -102,7 +102,8 @@ class TrainingStage:
         self.workdir = context.workdir
         self.team = context.team
         self.display = context.display
-        self.tokenizer = Tokenizer.load(self.config.tokenizer)
+        self._tokenizer_folder = tokenizer_directory(self.config, self.workdir)
+        self.tokenizer = Tokenizer.load(self._tokenizer_folder)
         self.model_config = self._open_model(context.start)
         use_full_precision(self.model_config.dtype)
         self.learner = make_learner(self.config, self.model_config)
@@ -240,19 +241,20 @@ class TrainingStage:
         WORKDIR/model.json keeps it, in the form of a Hugging Face config.json: a resumed run and
         launch.convert need no `start`.
         """
-        preset = model_of(self.config)
         path = self.workdir / MODEL
 
         def find() -> dict[str, Any]:
             if path.exists():
                 return read_json(path, "Bring it back from a copy, or give another --workdir.")
-            model = preset if start is None else model_to_start(start, preset)
-            document = with_tokenizer(model, self.config, self.tokenizer).to_hf()
+            model = model_of(self.config, start)
+            if start is not None:
+                check_start(start)
+            document = to_document(with_tokenizer(model, self._tokenizer_folder, self.tokenizer))
             write_atomically(path, json.dumps(document, indent=1) + "\n")
             return document
 
         document = self.team.share("model", find)
-        return ModelConfig.from_hf(document, **run_settings(preset))
+        return from_document(document, self.config)
 
     def data_of_rows(self, step: int, rows: Batch) -> StepData:
         """Return the data of a step that trains on these packed rows.
@@ -388,7 +390,7 @@ class TrainingStage:
         save_hf(state.params, self.model_config, partial)
 
         def finish() -> None:
-            copied = copy_companions(partial, find_shipped(self.config.tokenizer), self._start)
+            copied = copy_companions(partial, self._tokenizer_folder, self._start)
             if "tokenizer.json" not in copied:  # other programs read no qwen.tiktoken
                 self.tokenizer.save(partial)
             shutil.rmtree(final, ignore_errors=True)
@@ -399,19 +401,8 @@ class TrainingStage:
         self.team.share("final", finish)
 
 
-def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-    """Return the config's model preset with the settings of its learner."""
-    learner = config.learner
-    return dataclasses.replace(
-        PRESETS[config.model],
-        remat=learner.remat,
-        capacity_factor=learner.capacity_factor,
-        router_z_loss_coef=learner.router_z_loss_coef,
-    )
-
-
 def with_tokenizer(
-    model_config: ModelConfig, config: ml_collections.ConfigDict, tokenizer: Tokenizer
+    model_config: ModelConfig, folder: pathlib.Path, tokenizer: Tokenizer
 ) -> ModelConfig:
     """Return the model config with the end and padding tokens of the tokenizer.
 
@@ -420,8 +411,8 @@ def with_tokenizer(
     """
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
-            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model}"
-            f" a vocabulary of {model_config.vocab_size}. Choose ones that fit."
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, and the model a"
+            f" vocabulary of {model_config.vocab_size}. Set --config.tokenizer to the model's own."
         )
     return dataclasses.replace(
         model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad

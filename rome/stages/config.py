@@ -34,12 +34,12 @@ from rome.losses import (
     LossConfig,
     unbounded_weight,
 )
-from rome.model.config import PRESETS, REMATS
+from rome.model.config import DTYPES, REMATS
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
 from rome.train.devices import EngineDevice
-from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
+from rome.train.workdir import RANDOM, ConfigError, KeyClass, KeyRules, flatten, model_directory
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 SCHEMAS = {"cpt": "cpt.py", "sft": "sft.py"}  # by loss; every other loss has POLICY_SCHEMA
@@ -47,7 +47,6 @@ POLICY_SCHEMA = "ipa.py"
 
 CHOICES: Mapping[str, Sequence[str]] = {
     "loss": tuple(LOSSES),
-    "model": tuple(PRESETS),
     "mismatch_mask": ("chunk", "token"),
     "norm": ("tokens", "chunks", "trajectories"),
     "gigpo_state": ("history", "observation"),
@@ -60,6 +59,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.isolation": ("required", "best_available"),
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
+    "learner.dtype": ("", *DTYPES),
     # Known before an earlier stage is run, whose own config has other kernels.
     **{f"learner.{kind}": names for kind, names in zip(Kernels._fields, KNOWN, strict=True)},
 }
@@ -116,6 +116,8 @@ MAY_BE_ZERO = {
     "eval_temperature",
     "learner.capacity_factor",
     "learner.router_z_loss_coef",
+    "learner.router_aux_loss_coef",
+    "learner.yarn_factor",
     "rollout.async_ratio",
     "rollout.redundancy",
     "rollout.lend_engines",
@@ -124,6 +126,7 @@ MAY_BE_ZERO = {
 MAY_BE_NEGATIVE = {"failure_reward"}
 MAY_BE_MINUS_ONE = {
     "lambda_il",
+    "learner.router_aux_loss_coef",
     *(f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")),
 }
 
@@ -172,6 +175,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     _check_block(config.to_dict(), schema_of(config.get("loss")), "")
     profiled_steps(config)
+    _check_model(config)
     if config.loss in LIKELIHOODS:
         _check_rows(config)
     if config.loss == "cpt":
@@ -362,6 +366,25 @@ def _check_value(name: str, value: Any) -> None:
 
 # -- combinations
 # -------------------------------------------------------------------------------------------------
+
+
+def _check_model(config: ml_collections.ConfigDict) -> None:
+    """Check that the model and the weights to start from are there."""
+    directory = model_directory(config)
+    init_from = config.init_from
+    if init_from in ("", RANDOM) or init_from.endswith(".py"):
+        return
+    start = pathlib.Path(init_from)
+    if not (start / "config.json").is_file():
+        raise ConfigError(
+            f"init_from={init_from!r} has no config.json. Name a Hugging Face directory (a run"
+            f" leaves one in final/), an experiment, {RANDOM!r}, or nothing."
+        )
+    if directory is not None and not start.samefile(directory):
+        raise ConfigError(
+            f"init_from={init_from!r} and model={config.model!r} are two directories, and one has"
+            " the weights and their model. Set --config.model alone."
+        )
 
 
 def _check_rows(config: ml_collections.ConfigDict) -> None:

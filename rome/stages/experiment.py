@@ -117,7 +117,7 @@ def _run_owned(
         return True
     if changed:
         _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
-    start = start_directory(config.init_from, workdir)
+    start = start_directory(config, workdir)
     earlier_evals: list[Evaluation] = []
     if start is not None and config.init_from.endswith(".py"):
         init_workdir = start.parent

@@ -12,7 +12,7 @@ from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
 from rome.agent.environment import GRADING_MARGIN_SECONDS
 from rome.agent.loop import Limits
 from rome.data.trajectory import Trajectory
-from rome.model.tokenizer import Chat, Tokenizer
+from rome.model.tokenizer import TINY, Chat, Tokenizer
 from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
 from rome.rollout.episode import RolloutError
 from rome.rollout.player import ATTEMPTS as EPISODE_ATTEMPTS
@@ -179,10 +179,11 @@ class Players:
 def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:
     """Return the chat template of a stage that plays episodes.
 
-    The tiny model learns the form of a tool call from the demonstrations. Any other model is told
-    the tools, as in its own chat template, and what an evaluation tells it of the environment.
+    A model with the tiny tokenizer learns the form of a tool call from the demonstrations. Any
+    other is told the tools, as in its own chat template, and what an evaluation tells it of the
+    environment.
     """
-    if config.model == "tiny":
+    if tokenizer.vocab_size == Tokenizer.load(TINY).vocab_size:
         return Chat(tokenizer)
     return Chat(tokenizer, [BASH_TOOL], TerminalEnv.system)
 

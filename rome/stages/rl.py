@@ -21,6 +21,7 @@ from rome.stages.players import Players, make_chat
 from rome.train.alarms import check_metrics
 from rome.train.loop import StepData
 from rome.train.state import TrainState
+from rome.train.workdir import ConfigError
 
 
 class RLStage(TrainingStage):
@@ -31,6 +32,11 @@ class RLStage(TrainingStage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         config = self.config
+        if config.routing_replay != "off" and self.model_config.is_dense:
+            raise ConfigError(
+                f"routing_replay={config.routing_replay} replays the choice of experts, and this"
+                " model has none. Set --config.routing_replay=off."
+            )
         chat = make_chat(config, self.tokenizer)
         check_episode_limits(config, self.model_config, chat)
         self.engines = Engines(

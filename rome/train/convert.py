@@ -29,8 +29,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from rome.files import find_shipped, sync
-from rome.model.config import PRESETS, ModelConfig
+from rome.files import sync
+from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import Block, load_hf, open_checkpoint, write_checkpoint
 from rome.model.hf.companions import copy_companions
 from rome.model.hf.files import CheckpointReader, check_space, read_document, write_json
@@ -38,9 +38,8 @@ from rome.model.hf.names import expected_tensors
 from rome.model.hf.writer import CheckpointWriter, file_dtype
 from rome.model.params import param_shardings
 from rome.model.sharding import make_mesh
-from rome.model.tokenizer import Tokenizer
 from rome.train.parameters import StoredParameters, save_parameters, saved_steps
-from rome.train.workdir import MODEL, start_directory
+from rome.train.workdir import MODEL, start_directory, tokenizer_directory
 
 LINE_SECONDS = 5.0  # between two lines of progress, where there is no terminal
 
@@ -283,21 +282,13 @@ def _model_of(
     if "experiment" not in document:
         # converted from a Hugging Face checkpoint: its config.json was copied
         return document, workdir, None
-    tokenizer_directory = find_shipped(document["tokenizer"])
-    start = start_directory(document.get("init_from", ""), workdir)
+    tokenizer_folder = tokenizer_directory(document, workdir)
+    start = start_directory(document, workdir)
     if (workdir / MODEL).exists():
-        return read_document(workdir / MODEL), tokenizer_directory, start
-    # a run that is older than that file had the model of its preset
-    if document.get("model") not in PRESETS:
-        raise ValueError(
-            f"{workdir / 'config.json'} has model={document.get('model')!r}; known are"
-            f" {', '.join(PRESETS)}"
-        )
-    tokenizer = Tokenizer.load(tokenizer_directory)
-    config = dataclasses.replace(
-        PRESETS[document["model"]], eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
+        return read_document(workdir / MODEL), tokenizer_folder, start
+    raise FileNotFoundError(
+        f"{workdir} has no {MODEL}; it is written when a run starts. Bring it back from a copy."
     )
-    return config.to_hf(), tokenizer_directory, start
 
 
 def _dtype_of(reader: CheckpointReader) -> np.dtype:

@@ -299,8 +299,9 @@ class Learner:
                 )
                 metrics = combine_metrics(metrics, more)
             state, norm = self._apply(state, gradients)
-            loads = self._measure_loads(metrics.pop("router_counts"))
-        metrics = metrics | loads | {"gradient_norm": norm}
+            if not self.model_config.is_dense:
+                metrics = metrics | self._measure_loads(metrics.pop("router_counts"))
+        metrics = metrics | {"gradient_norm": norm}
         if self.skip_nonfinite_updates:
             metrics["skipped_updates"] = (~jnp.isfinite(norm)).astype(jnp.float32)
         return state, metrics
@@ -379,6 +380,8 @@ class Learner:
         if batch.routes_BTLk is not None:
             agreement = route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
             metrics = metrics | agreement
+        if config.is_dense:
+            return value, metrics
         router = output.router
         if counts_LE is None:
             counts_LE = router.counts_LE

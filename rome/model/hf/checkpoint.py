@@ -1,9 +1,10 @@
 """Hugging Face checkpoints, read and written: safetensors and config.json.
 
-A checkpoint directory is exactly what `transformers` writes for Qwen3MoeForCausalLM. Both
-directions move one block of one tensor at a time, on several threads: a range of its rows, at most
-BLOCK_BYTES, between files and arrays on any number of devices. So host memory holds some hundred
-megabytes whatever the model's size, and the stacked parameters exist on their devices only.
+A checkpoint directory is exactly what `transformers` writes for Qwen3ForCausalLM and
+Qwen3MoeForCausalLM. Both directions move one block of one tensor at a time, on several threads: a
+range of its rows, at most BLOCK_BYTES, between files and arrays on any number of devices. So host
+memory holds some hundred megabytes whatever the model's size, and the stacked parameters exist on
+their devices only.
 
 `rome.model.hf.names` says which tensor is which slice of a parameter, `files` and `writer` how
 bytes lie in the files, `assemble` and `slices` how devices are filled and read.
