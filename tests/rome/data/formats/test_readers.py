@@ -162,7 +162,7 @@ def test_what_comes_after_the_last_ids_belongs_to_no_turn():
         (("messages", 2, "tool_calls"), ["x"], "no object"),
         (("messages", 2, "tool_calls", 0, "function", "name"), None, "without a name"),
         (("messages", 2, "tool_calls", 0, "function", "arguments"), 3, "int as arguments"),
-        (("messages", 4, "content"), " ", "message 4, an assistant's, is empty"),
+        (("messages", 4, "content"), " ", "message 5, an assistant's, is empty"),
         (("tools",), {"a": 1}, "tools are a dict"),
         (("tools",), "{", "no JSON"),
         (("tools",), [3], "a tool is a int"),
