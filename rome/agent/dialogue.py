@@ -1,11 +1,11 @@
 """Dialogue: a conversation in messages, as agents send it, on the token ids of a session.
 
 An agent sends all messages so far with each call. The dialogue keeps them as a tree: tools and
-system text at the root, one node a message. A message that it has seen in the same place is not
-tokenised again, and an answer that comes back is the sampled chunk, byte for byte, whatever the
-agent changed in its spelling (`counts` says how often which change was seen). All other messages
-are context: they are tokenised once and never trained. So the record is what the engine sampled in
-the contexts that it sampled it in, also where an agent edits, compacts or forks its history.
+system text at the root, one node a message. An answer that comes back is the sampled chunk, byte
+for byte, whatever the agent changed in its spelling (`counts` says how often which change was
+seen), and only the messages after it are tokenised. They are context, never trained, as is every
+message that nobody sampled in its place. So the record is what the engine sampled in the contexts
+that it sampled it in, also where an agent edits, compacts or forks its history.
 
 A call that repeats the newest one of its place is a retry and gets the same answer, as long as the
 conversation did not go on from there; it is no branch. Two calls that are open at the same time are
@@ -27,12 +27,12 @@ from rome.agent.messages import (
     Message,
     Tool,
     differences,
-    header_ids,
-    message_ids,
+    following_ids,
+    opening_ids,
     read_answer,
     readable,
 )
-from rome.agent.session import ContextFull, Session
+from rome.agent.session import ContextFull, Session, SessionError
 from rome.data.tree import ROOT, Edge
 from rome.model.tokenizer import Chat
 
@@ -44,9 +44,9 @@ class DialogueError(ValueError):
     """A call that cannot be answered, through no fault of the engine.
 
     Attributes:
-      reason: "messages" (there are none, or the last one is an assistant's), "truncated" (it goes
-        on from an answer that was cut at its limit), "context_full", "too_many_messages" or
-        "closed" (the episode is over).
+      reason: "messages" (there are none, the last one is an assistant's, or a limit is no limit),
+        "truncated" (it goes on from an answer that was cut at its limit), "context_full",
+        "too_many_messages" or "closed" (the episode is over).
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -84,7 +84,7 @@ class _Node:
     Args:
       message: None at a root.
       above: the node of the message before it; None at a root.
-      ids: of the message where it is context; of the system turn at a root.
+      chat: at a root: writes messages below its tools and its system text.
       chunk: number of the chunk where it was sampled.
       reply: where it was sampled.
       limits: that it was sampled with.
@@ -92,7 +92,7 @@ class _Node:
 
     message: Message | None
     above: _Node | None
-    ids: list[int]
+    chat: Chat | None = None
     chunk: int | None = None
     reply: Reply | None = None
     limits: _Limits = (None, None)
@@ -101,10 +101,6 @@ class _Node:
     open: list[_OpenCall] = dataclasses.field(default_factory=list)
     changes: set[frozenset[str]] = dataclasses.field(default_factory=set)
     is_followed: bool = False
-
-    @property
-    def role(self) -> str:
-        return "" if self.message is None else self.message.role
 
 
 _Limits = tuple[int | None, float | None]  # max_new_tokens and temperature of a call
@@ -220,7 +216,7 @@ class Dialogue:
             self._count_node()
             shown = json.loads(readable(json.dumps(list(tools), ensure_ascii=False)))
             chat = Chat(self._tokenizer, shown, readable(system) if has_system else None)
-            self._roots[key] = _Node(None, None, chat.begin())
+            self._roots[key] = _Node(None, None, chat)
         return self._roots[key]
 
     def _below(self, node: _Node, message: Message) -> _Node:
@@ -233,8 +229,7 @@ class Dialogue:
         if found is None:
             self._count_node()
             self.counts["context_answers"] += message.role == "assistant"
-            ids = message_ids(message, node.role, self._tokenizer)
-            found = node.children[message.key] = _Node(message, node, ids)
+            found = node.children[message.key] = _Node(message, node)
         return found
 
     def _answer_of(self, node: _Node, message: Message) -> _Node | None:
@@ -277,6 +272,7 @@ class Dialogue:
         parent, prompt_ids = self._prompt(node)
         if edge is None:
             edge = self._edge(node, parent)
+        self._first_root = self._first_root or _root_of(node)
         self._followers[parent] += 1
         sampling = self._sample(node, parent, prompt_ids, limits, edge)
         call = _OpenCall(asyncio.get_running_loop().create_task(sampling), limits)
@@ -299,11 +295,11 @@ class Dialogue:
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
             )
-        except ContextFull as full:
+        except BaseException as error:
             self._followers[parent] -= 1
-            raise DialogueError("context_full", str(full)) from full
-        except BaseException:
-            self._followers[parent] -= 1
+            if isinstance(error, SessionError):
+                reason: Reason = "context_full" if isinstance(error, ContextFull) else "messages"
+                raise DialogueError(reason, str(error)) from error
             raise
         return self._record(node, number, limits)
 
@@ -324,35 +320,31 @@ class Dialogue:
             reasoning=message.reasoning,
             tool_calls=message.tool_calls,
             finish_reason="length" if is_truncated else finish,
-            prompt_tokens=len(self.session.context_of(number)) - completion_tokens,
+            prompt_tokens=self.session.tokens_of(number) - completion_tokens,
             completion_tokens=completion_tokens,
             chunk=number,
         )
         self._nodes += 1
-        node.answers.append(_Node(message, node, [], number, reply, limits))
+        answer = _Node(message, node, chunk=number, reply=reply, limits=limits)
+        node.answers.append(answer)
         return reply
 
     def _prompt(self, node: _Node) -> tuple[int, list[int]]:
         """Return the chunk that a node's conversation goes on from, and the ids since then."""
-        since: list[_Node] = []
-        place: _Node | None = node
-        while place is not None and place.chunk is None:
-            since.append(place)
+        since: list[Message] = []
+        place = node
+        while place.message is not None and place.chunk is None and place.above is not None:
+            since.append(place.message)
             place = place.above
-        ids: list[int] = []
-        parent = ROOT
-        if place is not None and place.chunk is not None:
-            parent = place.chunk
-            chunk = self.session.chunks[parent]
-            has_end = chunk.action_ids[-1:] == [self._tokenizer.im_end]
-            ids += self._tokenizer.join([] if has_end else [self._tokenizer.im_end])
-            ids += self._tokenizer.encode("\n")
-            if not chunk.observation:
-                contents = [one.message.content for one in reversed(since) if one.message]
-                chunk.observation = "\n".join(contents)
-        for one in reversed(since):
-            ids += one.ids
-        return parent, ids + header_ids(node.role, self._tokenizer)
+        since.reverse()
+        root = _root_of(node)
+        assert root.chat is not None
+        if place.chunk is None:
+            return ROOT, opening_ids(since, root.chat)
+        chunk = self.session.chunks[place.chunk]
+        if not chunk.observation:
+            chunk.observation = "\n".join(message.content for message in since)
+        return place.chunk, following_ids(chunk.action_ids, since, root.chat)
 
     def _edge(self, node: _Node, parent: int) -> Edge:
         """Return how a call follows what was there.
@@ -360,15 +352,17 @@ class Dialogue:
         Going on from where another call went on is a rewind. A new context with the tools and the
         system text of the first one is a compaction of it; with others, a sub-agent.
         """
-        root = node
-        while root.above is not None:
-            root = root.above
         if self._first_root is None:
-            self._first_root = root
             return "continuation"
         if parent != ROOT:
             return "rewind" if self._followers[parent] else "continuation"
-        return "compaction" if root is self._first_root else "subagent"
+        return "compaction" if _root_of(node) is self._first_root else "subagent"
+
+
+def _root_of(node: _Node) -> _Node:
+    while node.above is not None:
+        node = node.above
+    return node
 
 
 def _answer_to_repeat(node: _Node, limits: _Limits) -> Reply | None:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from envs.gem import ToolCallError, parse_tool_calls
 from envs.gem.core import Env, close_async
-from envs.rock import SandboxError
-from rome.agent.environment import (
+from envs.gem.episode import (
     GRADING_MARGIN_SECONDS,
     EnvironmentFault,
     OutOfTime,
@@ -24,6 +23,7 @@ from rome.agent.environment import (
     Turn,
     task_name,
 )
+from envs.rock import SandboxError
 from rome.agent.session import ContextFull, Generator, Session
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.errors import EngineError
@@ -86,6 +86,7 @@ async def run_episode(
     episode: int = 0,
     routes: bool = False,
     prefix: Sequence[Chunk] = (),
+    tell_tools: bool = False,
 ) -> Trajectory:
     """Play one episode to its typed ending.
 
@@ -106,6 +107,8 @@ async def run_episode(
       prefix: chunks of an earlier trajectory of this task. Their actions are repeated in the
         environment, which must answer as it did then, and they stand in the trajectory as context;
         the policy plays from there. A different answer ends the episode as infra_sandbox.
+      tell_tools: whether the first prompt has the environment's own tools and system text; False
+        leaves it to `chat`.
 
     Returns:
       The trajectory of the episode.
@@ -117,6 +120,8 @@ async def run_episode(
     result = _Result(0.0, "cancelled", "")
     try:
         instruction, _ = await played.start()
+        if tell_tools:
+            chat = told_tools(chat, env)
         await replay(played, prefix, chunks)
         played.hand_over()
         session = Session(
@@ -151,6 +156,17 @@ async def run_episode(
         note=result.note,
         success_reward=played.success_reward,
     )
+
+
+def told_tools(chat: Chat, env: Any) -> Chat:
+    """Return the chat whose first prompt has the tools and the system text of an environment.
+
+    Args:
+      chat: its tokenizer is kept.
+      env: an environment or a task; both are optional there.
+    """
+    tools = list(getattr(env, "tools", None) or ()) or None
+    return Chat(chat.tokenizer, tools, getattr(env, "system", None) or None)
 
 
 async def close_env(env: Env) -> None:

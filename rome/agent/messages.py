@@ -1,23 +1,23 @@
-"""Messages of a conversation: their types, their comparison, and their ids in Qwen3's chat format.
+"""Messages of a conversation: their types, their comparison, and their ids in a chat template.
 
 A message is text, and text changes on its way through an agent and back: keys of arguments change
 places, spaces and thoughts are dropped, calls get other ids. `differences` says what changed
 between an answer and what came back of it, or that it is another message.
 
-The ids of a message depend on the message and on the role of the one before it, on nothing else, so
-a conversation's ids are those of its messages in a row. Its words are never control tokens.
+Ids are only appended: those of a conversation are the ids of its messages in a row, each of which
+depends on that message and on the role of the one before it. Its words are never control tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
-from rome.model.tokenizer import Tokenizer
+from rome.model.tokenizer import Chat
 
 Tool = Mapping[str, Any]  # the schema of a tool, as the chat template shows it
 ROLES = ("system", "user", "assistant", "tool")
@@ -105,7 +105,8 @@ def differences(answer: Message, returned: Message) -> frozenset[str] | None:
     and "call_ids".
     """
     found = set()
-    returned = _split_thoughts(returned)
+    if answer.content.strip() != returned.content.strip():
+        returned = _split_thoughts(returned)
     if answer.content != returned.content:
         if answer.content.strip() != returned.content.strip():
             return None
@@ -117,9 +118,11 @@ def differences(answer: Message, returned: Message) -> frozenset[str] | None:
     if len(answer.tool_calls) != len(returned.tool_calls):
         return None
     for ours, theirs in zip(answer.tool_calls, returned.tool_calls, strict=True):
-        if ours.name != theirs.name or canonical(ours) != canonical(theirs):
+        if ours.name != theirs.name:
             return None
         if ours.arguments != theirs.arguments:
+            if canonical(ours) != canonical(theirs):
+                return None
             found.add("arguments")
         if ours.id != theirs.id:
             found.add("call_ids")
@@ -135,31 +138,28 @@ def canonical(call: Call) -> str:
     return json.dumps(_canonical_value(value), sort_keys=True)
 
 
-def message_ids(message: Message, previous: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of one message that nobody sampled.
+def opening_ids(messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids of a context of its own, up to where the model begins to write.
 
     Args:
-      message: thoughts are left out, as Qwen3's template leaves out those of earlier turns.
-      previous: role of the message before it; "" at the beginning. A sampled assistant's turn is
-        taken to end with `<|im_end|>`.
-      tokenizer: of the model.
+      messages: all but the system text of the root. Thoughts of assistants are left out, as Qwen3's
+        template leaves out those of earlier turns.
+      chat: with the tools and the system text of the root.
     """
-    parts: list[str | int] = []
-    if previous == "tool" and message.role != "tool":
-        parts += [tokenizer.im_end, "\n"]
-    if message.role == "tool":
-        parts += _tool_parts(message, previous, tokenizer)
-    else:
-        parts += [tokenizer.im_start, f"{message.role}\n", readable(message.content)]
-        parts += _call_parts(message, tokenizer)
-        parts += [tokenizer.im_end, "\n"]
-    return tokenizer.join(parts)
+    return chat.render(_as_dictionaries(messages), hands_over=True, trusts_assistant=False)
 
 
-def header_ids(previous: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids after the last message, up to where the model begins to write."""
-    closing: list[str | int] = [tokenizer.im_end, "\n"] if previous == "tool" else []
-    return tokenizer.join([*closing, tokenizer.im_start, "assistant\n"])
+def following_ids(turn_ids: Sequence[int], messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids that follow a sampled turn, up to where the model begins to write.
+
+    Args:
+      turn_ids: the sampled ids, which may lack the template's end.
+      messages: since that turn.
+      chat: with the tools and the system text of the root.
+    """
+    im_end = chat.tokenizer.im_end
+    closing = [] if list(turn_ids[-1:]) == [im_end] else [im_end]
+    return [*closing, *chat.reply(_as_dictionaries(messages))]
 
 
 def readable(text: str) -> str:
@@ -167,26 +167,19 @@ def readable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _tool_parts(message: Message, previous: str, tokenizer: Tokenizer) -> list[str | int]:
-    """Return the parts of a tool's result: results in a row share one user turn."""
-    parts: list[str | int] = [] if previous == "tool" else [tokenizer.im_start, "user"]
-    opening = tokenizer.id_of("<tool_response>")
-    closing = tokenizer.id_of("</tool_response>")
-    return [*parts, "\n", opening, "\n", readable(message.content), "\n", closing]
-
-
-def _call_parts(message: Message, tokenizer: Tokenizer) -> list[str | int]:
-    """Return the parts of an assistant's calls in Qwen3's form."""
-    parts: list[str | int] = []
-    for place, call in enumerate(message.tool_calls):
-        if place or message.content:
-            parts.append("\n")
-        name = readable(call.name)
-        arguments = readable(call.arguments)
-        parts.append(tokenizer.id_of("<tool_call>"))
-        parts.append(f'\n{{"name": "{name}", "arguments": {arguments}}}\n')
-        parts.append(tokenizer.id_of("</tool_call>"))
-    return parts
+def _as_dictionaries(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as chat templates take them, without thoughts."""
+    dictionaries = []
+    for message in messages:
+        as_dictionary: dict[str, Any] = {"role": message.role, "content": readable(message.content)}
+        calls = []
+        for call in message.tool_calls:
+            function = {"name": readable(call.name), "arguments": readable(call.arguments)}
+            calls.append({"type": "function", "function": function})
+        if calls:
+            as_dictionary["tool_calls"] = calls
+        dictionaries.append(as_dictionary)
+    return dictionaries
 
 
 def _split_thoughts(message: Message) -> Message:

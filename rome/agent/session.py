@@ -22,7 +22,7 @@ import numpy as np
 from rome.data.routes import extend_routes
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk
-from rome.data.tree import LAST, ROOT, path_to, resolve_parents
+from rome.data.tree import EDGES, LAST, ROOT, path_to, resolve_parents
 from rome.engine.completion import Completion, Sampling
 from rome.engine.errors import EngineFailed
 from rome.model.tokenizer import Tokenizer
@@ -66,6 +66,8 @@ class Session:
       temperature: of sampling, where a call names no other.
       routes: whether to ask the engine for the experts of each token, and to keep them.
       chunks: of a replayed prefix, which the session goes on to extend.
+      kind: of the chunks that it adds: "rl", or "context" for answers that are only recorded, such
+        as those of another model; these need no weight versions.
 
     Attributes:
       chunks: all chunks so far, in the order of time.
@@ -83,6 +85,7 @@ class Session:
         temperature: float = 1.0,
         routes: bool = False,
         chunks: list[Chunk] | None = None,
+        kind: str = "rl",
     ) -> None:
         self.chunks = [] if chunks is None else chunks
         self.tokenizer = tokenizer
@@ -93,12 +96,14 @@ class Session:
         self._completion_seconds = completion_seconds
         self._temperature = temperature
         self._routes = routes
+        self._kind = kind
         self._calls: collections.Counter[bytes] = collections.Counter()  # by digest of the context
         self._truncated: set[int] = set()
         self._parents = resolve_parents([chunk.parent for chunk in self.chunks])
-        self._digests: list[Any] = []  # of each chunk: the running hash of its context
+        self._tokens: list[int] = []  # of each chunk: the length of its context, itself included
+        self._digests: list[Any] = []  # and the running hash of it
         for number, parent in enumerate(self._parents):
-            self._digests.append(self._extend_digest(parent, _ids_of(self.chunks[number])))
+            self._measure(parent, _ids_of(self.chunks[number]))
 
     @property
     def last(self) -> int:
@@ -112,6 +117,10 @@ class Session:
             ids += self.chunks[place].prompt_ids
             ids += self.chunks[place].action_ids
         return ids
+
+    def tokens_of(self, number: int) -> int:
+        """Return the length of `context_of(number)`."""
+        return 0 if number == ROOT else self._tokens[number]
 
     def is_truncated(self, number: int) -> bool:
         """Return whether a chunk's answer was cut before its end."""
@@ -145,7 +154,7 @@ class Session:
           EngineError: the engine did not answer, or not as an engine does.
         """
         prompt_ids = list(prompt_ids)
-        self._check_parent(parent, prompt_ids)
+        self._check_parent(parent, prompt_ids, edge)
         context = self.context_of(parent)
         routes_from = self._routes_from(parent, len(context))
         context += prompt_ids
@@ -159,10 +168,16 @@ class Session:
         completion = await self._engine.generate(
             context, sampling, self._completion_seconds, affinity=str(self._seed)
         )
-        _check_spans(completion)
+        if completion.versions or self._kind == "rl":
+            _check_spans(completion)
         return self._record(parent, prompt_ids, edge, completion)
 
-    def _check_parent(self, parent: int, prompt_ids: list[int]) -> None:
+    def _check_parent(self, parent: int, prompt_ids: list[int], edge: str) -> None:
+        if edge not in EDGES or (edge == "rewind" and parent == ROOT):
+            raise SessionError(
+                f"edge {edge!r} does not lead from parent {parent}; choose one of"
+                f" {', '.join(EDGES)}, and a chunk to rewind to"
+            )
         if parent != ROOT and not 0 <= parent < len(self.chunks):
             raise SessionError(
                 f"parent {parent} is no chunk of this episode, which has {len(self.chunks)}; give"
@@ -222,6 +237,7 @@ class Session:
             logprobs=answer.logprobs,
             versions=answer.versions,
             text=self.tokenizer.decode(text_ids),
+            kind=self._kind,
             cached_tokens=answer.cached_tokens,
             parent=LAST if follows else parent,
             edge=edge,
@@ -234,8 +250,13 @@ class Session:
             self._truncated.add(number)
         self.chunks.append(chunk)
         self._parents.append(parent)
-        self._digests.append(self._extend_digest(parent, _ids_of(chunk)))
+        self._measure(parent, _ids_of(chunk))
         return number
+
+    def _measure(self, parent: int, ids: list[int]) -> None:
+        """Note the length and the hash of the context that a new chunk's ids extend."""
+        self._tokens.append(self.tokens_of(parent) + len(ids))
+        self._digests.append(self._extend_digest(parent, ids))
 
 
 def _ids_of(chunk: Chunk) -> list[int]:

@@ -37,6 +37,7 @@ from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
 from rome.stages.config import loss_config, profiled_steps, updates_of_step
 from rome.stages.stream import BatchStream
+from rome.stages.tasks import tasks_of
 from rome.stages.weights import check_start, from_document, load_start, model_of, to_document
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
@@ -337,6 +338,16 @@ class TrainingStage:
     def write_outcomes(self, step: int, outcomes: dict[str, Any]) -> None:
         """Write the outcomes of an evaluation into the workdir."""
         write_outcomes(self.workdir, self.config.experiment, step, outcomes)
+
+    def evaluation_folder(self, step: int) -> pathlib.Path:
+        """Return the folder of the attempts of an evaluation; one that was killed goes on there."""
+        return outcomes_path(self.workdir, self.config.experiment, step).with_suffix("")
+
+    def _note_faults(self) -> None:
+        """Say which tasks of the config cannot be used."""
+        faults = tasks_of(self.config).faults
+        if faults:
+            self.display.note(f"{len(faults)} tasks are left out; the first: {faults[0]}")
 
     def _kept_evaluations(self, last_step: int) -> list[Evaluation]:
         """Return this stage's evaluations up to a step, as the workdir has them."""

@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 
 from envs.rock.sync import run as run_async
-from envs.tasks.terminal import FAMILIES, train_seed
+from envs.sources import TRAIN_SEEDS
 from rome.data.batch import Batch
 from rome.data.lines import fits_row
 from rome.data.packing import microbatches, pack
@@ -41,6 +41,7 @@ from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players, wait_until_visible
 from rome.stages.prune import Pruner, sources_of
+from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
 from rome.train.feed import OwnRows
@@ -52,6 +53,7 @@ from rome.train.team import Team
 
 # For the rollouts to start, to report their state, or to close their sandboxes.
 CONTROL_SECONDS = 60.0
+MAX_SOLUTIONS = 4096  # of tasks without a demonstrator; the oldest are forgotten
 
 
 class Collector:
@@ -83,7 +85,9 @@ class Collector:
         self.config = config
         self.files = workdir / "trajectories"
         self.accounting = Accounting()
-        self.curriculum = Curriculum(FAMILIES)
+        self._source = tasks_of(config).train
+        self.curriculum = self._make_curriculum()
+        self._solutions: dict[str, str] = {}  # by task without a demonstrator: file of a success
         self.anchors = Anchors(config.rollout.resampling, config.group_size)
         self._journal = workdir / "steps.jsonl"
         self._players = players
@@ -259,7 +263,8 @@ class Collector:
     def set_state(self, document: dict[str, Any]) -> None:
         """Continue from a state that `get_state` returned; call it before `begin`."""
         self.accounting = Accounting.from_json(document["accounting"])
-        self.curriculum = Curriculum(FAMILIES, document["success_rates"])
+        self.curriculum = self._make_curriculum(document["success_rates"])
+        self._solutions = dict(document.get("solutions", {}))
         self.anchors.load(document["anchors"])
         self._pruner.set_state(document.get("sources", {}))
         if self._team.leads:
@@ -271,6 +276,10 @@ class Collector:
         if self._team.leads and has_started:
             wait_for_episodes(self.rollouts.close(), CONTROL_SECONDS, "the end of open episodes")
 
+    def _make_curriculum(self, rates: dict[str, float] | None = None) -> Curriculum:
+        shares = [(share.weight, share.families) for share in self._source.shares]
+        return Curriculum(self._source.families, rates, shares)
+
     def _current_state(self) -> dict[str, Any]:
         if self._team.leads:
             reading = self.rollouts.get_state()
@@ -281,6 +290,7 @@ class Collector:
             "accounting": rollouts.pop("accounting"),
             "success_rates": dict(self.curriculum.rates),
             "anchors": self.anchors.to_json(),
+            "solutions": dict(self._solutions),
             "sources": self._pruner.get_state(),
             "rollouts": rollouts,
         }
@@ -326,7 +336,7 @@ class Collector:
             resampled = self.anchors.choose(budget, anchor_rng)
         plans = [self._plan_resampled(*chosen) for chosen in resampled]
         for family in self.curriculum.draw(config.groups - len(resampled), rng):
-            plans.append(plan_new_task(family, rng))
+            plans.append(self._plan_new_task(family, rng))
         if rollout.whole_groups:
             return plans
         return [plan for plan in plans for _ in range(config.group_size)]
@@ -335,7 +345,11 @@ class Collector:
         """Plan the group that takes the place of one without spread, or of a spoiled task."""
         rng = random.Random(f"tasks/{self.config.seed}/{number}/{attempt}")
         family = self.curriculum.draw(1, rng)[0]
-        return plan_new_task(family, rng)
+        return self._plan_new_task(family, rng)
+
+    def _plan_new_task(self, family: str, rng: random.Random) -> GroupPlan:
+        """Plan a group of a task of this family that is drawn at random."""
+        return GroupPlan(self._source.train(family, rng.randrange(TRAIN_SEEDS)).name)
 
     def _plan_of_entry(self, entry: dict[str, Any]) -> GroupPlan:
         return self._plan_resampled(entry["task"], entry["source"], entry["prefixes"])
@@ -373,8 +387,14 @@ class Collector:
         shown: dict[int, Shown] = {}
         if imitation_weight(config):
             shown = show_solutions(
-                step, groups, config=config, players=self._players, files=self.files
+                step,
+                groups,
+                config=config,
+                players=self._players,
+                files=self.files,
+                solutions=self._solutions,
             )
+        self._note_solutions(groups, files)
         demonstrated = len(shown)
         shown = {
             number: one
@@ -422,6 +442,21 @@ class Collector:
             trajectory = demonstration.trajectory
             self.anchors.enter(trajectory.task, demonstration.file, len(trajectory.chunks))
 
+    def _note_solutions(self, groups: Sequence[TaskGroup], files: dict[int, str]) -> None:
+        """Remember a success of each solved task that no demonstrator can show."""
+        if not imitation_weight(self.config):
+            return
+        for group in groups:
+            solved = [one for one in group.members if one.succeeded and anchor_of(one) == 0]
+            task = group.members[0].task
+            if not solved or self._players.can_show(task):
+                continue
+            shortest = min(solved, key=lambda one: len(one.chunks))
+            self._solutions.pop(task, None)
+            self._solutions[task] = files[id(shortest)]
+        while len(self._solutions) > MAX_SOLUTIONS:
+            del self._solutions[next(iter(self._solutions))]
+
     def _step_metrics(
         self, step: int, taken: Taken, sampled: list[Trajectory], shown: int
     ) -> dict[str, float]:
@@ -463,11 +498,6 @@ def split_groups(trajectories: Sequence[Trajectory], parts: int) -> list[list[Tr
         place = numbers.setdefault(trajectory.group, len(numbers))
         dealt[place % parts].append(trajectory)
     return [part for part in dealt if part]
-
-
-def plan_new_task(family: str, rng: random.Random) -> GroupPlan:
-    """Plan a group of a task of this family that is drawn at random."""
-    return GroupPlan(f"{family}/{train_seed(rng.randrange(1_000_000))}")
 
 
 def by_task_group(taken: Taken) -> list[TaskGroup]:

@@ -38,6 +38,7 @@ from rome.model.config import DTYPES, REMATS
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
+from rome.stages.tasks import check_tasks
 from rome.train.devices import EngineDevice
 from rome.train.workdir import RANDOM, ConfigError, KeyClass, KeyRules, flatten, model_directory
 
@@ -90,6 +91,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "sandbox.backend": "operation",
     "sandbox.url": "operation",
     "sandbox.isolation": "operation",
+    "sandbox.verifier_tools": "operation",
     "learner.remat": "operation",
     "learner.attention": "operation",
     "learner.experts": "operation",
@@ -106,6 +108,9 @@ MAY_BE_ZERO = {
     "eval_tasks",
     "keep_trajectories",
     "demonstration_error_rate",
+    "max_turns",
+    "sandbox.command_timeout",
+    "sandbox.disk_mb",
     "until_success",
     "lambda_rl",
     "lambda_il",
@@ -132,8 +137,13 @@ MAY_BE_MINUS_ONE = {
 
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
 
-# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed.
-INHERITED = ("seed", "model", "tokenizer", "engine", "sandbox", "mesh")
+# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed, the
+# tasks and the sizes of their episodes.
+INHERITED = (
+    *("seed", "model", "tokenizer", "engine", "sandbox", "mesh"),
+    *("task", "eval_task", "tell_tools", "max_turns", "max_context", "max_new_tokens"),
+    *("row_length", "chunks_per_row"),
+)
 TOKEN = "ROCK_TOKEN"  # environment variable with the token of a ROCK admin
 
 
@@ -221,11 +231,17 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
       ValueError: for options that contradict each other, or a missing token.
     """
     sandbox = config.sandbox
+    tools = pathlib.Path(sandbox.verifier_tools).expanduser()
     token = os.environ.get(TOKEN, "") if sandbox.backend == "remote" else ""
     if sandbox.backend == "remote" and not token:
         raise ValueError(
             f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
         )
+    optional: dict[str, Any] = {}
+    if sandbox.disk_mb:
+        optional["disk_mb"] = sandbox.disk_mb
+    if sandbox.verifier_tools and tools.is_dir():
+        optional["verifier_tools"] = str(tools)
     return SandboxConfig(
         backend=sandbox.backend,
         image=sandbox.image or None,
@@ -234,8 +250,8 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         isolation=sandbox.isolation,
         memory_mb=sandbox.memory_mb,
         pids=sandbox.pids,
-        disk_mb=sandbox.disk_mb,
         egress=tuple(sandbox.egress.split()),
+        **optional,
     )
 
 
@@ -369,18 +385,12 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
-    """Check that the model and the weights to start from are there."""
+    """Check that a model's directory is there, and is not one of two."""
     directory = model_directory(config)
     init_from = config.init_from
-    if init_from in ("", RANDOM) or init_from.endswith(".py"):
+    if directory is None or init_from in ("", RANDOM) or init_from.endswith(".py"):
         return
-    start = pathlib.Path(init_from)
-    if not (start / "config.json").is_file():
-        raise ConfigError(
-            f"init_from={init_from!r} has no config.json. Name a Hugging Face directory (a run"
-            f" leaves one in final/), an experiment, {RANDOM!r}, or nothing."
-        )
-    if directory is not None and not start.samefile(directory):
+    if pathlib.Path(init_from).resolve() != directory.resolve():
         raise ConfigError(
             f"init_from={init_from!r} and model={config.model!r} are two directories, and one has"
             " the weights and their model. Set --config.model alone."
@@ -450,6 +460,7 @@ def _check_episodes(config: ml_collections.ConfigDict) -> None:
             f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row}"
             " holds. Raise chunks_per_row."
         )
+    check_tasks(config)
     urls = split_urls(config.engine.urls)
     mirrors = split_urls(config.engine.mirrors)
     if mirrors and len(mirrors) != len(urls):

@@ -17,13 +17,13 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from envs.gem.episode import play_demonstration
 from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
 from envs.rock.config import TIERS
 from envs.rock.docker.probe import probe_docker
 from envs.rock.host import cgroups
 from envs.rock.tiers import TierReport
 from envs.tasks.terminal import FAMILIES, train_seed
-from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 SECONDS = 60.0

@@ -9,6 +9,7 @@ import contextlib
 from typing import Any
 
 from rome.losses import SPECS
+from rome.model.tokenizer import Chat
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
@@ -17,7 +18,7 @@ from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
 from rome.stages.limits import check_episode_limits
 from rome.stages.old_logprobs import OldLogprobs
-from rome.stages.players import Players, make_chat
+from rome.stages.players import Players
 from rome.train.alarms import check_metrics
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -37,11 +38,12 @@ class RLStage(TrainingStage):
                 f"routing_replay={config.routing_replay} replays the choice of experts, and this"
                 " model has none. Set --config.routing_replay=off."
             )
-        chat = make_chat(config, self.tokenizer)
+        chat = Chat(self.tokenizer)
         check_episode_limits(config, self.model_config, chat)
         self.engines = Engines(
             config, self.workdir, self.model_config, self.learner, chat, self.team, self.display
         )
+        self._note_faults()
         self.players = Players(config, chat, self.engines, self.team)
         old_logprobs = OldLogprobs(
             self.learner,
@@ -99,6 +101,7 @@ class RLStage(TrainingStage):
             with self.collector.beside_evaluation():
                 outcomes = play_held_out(
                     self.players,
+                    self.evaluation_folder(step),
                     seed=self.config.seed,
                     tasks_of_family=self.config.eval_tasks,
                     temperature=self.config.eval_temperature,

@@ -10,7 +10,8 @@ gives the template's own view of a finished chat.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rome.model.tokenizer.template import Message, Parts
@@ -52,22 +53,16 @@ class Chat:
 
     def begin(self) -> list[int]:
         """Return the ids of the system turn; [] where there is none."""
-        messages: list[Message] = [{"role": "user", "content": ""}]
-        if self._system is not None:
-            messages.insert(0, {"role": "system", "content": self._system})
-        parts = self.tokenizer.template.render(messages, self._tools, hands_over=False)
-        users = len(parts) - 1 - parts[::-1].index(self.tokenizer.im_start)
-        return self.tokenizer.join(parts[:users])
+        parts = self.tokenizer.template.render(self._opening("Question"), self._tools)
+        start, _ = _first_turn(parts, "user", self.tokenizer)
+        return self.tokenizer.join(parts[: start - 1])
 
     def open(self, user: str) -> list[int]:
         """Return the ids of a new chat, up to the header of the assistant's turn.
 
         There the model begins to write.
         """
-        messages: list[Message] = [{"role": "user", "content": user}]
-        if self._system is not None:
-            messages.insert(0, {"role": "system", "content": self._system})
-        return self.render(messages, hands_over=True)
+        return self.render(self._opening(user), hands_over=True)
 
     def turn(self, text: str) -> list[int]:
         """Return the ids of an assistant's turn that was not sampled, such as a demonstrator's.
@@ -90,11 +85,11 @@ class Chat:
         return self.reply([{"role": "tool", "content": result} for result in results])
 
     def reply(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids that follow a sampled `<|im_end|>`, for messages of others.
+        """Return the ids that follow a sampled `<|im_end|>`, for messages that others wrote.
 
-        Its newline, the messages (of users, tools or the system), the next assistant header.
+        Its newline, the messages, the next assistant header.
         """
-        return self.tokenizer.join(_reply_parts(self.tokenizer, messages))
+        return self.tokenizer.join(_reply_parts(self.tokenizer, self._prepared(messages)))
 
     def follow(self, turn_ids: Sequence[int], results: Sequence[str]) -> list[int]:
         """Return the ids that follow a sampled turn: `observe`, after the end that it may lack.
@@ -123,18 +118,52 @@ class Chat:
         message = {"role": "assistant", "content": content, "tool_calls": tool_calls}
         template = self.tokenizer.template
         parts = template.render([_PROBE[0], message, _PROBE[2]], hands_over=False)
-        begin, end = _assistant_turn(parts, self.tokenizer)
+        begin, end = _first_turn(parts, "assistant", self.tokenizer)
         return template.spell(parts[begin:end]).removeprefix("assistant").removeprefix("\n")
 
-    def render(self, messages: Sequence[Message], *, hands_over: bool = False) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        hands_over: bool = False,
+        trusts_assistant: bool = True,
+    ) -> list[int]:
         """Return the ids of a whole chat as the template has it, with this chat's tools.
 
         Args:
-          messages: as OpenAI's API has them, the system's included.
+          messages: as OpenAI's API has them. Without a system's message at their begin, the chat's
+            own system text comes first.
           hands_over: end with the header of the assistant's next turn.
+          trusts_assistant: an assistant's texts may hold tool markers and thoughts.
         """
-        parts = self.tokenizer.template.render(messages, self._tools, hands_over=hands_over)
+        if self._system is not None and (not messages or messages[0]["role"] != "system"):
+            messages = [{"role": "system", "content": self._system}, *messages]
+        parts = self.tokenizer.template.render(
+            self._prepared(messages),
+            self._tools,
+            hands_over=hands_over,
+            trusts_assistant=trusts_assistant,
+        )
         return self.tokenizer.join(parts)
+
+    def _prepared(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages whose calls have arguments as the template takes them.
+
+        A JSON text stays as it was written where the template writes JSON.
+        """
+        if self._layout.takes_json:
+            return list(messages)
+        prepared = []
+        for message in messages:
+            calls = [_with_table(call) for call in message.get("tool_calls") or ()]
+            prepared.append({**message, "tool_calls": calls} if calls else message)
+        return prepared
+
+    def _opening(self, user: str) -> list[Message]:
+        question = {"role": "user", "content": user}
+        if self._system is None:
+            return [question]
+        return [{"role": "system", "content": self._system}, question]
 
 
 class _Layout(NamedTuple):
@@ -142,9 +171,11 @@ class _Layout(NamedTuple):
 
     Attributes:
       opens_thoughts: whether the header of an assistant's turn ends with `<think>`.
+      takes_json: whether arguments of calls may be a JSON text.
     """
 
     opens_thoughts: bool
+    takes_json: bool
 
 
 @functools.lru_cache(maxsize=16)
@@ -166,29 +197,62 @@ def _layout_of(tokenizer: Tokenizer) -> _Layout:
             f" answer and a result is {whole!r}. Use a template that ends each turn with"
             " <|im_end|> and leaves earlier turns as they are."
         )
-    return _Layout(opens_thoughts)
+    return _Layout(opens_thoughts, _takes_json(tokenizer))
+
+
+def _takes_json(tokenizer: Tokenizer) -> bool:
+    """Return whether a template writes the arguments of a call as they are where they are text."""
+    arguments = '{"a":1}'
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    try:
+        parts = tokenizer.template.render([_PROBE[0], asked, _PROBE[2]])
+    except ValueError:
+        return False
+    return f": {arguments}}}" in tokenizer.template.spell(parts)
+
+
+def _with_table(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call with the arguments of a JSON text as a table.
+
+    Raises:
+      ValueError: they are no table.
+    """
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"the arguments of a call of {function['name']!r} are no JSON object, and this"
+                " model's template writes them one by one"
+            )
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _reply_parts(tokenizer: Tokenizer, messages: Sequence[Message]) -> Parts:
     """Return what a template writes after the end of an assistant's turn."""
-    parts = tokenizer.template.render([*_PROBE[:2], *messages])
-    _, end = _assistant_turn(parts, tokenizer)
+    parts = tokenizer.template.render([*_PROBE[:2], *messages], trusts_assistant=False)
+    _, end = _first_turn(parts, "assistant", tokenizer)
     return parts[end + 1 :]
 
 
-def _assistant_turn(parts: Parts, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return where the first assistant's turn begins, and where its end token stands.
+def _first_turn(parts: Parts, role: str, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return where the first turn of a role begins, its name included, and where its end stands.
 
     Raises:
       ValueError: the parts have no such turn.
     """
     for number, part in enumerate(parts[:-1]):
         after = parts[number + 1]
-        if part == tokenizer.im_start and isinstance(after, str) and after.startswith("assistant"):
+        if part == tokenizer.im_start and isinstance(after, str) and after.startswith(role):
             if tokenizer.im_end not in parts[number:]:
                 break
             return number + 1, parts.index(tokenizer.im_end, number)
     raise ValueError(
-        "the chat template of this tokenizer has no turn from <|im_start|>assistant to <|im_end|>:"
+        f"the chat template of this tokenizer has no turn from <|im_start|>{role} to <|im_end|>:"
         f" {tokenizer.template.spell(parts)!r}. Use the template of a Qwen3."
     )

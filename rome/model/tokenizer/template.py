@@ -45,7 +45,9 @@ DEFAULT = r"""
         {%- for call in message.tool_calls or [] %}
             {{- '\n' if message.content or not loop.first }}
             {{- '<tool_call>\n{"name": ' ~ (call.function.name | tojson) }}
-            {{- ', "arguments": ' ~ (call.function.arguments | tojson) ~ '}\n</tool_call>' }}
+            {%- set given = call.function.arguments %}
+            {{- ', "arguments": ' ~ (given if given is string else given | tojson) }}
+            {{- '}\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\n' }}
     {%- endif %}
@@ -87,14 +89,15 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         hands_over: bool = True,
+        trusts_assistant: bool = True,
     ) -> Parts:
         """Return a chat as plain texts and control ids.
 
         Args:
-          messages: as OpenAI's API has them. An assistant's may hold tool markers; special tokens
-            that any of them spells are text.
+          messages: as OpenAI's API has them. Special tokens that they spell are text.
           tools: schemas.
           hands_over: end with the header of the assistant's next turn.
+          trusts_assistant: an assistant's texts may hold tool markers and thoughts.
 
         Raises:
           ValueError: the template cannot render these messages.
@@ -102,7 +105,7 @@ class ChatTemplate:
         mark = _unused_character([messages, tools])
         guarded = []
         for message in messages:
-            is_own = message["role"] == "assistant"
+            is_own = trusts_assistant and message["role"] == "assistant"
             pattern = self._any_special if is_own else self._any_control
             guarded.append(self._guard(message, pattern, mark))
         try:

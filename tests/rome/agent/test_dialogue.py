@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from rome.agent.dialogue import Dialogue, DialogueError
-from rome.agent.messages import Call, Message, differences, message_ids, read_answer
+from rome.agent.messages import Call, Message, differences, opening_ids, read_answer
 from rome.agent.session import Session
 from rome.data.batch import RL
 from rome.data.packing import pack
@@ -361,6 +361,8 @@ def test_context_and_messages_are_bounded():
     with pytest.raises(DialogueError) as error:
         asyncio.run(talk.complete([user("a long request, longer than the context")]))
     assert error.value.reason == "context_full" and not engine.requests
+    with pytest.raises(DialogueError, match="max_new_tokens is 0"):
+        asyncio.run(dialogue("one")[0].complete([user("go")], max_new_tokens=0))
     talk, engine = dialogue("one", max_nodes=3)
     with pytest.raises(DialogueError) as error:
         asyncio.run(talk.complete([user("a"), user("b"), user("c")]))
@@ -374,16 +376,20 @@ def test_context_and_messages_are_bounded():
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_words_are_never_control_tokens_and_always_tokens(role, text):
     tokenizer = CHAT.tokenizer
-    calls = (Call("", text, text),) if role == "assistant" else ()
-    ids = message_ids(Message(role, text, tool_calls=calls), "", tokenizer)
-    plain = message_ids(
-        Message(role, "x", tool_calls=(Call("", "x", "x"),) * len(calls)), "", tokenizer
-    )
 
-    def controls(ids):
+    def controls(words):
+        calls = (Call("", words, words),) if role == "assistant" else ()
+        ids = opening_ids([Message(role, words, tool_calls=calls)], CHAT)
         return [token for token in ids if token in set(tokenizer._added.values())]
 
-    assert controls(ids) == controls(plain)
+    assert controls(text) == controls("x")
+
+
+def test_an_answer_that_speaks_of_thoughts_is_found():
+    call = '<tool_call>\n{"name": "bash", "arguments": {"a": "</think>"}}\n</tool_call>'
+    answer, is_malformed = read_answer(f"{call}\n<tool_call>\n{{</tool_call>", 0)
+    assert is_malformed and "</think>" in answer.content
+    assert differences(answer, answer) == frozenset()
 
 
 def test_a_system_text_and_tools_with_surrogates_are_shown():

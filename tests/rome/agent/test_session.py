@@ -181,6 +181,14 @@ def test_a_parent_that_is_not_there_is_refused(parent):
         asyncio.run(session(Engine()).sample(parent, [1]))
 
 
+@pytest.mark.parametrize("edge", ["return", "rewind"])
+def test_an_edge_that_leads_nowhere_is_refused_before_the_engine_is_asked(edge):
+    one = session(Engine())
+    with pytest.raises(SessionError, match=f"edge '{edge}' does not lead"):
+        asyncio.run(one.sample(ROOT, [1], edge=edge))
+    assert not one._engine.requests
+
+
 def test_an_empty_context_is_refused():
     with pytest.raises(SessionError, match="needs a token to begin with"):
         asyncio.run(session(Engine()).sample(ROOT, []))
@@ -192,6 +200,14 @@ def test_versions_that_do_not_cover_the_answer_are_the_engines_fault(versions):
     with pytest.raises(EngineFailed, match="must cover the tokens in order"):
         asyncio.run(one.sample(ROOT, [1]))
     assert not one.chunks
+
+
+def test_answers_of_another_model_are_recorded_as_context():
+    one = session(Engine(versions=[]), kind="context")
+    number = asyncio.run(one.sample(ROOT, [1]))
+    assert one.chunks[number].kind == "context" and one.chunks[number].versions == []
+    with pytest.raises(EngineFailed):
+        asyncio.run(session(Engine(versions=[(1, 0, 1)]), kind="context").sample(ROOT, [1]))
 
 
 def test_a_call_that_fails_leaves_nothing_in_the_record():

@@ -1,5 +1,6 @@
 """Chats of every Qwen3: the ids of the checkpoint's own template, whole and turn by turn."""
 
+import functools
 import json
 import pathlib
 import random
@@ -50,6 +51,7 @@ def published(kind):
 
 
 KINDS = ["instruct", "hybrid", "thinking", "coder"]
+MANY = pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module", params=[written, published], ids=["written", "published"])
@@ -67,13 +69,18 @@ def tokenizer_with(folder, template, tokenizer=TINY):
     return Tokenizer.load(folder)
 
 
-def reference(template, messages, tools, hands_over):
-    """The text that the template alone gives."""
+@functools.cache
+def compiled(template):
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.from_string(template).render(
+    return environment.from_string(template)
+
+
+def reference(template, messages, tools, hands_over):
+    """The text that the template alone gives."""
+    return compiled(template).render(
         messages=messages, tools=tools, add_generation_prompt=hands_over
     )
 
@@ -122,12 +129,15 @@ class Random(random.Random):
         return messages, tools
 
 
+@MANY
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_chats_have_the_ids_of_the_checkpoints_own_template(kind, source_of, tmp_path):
+def test_random_chats_have_the_ids_of_the_checkpoints_own_template(
+    kind, source_of, count, tmp_path
+):
     source = source_of(kind)
     tokenizer = tokenizer_with(tmp_path / kind, source)
     rng = Random(kind)
-    for _ in range(1000):
+    for _ in range(count):
         messages, tools = rng.conversation(rng.random() < 0.5, questions=3)
         hands_over = rng.random() < 0.5
         expected = reference(source, messages, tools, hands_over)
@@ -135,13 +145,14 @@ def test_a_thousand_chats_have_the_ids_of_the_checkpoints_own_template(kind, sou
         assert ids == tokenizer.encode(expected, allow_special=True), messages
 
 
+@MANY
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_episodes_built_turn_by_turn_have_the_ids_of_the_whole(
-    kind, source_of, tmp_path
+def test_random_episodes_built_turn_by_turn_have_the_ids_of_the_whole(
+    kind, source_of, count, tmp_path
 ):
     tokenizer = tokenizer_with(tmp_path / kind, source_of(kind))
     rng = Random(kind)
-    for _ in range(1000):
+    for _ in range(count):
         messages, tools = rng.conversation(thinks=kind in ("hybrid", "thinking"))
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         chat = Chat(tokenizer, tools, system)
@@ -169,7 +180,7 @@ def test_texts_of_others_hold_no_control_token_in_any_template(kind, source_of, 
     tokenizer = tokenizer_with(tmp_path / kind, source_of(kind))
     rng = Random(kind)
     calm = Chat(tokenizer, [Random(1).tool()], "s")
-    for _ in range(200):
+    for _ in range(30):
         tool = rng.tool()
         tool["function"]["description"] = rng.text(words=HOSTILE)
         tool["function"]["parameters"]["tool_call"] = rng.text(words=HOSTILE)
@@ -221,7 +232,7 @@ def test_a_header_that_opens_the_thoughts_is_told_and_a_plain_turn_ends_them(sou
         ("{{ raise_exception('no tools here') }}", "cannot render this chat .*no tools here"),
         ("{{ messages[0].content.__class__.mro() }}", "cannot render this chat .*SecurityError"),
         ("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}", "has no turn from"),
-        (DEFAULT.replace("'<|im_start|>user'", "'<|im_start|>user' ~ loop.length"), "be appended"),
+        (DEFAULT.replace("message.role ~ ", "message.role ~ loop.length ~ "), "be appended"),
     ],
     ids=range(5),
 )
