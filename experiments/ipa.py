@@ -95,6 +95,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.alarm_kl = 0.1
 
     # Episodes.
+    # who plays: plain, the loop of this project; or command:COMMAND, any agent, run in the task's
+    # sandbox with OPENAI_BASE_URL and ANTHROPIC_BASE_URL (docs/agents.md)
+    config.agent = "plain"
+    config.agent_files = ""  # folder that the command finds at $AGENT_FILES
+    config.agent_idle_seconds = 120.0  # without a call, after which the command is ended
     config.max_context = 160  # tokens of an episode
     config.max_new_tokens = 48  # tokens of a turn
     config.max_turns = 0  # turns of an episode; 0: the environment's own

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Callable
 
 from envs.gem.core import Env
+from rome.agent.command import CommandAgent, run_command_episode
 from rome.agent.loop import Limits, run_episode
 from rome.agent.session import Generator
 from rome.data.seeds import derive_seed
@@ -37,23 +39,26 @@ class EpisodePlayer:
 
     Args:
       engine: samples the turns.
-      make_env: makes a fresh environment for one episode of the named task.
+      make_env: makes a fresh environment for one episode of the named task; the doors of its
+        sandbox are a second argument, given where a command plays.
       chat: the chat template.
       limits: tokens and seconds of an episode.
       attempts: how often an episode is played in all if infrastructure keeps spoiling it.
       model: name of the model that the engine serves, for the files of trajectories.
       family_of: returns the family of a task; None leaves it to the environment.
       tell_tools: whether the first prompt has each environment's own tools and system text.
+      command: plays in the place of the loop.
     """
 
     engine: Generator
-    make_env: Callable[[str], Env]
+    make_env: Callable[..., Env]
     chat: Chat
     limits: Limits
     attempts: int = ATTEMPTS
     model: str = ""
     family_of: Callable[[str], str] | None = None
     tell_tools: bool = False
+    command: CommandAgent | None = None
 
     async def play_one(
         self,
@@ -114,6 +119,9 @@ class EpisodePlayer:
         is_last_resort = attempt > 0 and attempt + 1 == self.attempts
         prefix = () if is_last_resort else episode.prefix
         seed = derive_seed(episode.seed, "attempt", attempt) if attempt else episode.seed
+        if self.command is not None:
+            trajectory = await self._play_command(self.command, episode, seed, temperature, routes)
+            return self._labelled(trajectory, episode)
         try:
             env = await self._make_env(episode, attempt, prefix)
         except Exception as error:  # nobody has acted yet: whatever it is, it is the task's
@@ -141,6 +149,30 @@ class EpisodePlayer:
             prefix=prefix,
             tell_tools=self.tell_tools,
         )
+        return self._labelled(trajectory, episode)
+
+    async def _play_command(
+        self,
+        command: CommandAgent,
+        episode: Episode,
+        seed: int,
+        temperature: float,
+        routes: bool,
+    ) -> Trajectory:
+        return await run_command_episode(
+            self.engine,
+            functools.partial(self.make_env, episode.task),
+            self.chat,
+            self.limits,
+            command,
+            temperature=temperature,
+            seed=seed,
+            group=episode.group,
+            episode=episode.episode,
+            routes=routes,
+        )
+
+    def _labelled(self, trajectory: Trajectory, episode: Episode) -> Trajectory:
         trajectory.task = episode.task  # an environment may name it otherwise
         trajectory.model = self.model
         if self.family_of is not None:

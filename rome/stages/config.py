@@ -21,6 +21,8 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.agent.command import CommandAgent, CommandError
+from rome.agent.proxy import Budget
 from rome.data.mixture import parse_mixture
 from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
@@ -202,6 +204,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     else:
         _check_loss(config)
         _check_rollout(config)
+        command_agent(config)
 
 
 @functools.cache
@@ -253,6 +256,33 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         egress=tuple(sandbox.egress.split()),
         **optional,
     )
+
+
+def command_agent(config: ml_collections.ConfigDict) -> CommandAgent | None:
+    """Return the command that plays the policy's episodes; None where the loop does.
+
+    Raises:
+      ConfigError: config.agent is unknown, or its command or files cannot be used.
+    """
+    agent = config.get("agent", "plain")  # sft and cpt have none
+    if agent == "plain":
+        return None
+    kind, colon, command = agent.partition(":")
+    if kind != "command" or not colon:
+        raise ConfigError(
+            f"agent={agent!r} is unknown. Choose plain, or command:COMMAND, which runs in the"
+            " sandbox of each task."
+        )
+    if config.rollout.resampling != "off":
+        raise ConfigError(
+            f"rollout.resampling={config.rollout.resampling} repeats the turns of an episode, and"
+            " what a command does between them is not known. Set it to off, or agent=plain."
+        )
+    try:
+        budget = Budget(calls=config.chunks_per_row)  # no trajectory is cut
+        return CommandAgent(command, config.agent_files, config.agent_idle_seconds, budget)
+    except CommandError as error:
+        raise ConfigError(str(error)) from error
 
 
 def loss_config(config: ml_collections.ConfigDict) -> LossConfig:

@@ -13,7 +13,7 @@ from rome.model.tokenizer import Chat
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
-from rome.stages.config import imitation_weight
+from rome.stages.config import command_agent, imitation_weight
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
 from rome.stages.limits import check_episode_limits
@@ -37,6 +37,12 @@ class RLStage(TrainingStage):
             raise ConfigError(
                 f"routing_replay={config.routing_replay} replays the choice of experts, and this"
                 " model has none. Set --config.routing_replay=off."
+            )
+        if command_agent(config) is not None and context.isolation == "landlock":
+            raise ConfigError(
+                f"agent={config.agent!r} asks the policy at a door of its sandbox, and the landlock"
+                " tier of this machine has none. Use agent=plain, or a machine with user namespaces"
+                " (python -m launch.doctor)."
             )
         chat = Chat(self.tokenizer)
         check_episode_limits(config, self.model_config, chat)

@@ -71,7 +71,8 @@ def test_trajectories_of_which_nothing_is_left_end_the_run_before_it_begins(
 
 def test_evaluations_are_told_apart_by_what_was_evaluated():
     scored = {"bits_per_token": 2.5, "tokens": 7}
-    task = {"task": "t/1", "family": "t", "success": 1, "unseen_family": False}
+    task = {"task": "t/1", "family": "t", "difficulty": "", "source": "terminal", "success": 1}
+    task |= {"unseen_family": False}
     alone = evaluation_of("sft", 3, scored)
     both = evaluation_of("sft", 3, {"tasks": [task]} | scored)
     assert alone == TrajectoryEval("sft", 3, 2.5, 7) and "2.500 bits a token" in alone.summary()
