@@ -126,6 +126,8 @@ def visited_rows(learner: Learner, batch: Batch[Any], imbalance: float = 1.0) ->
     """
     shape = learner.mesh.shape
     config = learner.model_config
+    if config.is_dense:
+        return 0.0
     B, T = batch.tokens_BT.shape
     tokens = B * T // learner.mesh.size * shape["tensor"]
     exchanged = learner.chosen_kernels.exchange == "all_to_all"

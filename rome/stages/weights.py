@@ -26,14 +26,17 @@ from rome.train.workdir import ConfigError, model_directory
 
 # A model of at most so many layers is unrolled: a fifth faster on a CPU, and compiled soon enough.
 MAX_UNROLLED_LAYERS = 8
-# Fields that say which parameters there are.
-PARAMETER_FIELDS = (
+# Fields that say which parameters there are and what is computed with them; no run changes these.
+FIXED_FIELDS = (
     *(name for name in SIZES if name != "max_position"),
     *EXPERT_SIZES,
     "tie_embeddings",
     "attention_bias",
     "dense_layers",
     "intermediate_size",
+    "norm_topk_prob",
+    "rms_norm_eps",
+    "rope_theta",
 )
 
 
@@ -115,7 +118,7 @@ def load_start(
       ConfigError: the directory holds another model; the message lists the fields.
       Stopped: `should_stop` returned True.
     """
-    different = differences(read_config(directory), model_config, PARAMETER_FIELDS)
+    different = differences(read_config(directory), model_config, FIXED_FIELDS)
     if different:
         raise ConfigError(
             f"{directory} does not hold the model that this run began with:"

@@ -25,7 +25,7 @@ from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.convert import convert
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
-from rome.train.workdir import ConfigError
+from rome.train.workdir import MODEL, ConfigError
 from tests.paths import ROOT
 from tests.processes import user_environment
 from tests.rome.model.small import random_params
@@ -58,6 +58,7 @@ def make_run(workdir, mesh_shape):
             }
         )
     )
+    (workdir / MODEL).write_text(json.dumps(CONFIG.to_hf()))
     return steps
 
 
@@ -167,7 +168,7 @@ def test_a_run_can_start_from_either_form_straight_on_its_mesh(exported, tmp_pat
     )
     for params in (one, other):
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == param_shardings(mesh, config)
-    with pytest.raises(ValueError, match="holds another model"):
+    with pytest.raises(ValueError, match="does not hold the model"):
         load_start(exported, PRESETS["small"], mesh)
 
 
@@ -265,6 +266,7 @@ def test_the_boxes_of_an_array_cover_it_once_along_chunks_where_they_fit(monkeyp
         (dict(directory="exported", step=1), "is a Hugging Face checkpoint and has no steps"),
         (dict(output="exported"), "--output=exported exists already"),
         (dict(directory="empty_run"), "is the workdir of a run without checkpoints"),
+        (dict(directory="no_model"), "no_model has no model.json; it is written when a run starts"),
         (
             dict(directory="other_model"),
             (
@@ -280,12 +282,15 @@ def test_what_cannot_be_converted_is_said_in_one_line_and_leaves_nothing(
     monkeypatch.chdir(run[0].parent)
     for name, document in (
         ("empty_run", {"experiment": "sft"}),
-        ("other_model", json.loads((run[0] / "config.json").read_text()) | {"model": "small"}),
+        ("other_model", json.loads((run[0] / "config.json").read_text())),
+        ("no_model", json.loads((run[0] / "config.json").read_text())),
     ):
         pathlib.Path(name).mkdir(exist_ok=True)
         pathlib.Path(name, "config.json").write_text(json.dumps(document))
-    if not pathlib.Path("other_model/checkpoints").exists():
-        pathlib.Path("other_model/checkpoints").symlink_to(run[0] / "checkpoints")
+    for name in ("other_model", "no_model"):
+        if not pathlib.Path(name, "checkpoints").exists():
+            pathlib.Path(name, "checkpoints").symlink_to(run[0] / "checkpoints")
+    pathlib.Path("other_model", MODEL).write_text(json.dumps(PRESETS["small"].to_hf()))
     arguments = dict(directory="run", output="out", step=None) | change
     before = sorted(pathlib.Path.cwd().iterdir())
     with pytest.raises((ValueError, OSError, CheckpointError), match=message) as error:

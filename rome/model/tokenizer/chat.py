@@ -51,9 +51,15 @@ class Chat:
         self._system = system
         self._layout = _layout_of(tokenizer)
 
+    @property
+    def opened(self) -> str:
+        """Return what the header of a turn has already written of it: `<think>`, or nothing."""
+        return THINK if self._layout.opens_thoughts else ""
+
     def begin(self) -> list[int]:
         """Return the ids of the system turn; [] where there is none."""
-        parts = self.tokenizer.template.render(self._opening("Question"), self._tools)
+        messages = [*self._system_message(), _PROBE[0]]
+        parts = self.tokenizer.template.render(messages, self._tools)
         start, _ = _first_turn(parts, "user", self.tokenizer)
         return self.tokenizer.join(parts[: start - 1])
 
@@ -62,7 +68,7 @@ class Chat:
 
         There the model begins to write.
         """
-        return self.render(self._opening(user), hands_over=True)
+        return self.render([{"role": "user", "content": user}], hands_over=True)
 
     def turn(self, text: str) -> list[int]:
         """Return the ids of an assistant's turn that was not sampled, such as a demonstrator's.
@@ -128,18 +134,15 @@ class Chat:
         hands_over: bool = False,
         trusts_assistant: bool = True,
     ) -> list[int]:
-        """Return the ids of a whole chat as the template has it, with this chat's tools.
+        """Return the ids of a whole chat as the template has it.
 
         Args:
-          messages: as OpenAI's API has them. Without a system's message at their begin, the chat's
-            own system text comes first.
+          messages: as OpenAI's API has them. The chat's own tools and system text come first.
           hands_over: end with the header of the assistant's next turn.
           trusts_assistant: an assistant's texts may hold tool markers and thoughts.
         """
-        if self._system is not None and (not messages or messages[0]["role"] != "system"):
-            messages = [{"role": "system", "content": self._system}, *messages]
         parts = self.tokenizer.template.render(
-            self._prepared(messages),
+            [*self._system_message(), *self._prepared(messages)],
             self._tools,
             hands_over=hands_over,
             trusts_assistant=trusts_assistant,
@@ -159,11 +162,8 @@ class Chat:
             prepared.append({**message, "tool_calls": calls} if calls else message)
         return prepared
 
-    def _opening(self, user: str) -> list[Message]:
-        question = {"role": "user", "content": user}
-        if self._system is None:
-            return [question]
-        return [{"role": "system", "content": self._system}, question]
+    def _system_message(self) -> list[Message]:
+        return [] if self._system is None else [{"role": "system", "content": self._system}]
 
 
 class _Layout(NamedTuple):
