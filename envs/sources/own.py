@@ -61,8 +61,8 @@ def _import(module: str, folders: Sequence[str]) -> ModuleType:
 
 
 def _import_file(file: str, folders: Sequence[str]) -> ModuleType:
-    """Import a file once; a path that is not absolute is looked for in the folders, too."""
-    places = [pathlib.Path(folder) / file for folder in (*folders, ".")]
+    """Import a file once; a path that is not absolute is looked for where modules are, too."""
+    places = [pathlib.Path(folder) / file for folder in (*folders, ".", *sys.path)]
     path = next((place.resolve() for place in places if place.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"there is no file {file}")

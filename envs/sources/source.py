@@ -62,10 +62,6 @@ class Source(Protocol):
         """Return the task of this name."""
         ...
 
-    def origin(self, family: str) -> str:
-        """Return the spec of a family's source: `spec`, or that of a mixture's part."""
-        ...
-
     def finite(self, *, is_trained: bool) -> list[Task]:
         """Return the tasks of finite sets that are trained on, or those that are evaluated."""
         ...
@@ -143,10 +139,6 @@ class Generated:
             raise SourceError(f"task {name!r} is none of {self.spec!r}: FAMILY/SEED is missing")
         return self._make(family, int(seed))
 
-    def origin(self, family: str) -> str:
-        """Return the spec."""
-        return self.spec
-
     def finite(self, *, is_trained: bool) -> list[Task]:
         """Return no tasks: training and evaluations have other seeds."""
         return []
@@ -207,10 +199,6 @@ class Finite:
             raise SourceError(f"task {name!r} is not among the {len(self._tasks)} of {self.spec!r}")
         return self._by_name[name]
 
-    def origin(self, family: str) -> str:
-        """Return the spec."""
-        return self.spec
-
     def finite(self, *, is_trained: bool) -> list[Task]:
         """Return the tasks of one side of the split."""
         if not is_trained:
@@ -265,10 +253,6 @@ class Mixture:
         part, rest = self._split(name)
         return self._mark(part, self._parts[part][1].task(rest))
 
-    def origin(self, family: str) -> str:
-        """Return the spec of the part that a family is of."""
-        return self._split(family)[0]
-
     def finite(self, *, is_trained: bool) -> list[Task]:
         """Return the tasks of all finite parts."""
         return self._all(lambda source: source.finite(is_trained=is_trained))
@@ -297,6 +281,7 @@ class Mixture:
             name=f"{name}#{task.name}",
             family=f"{name}#{task.family}",
             cluster=f"{name}#{task.cluster}",
+            source=name,
         )
 
 

@@ -86,6 +86,7 @@ class Task:
       system: what every agent is told before the task; None for nothing.
       success: the reward from which on it counts as solved.
       path: of its files; None for a generated task.
+      source: the source of a mixture that it is from; "" outside of mixtures.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Task:
     system: str | None = dataclasses.field(default=None, repr=False)
     success: float = 1.0
     path: pathlib.Path | None = None
+    source: str = ""
 
     def make_env(self, config: SandboxConfig) -> Env:
         """Return a new environment that is not started yet.

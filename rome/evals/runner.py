@@ -245,6 +245,7 @@ async def play(job: Job, seed: int, attempts: pathlib.Path | None = None) -> Rec
         "note": outcome.note,
         "domain": job.task.domain,
         "difficulty": job.task.difficulty,
+        "source": job.task.source,
         "family": job.task.family,
         "cluster": job.task.cluster,
     }

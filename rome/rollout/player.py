@@ -27,6 +27,7 @@ from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
+from rome.rollout.reward import Reward, ask
 
 ATTEMPTS = 3  # at an episode that the infrastructure spoils
 # Before an episode is played again; doubled each time, so that a fault of a moment may pass.
@@ -68,6 +69,7 @@ class EpisodePlayer:
         accounting: Accounting,
         path: pathlib.Path | None = None,
         routes: bool = False,
+        reward: Reward | None = None,
     ) -> Trajectory:
         """Play one episode until its trajectory is trainable.
 
@@ -78,6 +80,8 @@ class EpisodePlayer:
           path: file of the trajectory. If it exists already, it is returned instead of playing the
             episode.
           routes: ask the engine for the experts of each token and keep them in the chunks.
+          reward: what training learns from, instead of the environment's reward; it is asked once,
+            before the file is written.
 
         Raises:
           SpoiledTaskError: the episode was spoiled `attempts` times. Its last attempt counts as
@@ -96,6 +100,8 @@ class EpisodePlayer:
                 await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             trajectory = await self.play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
+                if reward is not None:
+                    trajectory.training_reward = await ask(reward, trajectory)
                 if path is not None:
                     await to_thread_until_done(save_trajectory, trajectory, path)
                 return trajectory

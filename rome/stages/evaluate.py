@@ -98,7 +98,7 @@ def play_held_out(
             "task": task.name,
             "family": task.family,
             "difficulty": task.difficulty,
-            "source": source.origin(task.family),
+            "source": task.source or source.spec,
             "success": int(records[task.name]["success"]),
             "unseen_family": task.family in source.held_out,
         }

@@ -21,6 +21,7 @@ from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
 from rome.rollout.episode import RolloutError, SpoiledTaskError
 from rome.rollout.player import ATTEMPTS as EPISODE_ATTEMPTS
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.rollout.reward import REWARD_SECONDS, Reward
 from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.config import command_agent, sandbox_config
 from rome.stages.engines import PUBLISH_SECONDS, Engines
@@ -95,7 +96,7 @@ class Players:
             turns = command.budget.calls
         grading = max(task.grading_seconds for task in tasks)
         once = self.limits.worst_seconds(turns, grading)
-        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS
+        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS + REWARD_SECONDS
 
     def make_env(self, task: str, doors: Mapping[str, Door] | None = None) -> Env:
         """Return a new environment for one episode of a task, with these doors in its sandbox."""
@@ -132,6 +133,7 @@ class Players:
         accounting: Accounting,
         path: pathlib.Path,
         routes: bool,
+        reward: Reward | None,
     ) -> Awaitable[Trajectory]:
         """Play one episode of the policy; await the result on the background event loop."""
         return self.policy.play_one(
@@ -140,6 +142,7 @@ class Players:
             accounting=accounting,
             path=path,
             routes=routes,
+            reward=reward,
         )
 
     def wait_for_play(self, playing: Coroutine[Any, Any, T], episodes: int) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from rome.losses import SPECS
+from rome.losses import find_loss
 from rome.model.tokenizer import Chat
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
@@ -72,7 +72,7 @@ class RLStage(TrainingStage):
 
     def start(self, state: TrainState) -> None:
         weight = imitation_weight(self.config)
-        if weight and not SPECS[self.config.loss].lambda_il:
+        if weight and not find_loss(self.config.loss).lambda_il:
             self.display.note(
                 f"loss={self.config.loss} with lambda_il={weight:g} is a hybrid: the published loss"
                 " learns from no demonstrations"

@@ -42,13 +42,18 @@ def own_rows(sharding: Sharding, rows: int, rows_per_microbatch: int) -> OwnRows
 
 
 def feed(tree: Any, sharding: Sharding) -> Any:
-    """Return host arrays as arrays on the mesh.
+    """Return host arrays as arguments of a jitted function whose in_shardings are `sharding`.
+
+    Where the mesh is this process's own they stay as they are: jit copies them to their places
+    itself, in a tenth of the time that it takes to place each of them here.
 
     Args:
       tree: arrays of one shape in every process. Each copies only the parts that its devices hold,
         and only those need to hold what is meant.
       sharding: of every array.
     """
+    if sharding.is_fully_addressable:
+        return tree
     return jax.tree.map(lambda array: put(array, sharding), tree)
 
 

@@ -56,8 +56,8 @@ class EvalResult:
     by_family: dict[str, Rate]
     unseen_families: float | None
     unseen_by_family: dict[str, Rate]
-    by_difficulty: dict[str, Rate]
-    by_source: dict[str, Rate]
+    by_difficulty: dict[str, Rate] = dataclasses.field(default_factory=dict)
+    by_source: dict[str, Rate] = dataclasses.field(default_factory=dict)
     bits_per_token: float | None = None
 
     @classmethod
@@ -106,7 +106,7 @@ class EvalResult:
         """Return the evaluation of an entry in report.json."""
         fields = {name: entry[name] for name in _names(cls) if name in entry}
         for name in ("by_family", "unseen_by_family", "by_difficulty", "by_source"):
-            fields[name] = {group: (rate, n) for group, (rate, n) in entry[name].items()}
+            fields[name] = {group: (rate, n) for group, (rate, n) in entry.get(name, {}).items()}
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -200,9 +200,11 @@ def _rate(tasks: list[Task]) -> float:
 
 
 def _rates_by(tasks: list[Task], key: str) -> dict[str, Rate]:
+    """Return success and number by a key; tasks that say nothing about it are left out."""
     groups: dict[str, list[Task]] = {}
     for task in tasks:
-        groups.setdefault(task[key], []).append(task)
+        if key in task:
+            groups.setdefault(task[key], []).append(task)
     return {name: (_rate(members), len(members)) for name, members in sorted(groups.items())}
 
 

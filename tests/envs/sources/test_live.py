@@ -68,6 +68,7 @@ def test_a_tool_of_verifiers_is_called_and_a_malformed_call_is_a_message():
     assert (turns[0].ending, turns[0].status) == ("failure", "malformed")
 
 
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("package", "spec"), [("gem", GEM), ("verifiers", f"{VERIFIERS}:load_environment")]
 )
@@ -87,7 +88,7 @@ def test_it_is_trained_for_a_few_steps(package, spec, tmp_path):
     }
     command += [f"--config.{key}={value}" for key, value in changes.items()]
     done = subprocess.run(
-        [*command, f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=1500
+        [*command, f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=1400
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     report = json.loads((tmp_path / "report.json").read_text())
