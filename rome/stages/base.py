@@ -11,6 +11,7 @@ others learn its results by `Team.share`, and read the trajectories of a step fr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -26,7 +27,7 @@ from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
 from rome.files import read_json, sync, write_atomically
-from rome.losses import count_denominators, find_loss
+from rome.losses import Denominators, count_denominators, find_loss
 from rome.model.config import ModelConfig
 from rome.model.hf import peft
 from rome.model.hf.checkpoint import save_hf
@@ -40,11 +41,13 @@ from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
 from rome.stages.config import lora_of, loss_config, profiled_steps, updates_of_step
 from rome.stages.own_code import own_loss
+from rome.stages.stream import BatchStream
 from rome.stages.tasks import tasks_of
 from rome.stages.weights import check_start, from_document, load_start, model_of, to_document
 from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
+from rome.train.feed import OwnRows
 from rome.train.loop import Minibatch, Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.profile import Profile
@@ -283,12 +286,32 @@ class TrainingStage:
         return from_document(document, self.config)
 
     def data_of_rows(self, step: int, rows: Batch) -> StepData:
-        """Return the data of a step that trains on these packed rows, the same in every process."""
-        self.team.require_same_rows(step, rows)
+        """Return the data of a step that trains on these packed rows.
+
+        Each process has filled its own rows (`own_rows`); counts are of all of them.
+        """
+        counted = rows.map(lambda field: field[self.own_rows.counted])
+        own = [*count_denominators([counted]), *self.learner.count_work([counted])]
+        total = self.team.total(f"counts of step {step}", own)
+        denominators = Denominators(*total[: len(Denominators._fields)])
+        work = Work(*map(int, total[len(denominators) :]))
         batches = microbatches(rows, self.config.rows_per_microbatch)
-        tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
-        minibatch = Minibatch(batches, count_denominators(batches))
-        return StepData([minibatch], {"tokens": tokens})
+        return StepData([Minibatch(batches, denominators, work)], {"tokens": work.tokens})
+
+    @functools.cached_property
+    def own_rows(self) -> OwnRows:
+        """The rows of a step that this process reads, of a stage with `config.rows`."""
+        return self.learner.own_rows(self.config.rows, self.config.rows_per_microbatch)
+
+    def stream_position(self, step: int, stream: BatchStream) -> dict[str, Any] | None:
+        """Return the position of a stream of batches, of all processes together.
+
+        It is None at the beginning, and in processes that do not lead.
+        """
+        positions = self.team.gather(f"position at {step}", stream.position(step))
+        if positions is None or None in positions:
+            return None
+        return {row: state for position in positions for row, state in position.items()}
 
     def measure_speed(self, work: Work, seconds: float) -> dict[str, float]:
         """Return metrics of the learner's speed in a step's updates.
@@ -325,6 +348,7 @@ class TrainingStage:
             "base": self._base,
             "stream": None,
             "text": None,
+            "records": None,
             "rollouts": None,
         }
         return every_kind | self.host_state(step)

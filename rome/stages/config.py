@@ -20,6 +20,7 @@ from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
 from rome.agent.command import CommandAgent, CommandError
 from rome.agent.proxy import Budget
+from rome.data.mixture import parse_mixture
 from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.losses import PUBLISHED, LossConfig, find_loss, unbounded_weight
@@ -93,6 +94,7 @@ MAY_BE_ZERO = {
     "warmup_updates",
     "weight_decay",
     "eval_every",
+    "eval_tasks",
     "keep_trajectories",
     "demonstration_error_rate",
     "max_turns",
@@ -162,6 +164,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if kind == "cpt":
         _check_cpt(config)
         return
+    if not config.eval_tasks and not config.get("trajectories"):
+        raise ConfigError(
+            "eval_tasks=0 plays no task, which only SFT on `trajectories` can do without. Set"
+            " eval_tasks to 1 or more."
+        )
     _check_episodes(config)
     if kind == "sft":
         _check_sft(config)
@@ -425,8 +432,20 @@ def _check_cpt(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_sft(config: ml_collections.ConfigDict) -> None:
+    if config.trajectories:
+        try:
+            parse_mixture(config.trajectories)
+        except ValueError as error:
+            raise ConfigError(f"config.trajectories: {error}") from None
+    if config.held_out_share >= 1:
+        raise ConfigError(f"held_out_share={config.held_out_share} must be below 1. Lower it.")
     if not config.until_success:
         return
+    if not config.eval_tasks:
+        raise ConfigError(
+            f"until_success={config.until_success} ends the stage by tasks that are solved, and"
+            " eval_tasks=0 plays none. Set until_success to 0."
+        )
     if config.until_success > 1 or not config.eval_every or config.decay:
         raise ConfigError(
             f"until_success={config.until_success} ends the stage at an evaluation, at a step that"

@@ -93,7 +93,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, team: Team) ->
 
 def isolation_of(config: ml_collections.ConfigDict, should_stop: ShouldStop) -> str:
     """Return the tier of the sandboxes of an experiment, "no sandbox" where it has none."""
-    if "sandbox" not in config:
+    if "sandbox" not in config or not config.eval_tasks:
         return "no sandbox"
     return find_isolation(sandbox_config(config), should_stop)
 

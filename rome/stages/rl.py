@@ -65,6 +65,7 @@ class RLStage(TrainingStage):
             players=self.players,
             old_logprobs=old_logprobs,
             model_config=self.model_config,
+            own_rows=self.learner.own_rows(config.rows_per_microbatch, config.rows_per_microbatch),
             team=self.team,
         )
         self._publication: dict[str, float] = {}  # metrics of the last one

@@ -33,9 +33,10 @@ from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.params import param_shardings, parameter_shapes
 from rome.model.qwen3 import init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
-from rome.train.feed import feed, put
+from rome.train.feed import OwnRows, feed, own_rows, put
 from rome.train.forward import Forward
 from rome.train.replay import count_replayed, route_agreement
+from rome.train.speed import Work, count_work
 from rome.train.state import TrainState, init_state, start_state
 from rome.train.sums import Sums, WholeStep, add_to_sums, empty_sums
 from rome.train.trees import (
@@ -332,11 +333,21 @@ class Learner:
     # ---------------------------------------------------------------------------------------------
 
     def update(
-        self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators
+        self,
+        state: TrainState,
+        microbatches: Sequence[Batch],
+        denominators: Denominators,
+        work: Work | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Apply one optimizer update over all micro-batches.
 
         The old state is consumed. `state.step` does not change: a step may take several updates.
+
+        Args:
+          state: before the update.
+          microbatches: rows; those that this process does not feed may be zeros.
+          denominators: of the loss, over the rows of all processes.
+          work: over the rows of all processes; None: the micro-batches hold all of them.
 
         Returns:
           The new state, and metrics on the devices.
@@ -353,11 +364,11 @@ class Learner:
                 f" {self._num_row_shards} devices. Fill it up with"
                 f" rome.data.packing.microbatches(batch, {rows + -rows % self._num_row_shards})"
             )
-        tokens = float(sum(np.count_nonzero(batch.segments_BT) for batch in microbatches))
-        replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
+        if work is None:
+            work = self.count_work(microbatches)
         with jax.set_mesh(self.mesh):
             counts_LE = self._count_choices(state.params, microbatches)
-            whole = WholeStep(denominators, tokens, replayed, counts_LE)
+            whole = WholeStep(denominators, float(work.tokens), float(work.replayed), counts_LE)
             sums = self._sum_up(state.params, microbatches, whole)
             return self._apply(state, sums)
 
@@ -373,6 +384,15 @@ class Learner:
             sums = self._accumulate(params, self.base, sums, rows, whole)
         assert sums is not None  # `update` refuses a step without micro-batches
         return sums
+
+    def own_rows(self, rows: int, rows_per_microbatch: int) -> OwnRows:
+        """Return which rows of a batch this process feeds."""
+        return own_rows(self._row_sharding, rows, rows_per_microbatch)
+
+    def count_work(self, microbatches: Sequence[Batch]) -> Work:
+        """Count the work of passing these rows through the model."""
+        replayed = sum(count_replayed(batch, self.model_config) for batch in microbatches)
+        return count_work(microbatches)._replace(replayed=replayed)
 
     def is_finite(self, params: dict) -> jax.Array:
         """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""
