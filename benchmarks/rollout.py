@@ -48,7 +48,8 @@ from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode
 from rome.rollout.group import GroupPlan
 from rome.rollout.player import EpisodePlayer
-from rome.rollout.scheduler import RolloutScheduler, Rules, StaleSamples
+from rome.rollout.rules import Rules, StaleSamples
+from rome.rollout.scheduler import RolloutScheduler
 from rome.rollout.simulator.distributions import Distribution, Lognormal, Recorded
 from rome.rollout.simulator.pod import PodModel, step_seconds_bound
 from rome.rollout.simulator.simulate import simulate

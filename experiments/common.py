@@ -29,6 +29,11 @@ PODS = {
 }
 
 
+def own(*roles: str) -> ml_collections.ConfigDict:
+    """Return the blocks of the keys that own code declares, one for each role."""
+    return ml_collections.ConfigDict({role: {} for role in roles})
+
+
 def learner() -> ml_collections.ConfigDict:
     """Return how the train step is computed: rematerialisation, kernels, router, memory."""
     block = ml_collections.ConfigDict()

@@ -39,7 +39,15 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.tell_tools = False
 
     # The loss (rome/losses). A switch of 0 means the value of the loss' own paper.
-    config.loss = "ipa"  # or one of the baselines named above
+    # or one of the baselines named above, or own code: package.module:name or path/to/file.py:name
+    # (docs/extending.md)
+    config.loss = "ipa"
+    # how the episodes of a group are compared: normalised, centred, leave_one_out or steps
+    # (rome/data/advantages.py), or own code; empty: the way of the loss' own paper
+    config.advantage = ""
+    config.reward = ""  # own code for the reward that training learns from; empty: the verifier's
+    config.filter = ""  # own code that chooses the episodes of a group to train on; empty: all
+    config.own = common.own("loss", "advantage", "reward", "filter")
     config.gamma = 0.95  # per chunk; the paper gives no value
     # bound of pi_old / mu: H of ipa and token_level, C of tis, upper bound of icepop; 0: 5, tis 2
     config.mismatch_limit = 0.0
@@ -95,6 +103,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.alarm_kl = 0.1
 
     # Episodes.
+    # who plays: plain, the loop of this project; or command:COMMAND, any agent, run in the task's
+    # sandbox with OPENAI_BASE_URL and ANTHROPIC_BASE_URL (docs/agents.md)
+    config.agent = "plain"
+    config.agent_files = ""  # folder that the command finds at $AGENT_FILES
+    config.agent_idle_seconds = 120.0  # without a call, after which the command is ended
     config.max_context = 160  # tokens of an episode
     config.max_new_tokens = 48  # tokens of a turn
     config.max_turns = 0  # turns of an episode; 0: the environment's own

@@ -31,7 +31,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     # form of a call from demonstrations
     config.tell_tools = False
 
-    config.loss = "sft"
+    config.loss = "sft"  # or own code (docs/extending.md)
+    config.own = common.own("loss")
     config.steps = 2400  # at most, where until_success is set
     # held-out success at which the stage ends: IPA starts where many outcomes are undecided.
     # 0: all steps are run

@@ -16,10 +16,11 @@ from tests.paths import ROOT
 MAY_IMPORT = {
     "rome.version": [],
     "rome.files": [],
+    "rome.own_code": [],
     "rome.stopping": [],
     "rome.model": ["rome.files"],
     "rome.data": ["rome.model", "rome.files", "rome.stopping", "rome.version"],
-    "rome.losses": ["rome.data"],
+    "rome.losses": ["rome.data", "rome.own_code"],
     "rome.train": ["rome.model", "rome.data", "rome.losses", "rome.files", "rome.version"],
     "rome.cost": ["rome.train"],
     "rome.serve": ["rome.model"],

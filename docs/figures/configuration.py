@@ -89,6 +89,8 @@ An unknown key, a value of the wrong type and an impossible combination are erro
 starts. To change more than a few values, copy the file: `python -m launch.train
 --config=experiments/mine.py`.
 
+Keys of the block `own` are those that [your own code](extending.md) declares: identity keys.
+
 The tables show the default of the preset `tiny` in each experiment; a dash means that the
 experiment does not have the key. The class of a key says what a run makes of another value when it
 is started again in its workdir:

@@ -182,6 +182,14 @@ class Dialogue:
             self.counts["retries"] += 1
         return await _wait(call)
 
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+        """Return how many tokens a conversation has that nobody sampled; it is not recorded."""
+        rest = list(messages)
+        has_system = bool(rest) and rest[0].role == "system"
+        system = readable(rest.pop(0).content) if has_system else None
+        chat = Chat(self._tokenizer, _shown(tools), system)
+        return len(opening_ids(rest, chat))
+
     async def aclose(self) -> None:
         """End the episode: calls that are still open are cancelled."""
         self._is_closed = True
@@ -214,8 +222,7 @@ class Dialogue:
         key = (json.dumps(list(tools), sort_keys=True), repr((has_system, system)))
         if key not in self._roots:
             self._count_node()
-            shown = json.loads(readable(json.dumps(list(tools), ensure_ascii=False)))
-            chat = Chat(self._tokenizer, shown, readable(system) if has_system else None)
+            chat = Chat(self._tokenizer, _shown(tools), readable(system) if has_system else None)
             self._roots[key] = _Node(None, None, chat)
         return self._roots[key]
 
@@ -363,6 +370,12 @@ def _root_of(node: _Node) -> _Node:
     while node.above is not None:
         node = node.above
     return node
+
+
+def _shown(tools: Sequence[Tool]) -> list[Any]:
+    """Return the schemas of tools as the chat template may show them."""
+    shown: list[Any] = json.loads(readable(json.dumps(list(tools), ensure_ascii=False)))
+    return shown
 
 
 def _answer_to_repeat(node: _Node, limits: _Limits) -> Reply | None:

@@ -112,38 +112,47 @@ def to_examples(
     _check_fits(trajectory, turns, lines, options)
     per_chunk = _chunk_features(trajectory, advantage, options)
     kinds_K = per_chunk["kind"]
-    kept: list[tuple[list[int], np.ndarray]] = []  # turns of a line, and the kinds of them there
-    seen = np.zeros(len(turns), bool)
+    kept = _lines_to_train(lines, kinds_K)
+    sampled = [number for number, chunk in enumerate(trajectory.chunks) if chunk.action_ids]
+    examples = []
+    for line, kinds in kept:
+        features = {name: values_K[line] for name, values_K in per_chunk.items()}
+        features |= {"kind": kinds, "lines": np.full(len(line), len(kept))}
+        on_line = [turns[number] for number in line]
+        example = _line_example(trajectory, on_line, features)
+        if options.routes_for is not None:
+            example["routes"] = _routes(trajectory, sampled[line[-1]], options.routes_for)
+        examples.append(example)
+    _check_trained_once(trajectory, turns, kinds_K, examples)
+    return examples
+
+
+def _lines_to_train(
+    lines: list[list[int]], kinds_K: np.ndarray
+) -> list[tuple[list[int], np.ndarray]]:
+    """Return the turns of each line that trains some, and the kinds that they have there."""
+    kept = []
+    seen = np.zeros(len(kinds_K), bool)
     for line in lines:
         kinds = np.where(seen[line], CONTEXT, kinds_K[line])
         if len(lines) > 1 and (kinds == CONTEXT).all():
             continue
         seen[line] = True
         kept.append((line, kinds))
-    examples = []
-    for line, kinds in kept:
-        features = {name: values_K[line] for name, values_K in per_chunk.items()}
-        features |= {"kind": kinds, "lines": np.full(len(line), len(kept))}
-        examples.append(_line_example(trajectory, line, features, options))
-    _check_trained_once(trajectory, turns, kinds_K, examples)
-    return examples
+    return kept
 
 
 def _line_example(
-    trajectory: Trajectory, line: list[int], per_chunk: Example, options: ExampleOptions
+    trajectory: Trajectory, on_line: list[tuple[list[int], Chunk]], per_chunk: Example
 ) -> Example:
-    """Return the features of one line, given the numbers of its turns and their features."""
-    turns = trajectory.turns
-    pieces = [_token_features(trajectory, *turns[number]) for number in line]
+    """Return the features of one line, given its turns and their features."""
+    pieces = [_token_features(trajectory, *turn) for turn in on_line]
     example = {}
     for name, dtype in TOKEN_FEATURES.items():
         joined = np.concatenate([piece[name] for piece in pieces])
         example[name] = np.asarray(joined, dtype)
     for name, dtype in CHUNK_FEATURES.items():
         example[name] = np.asarray(per_chunk[name], dtype)
-    if options.routes_for is not None:
-        numbers = [number for number, chunk in enumerate(trajectory.chunks) if chunk.action_ids]
-        example["routes"] = _routes(trajectory, numbers[line[-1]], options.routes_for)
     return example
 
 

@@ -16,7 +16,7 @@ import grain
 import grain.experimental
 import numpy as np
 
-from rome.data.advantages import Anchor, Estimator, group_advantages
+from rome.data.advantages import Anchor, Comparison, Estimator, group_advantages
 from rome.data.batch import Batch
 from rome.data.lines import (
     CHUNK_FEATURES,
@@ -39,7 +39,7 @@ def pack(
     failure_reward: float,
     purpose: Purpose = "rl",
     routes_for: ModelConfig | None = None,
-    advantage: Estimator = "normalised",
+    advantage: Estimator | Comparison = "normalised",
     anchor: Anchor = "history",
     denial_penalty: float = 0.0,
     negative_weight: float = 1.0,
@@ -49,7 +49,7 @@ def pack(
     """Pack all trainable trajectories, each line whole, into as few rows as best-fit finds.
 
     Infrastructure failures and cancelled episodes are left out, here and in the group statistics.
-    The longest trajectory comes first. The same list gives the same rows.
+    The longest line comes first. The same list gives the same rows.
 
     Args:
       trajectories: a whole step or whole groups: advantages compare the trajectories of one

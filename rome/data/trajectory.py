@@ -159,6 +159,8 @@ class Trajectory:
       note: why an episode ended as infra_* or cancelled.
       success_reward: the reward from which on the task counts as solved.
       model: name of the model that sampled the turns; "" where none did.
+      training_reward: what own code gives the episode in training (config.reward) instead of
+        `reward`; None: nothing. Whether the task is solved does not depend on it.
 
     Raises:
       ValueError: the ending is unknown, the reward is not finite, or a chunk's parent is not one
@@ -178,6 +180,7 @@ class Trajectory:
     note: str = ""
     success_reward: float = 1.0
     model: str = ""
+    training_reward: float | None = None
 
     def __post_init__(self) -> None:
         if self.ending not in ENDINGS:
@@ -226,6 +229,11 @@ class Trajectory:
     def succeeded(self) -> bool:
         """Return whether the episode solved its task."""
         return is_success(self.reward, self.success_reward)
+
+    @property
+    def learned_reward(self) -> float:
+        """Return the reward that training compares episodes by."""
+        return self.reward if self.training_reward is None else self.training_reward
 
     @property
     def num_action_tokens(self) -> int:
@@ -289,7 +297,7 @@ def rewards_differ(trajectories: Iterable[Trajectory]) -> bool:
 
     Without a difference there is nothing that comparing them could teach.
     """
-    rewards = [trajectory.reward for trajectory in trajectories]
+    rewards = [trajectory.learned_reward for trajectory in trajectories]
     return bool(rewards) and max(rewards) - min(rewards) > REWARD_TOLERANCE
 
 
@@ -316,13 +324,16 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
         f"total_{name}": sum(call[name] for call in calls)
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
     }
+    extra = {name: getattr(trajectory, name) for name in _EXTRA}
+    if trajectory.training_reward is not None:
+        extra["training_reward"] = trajectory.training_reward
     return {
         "schema_version": ATIF_VERSION,
         "session_id": f"{trajectory.task}/{trajectory.seed}",
         "agent": agent,
         "steps": steps,
         "final_metrics": totals | {"total_steps": len(steps)},
-        "extra": {name: getattr(trajectory, name) for name in _EXTRA},
+        "extra": extra,
     }
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Callable
 
 from envs.gem.core import Env
+from rome.agent.command import CommandAgent, run_command_episode
 from rome.agent.loop import Limits, run_episode
 from rome.agent.session import Generator
 from rome.data.seeds import derive_seed
@@ -25,6 +27,7 @@ from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
+from rome.rollout.reward import Reward, ask
 
 ATTEMPTS = 3  # at an episode that the infrastructure spoils
 # Before an episode is played again; doubled each time, so that a fault of a moment may pass.
@@ -37,23 +40,26 @@ class EpisodePlayer:
 
     Args:
       engine: samples the turns.
-      make_env: makes a fresh environment for one episode of the named task.
+      make_env: makes a fresh environment for one episode of the named task; the doors of its
+        sandbox are a second argument, given where a command plays.
       chat: the chat template.
       limits: tokens and seconds of an episode.
       attempts: how often an episode is played in all if infrastructure keeps spoiling it.
       model: name of the model that the engine serves, for the files of trajectories.
       family_of: returns the family of a task; None leaves it to the environment.
       tell_tools: whether the first prompt has each environment's own tools and system text.
+      command: plays in the place of the loop.
     """
 
     engine: Generator
-    make_env: Callable[[str], Env]
+    make_env: Callable[..., Env]
     chat: Chat
     limits: Limits
     attempts: int = ATTEMPTS
     model: str = ""
     family_of: Callable[[str], str] | None = None
     tell_tools: bool = False
+    command: CommandAgent | None = None
 
     async def play_one(
         self,
@@ -63,6 +69,7 @@ class EpisodePlayer:
         accounting: Accounting,
         path: pathlib.Path | None = None,
         routes: bool = False,
+        reward: Reward | None = None,
     ) -> Trajectory:
         """Play one episode until its trajectory is trainable.
 
@@ -73,6 +80,8 @@ class EpisodePlayer:
           path: file of the trajectory. If it exists already, it is returned instead of playing the
             episode.
           routes: ask the engine for the experts of each token and keep them in the chunks.
+          reward: what training learns from, instead of the environment's reward; it is asked once,
+            before the file is written.
 
         Raises:
           SpoiledTaskError: the episode was spoiled `attempts` times. Its last attempt counts as
@@ -91,6 +100,8 @@ class EpisodePlayer:
                 await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             trajectory = await self.play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
+                if reward is not None:
+                    trajectory.training_reward = await ask(reward, trajectory)
                 if path is not None:
                     await to_thread_until_done(save_trajectory, trajectory, path)
                 return trajectory
@@ -114,6 +125,9 @@ class EpisodePlayer:
         is_last_resort = attempt > 0 and attempt + 1 == self.attempts
         prefix = () if is_last_resort else episode.prefix
         seed = derive_seed(episode.seed, "attempt", attempt) if attempt else episode.seed
+        if self.command is not None:
+            trajectory = await self._play_command(self.command, episode, seed, temperature, routes)
+            return self._labelled(trajectory, episode)
         try:
             env = await self._make_env(episode, attempt, prefix)
         except Exception as error:  # nobody has acted yet: whatever it is, it is the task's
@@ -141,6 +155,30 @@ class EpisodePlayer:
             prefix=prefix,
             tell_tools=self.tell_tools,
         )
+        return self._labelled(trajectory, episode)
+
+    async def _play_command(
+        self,
+        command: CommandAgent,
+        episode: Episode,
+        seed: int,
+        temperature: float,
+        routes: bool,
+    ) -> Trajectory:
+        return await run_command_episode(
+            self.engine,
+            functools.partial(self.make_env, episode.task),
+            self.chat,
+            self.limits,
+            command,
+            temperature=temperature,
+            seed=seed,
+            group=episode.group,
+            episode=episode.episode,
+            routes=routes,
+        )
+
+    def _labelled(self, trajectory: Trajectory, episode: Episode) -> Trajectory:
         trajectory.task = episode.task  # an environment may name it otherwise
         trajectory.model = self.model
         if self.family_of is not None:

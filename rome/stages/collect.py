@@ -27,18 +27,20 @@ from rome.data.lines import fits_row
 from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.data.tree import parse_credit
-from rome.losses import ADVANTAGES, count_denominators
+from rome.losses import count_denominators
 from rome.model.config import ModelConfig
 from rome.rollout.anchors import Anchors, anchor_of
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.forks import REPLAY_SECONDS, Forks
 from rome.rollout.group import GroupPlan, Taken
-from rome.rollout.outcomes import mixed_groups, rollout_metrics, staleness
+from rome.rollout.outcomes import chosen_episodes, mixed_groups, rollout_metrics, staleness
 from rome.rollout.player import Accounting, Episode
-from rome.rollout.scheduler import RolloutScheduler, Rules
+from rome.rollout.rules import Rules
+from rome.rollout.scheduler import RolloutScheduler
 from rome.stages.config import imitation_weight
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
+from rome.stages.own_code import own_advantage, own_filter, own_reward
 from rome.stages.players import Players, wait_until_visible
 from rome.stages.prune import Pruner, sources_of
 from rome.stages.tasks import tasks_of
@@ -96,6 +98,9 @@ class Collector:
         self._is_evaluating = False
         self._evaluations_at_take = 0
         self._pruner = Pruner(self.files, config.experiment, config.keep_trajectories)
+        self._advantage = own_advantage(config)
+        self._reward = own_reward(config)
+        self._filter = own_filter(config)
         self._untimed: set[str] = set()  # names of episodes whose sampling speed is not this step's
 
     @functools.cached_property
@@ -163,7 +168,8 @@ class Collector:
         scored, lost_versions = self._old_logprobs.fill(unscored, state)
         check_mismatch(scored, config.alarm_kl, lost_versions)
         if self._team.leads:
-            self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
+            self.accounting.drop("equal_group", shared["equal"])
+            self.accounting.drop("filtered", shared["filtered"])
             self.accounting.train(len(shared["kept"]))
             wait_for_episodes(self.rollouts.check(), CONTROL_SECONDS, "the check of the accounts")
         batches = iter(scored)
@@ -184,7 +190,7 @@ class Collector:
             gamma=config.gamma,
             failure_reward=config.failure_reward,
             routes_for=self._model_config if config.routing_replay == "rollout" else None,
-            advantage=ADVANTAGES.get(config.loss, "normalised"),
+            advantage=self._advantage,
             anchor=config.gigpo_state,
             denial_penalty=config.denial_penalty,
             negative_weight=config.negative_weight,
@@ -285,6 +291,7 @@ class Collector:
             accounting=self.accounting,
             path=path,
             routes=self.config.routing_replay == "rollout",
+            reward=self._reward,
         )
         if is_kept or was_evaluating or evaluations != self._evaluations:
             self._untimed.add(episode.name)
@@ -372,7 +379,8 @@ class Collector:
             if fits_row(one.trajectory, config.row_length, config.chunks_per_row)
         }
         self._observe_anchors(groups, shown, files)
-        kept = mixed_groups(sampled) if config.rollout.filter_groups else sampled
+        mixed = mixed_groups(sampled) if config.rollout.filter_groups else sampled
+        kept = mixed if self._filter is None else chosen_episodes(mixed, self._filter)
         metrics = rollout_metrics(sampled, step, taken.seconds)
         metrics |= self._step_metrics(step, taken, sampled, len(shown))
         if imitation_weight(config):
@@ -380,7 +388,8 @@ class Collector:
         if not self._is_timed(names):
             metrics.pop("tokens_per_s", None)
         document = {
-            "taken": len(sampled),
+            "equal": len(sampled) - len(mixed),
+            "filtered": len(mixed) - len(kept),
             "kept": [files[id(trajectory)] for trajectory in kept],
             "shown": [one.file for one in shown.values()],
             "metrics": metrics,

@@ -115,7 +115,7 @@ def check_devices() -> Finding:
             f" environment ACCELERATOR={accelerator}`"
         )
     plural = "s" if count != "1" else ""
-    from rome.stages.config import load_config
+    from rome.stages.schema import load_config
     from rome.train.devices import divide_for, find_machine
 
     division = divide_for(load_config(POLICY, "tiny"), find_machine(), True, os.environ)

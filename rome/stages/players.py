@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
 
 from envs.gem.core import Env
 from envs.gem.episode import GRADING_MARGIN_SECONDS
+from envs.rock.doors import Door
 from rome.agent.loop import Limits
 from rome.data.trajectory import Trajectory
 from rome.model.tokenizer import Chat
@@ -19,8 +21,9 @@ from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
 from rome.rollout.episode import RolloutError, SpoiledTaskError
 from rome.rollout.player import ATTEMPTS as EPISODE_ATTEMPTS
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.rollout.reward import REWARD_SECONDS, Reward
 from rome.rollout.spoiled import SpoiledTasks
-from rome.stages.config import sandbox_config
+from rome.stages.config import command_agent, sandbox_config
 from rome.stages.engines import PUBLISH_SECONDS, Engines
 from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
@@ -68,6 +71,7 @@ class Players:
             model=config.model,
             family_of=self.family_of,
             tell_tools=config.tell_tools,
+            command=command_agent(config),
         )
 
     @property
@@ -86,14 +90,18 @@ class Players:
     def worst_seconds(self) -> float:
         """How long an episode may take at worst until it counts, its replacements included."""
         tasks = list(self.tasks.examples())
-        once = self.limits.worst_seconds(
-            max(task.max_turns for task in tasks), max(task.grading_seconds for task in tasks)
-        )
-        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS
+        turns = max(task.max_turns for task in tasks)
+        command = command_agent(self.config)
+        if command is not None:
+            turns = command.budget.calls
+        grading = max(task.grading_seconds for task in tasks)
+        once = self.limits.worst_seconds(turns, grading)
+        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS + REWARD_SECONDS
 
-    def make_env(self, task: str) -> Env:
-        """Return a new environment for one episode of a task."""
-        return self.tasks.find(task).make_env(sandbox_config(self.config))
+    def make_env(self, task: str, doors: Mapping[str, Door] | None = None) -> Env:
+        """Return a new environment for one episode of a task, with these doors in its sandbox."""
+        config = dataclasses.replace(sandbox_config(self.config), doors=doors or {})
+        return self.tasks.find(task).make_env(config)
 
     def family_of(self, task: str) -> str:
         """Return the family of a task."""
@@ -125,6 +133,7 @@ class Players:
         accounting: Accounting,
         path: pathlib.Path,
         routes: bool,
+        reward: Reward | None,
     ) -> Awaitable[Trajectory]:
         """Play one episode of the policy; await the result on the background event loop."""
         return self.policy.play_one(
@@ -133,6 +142,7 @@ class Players:
             accounting=accounting,
             path=path,
             routes=routes,
+            reward=reward,
         )
 
     def wait_for_play(self, playing: Coroutine[Any, Any, T], episodes: int) -> T:

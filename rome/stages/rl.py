@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from rome.losses import SPECS
+from rome.losses import find_loss
 from rome.model.tokenizer import Chat
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
-from rome.stages.config import imitation_weight
+from rome.stages.config import command_agent, imitation_weight
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
 from rome.stages.limits import check_episode_limits
@@ -22,6 +22,7 @@ from rome.stages.players import Players
 from rome.train.alarms import check_metrics
 from rome.train.loop import StepData
 from rome.train.state import TrainState
+from rome.train.workdir import ConfigError
 
 
 class RLStage(TrainingStage):
@@ -32,6 +33,12 @@ class RLStage(TrainingStage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         config = self.config
+        if command_agent(config) is not None and context.isolation == "landlock":
+            raise ConfigError(
+                f"agent={config.agent!r} asks the policy at a door of its sandbox, and the landlock"
+                " tier of this machine has none. Use agent=plain, or a machine with user namespaces"
+                " (python -m launch.doctor)."
+            )
         chat = Chat(self.tokenizer)
         check_episode_limits(config, self.model_config, chat)
         self.engines = Engines(
@@ -59,7 +66,7 @@ class RLStage(TrainingStage):
 
     def start(self, state: TrainState) -> None:
         weight = imitation_weight(self.config)
-        if weight and not SPECS[self.config.loss].lambda_il:
+        if weight and not find_loss(self.config.loss).lambda_il:
             self.display.note(
                 f"loss={self.config.loss} with lambda_il={weight:g} is a hybrid: the published loss"
                 " learns from no demonstrations"

@@ -18,7 +18,14 @@ from typing import Any
 
 from envs.gem import Info, StepResult, format_tool_call
 from envs.gem.episode import Line, Script
-from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxError, SandboxFileError
+from envs.rock import (
+    CommandResult,
+    Job,
+    Sandbox,
+    SandboxConfig,
+    SandboxError,
+    SandboxFileError,
+)
 from envs.rock.sync import run
 from envs.tasks.harbor import toolchain
 from envs.tasks.harbor.build_cache import start_built
@@ -271,6 +278,10 @@ class HarborEnv(ShellEnv):
             stdout=self.built.paths.outward(result.stdout),
             stderr=self.built.paths.outward(result.stderr),
         )
+
+    async def _spawn(self, command: str, env: Mapping[str, str], timeout: float) -> Job:
+        whole = {**self.built.inner_env(), **env}
+        return await self._sandbox.spawn(self.built.command(command), timeout=timeout, env=whole)
 
     def _seconds_of_step(self) -> float:
         """Return how long commands of this step have run."""

@@ -265,9 +265,9 @@ class Agent:
         sent = self.engine.requests[-1]
         first = conversation.entries[0].message
         system = first.content if first.role == "system" else None
-        opening = type(self.chat)(tokenizer, list(conversation.tools), system).begin()
-        assert sent[: len(opening)] == opening
-        assert tokenizer.decode(sent) == reference(conversation, tokenizer.decode(opening))
+        opened = type(self.chat)(tokenizer, list(conversation.tools), system).open("Q")
+        system_text, _, _ = tokenizer.decode(opened).rpartition("<|im_start|>user\nQ")
+        assert tokenizer.decode(sent) == reference(conversation, system_text)
         assert sent.count(tokenizer.im_start) == count_turns(conversation)
         known = self.session.context_of(conversation.parent)
         assert sent[: len(known)] == known, "what was sampled was tokenised again"

@@ -101,7 +101,7 @@ def test_without_a_wish_for_routes_none_are_asked_for():
     assert all(sampling.routes_from is None for _, sampling in engine.requests)
 
 
-def test_turn_seeds_follow_from_the_episode_seed_and_the_turn_alone():
+def test_turn_seeds_follow_from_the_episode_seed_and_the_context_alone():
     engines = [ScriptedEngine(["red", "done"]) for _ in range(3)]
     for engine, seed in zip(engines, (7, 7, 8), strict=False):
         play(engine, seed=seed)
