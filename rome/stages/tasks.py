@@ -112,7 +112,11 @@ def _check_split(key: str, spec: str, train: Source, evaluation: Source) -> None
 def check_tasks(config: ml_collections.ConfigDict) -> None:
     """Raise ConfigError for tasks that this config cannot train on, before anything is started."""
     tasks = tasks_of(config)
-    for task in tasks.examples():
+    try:
+        examples = list(tasks.examples())
+    except ValueError as error:  # settings that an environment refuses
+        raise ConfigError(f"config.task={config.task!r}: {error}") from error
+    for task in examples:
         if task.max_turns > config.chunks_per_row:
             raise ConfigError(
                 f"chunks_per_row={config.chunks_per_row} is less than the {task.max_turns} turns of"

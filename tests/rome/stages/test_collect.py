@@ -404,3 +404,46 @@ def test_groups_are_dealt_whole_evenly_and_in_order(groups, parts):
     sizes = [len(kind) for kind in kinds]
     assert not sizes or max(sizes) - min(sizes) <= 1
     assert all([one.place for one in part] == sorted(one.place for one in part) for part in dealt)
+
+
+class WithoutDemonstrator(Players):
+    """Episodes succeed at first and then no more; nothing can show a solution."""
+
+    def __init__(self):
+        super().__init__()
+        self.reward = 1.0
+
+    def can_show(self, task):
+        return False
+
+    def demonstrate(self, tasks, **_):
+        return [None] * len(tasks)
+
+    async def play_one(self, episode, *, path, **options):
+        trajectory = await super().play_one(episode, path=path, **options)
+        solved = dataclasses.replace(trajectory, reward=self.reward, ending="success")
+        save_trajectory(solved, path)
+        return solved
+
+
+def test_the_own_earlier_success_is_shown_where_no_demonstrator_is(tmp_path):
+    players = WithoutDemonstrator()
+    collector = make(
+        tmp_path, players, groups=1, task="terminal:count:1", stale_samples="keep"
+    )  # one task alone
+    collector.begin(STATE)
+    assert collector.collect(0, STATE).metrics["demonstrations"] == 0
+    saved = json.loads(json.dumps(collector.get_state(1)))
+    assert list(saved["solutions"]) == ["count/0"]
+    collector.close()
+
+    players.reward = 0.0
+    resumed = make(tmp_path, players, groups=1, task="terminal:count:1", stale_samples="keep")
+    resumed.set_state(saved)
+    later = types.SimpleNamespace(step=1, params=None)
+    resumed.begin(later)
+    assert resumed.collect(1, later).metrics["demonstrations"] == 1
+    resumed.close()
+    shown = load_trajectory(tmp_path / "trajectories" / "ipa_000001_earlier_000.json")
+    assert (shown.task, shown.reward) == ("count/0", 1.0)
+    assert [chunk.kind for chunk in shown.chunks] == ["imitation"]

@@ -171,6 +171,10 @@ def change_config(config, change):
         ({"task": "nowhere"}, "config.task='nowhere': dataset 'nowhere' is neither a folder"),
         ({"eval_task": "worlds:x"}, "config.eval_task='worlds:x': worlds has nothing named 'x'"),
         ({"task": "worlds:shop"}, "chunks_per_row=16 is less than the 50 turns of shop/easy/0"),
+        (
+            {"task": "games:frozen_lake", "max_turns": 8},
+            "config.task='games:frozen_lake': max_turns",
+        ),
         ({"task": "tests.envs.sources.own:Endless"}, "does not say how many turns"),
         (
             {"routing_replay": "on"},
