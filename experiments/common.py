@@ -52,6 +52,17 @@ def learner() -> ml_collections.ConfigDict:
     return block
 
 
+def lora() -> ml_collections.ConfigDict:
+    """Return which low-rank adapters are trained in place of the weights (docs/lora.md)."""
+    block = ml_collections.ConfigDict()
+    block.rank = 0  # of each adapter; 0: none, all weights are trained
+    block.alpha = 32.0  # an adapter's product is scaled by alpha / rank
+    # comma-separated: all, attention, experts, mlp (layers without experts), or PEFT's names of
+    # matrices, such as q_proj,v_proj
+    block.targets = "all"
+    return block
+
+
 def mesh() -> ml_collections.ConfigDict:
     """Return the sizes of the mesh axes: one device. One axis may be -1: all remaining devices."""
     return ml_collections.ConfigDict(

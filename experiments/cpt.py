@@ -50,6 +50,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.checkpoints_kept = 2
     config.profile_steps = ""  # FIRST:LAST, such as 3:5: traced into WORKDIR/profile; empty: none
     config.learner = common.learner()
+    config.lora = common.lora()
     config.mesh = common.mesh()
     if preset == "smoke":
         config.steps = 20

@@ -69,6 +69,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.engine = common.engine()
     config.sandbox = common.sandbox()
     config.learner = common.learner()
+    config.lora = common.lora()
     config.mesh = common.mesh()
     if preset == "smoke":
         config.steps = 30

@@ -93,7 +93,7 @@ def compile_experiment(
     passes = passes_of_step(config, balances_experts=model.router_aux_loss_coef > 0)
     names = ("score", "accumulate", "apply") if passes["score"] else ("accumulate", "apply")
     programs = compile_programs(learner, batch, chip, names, imbalance)
-    state = state_bytes(learner.state)
+    state = state_bytes(learner)
     found = {
         "experiment": config.experiment,
         "model": config.model,

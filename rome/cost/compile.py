@@ -105,7 +105,7 @@ def compile_programs(
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             seconds = time.monotonic() - began
-            programs[name] = too_large(name, error, seconds, state_bytes(learner.state))
+            programs[name] = too_large(name, error, seconds, state_bytes(learner))
             continue
         seconds = time.monotonic() - began
         programs[name] = measure(name, compiled, seconds, learner.mesh, chip, rows, score_share)

@@ -29,7 +29,9 @@ from rome.engine.pool import EnginePool
 from rome.engine.proof import Weights, changed_tensors
 from rome.files import sync
 from rome.model.config import ModelConfig
+from rome.model.hf import peft
 from rome.model.hf.checkpoint import save_hf
+from rome.model.hf.peft import HostAdapters, save_peft
 
 # Checkpoints that stay: the newest, and the one that a server may still be reading.
 KEPT_DIRECTORIES = 2
@@ -183,6 +185,7 @@ def write_checkpoint(
     needed: Collection[int] = (),
     *,
     delta: bool = False,
+    adapters: HostAdapters | None = None,
 ) -> pathlib.Path:
     """Write DIRECTORY/step_N: readers see all of it or nothing, also after a power cut.
 
@@ -198,6 +201,8 @@ def write_checkpoint(
       needed: versions that must not be removed.
       delta: whether to write step_N.delta beside it, which leads there from the version before
         (`rome.engine.mirror`).
+      adapters: to add to the parameters; step_N/adapter then holds them alone, for PEFT and for a
+        run that is resumed.
 
     Returns:
       The checkpoint's path.
@@ -207,9 +212,11 @@ def write_checkpoint(
     if jax.process_index() == 0:
         # Safe while others are here: they wait for process 0 in save_hf before they write.
         shutil.rmtree(partial, ignore_errors=True)
-    save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
+    save_hf(params, config, partial, dtype=jnp.dtype(config.dtype), adapters=adapters)
     if jax.process_index() != 0:
         return path
+    if adapters is not None:
+        save_peft(adapters, "", partial / peft.DIRECTORY)
     # A run that published this version and died may have left a delta that leads to other bytes.
     _delta_of(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

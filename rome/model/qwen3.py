@@ -11,7 +11,8 @@ Parameters are an explicit pytree of float32 arrays; layers are stacked on a lea
     {"embed": {"embedding" [V, D]}, "layers": {"attention_norm", "attention", "moe_norm", "moe"},
     "norm": {"scale"}, "head": {"kernel" [D, V]}}
 
-Layers of a dense model have "mlp" instead of "moe"; tied embeddings have no "head".
+Layers of a dense model have "mlp" instead of "moe"; tied embeddings have no "head". A matrix of the
+layers may have an adapter beside it (`rome.model.lora`).
 
 `Qwen3(config)` scans over the stack, which compiles once for any depth. `Qwen3(config, scan=False)`
 runs the same parameters, stacked or as a tuple of layers (`unstack_layers`), one after the other:
@@ -39,6 +40,7 @@ from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.ops.embedding import embed
 from rome.model.ops.gathered import from_heads, to_heads
+from rome.model.ops.low_rank import adapted
 from rome.model.ops.rotary import rotary_angles, rotate
 from rome.model.ops.rounding import round_straight_through
 from rome.model.stacking import Params, unstack_layers
@@ -144,7 +146,7 @@ class Attention(nn.Module):
 
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
-        return self.param(name, init, shape).astype(dtype)
+        return adapted(self, name, self.param(name, init, shape), dtype)
 
     def _bias(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array | int:
         if not self.config.attention_bias:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 
 from rome.cost.flops import peak_flops, step_flops
@@ -27,18 +28,21 @@ from rome.data.packing import microbatches
 from rome.files import read_json, sync, write_atomically
 from rome.losses import count_denominators, find_loss
 from rome.model.config import ModelConfig
+from rome.model.hf import peft
 from rome.model.hf.checkpoint import save_hf
 from rome.model.hf.companions import copy_companions
+from rome.model.hf.digest import params_digest
+from rome.model.hf.peft import save_peft
 from rome.model.ops.kernels import Kernels
 from rome.model.precision import use_full_precision
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
-from rome.stages.config import loss_config, profiled_steps, updates_of_step
+from rome.stages.config import lora_of, loss_config, profiled_steps, updates_of_step
 from rome.stages.own_code import own_loss
 from rome.stages.tasks import tasks_of
 from rome.stages.weights import check_start, from_document, load_start, model_of, to_document
-from rome.train.checkpoint import Checkpoints
+from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
 from rome.train.loop import Minibatch, Stage, StepData, run_stage
@@ -112,6 +116,7 @@ class TrainingStage:
         self._earlier_evals = context.earlier_evals
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of the run, before it was resumed
+        self._base: dict[str, str] | None = None  # of the adapters, where these are trained
         self.checkpoints: Checkpoints  # opened by `train`
         (self.workdir / "trajectories").mkdir(parents=True, exist_ok=True)
 
@@ -227,12 +232,34 @@ class TrainingStage:
         )
 
     def _initial_state(self) -> TrainState:
+        if self.learner.lora is not None:
+            self._freeze_base()
+            return self.learner.start_adapters(self.config.seed)
         if self._start is None:
             return self.learner.init(self.config.seed)
         params = load_start(
             self._start, self.model_config, self.learner.mesh, self.team.wants_to_stop
         )
         return self.learner.start(params)
+
+    def _freeze_base(self) -> dict[str, str]:
+        """Give the learner the weights that its adapters are added to; return what they are."""
+        learner = self.learner
+        if self._start is None:
+            params = learner.random_params(self.config.seed)
+        else:
+            dtype = jnp.dtype(self.model_config.dtype)
+            params = load_start(
+                self._start, self.model_config, learner.mesh, self.team.wants_to_stop, dtype
+            )
+        learner.freeze(params)
+        digest = params_digest(learner.base, self.model_config)
+        self._base = {
+            "from": str(self._start or ""),
+            "digest": digest,
+            "dtype": self.model_config.dtype,
+        }
+        return self._base
 
     def _open_model(self, start: pathlib.Path | None) -> ModelConfig:
         """Return the model that the workdir has, or at the first start that of `start`.
@@ -283,6 +310,9 @@ class TrainingStage:
 
     def _restore(self, step: int) -> TrainState:
         state, host = self.checkpoints.restore(self.learner.state, step)
+        if self.learner.lora is not None:
+            base = self._freeze_base()
+            check_base(host["base"], base, self.checkpoints.directory / str(step))
         self._seconds_before = host["seconds"]
         self.load_host_state(step, host)
         self.evals = self._kept_evaluations(step)
@@ -290,7 +320,13 @@ class TrainingStage:
         return state
 
     def _host_state(self, step: int) -> dict[str, Any]:
-        every_kind = {"seconds": self.seconds(), "stream": None, "text": None, "rollouts": None}
+        every_kind = {
+            "seconds": self.seconds(),
+            "base": self._base,
+            "stream": None,
+            "text": None,
+            "rollouts": None,
+        }
         return every_kind | self.host_state(step)
 
     # -- evaluations
@@ -375,9 +411,14 @@ class TrainingStage:
         """
         final = self.workdir / "final"
         partial = self.workdir / "final.tmp"
-        save_hf(state.params, self.model_config, partial)
+        params, adapters = self.learner.to_publish(state.params)
+        # With adapters: the weights that were trained with and evaluated, which are rounded.
+        dtype = jnp.float32 if adapters is None else jnp.dtype(self.model_config.dtype)
+        save_hf(params, self.model_config, partial, dtype, adapters=adapters)
 
         def finish() -> None:
+            if adapters is not None:
+                save_peft(adapters, str(self._start or ""), partial / peft.DIRECTORY)
             copied = copy_companions(partial, self._tokenizer_folder, self._start)
             if "tokenizer.json" not in copied:  # other programs read no qwen.tiktoken
                 self.tokenizer.save(partial)
@@ -387,6 +428,20 @@ class TrainingStage:
             mark_complete(self.workdir, self.config)
 
         self.team.share("final", finish)
+
+
+def check_base(noted: dict[str, str], found: dict[str, str], path: pathlib.Path) -> None:
+    """Check that adapters of a checkpoint go on with the base that they were trained on.
+
+    Raises:
+      CheckpointError: it is another one.
+    """
+    if noted["digest"] != found["digest"]:
+        raise CheckpointError(
+            f"checkpoint {path} holds adapters of {noted['from'] or 'random weights'} with digest"
+            f" {noted['digest']}, and what is there now has {found['digest']}. Bring the base back,"
+            " or give another --workdir."
+        )
 
 
 def with_tokenizer(
@@ -432,6 +487,7 @@ def make_learner(
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
+    lora = lora_of(config, model_config)
     kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
     return Learner(
         model_config,
@@ -443,4 +499,5 @@ def make_learner(
         kernels,
         config.learner.offload_moments,
         config.skip_nonfinite_updates,
+        lora,
     )

@@ -23,7 +23,8 @@ from rome.agent.proxy import Budget
 from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.losses import PUBLISHED, LossConfig, find_loss, unbounded_weight
-from rome.model.config import DTYPES, REMATS
+from rome.model.config import DTYPES, PRESETS, REMATS, ModelConfig
+from rome.model.lora import Lora, find_targets
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.rules import StaleSamples
@@ -104,6 +105,7 @@ MAY_BE_ZERO = {
     "denial_penalty",
     "temperature",
     "eval_temperature",
+    "lora.rank",
     "learner.capacity_factor",
     "learner.router_z_loss_coef",
     "learner.router_aux_loss_coef",
@@ -153,6 +155,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     _check_block(with_own_defaults(config.to_dict(), schema), schema, "")
     profiled_steps(config)
     _check_model(config)
+    if config.model in PRESETS:  # a stage checks the model of a directory
+        lora_of(config, PRESETS[config.model])
     kind = kind_of(config.loss)
     if kind != "rl":
         _check_rows(config)
@@ -253,6 +257,22 @@ def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
         token_constant=config.max_context,
         **switches,
     )
+
+
+def lora_of(config: ml_collections.ConfigDict, model_config: ModelConfig) -> Lora | None:
+    """Return the adapters that a config trains on a model; None where it trains all weights.
+
+    Raises:
+      ConfigError: lora.targets names nothing that the model has.
+    """
+    lora = config.lora
+    if not lora.rank:
+        return None
+    try:
+        targets = find_targets(lora.targets, model_config)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    return Lora(lora.rank, lora.alpha, targets)
 
 
 def updates_of_step(config: ml_collections.ConfigDict) -> tuple[int, int]:

@@ -103,7 +103,8 @@ class Engines:
         urls = split_urls(self.config.engine.urls)
         if not urls:
             start = self.weights / "start"
-            save_hf(state.params, self._model_config, start)
+            params, adapters = self._learner.to_publish(state.params)
+            save_hf(params, self._model_config, start, adapters=adapters)
             if self._team.leads:
                 urls = self._start_embedded(start)
         if self._team.leads:
@@ -129,13 +130,15 @@ class Engines:
         ids = self._chat.open(PROBE)[: min(PROBE_TOKENS, self.config.max_context - 1)]
         expected = self._learner.score_one(state.params, ids)
         uses_mirrors = bool(self.config.engine.mirrors)
+        params, adapters = self._learner.to_publish(state.params)
         path = write_checkpoint(
-            state.params,
+            params,
             self._model_config,
             self.weights,
             version,
             set(keep),
             delta=uses_mirrors,
+            adapters=adapters,
         )
 
         def send() -> dict[str, float]:

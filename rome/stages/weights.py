@@ -11,16 +11,21 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
 from rome.model.config import DTYPES, EXPERT_SIZES, PRESETS, SIZES, ModelConfig
+from rome.model.hf import peft
 from rome.model.hf.checkpoint import load_hf, open_checkpoint, read_config
 from rome.model.hf.files import read_document
+from rome.model.hf.peft import load_peft
+from rome.model.lora import Lora, adapter_shardings
 from rome.model.params import param_shardings
 from rome.model.rope import RopeScaling
 from rome.stopping import ShouldStop, never, raise_if_stopped
+from rome.train.feed import put
 from rome.train.parameters import StoredParameters, saved_steps
 from rome.train.workdir import ConfigError, model_directory
 
@@ -105,14 +110,16 @@ def load_start(
     model_config: ModelConfig,
     mesh: Mesh,
     should_stop: ShouldStop = never,
+    dtype: Any = jnp.float32,
 ) -> dict:
-    """Return the float32 parameters of a directory, loaded straight to their places on the mesh.
+    """Return the parameters of a directory, loaded straight to their places on the mesh.
 
     Args:
       directory: a Hugging Face directory, or what launch.convert made of one.
       model_config: the model that the run trains.
       mesh: where the parameters go.
       should_stop: polled while the tensors of a Hugging Face directory are read.
+      dtype: of the parameters.
 
     Raises:
       ConfigError: the directory holds another model; the message lists the fields.
@@ -128,17 +135,26 @@ def load_start(
     checkpoints = directory / "checkpoints"
     if checkpoints.is_dir():
         stored = StoredParameters(checkpoints, saved_steps(checkpoints)[-1], model_config)
-        return stored.restore(shardings, jnp.float32)
+        return stored.restore(shardings, dtype)
 
     def listen(done: int, total: int) -> None:
         raise_if_stopped(should_stop)
 
-    return load_hf(directory, shardings=shardings, progress=listen)[0]
+    return load_hf(directory, dtype, shardings, progress=listen)[0]
 
 
-def load_published(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -> dict:
-    """Return the parameters of a version that was published to the engines, on the mesh."""
-    return load_hf(directory, shardings=param_shardings(mesh, model_config))[0]
+def load_published(
+    directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh, lora: Lora | None = None
+) -> dict:
+    """Return what was trained of a version that was published to the engines, on the mesh.
+
+    It is all parameters, or with `lora` the adapters, which are kept beside the version.
+    """
+    if lora is not None:
+        adapters = load_peft(directory / peft.DIRECTORY, model_config).stacked(model_config)
+        return jax.tree.map(put, adapters, adapter_shardings(mesh, model_config, lora))
+    shardings = param_shardings(mesh, model_config)
+    return load_hf(directory, shardings=shardings)[0]
 
 
 def differences(theirs: ModelConfig, ours: ModelConfig, names: Sequence[str]) -> list[str]:

@@ -76,13 +76,14 @@ def test_a_publication_pauses_as_the_config_says_and_proves_by_a_long_probe(
 ):
     """Amid a request, on a server that speaks SGLang's protocol."""
 
-    def write(params, config, directory, version, needed, delta):
+    def write(params, config, directory, version, needed, delta, adapters):
         return make_weights(tmp_path / f"step_{version}", version)
 
     server = on_loop(FakeSGLang().start())
     monkeypatch.setattr(stage_engines, "write_checkpoint", write)
     scored = types.SimpleNamespace(
-        score_one=lambda params, ids: np.array(trainer_logprobs_of(params, ids))
+        score_one=lambda params, ids: np.array(trainer_logprobs_of(params, ids)),
+        to_publish=lambda params: (params, None),
     )
     engines = make(tmp_path, scored, Chat(Tokenizer.load(TINY)))
     engines._model_config = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16")
