@@ -5,6 +5,8 @@ B rows, T time, D model, F hidden of the MLP; d and f are one device's part of D
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax import Array
@@ -26,13 +28,16 @@ class MLP(nn.Module):
         """Return the output, [B, T, D]."""
         D = self.config.hidden_size
         F = self.config.intermediate_size
-        init = nn.initializers.normal(self.config.initializer_range)
-        gate_DF = adapted(self, "gate", self.param("gate", init, (D, F)), x_BTD.dtype)
-        up_DF = adapted(self, "up", self.param("up", init, (D, F)), x_BTD.dtype)
-        down_FD = adapted(self, "down", self.param("down", init, (F, D)), x_BTD.dtype)
+        gate_DF = self._matrix("gate", (D, F), x_BTD.dtype)
+        up_DF = self._matrix("up", (D, F), x_BTD.dtype)
+        down_FD = self._matrix("down", (F, D), x_BTD.dtype)
         if is_split() and not self.is_initializing():
             return _on_mesh(x_BTD, gate_DF, up_DF, down_FD)
         return _gated(x_BTD, gate_DF, up_DF, down_FD)
+
+    def _matrix(self, name: str, shape: tuple[int, int], dtype: Any) -> Array:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return adapted(self, name, self.param(name, init, shape), dtype)
 
 
 def _gated(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
