@@ -62,7 +62,8 @@ def compile_experiment(
     from rome.cost.estimate import find_chip, report, state_bytes
     from rome.model.sharding import check_mesh
     from rome.stages.base import make_learner
-    from rome.stages.config import ConfigError, check_config, passes_of_step
+    from rome.stages.config import ConfigError, check_config
+    from rome.stages.settings import passes_of_step
     from rome.stages.weights import model_of
 
     check_config(config)

@@ -39,8 +39,8 @@ from rome.model.precision import use_full_precision
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
-from rome.stages.config import lora_of, loss_config, profiled_steps, updates_of_step
 from rome.stages.own_code import own_loss
+from rome.stages.settings import lora_of, loss_config, profiled_steps, updates_of_step
 from rome.stages.stream import BatchStream
 from rome.stages.tasks import tasks_of
 from rome.stages.weights import check_start, from_document, load_start, model_of, to_document

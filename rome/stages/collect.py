@@ -37,12 +37,12 @@ from rome.rollout.outcomes import chosen_episodes, mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode
 from rome.rollout.rules import Rules
 from rome.rollout.scheduler import RolloutScheduler
-from rome.stages.config import imitation_weight
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.own_code import own_advantage, own_filter, own_reward
 from rome.stages.players import Players, wait_until_visible
 from rome.stages.prune import Pruner, sources_of
+from rome.stages.settings import imitation_weight
 from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch

@@ -37,7 +37,7 @@ from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.tokenizer import Chat
 from rome.serve.programs import Shapes
-from rome.stages.config import split_urls
+from rome.stages.settings import split_urls
 from rome.stages.waiting import wait_for_engines
 from rome.train.devices import Division, engines_division
 from rome.train.display import Display

@@ -15,13 +15,14 @@ from rome.engine.client import EngineError
 from rome.own_code import OwnCodeError
 from rome.rollout.player import RolloutError
 from rome.stages.base import StageContext, TrainingStage
-from rome.stages.config import check_config, init_config, key_rules, sandbox_config
+from rome.stages.config import check_config, init_config, key_rules
 from rome.stages.cpt import CPTStage
 from rome.stages.dry_run import try_own_code
 from rome.stages.isolation import find_isolation
 from rome.stages.own_code import own_code_digest
 from rome.stages.rl import RLStage
 from rome.stages.schema import fill_own_keys, kind_of
+from rome.stages.settings import sandbox_config
 from rome.stages.sft import SFTStage
 from rome.stopping import ShouldStop, Stopped
 from rome.train.alarms import TrainingAlarm

@@ -13,12 +13,12 @@ from rome.model.tokenizer import Chat
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
-from rome.stages.config import command_agent, imitation_weight
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
 from rome.stages.limits import check_episode_limits
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players
+from rome.stages.settings import command_agent, imitation_weight
 from rome.train.alarms import check_metrics
 from rome.train.loop import StepData
 from rome.train.state import TrainState

@@ -17,7 +17,8 @@ from rome.model.lora import Lora, adapter_shapes, find_targets
 from rome.model.ops.kernels import Kernels
 from rome.model.params import parameter_shapes
 from rome.model.sharding import make_mesh
-from rome.stages.config import load_config, passes_of_step
+from rome.stages.config import load_config
+from rome.stages.settings import passes_of_step
 from rome.train.state import make_optimizer
 from rome.train.step import Learner
 

@@ -16,15 +16,13 @@ from rome.stages.config import (
     MAY_BE_MINUS_ONE,
     MAY_BE_NEGATIVE,
     MAY_BE_ZERO,
-    TOKEN,
     check_config,
     init_config,
     key_rules,
     load_config,
-    loss_config,
-    sandbox_config,
 )
 from rome.stages.schema import schema_of_kind
+from rome.stages.settings import TOKEN, loss_config, sandbox_config
 from rome.train.workdir import (
     MODEL,
     ConfigError,

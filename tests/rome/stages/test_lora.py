@@ -8,7 +8,8 @@ import pytest
 from rome.model.config import PRESETS
 from rome.model.lora import Lora
 from rome.stages.base import check_base
-from rome.stages.config import check_config, load_config, lora_of
+from rome.stages.config import check_config, load_config
+from rome.stages.settings import lora_of
 from rome.train.checkpoint import CheckpointError
 from rome.train.workdir import ConfigError
 from tests.chaos.runs import IPA, SFT, check_whole, metrics, output, training, wait_for_steps
