@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from rome.model.config import ModelConfig
+from rome.model.mlp import MLP
 from rome.model.moe import MoE
 from rome.model.ops.rotary import rotary_angles, rotate
-from rome.model.qwen3 import DenseMLP, Params, RMSNorm
+from rome.model.qwen3 import Params, RMSNorm
 
 
 class LayerCache(NamedTuple):
@@ -81,7 +82,7 @@ def forward(
         x_BTD = x_BTD + attended_BTD
         normed_BTD = _norm(config, layer["moe_norm"], x_BTD)
         if "mlp" in layer:
-            out_BTD = _apply(DenseMLP(config), layer["mlp"], normed_BTD)
+            out_BTD = _apply(MLP(config), layer["mlp"], normed_BTD)
             ids_BTk = jnp.full((*real_BT.shape, config.experts_per_token), -1, jnp.int32)
         else:
             out_BTD, ids_BTk, _ = _apply(MoE(config, experts), layer["moe"], normed_BTD, real_BT)

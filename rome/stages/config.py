@@ -20,21 +20,23 @@ from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
 from rome.agent.command import CommandAgent, CommandError
 from rome.agent.proxy import Budget
+from rome.data.mixture import parse_mixture
 from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
 from rome.losses import PUBLISHED, LossConfig, find_loss, unbounded_weight
-from rome.model.config import PRESETS, REMATS
+from rome.model.config import DTYPES, REMATS, ModelConfig
+from rome.model.lora import Lora, find_targets
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.rules import StaleSamples
 from rome.stages.own_code import compares_episodes
 from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
 from rome.stages.tasks import check_tasks
+from rome.stages.weights import model_of
 from rome.train.devices import EngineDevice
-from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
+from rome.train.workdir import RANDOM, ConfigError, KeyClass, KeyRules, flatten, model_directory
 
 CHOICES: Mapping[str, Sequence[str]] = {
-    "model": tuple(PRESETS),
     "mismatch_mask": ("chunk", "token"),
     "norm": ("tokens", "chunks", "trajectories"),
     "gigpo_state": ("history", "observation"),
@@ -47,6 +49,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.isolation": ("required", "best_available"),
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
+    "learner.dtype": ("", *DTYPES),
     # Known before an earlier stage is run, whose own config has other kernels.
     **{f"learner.{kind}": names for kind, names in zip(Kernels._fields, KNOWN, strict=True)},
 }
@@ -91,6 +94,7 @@ MAY_BE_ZERO = {
     "warmup_updates",
     "weight_decay",
     "eval_every",
+    "eval_tasks",
     "keep_trajectories",
     "demonstration_error_rate",
     "max_turns",
@@ -104,8 +108,11 @@ MAY_BE_ZERO = {
     "denial_penalty",
     "temperature",
     "eval_temperature",
+    "lora.rank",
     "learner.capacity_factor",
     "learner.router_z_loss_coef",
+    "learner.router_aux_loss_coef",
+    "learner.yarn_factor",
     "rollout.async_ratio",
     "rollout.redundancy",
     "rollout.lend_engines",
@@ -114,6 +121,7 @@ MAY_BE_ZERO = {
 MAY_BE_NEGATIVE = {"failure_reward"}
 MAY_BE_MINUS_ONE = {
     "lambda_il",
+    "learner.router_aux_loss_coef",
     *(f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")),
 }
 
@@ -149,12 +157,18 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     schema = schema_of(config)
     _check_block(with_own_defaults(config.to_dict(), schema), schema, "")
     profiled_steps(config)
+    _check_model(config)
     kind = kind_of(config.loss)
     if kind != "rl":
         _check_rows(config)
     if kind == "cpt":
         _check_cpt(config)
         return
+    if not config.eval_tasks and not config.get("trajectories"):
+        raise ConfigError(
+            "eval_tasks=0 plays no task, which only SFT on `trajectories` can do without. Set"
+            " eval_tasks to 1 or more."
+        )
     _check_episodes(config)
     if kind == "sft":
         _check_sft(config)
@@ -249,6 +263,22 @@ def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
         token_constant=config.max_context,
         **switches,
     )
+
+
+def lora_of(config: ml_collections.ConfigDict, model_config: ModelConfig) -> Lora | None:
+    """Return the adapters that a config trains on a model; None where it trains all weights.
+
+    Raises:
+      ConfigError: lora.targets names nothing that the model has.
+    """
+    lora = config.lora
+    if not lora.rank:
+        return None
+    try:
+        targets = find_targets(lora.targets, model_config)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    return Lora(lora.rank, lora.alpha, targets)
 
 
 def updates_of_step(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -364,6 +394,22 @@ def _check_value(name: str, value: Any) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
+def _check_model(config: ml_collections.ConfigDict) -> None:
+    """Check that a model's directory is there and is not one of two, and that adapters fit it."""
+    directory = model_directory(config)
+    init_from = config.init_from
+    if config.lora.rank:
+        start = pathlib.Path(init_from) if init_from and pathlib.Path(init_from).is_dir() else None
+        lora_of(config, model_of(config, start))
+    if directory is None or init_from in ("", RANDOM) or init_from.endswith(".py"):
+        return
+    if pathlib.Path(init_from).resolve() != directory.resolve():
+        raise ConfigError(
+            f"init_from={init_from!r} and model={config.model!r} are two directories, and one has"
+            " the weights and their model. Set --config.model alone."
+        )
+
+
 def _check_rows(config: ml_collections.ConfigDict) -> None:
     if config.rows % config.rows_per_microbatch:
         raise ConfigError(
@@ -386,8 +432,20 @@ def _check_cpt(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_sft(config: ml_collections.ConfigDict) -> None:
+    if config.trajectories:
+        try:
+            parse_mixture(config.trajectories)
+        except ValueError as error:
+            raise ConfigError(f"config.trajectories: {error}") from None
+    if config.held_out_share >= 1:
+        raise ConfigError(f"held_out_share={config.held_out_share} must be below 1. Lower it.")
     if not config.until_success:
         return
+    if not config.eval_tasks:
+        raise ConfigError(
+            f"until_success={config.until_success} ends the stage by tasks that are solved, and"
+            " eval_tasks=0 plays none. Set until_success to 0."
+        )
     if config.until_success > 1 or not config.eval_every or config.decay:
         raise ConfigError(
             f"until_success={config.until_success} ends the stage at an evaluation, at a step that"

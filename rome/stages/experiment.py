@@ -93,7 +93,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, team: Team) ->
 
 def isolation_of(config: ml_collections.ConfigDict, should_stop: ShouldStop) -> str:
     """Return the tier of the sandboxes of an experiment, "no sandbox" where it has none."""
-    if "sandbox" not in config:
+    if "sandbox" not in config or not config.eval_tasks:
         return "no sandbox"
     return find_isolation(sandbox_config(config), should_stop)
 
@@ -129,7 +129,7 @@ def _run_owned(
         return True
     if changed:
         _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
-    start = start_directory(config.init_from, workdir)
+    start = start_directory(config, workdir)
     earlier_evals: list[Evaluation] = []
     if start is not None and config.init_from.endswith(".py"):
         init_workdir = start.parent

@@ -125,8 +125,9 @@ def check_tasks(config: ml_collections.ConfigDict) -> None:
                 f" {task.name}, and no trajectory is cut. Raise --config.chunks_per_row, or set"
                 " --config.max_turns."
             )
-    if config.loss == "sft" and not tasks.shown():
+    if config.loss == "sft" and not config.trajectories and not tasks.shown():
         raise ConfigError(
             f"config.task={config.task!r} has no demonstrators, whose turns loss=sft learns. Choose"
-            " a task that has some, or start reinforcement learning from --config.init_from=DIR."
+            " a task that has some, name your own --config.trajectories, or start reinforcement"
+            " learning from --config.init_from=DIR."
         )

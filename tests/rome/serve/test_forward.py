@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.model.config import RopeScaling
 from rome.model.qwen3 import Qwen3
+from rome.model.rope import RopeScaling
 from rome.model.stacking import unstack_layers
 from rome.serve.forward import forward, make_cache
+from tests.rome.model import small
 from tests.rome.model.small import random_params
 from tests.rome.serve.tiny import make_config
 
@@ -24,10 +25,13 @@ SWITCHES = dataclasses.replace(
     scan_layers=False,
     rope_scaling=RopeScaling("yarn", 4.0, 16, 1.1),
 )
+DENSE = dataclasses.replace(small.DENSE, vocab_size=CONFIG.vocab_size)
 T, S = 24, 40
 
 
-@pytest.fixture(scope="module", params=[CONFIG, SWITCHES], ids=["plain", "switches"])
+@pytest.fixture(
+    scope="module", params=[CONFIG, SWITCHES, DENSE], ids=["plain", "switches", "dense"]
+)
 def config(request):
     return request.param
 

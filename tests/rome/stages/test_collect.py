@@ -23,6 +23,7 @@ from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.collect import Collector, split_groups
 from rome.stages.config import load_config
 from rome.stages.old_logprobs import OldLogprobs
+from rome.train.feed import OwnRows
 from rome.train.team import Team
 
 
@@ -105,6 +106,7 @@ def make(workdir, players=None, **changes):
         players=players or Players(),
         old_logprobs=make_old_logprobs(workdir),
         model_config=None,
+        own_rows=OwnRows(fed=list(range(config.rows_per_microbatch)), counted=[]),
         team=Team(),
     )
 
@@ -361,7 +363,7 @@ def collected(workdir, **changes):
 
 def test_a_step_of_equal_groups_learns_from_its_demonstrations_alone(tmp_path):
     data, accounting = collected(tmp_path, filter_groups=True)
-    ((_, denominators),) = data.minibatches
+    ((_, denominators, _),) = data.minibatches
     assert denominators.rl_tokens == 0 and denominators.trained_trajectories == 2
     assert (accounting.trained, accounting.dropped["equal_group"]) == (0, 4)
 
