@@ -111,9 +111,11 @@ def _check_split(key: str, spec: str, train: Source, evaluation: Source) -> None
 
 def check_tasks(config: ml_collections.ConfigDict) -> None:
     """Raise ConfigError for tasks that this config cannot train on, before anything is started."""
-    tasks = tasks_of(config)
     try:
+        tasks = tasks_of(config)
         examples = list(tasks.examples())
+    except ConfigError:
+        raise
     except ValueError as error:  # settings that an environment refuses
         raise ConfigError(f"config.task={config.task!r}: {error}") from error
     for task in examples:

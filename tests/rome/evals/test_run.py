@@ -4,9 +4,10 @@ import asyncio
 import json
 
 from envs.tasks.harbor import TaskError
-from rome.evals.agents import Outcome, spoiled
+from rome.data.trajectory import load_trajectory
+from rome.evals.agents import Outcome, Scripted, spoiled
 from rome.evals.run import Progress, describe_left_out, describe_results, evaluate
-from tests.rome.evals.tasks import Played, terminal, won
+from tests.rome.evals.tasks import CONFIG, Played, terminal, won
 
 
 def play(agent, out, **options):
@@ -80,3 +81,18 @@ def test_settings_that_were_not_honoured_are_said(tmp_path):
     names = [task.name for task in terminal()]
     assert results["approximated"] == [{"note": note, "tasks": names}]
     assert "storage\\_mb" in (tmp_path / "report.md").read_text().replace("_", "\\_")
+
+
+def test_every_attempt_keeps_its_transcript_and_what_its_tests_printed(tmp_path):
+    spec = "0.5*terminal:count + 0.5*games:guess_the_number"
+    results = asyncio.run(evaluate(spec, Scripted("oracle", CONFIG), tmp_path))
+    shell, game = results["tasks"]
+    told = load_trajectory(tmp_path / shell["transcript"])
+    assert (told.task, told.ending, told.reward) == (shell["task"], "success", 1.0)
+    assert len(told.chunks) == shell["turns"] and told.chunks[0].tool_call["name"] == "bash"
+    assert told.chunks[0].observation and "Count" in told.instruction
+    assert (tmp_path / shell["verifier_output"]).read_text() == "1\n"
+    told = load_trajectory(tmp_path / game["transcript"])
+    assert told.chunks[-1].text.startswith("<answer>") and "verifier_output" not in game
+    assert set(results["by_source"]) == {"terminal:count", "games:guess_the_number"}
+    assert set(results["by_family"]) == {shell["family"], game["family"]}
