@@ -207,6 +207,7 @@ class Engines:
         flags = [
             "--skip_tokenizer_init",
             f"--slots={self.config.engine.slots}",
+            f"--cache_tokens={self.config.engine.cache_tokens}",
             f"--max_context={self.config.max_context}",
             f"--dtype={self._model_config.dtype}",
         ]
