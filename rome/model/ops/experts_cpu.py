@@ -122,7 +122,7 @@ def experts_tiled(
 
     A row's numbers do not depend on other rows. An expert without rows costs nothing.
     """
-    E, F, D = down_EFD.shape
+    E, _, D = down_EFD.shape
     dtype = x_ND.dtype
     plan = sort_choices(ids_Nk, E)
     x_RD = _by_expert(x_ND, plan, FEW_TILES)
