@@ -48,7 +48,8 @@ from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode
 from rome.rollout.group import GroupPlan
 from rome.rollout.player import EpisodePlayer
-from rome.rollout.scheduler import RolloutScheduler, Rules, StaleSamples
+from rome.rollout.rules import Rules, StaleSamples
+from rome.rollout.scheduler import RolloutScheduler
 from rome.rollout.simulator.distributions import Distribution, Lognormal, Recorded
 from rome.rollout.simulator.pod import PodModel, step_seconds_bound
 from rome.rollout.simulator.simulate import simulate
@@ -185,7 +186,6 @@ class Workload:
             lambda task: SleepingEnv(task, sleeps),
             self.chat,
             Limits(1000, 40, 1e6),
-            CONCURRENCY,
         )
         return await player.play_one(episode, temperature=1.0, accounting=self.accounting)
 
@@ -269,9 +269,9 @@ def _sleeping_wave(rules: Rules) -> Callable[[int], list[GroupPlan]]:
 
 async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
     """Return the seconds that the commands of demonstrations take in real sandboxes here."""
+    from envs.gem.episode import play_demonstration
     from envs.rock import SandboxConfig
     from envs.tasks.terminal import FAMILIES, train_seed
-    from envs.tasks.terminal.demonstrator import play_demonstration
     from envs.tasks.terminal.env import TerminalEnv
 
     seconds: list[float] = []

@@ -22,22 +22,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import logging
 import os
 import pathlib
+import shlex
 import statistics
 import subprocess
 import tempfile
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
 from envs.rock import Sandbox, SandboxConfig, probe
 from envs.rock.docker.probe import probe_docker
+from envs.rock.doors import Door
 from envs.rock.embedded import zygote_client
 
 CONFIG = SandboxConfig(memory_mb=256, pids=64, disk_mb=64)
@@ -121,6 +126,39 @@ async def measure_commands(repeats: int) -> dict[str, list[float]]:
         found["fork"] = await timed(repeats, fork, lambda fork: fork.stop())
         found["restore"] = await timed(max(3, repeats // 10), lambda: sandbox.restore(snapshot))
     return found
+
+
+_ASK = """
+import http.client, statistics, sys, time
+connection = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]))
+times = []
+for _ in range(int(sys.argv[3])):
+    began = time.perf_counter()
+    connection.request("GET", "/")
+    connection.getresponse().read()
+    times.append(1000 * (time.perf_counter() - began))
+print(statistics.median(times))
+"""
+
+
+async def measure_door(repeats: int) -> dict[str, float]:
+    """Time a request over a kept connection to a door, and the same over this host's loopback."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        return web.Response(text="ok")
+
+    server = web.Server(answer)
+    listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    port = str(listening.sockets[0].getsockname()[1])
+    config = dataclasses.replace(CONFIG, doors={"model:80": Door.http(server)})
+    async with Sandbox(config) as sandbox, listening:
+        command = f"python3 -c {shlex.quote(_ASK)} model 80 {repeats}"
+        result = await sandbox.execute(command, timeout=120)
+        client = await asyncio.create_subprocess_exec(
+            "/usr/bin/python3", "-c", _ASK, "127.0.0.1", port, str(repeats), stdout=PIPE
+        )
+        out, _ = await client.communicate()
+    return {"door_ms_p50": float(result.stdout), "host_loopback_ms_p50": float(out)}
 
 
 async def measure_live(number: int) -> dict[str, float]:
@@ -364,6 +402,7 @@ async def measure(
         "repeats": repeats,
         "floor": {"bash_ms_p50": statistics.median(bare_bash() for _ in range(repeats))},
     }
+    found |= await measure_door(20 * repeats)
     found |= await measure_live(live)
     found |= await measure_leaks(cycles)
     found |= await measure_beside_docker(docker_image, max(5, repeats // 5))
@@ -397,6 +436,10 @@ def show(found: dict[str, Any]) -> None:
         f"{found['live']} at once: {found['live_seconds']:.1f} s, {found['live_mib_each']:.2f} MiB"
         f" each. {found['cycles']} made and ended, 8 at a time: {found['cycles_per_s']:.0f} a"
         f" second, {found['leaks']} things left behind."
+    )
+    console.print(
+        f"A request at a door: {found['door_ms_p50']:.2f} ms; over this host's loopback:"
+        f" {found['host_loopback_ms_p50']:.2f} ms."
     )
     if found["ratio_docker"]:
         console.print(

@@ -9,8 +9,8 @@ into envs/tasks/terminal/families/base, and the curriculum trains on it.
 import asyncio
 import random
 
+from envs.gem.episode import play_demonstration
 from envs.rock import SandboxConfig
-from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, family, holds, lines
 

@@ -2,7 +2,7 @@
 
 python -m examples.04_loss
 
-To train with it, add it to SPECS in rome/losses/__init__.py and pass --config.loss=NAME.
+To train with it: --config.loss=examples/04_loss.py:clipped_reinforce_loss (docs/extending.md).
 """
 
 import jax

@@ -29,6 +29,11 @@ PODS = {
 }
 
 
+def own(*roles: str) -> ml_collections.ConfigDict:
+    """Return the blocks of the keys that own code declares, one for each role."""
+    return ml_collections.ConfigDict({role: {} for role in roles})
+
+
 def learner() -> ml_collections.ConfigDict:
     """Return how the train step is computed: rematerialisation, kernels, router, memory."""
     block = ml_collections.ConfigDict()
@@ -81,8 +86,11 @@ def sandbox() -> ml_collections.ConfigDict:
     block.isolation = "best_available"
     block.memory_mb = 256
     block.pids = 64
-    block.disk_mb = 8
-    block.command_timeout = 5.0  # seconds of one command
+    block.disk_mb = 0  # of workspace and /tmp together; 0: what the task needs
+    # seconds of one command; 0: the environment's own (5 in the curriculum, 60 in task folders)
+    block.command_timeout = 0.0
+    # packages that the tests of task folders find and agents never see; read where it exists
+    block.verifier_tools = "~/.rock/tools"
     # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; empty: no network
     block.egress = ""
     # embedded; docker: containers of `image`; remote: the ROCK admin at `url`, with the token from

@@ -31,8 +31,23 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.model = "tiny"  # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tokenizer/tiny"
 
+    # The tasks (docs/tasks.md).
+    config.task = "terminal"  # what is trained on
+    config.eval_task = ""  # what is evaluated; empty: tasks of `task` that are never trained on
+    # the first prompt has each environment's tools and system text; False: a small model learns the
+    # form of a call from demonstrations
+    config.tell_tools = False
+
     # The loss (rome/losses). A switch of 0 means the value of the loss' own paper.
-    config.loss = "ipa"  # or one of the baselines named above
+    # or one of the baselines named above, or own code: package.module:name or path/to/file.py:name
+    # (docs/extending.md)
+    config.loss = "ipa"
+    # how the episodes of a group are compared: normalised, centred, leave_one_out or steps
+    # (rome/data/advantages.py), or own code; empty: the way of the loss' own paper
+    config.advantage = ""
+    config.reward = ""  # own code for the reward that training learns from; empty: the verifier's
+    config.filter = ""  # own code that chooses the episodes of a group to train on; empty: all
+    config.own = common.own("loss", "advantage", "reward", "filter")
     config.gamma = 0.95  # per chunk; the paper gives no value
     # bound of pi_old / mu: H of ipa and token_level, C of tis, upper bound of icepop; 0: 5, tis 2
     config.mismatch_limit = 0.0
@@ -54,6 +69,10 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.negative_tokens = 0
     # subtracted from the reward of an episode that tried to reach a network it was not granted
     config.denial_penalty = 0.0
+    # weights of what an episode's branches earn, such as "subagent:0.5 rewind:0"; "": all weigh 1.
+    # compaction, subagent: turns in a context that was opened so. rewind: turns that were taken
+    # back. A turn of weight 0 is only read
+    config.edge_credit = ""
     # gigpo groups turns by equal history, or by equal last observation ("observation")
     config.gigpo_state = "history"
     # pi_old: scored by the trainer, or the engine's own logprobs ("rollout")
@@ -84,9 +103,14 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.alarm_kl = 0.1
 
     # Episodes.
+    # who plays: plain, the loop of this project; or command:COMMAND, any agent, run in the task's
+    # sandbox with OPENAI_BASE_URL and ANTHROPIC_BASE_URL (docs/agents.md)
+    config.agent = "plain"
+    config.agent_files = ""  # folder that the command finds at $AGENT_FILES
+    config.agent_idle_seconds = 120.0  # without a call, after which the command is ended
     config.max_context = 160  # tokens of an episode
     config.max_new_tokens = 48  # tokens of a turn
-    config.max_turns = 6
+    config.max_turns = 0  # turns of an episode; 0: the environment's own
     config.temperature = 1.0
     config.concurrency = 64  # episodes at once
     config.episode_seconds = 120.0  # for which the environment may work for one episode
@@ -158,6 +182,7 @@ def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.max_context = 8192
     config.max_new_tokens = 1024
     config.max_turns = 32
+    config.tell_tools = True
     config.concurrency = 512
     config.episode_seconds = 1800.0
     config.start_seconds = 600.0

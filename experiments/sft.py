@@ -24,7 +24,15 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.init_from = ""
     config.model = "tiny"  # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tokenizer/tiny"
-    config.loss = "sft"
+    # The tasks (docs/tasks.md).
+    config.task = "terminal"  # what is trained on
+    config.eval_task = ""  # what is evaluated; empty: tasks of `task` that are never trained on
+    # the first prompt has each environment's tools and system text; False: a small model learns the
+    # form of a call from demonstrations
+    config.tell_tools = False
+
+    config.loss = "sft"  # or own code (docs/extending.md)
+    config.own = common.own("loss")
     config.steps = 2400  # at most, where until_success is set
     # held-out success at which the stage ends: IPA starts where many outcomes are undecided.
     # 0: all steps are run
@@ -46,7 +54,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     # Episodes: demonstrations, and the policy in evaluations.
     config.max_context = 160  # tokens of an episode
     config.max_new_tokens = 48  # tokens of a turn
-    config.max_turns = 6
+    config.max_turns = 0  # turns of an episode; 0: the environment's own
     config.temperature = 1.0
     config.concurrency = 64  # episodes at once
     config.episode_seconds = 120.0  # for which the environment may work for one episode
@@ -90,6 +98,7 @@ def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.max_context = 8192
     config.max_new_tokens = 1024
     config.max_turns = 32
+    config.tell_tools = True
     config.concurrency = 512
     config.episode_seconds = 1800.0
     config.start_seconds = 600.0

@@ -20,15 +20,11 @@ import sys
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
 
+from launch._config import define_config, read_config
 from rome.train.xla_flags import environment_of
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    "experiments/ipa.py:qwen3_30b_a3b",
-    "An experiment file, with :PRESET after it where it has several.",
-)
+_CONFIG = define_config("experiments/ipa.py:qwen3_30b_a3b")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "v5p:4x4x4", "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), or CHIP:SHAPE*SLICES."
 )
@@ -134,7 +130,7 @@ def main(argv: list[str]) -> int:
     chip_name = _TOPOLOGY.value.partition(":")[0]
     os.environ.update(environment_of(chip_name, os.environ))
     found = compile_experiment(
-        _CONFIG.value, _TOPOLOGY.value, _LAYERS.value, _SEQUENCE.value, _IMBALANCE.value
+        read_config(_CONFIG), _TOPOLOGY.value, _LAYERS.value, _SEQUENCE.value, _IMBALANCE.value
     )
 
     from rome.cost.compile import show

@@ -38,9 +38,9 @@ from launch._main import reject_arguments, run_command, use_compilation_cache
 
 if TYPE_CHECKING:  # heavy modules are imported once the flags are checked
     from envs.rock import SandboxConfig
+    from envs.sources import Settings, Task
     from envs.tasks.harbor import TaskError
     from rome.evals.agents import Agent
-    from rome.evals.tasks import EvalTask, HarborSettings
 
 AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
 
@@ -150,10 +150,17 @@ _VERIFIER_EGRESS = flags.DEFINE_multi_string(
     " installed then, and --verifier_tools need not have it.",
 )
 _MAX_TURNS = flags.DEFINE_integer(
-    "max_turns", 40, "Turns of an agent in each step of a task folder.", lower_bound=1
+    "max_turns",
+    None,
+    "Turns of an agent, in each step of a task folder. Default: the environment's own; 40 in task"
+    " folders.",
+    lower_bound=1,
 )
 _COMMAND_SECONDS = flags.DEFINE_float(
-    "command_seconds", 60.0, "Limit for one command in a task folder's sandbox.", lower_bound=0.1
+    "command_seconds",
+    None,
+    "Limit for one command in a sandbox. Default: the environment's own; 60 in task folders.",
+    lower_bound=0.1,
 )
 _TIMEOUT_MULTIPLIER = flags.DEFINE_float(
     "timeout_multiplier", 1.0, "Of every time limit that a task folder sets.", lower_bound=0.01
@@ -177,16 +184,14 @@ _DECONTAMINATE = flags.DEFINE_string(
 def main(argv: list[str]) -> int:
     reject_arguments(argv, "--dataset=DIR")
     check_flags()
-    from rome.evals.tasks import load_tasks
+    from envs.sources import load_tasks
 
     faults: list[TaskError] = []
     tasks = load_tasks(
         _DATASET.value,
         _SEED.value,
         faults,
-        _FETCH.value,
-        harbor_settings(),
-        read_task_env(),
+        play_settings(),
     )
     if faults and not tasks and not _VALIDATE.value:
         more = f" (and {len(faults) - 1} tasks more)" if len(faults) > 1 else ""
@@ -202,7 +207,7 @@ def main(argv: list[str]) -> int:
 # -------------------------------------------------------------------------------------------------
 
 
-def run_evaluation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
+def run_evaluation(tasks: list[Task], faults: list[TaskError]) -> int:
     """Play and report; return 1 if no attempt counts, else 0, whatever the metrics."""
     from rome.evals.cheats import CHEATS
     from rome.evals.run import (
@@ -242,7 +247,7 @@ def run_evaluation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
     return 0 if results["attempts_counted"] else 1
 
 
-def run_validation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
+def run_validation(tasks: list[Task], faults: list[TaskError]) -> int:
     """Prove the dataset and report; return 1 if a task is not sound."""
     from rome.evals.run import ORACLE_RUNS, Progress, describe_validation, validate
 
@@ -267,7 +272,7 @@ def run_validation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
     return 0 if proof["valid"] else 1
 
 
-def run_decontamination(tasks: list[EvalTask], faults: list[TaskError]) -> int:
+def run_decontamination(tasks: list[Task], faults: list[TaskError]) -> int:
     """Search the corpus and report; return 1 if a task is found, or cannot be searched for."""
     from rome.evals.run import decontaminate, describe_contamination
 
@@ -359,19 +364,21 @@ def read_task_env() -> dict[str, str]:
     return variables
 
 
-def harbor_settings() -> HarborSettings:
-    """Return how task folders are played."""
+def play_settings() -> Settings:
+    """Return how the tasks are played."""
     from envs.rock.config import parse_grant
-    from rome.evals.tasks import HarborSettings
+    from envs.sources import Settings
 
     for grant in _VERIFIER_EGRESS.value:
         parse_grant(grant)
-    return HarborSettings(
+    return Settings(
         images=dict(map(read_alias, _STANDS_FOR.value)),
         build_egress=read_build_egress(),
         verifier_egress=tuple(_VERIFIER_EGRESS.value),
-        max_turns=_MAX_TURNS.value,
-        command_timeout=_COMMAND_SECONDS.value,
+        environ=read_task_env(),
+        fetch=_FETCH.value,
+        max_turns=_MAX_TURNS.value or 0,
+        command_timeout=_COMMAND_SECONDS.value or 0.0,
         timeout_multiplier=_TIMEOUT_MULTIPLIER.value,
     )
 
@@ -405,14 +412,21 @@ def sandbox_settings() -> dict[str, Any]:
 
     settings = {"isolation": find_isolation(sandbox_config())}
     # What is not given is not written, so that folders of earlier versions are gone on with.
-    given = (_STANDS_FOR, _BUILD_EGRESS, _VERIFIER_EGRESS, _MEMORY_MB, _DISK_MB, _DOCKER_IMAGE)
-    changed = (_MAX_TURNS, _COMMAND_SECONDS, _TIMEOUT_MULTIPLIER)
+    given = (
+        _STANDS_FOR,
+        _BUILD_EGRESS,
+        _VERIFIER_EGRESS,
+        _MEMORY_MB,
+        _DISK_MB,
+        _DOCKER_IMAGE,
+        _MAX_TURNS,
+        _COMMAND_SECONDS,
+    )
     for flag in given:
         if flag.value:
             settings[flag.name] = flag.value
-    for flag in changed:
-        if flag.value != flag.default:
-            settings[flag.name] = flag.value
+    if _TIMEOUT_MULTIPLIER.value != _TIMEOUT_MULTIPLIER.default:
+        settings[_TIMEOUT_MULTIPLIER.name] = _TIMEOUT_MULTIPLIER.value
     return settings
 
 

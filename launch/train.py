@@ -21,16 +21,12 @@ if __name__ == "__main__":
     STOP.listen()  # before the imports below: a Ctrl-C during them ends with one line, too
 
 from absl import flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
 
+from launch._config import define_config, read_config  # noqa: E402
 from launch._main import reject_arguments, run_command, use_compilation_cache  # noqa: E402
 from rome.train.streams import outlast_readers  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    "experiments/ipa.py",
-    "An experiment file, with :PRESET after it where it has several.",
-)
+_CONFIG = define_config("experiments/ipa.py")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Directory of the run. Default: runs/EXPERIMENT-PRESET-HASH OF WHAT IS LEARNT."
 )
@@ -55,12 +51,13 @@ def main(argv: list[str]) -> int:
     from rome.train.workdir import default_workdir
 
     keep_freed_memory()  # before JAX starts its threads
-    config = _CONFIG.value
+    config = read_config(_CONFIG)
     layout = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     claim_devices(config, is_alone=layout.kind == "alone")
-    from rome.stages.config import key_rules
+    from rome.stages.config import check_config, key_rules
     from rome.stages.experiment import run, start_team
 
+    check_config(config)
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config, key_rules(config)))
     team = start_team(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, STOP)
     STOP.listen()  # jax.distributed has replaced our handlers

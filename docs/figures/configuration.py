@@ -44,7 +44,6 @@ EVIDENT = {
     "lambda_il": "weight of the imitation term of Eq. 10",
     "lambda_rl": "weight of the reinforcement term of Eq. 10",
     "learning_rate": "of AdamW, after the warm-up",
-    "max_turns": "of an episode",
     "preset": "the part of `--config` after the colon",
     "rows_per_microbatch": "rows whose gradient is computed at once, over all devices",
     "seed": "of the run; every other seed is derived from it",
@@ -61,8 +60,6 @@ EVIDENT = {
     "mesh.expert": "splits experts and rows",
     "mesh.sequence": "splits the tokens of a row",
     "mesh.tensor": "splits heads, hidden width and vocabulary",
-    "sandbox.command_timeout": "seconds of one command",
-    "sandbox.disk_mb": "of workspace and /tmp together",
     "sandbox.image": "name of the image, for the docker backend",
     "sandbox.memory_mb": "of all processes and files together",
     "sandbox.pids": "processes and threads",
@@ -91,6 +88,8 @@ python -m launch.train --config=experiments/ipa.py:smoke --config.seed=1
 An unknown key, a value of the wrong type and an impossible combination are errors before anything
 starts. To change more than a few values, copy the file: `python -m launch.train
 --config=experiments/mine.py`.
+
+Keys of the block `own` are those that [your own code](extending.md) declares: identity keys.
 
 The tables show the default of the preset `tiny` in each experiment; a dash means that the
 experiment does not have the key. The class of a key says what a run makes of another value when it

@@ -20,6 +20,7 @@ def draw() -> None:
         "rome.evals": (4.3, 2.95, BLUE),
         "rome.train": (0.3, 2.15, BLUE),
         "rome.rollout": (2.3, 2.15, BLUE),
+        "envs.sources": (6.1, 2.95, GREEN),
         "envs.tasks, games,\nworlds, problems": (6.1, 2.15, GREEN),
         "rome.agent": (3.2, 1.35, BLUE),
         "envs.gem": (6.1, 1.35, GREEN),
@@ -45,8 +46,10 @@ def draw() -> None:
         ("launch", "rome.evals"),
         ("rome.stages", "rome.train"),
         ("rome.stages", "rome.rollout"),
-        ("rome.evals", "rome.agent"),
-        ("rome.evals", "envs.tasks, games,\nworlds, problems"),
+        ("rome.stages", "rome.evals"),
+        ("rome.evals", "rome.rollout"),
+        ("rome.evals", "envs.sources"),
+        ("envs.sources", "envs.tasks, games,\nworlds, problems"),
         ("rome.rollout", "rome.agent"),
         ("rome.agent", "rome.engine"),
         ("rome.agent", "envs.gem"),
@@ -57,8 +60,9 @@ def draw() -> None:
     for upper, lower in imports:
         start = (places[upper][0] + WIDTH / 2, places[upper][1])
         end = (places[lower][0] + WIDTH / 2, places[lower][1] + HEIGHT)
-        if places[upper][1] == places[lower][1]:
-            continue
+        if places[upper][1] == places[lower][1]:  # side by side
+            middle = places[upper][1] + HEIGHT / 2
+            start, end = (places[upper][0] + WIDTH, middle), (places[lower][0], middle)
         arrow(axes, start, end, colour=MUTED)
     arrow(axes, (1.92, 0.77), (2.2, 0.77), colour=MUTED)
     arrow(axes, (4.1, 0.77), (3.82, 0.77), colour=MUTED)

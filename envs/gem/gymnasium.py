@@ -146,7 +146,7 @@ class FromGymnasium(Env):
             )
         self.action_names = list(action_names) if action_names else None
         self._describe = describe
-        self._max_turns = max_turns
+        self.max_turns = max_turns
         self._turns = 0
         self._seed = seed
         spec = self.gymnasium_env.spec
@@ -169,7 +169,7 @@ class FromGymnasium(Env):
 
     def step(self, action: str) -> StepResult:
         self._turns += 1
-        is_last_turn = self._turns >= self._max_turns
+        is_last_turn = self._turns >= self.max_turns
         chosen = self._parse(action)
         info = self._turn_info(action, is_valid=chosen is not None)
         if chosen is None:
@@ -213,7 +213,7 @@ class FromGymnasium(Env):
             raise ValueError(f"spawn cannot change {', '.join(unknown)}")
         clone = copy.deepcopy(self)
         default_seed = None if same_state else self._seed
-        clone._max_turns = kwargs.get("max_turns", self._max_turns)
+        clone.max_turns = kwargs.get("max_turns", self.max_turns)
         clone._seed = kwargs.get("seed", default_seed)
         return clone
 

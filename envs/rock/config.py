@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from envs.rock.doors import Door
+
 BACKENDS = ("embedded", "docker", "remote")
 ISOLATIONS = ("required", "best_available")
 TIERS = ("namespaces", "landlock")
 
 MAX_SECONDS = 7 * 24 * 3600.0  # of any time limit
 MAX_ENVIRONMENT_BYTES = 100_000  # as JSON, the form in which variables travel
-MAX_PORTS = 16  # different ones in `egress`
+MAX_PORTS = 16  # different ones in `egress` and `doors`
 MIN_OPEN_FILES = 96  # for a sandbox's own process
 # Grants for `egress` that let the usual package managers work.
 PACKAGE_MIRRORS = (
@@ -71,6 +73,8 @@ class SandboxConfig:
       token: remote: identifies the user to the admin.
       label: what the sandbox is for, for example an episode's name; stands in each of its denials.
       egress: what may be reached by TCP, see parse_grant; nothing by default.
+      doors: names inside that this process answers, "model:80" -> Door (envs.rock.doors). They are
+        no part of what makes two configs equal: a build or a snapshot serves any.
       verifier_tools: a directory of this machine that verifiers see read-only at $VERIFIER_TOOLS,
         and that the agent's commands never see; "" for none.
       memory_mb: of all processes together, with the files of the workspace.
@@ -95,6 +99,7 @@ class SandboxConfig:
     token: str = field(default="", repr=False)
     label: str = ""
     egress: tuple[str, ...] = ()
+    doors: Mapping[str, Door] = field(default_factory=dict, repr=False, compare=False)
     verifier_tools: str = ""
     memory_mb: int = 256
     pids: int = 64
@@ -121,8 +126,13 @@ class SandboxConfig:
             )
 
     def grants(self) -> list[GrantFields]:
-        """Return `egress` parsed: (name, address, port) of each grant, see parse_grant."""
-        return [parse_grant(text) for text in self.egress]
+        """Return what the sandbox may connect to, as (name, address, port), doors included."""
+        doors = [(name, None, port) for name, port in self.opened_doors()]
+        return [*(parse_grant(text) for text in self.egress), *doors]
+
+    def opened_doors(self) -> dict[tuple[str, int], Door]:
+        """Return `doors` by name and port."""
+        return {parse_door(text): door for text, door in self.doors.items()}
 
     def _check_backend(self) -> None:
         for name, backends in _FIELDS_OF_BACKENDS:
@@ -161,7 +171,17 @@ class SandboxConfig:
                 f"open_files is {self.open_files}; a sandbox's own process needs {MIN_OPEN_FILES}"
             )
         if len({port for _, _, port in self.grants()}) > MAX_PORTS:
-            raise ValueError(f"egress grants more than {MAX_PORTS} different ports")
+            raise ValueError(f"egress and doors have more than {MAX_PORTS} different ports")
+        self._check_doors()
+
+    def _check_doors(self) -> None:
+        granted = {(name, port) for name, _, port in map(parse_grant, self.egress)}
+        for text in self.doors:
+            name, port = parse_door(text)
+            if (name, port) in granted:
+                raise ValueError(
+                    f"{text} is a door and granted by egress too; leave out one of them"
+                )
 
 
 def parse_grant(text: str) -> GrantFields:
@@ -202,6 +222,23 @@ def parse_grant(text: str) -> GrantFields:
             f" NAME@{address}:{port} for the host's"
         )
     return name.lower() or None, address or None, int(port)
+
+
+def parse_door(text: str) -> tuple[str, int]:
+    """Parse a key of `SandboxConfig.doors`, NAME:PORT.
+
+    Returns:
+      (name in lower case, port).
+
+    Raises:
+      ValueError: it is not a host name and a port; localhost and addresses are the sandbox's own.
+    """
+    name, _, port = text.rpartition(":")
+    is_name = bool(_HOST_NAME.fullmatch(name)) and not name.startswith("*")
+    is_own = name.lower() == "localhost" or name.replace(".", "").isdecimal()
+    if not is_name or is_own or not _is_port(port):
+        raise ValueError(f"door {text!r} is not NAME:PORT, for example model:80")
+    return name.lower(), int(port)
 
 
 def _is_port(text: str) -> bool:

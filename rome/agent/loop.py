@@ -1,8 +1,7 @@
 """The agent loop: one episode of an engine in an environment.
 
-It is the same in training, evaluation and production. Tokens are only appended: the engine gets all
-ids so far, its ids are kept as they came, and the environment's answer is tokenised once. What was
-sampled is what is trained on.
+It is the same in training, evaluation and production. Tokens are only appended, and the session
+(`rome.agent.session`) owns them: the environment's answer is tokenised once.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from envs.gem import ToolCallError, parse_tool_calls
 from envs.gem.core import Env, close_async
-from envs.rock import SandboxError
-from rome.agent.environment import (
+from envs.gem.episode import (
     GRADING_MARGIN_SECONDS,
     EnvironmentFault,
     OutOfTime,
@@ -25,10 +23,9 @@ from rome.agent.environment import (
     Turn,
     task_name,
 )
-from rome.data.routes import extend_routes
-from rome.data.seeds import derive_seed
+from envs.rock import SandboxError
+from rome.agent.session import ContextFull, Generator, Session
 from rome.data.trajectory import Chunk, Trajectory
-from rome.engine.completion import Completion, Sampling
 from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
@@ -38,19 +35,6 @@ log = logging.getLogger(__name__)
 
 class ReplayError(RuntimeError):
     """A replayed action was answered differently than the first time, or not in time."""
-
-
-class Generator(Protocol):
-    """The method of an engine, or of a pool of engines, that the loop uses."""
-
-    async def generate(
-        self,
-        input_ids: list[int],
-        sampling: Sampling,
-        deadline_seconds: float,
-        *,
-        affinity: str | None = None,
-    ) -> Completion: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +86,7 @@ async def run_episode(
     episode: int = 0,
     routes: bool = False,
     prefix: Sequence[Chunk] = (),
+    tell_tools: bool = False,
 ) -> Trajectory:
     """Play one episode to its typed ending.
 
@@ -114,7 +99,7 @@ async def run_episode(
       env: any GEM environment, gem-llm's own included; closed here.
       chat: writes instructions and observations as tokens.
       limits: bounds of tokens and time.
-      seed: of the episode; the seed of turn k derives from (seed, k).
+      seed: of the episode; the seeds of its turns derive from it.
       temperature: of sampling.
       group: recorded in the trajectory.
       episode: recorded in the trajectory.
@@ -122,22 +107,35 @@ async def run_episode(
       prefix: chunks of an earlier trajectory of this task. Their actions are repeated in the
         environment, which must answer as it did then, and they stand in the trajectory as context;
         the policy plays from there. A different answer ends the episode as infra_sandbox.
+      tell_tools: whether the first prompt has the environment's own tools and system text; False
+        leaves it to `chat`.
 
     Returns:
       The trajectory of the episode.
     """
     started = time.monotonic()
     played = PlayedEnv(env, limits.episode_seconds, limits.start_seconds)
-    chunks: list[Chunk] = []
+    chunks: list[Chunk] = []  # grows as the episode does, so that a fault leaves what was played
     instruction = ""
     result = _Result(0.0, "cancelled", "")
     try:
         instruction, _ = await played.start()
+        if tell_tools:
+            chat = told_tools(chat, env)
         await replay(played, prefix, chunks)
         played.hand_over()
-        result = await _play(
-            engine, played, chat, limits, instruction, chunks, seed, temperature, routes
+        session = Session(
+            engine,
+            chat.tokenizer,
+            seed=seed,
+            max_context=limits.max_context,
+            max_new_tokens=limits.max_new_tokens,
+            completion_seconds=limits.completion_seconds,
+            temperature=temperature,
+            routes=routes,
+            chunks=chunks,
         )
+        result = await _play(session, played, chat, instruction)
     except (EnvironmentFault, ReplayError) as error:
         result = _Result(0.0, "infra_sandbox", str(error))
     except EngineError as error:
@@ -158,6 +156,17 @@ async def run_episode(
         note=result.note,
         success_reward=played.success_reward,
     )
+
+
+def told_tools(chat: Chat, env: Any) -> Chat:
+    """Return the chat whose first prompt has the tools and the system text of an environment.
+
+    Args:
+      chat: its tokenizer is kept.
+      env: an environment or a task; both are optional there.
+    """
+    tools = list(getattr(env, "tools", None) or ()) or None
+    return Chat(chat.tokenizer, tools, getattr(env, "system", None) or None)
 
 
 async def close_env(env: Env) -> None:
@@ -213,50 +222,18 @@ async def replay(played: PlayedEnv, prefix: Sequence[Chunk], chunks: list[Chunk]
         chunks.append(context)
 
 
-async def _play(
-    engine: Generator,
-    played: PlayedEnv,
-    chat: Chat,
-    limits: Limits,
-    instruction: str,
-    chunks: list[Chunk],
-    seed: int,
-    temperature: float,
-    routes: bool,
-) -> _Result:
-    """Play turn after turn until the environment or a limit ends the episode.
-
-    Appends to `chunks`.
-    """
-    context = [token for chunk in chunks for token in (*chunk.prompt_ids, *chunk.action_ids)]
-    # Routes are asked for from here on: not for replayed tokens, nor for those that the engine has
-    # computed already (all but the last one that it sampled).
-    routes_from = len(context)
+async def _play(session: Session, played: PlayedEnv, chat: Chat, instruction: str) -> _Result:
+    """Play turn after turn until the environment or a limit ends the episode."""
+    chunks = session.chunks
     prompt_ids = _answer(chat, chunks[-1]) if chunks else chat.open(instruction)
     while True:
-        context += prompt_ids
-        room = limits.max_context - len(context)
-        if room < 1:
-            note = f"no room left in a context of {limits.max_context} tokens"
-            return await _judge(played, "truncated_tokens", note)
-        sampling = Sampling(
-            max_new_tokens=min(room, limits.max_new_tokens),
-            temperature=temperature,
-            stop_token_ids=(chat.tokenizer.im_end,),
-            seed=derive_seed(seed, len(chunks)),
-            routes_from=routes_from if routes else None,
-        )
-        completion = await engine.generate(
-            context, sampling, limits.completion_seconds, affinity=str(seed)
-        )
-        context += completion.output_ids
-        routes_from = len(context) - 1
-        previous = chunks[-1] if chunks else None
-        chunk = _to_chunk(chat, prompt_ids, completion, previous)
-        chunks.append(chunk)
-        if completion.finish_reason == "length":
-            chunk.status = "malformed"
-            note = f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens"
+        try:
+            number = await session.sample(session.last, prompt_ids)
+        except ContextFull as full:
+            return await _judge(played, "truncated_tokens", str(full))
+        chunk = chunks[number]
+        if session.is_truncated(number):
+            note = f"turn {len(chunks)} did not end within {len(chunk.action_ids)} tokens"
             return await _judge(played, "truncated_tokens", note)
         try:
             turn = await played.step(chunk.text)
@@ -295,27 +272,3 @@ def _call_of(text: str) -> dict[str, Any] | None:
     except ToolCallError:
         return None
     return dataclasses.asdict(calls[0]) if calls else None
-
-
-def _to_chunk(
-    chat: Chat, prompt_ids: list[int], completion: Completion, previous: Chunk | None
-) -> Chunk:
-    """Return the chunk of one turn, before the environment has answered it."""
-    text_ids = completion.output_ids
-    if text_ids and text_ids[-1] in chat.tokenizer.turn_ends:
-        text_ids = text_ids[:-1]
-    chunk = Chunk(
-        prompt_ids=prompt_ids,
-        action_ids=completion.output_ids,
-        logprobs=completion.logprobs,
-        versions=completion.versions,
-        text=chat.tokenizer.decode(text_ids),
-        cached_tokens=completion.cached_tokens,
-    )
-    if completion.routes is not None:
-        chunk.routes = extend_routes(
-            previous.routes if previous is not None else None,
-            completion.routes,
-            len(prompt_ids) + len(completion.output_ids),
-        )
-    return chunk

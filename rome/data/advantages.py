@@ -24,14 +24,21 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from rome.data.trajectory import Trajectory
+from rome.data.tree import ROOT
 
 Estimator = Literal["normalised", "centred", "leave_one_out", "steps"]
+# Own code that compares the episodes of one group: (episodes, their rewards as losses see them) ->
+# for each episode its advantage, or one for each of its turns.
+Comparison = Callable[
+    [Sequence[Trajectory], Sequence[float]], Sequence["float | Sequence[float] | np.ndarray"]
+]
+PARAMETERS = ("episodes", "rewards")  # of a Comparison, by position
 Anchor = Literal["history", "observation"]
 
 _EPSILON = 1e-6  # keeps a group of equal rewards finite
@@ -42,7 +49,7 @@ def chunk_returns(reward: float, num_chunks: int, gamma: float) -> np.ndarray:
 
     Args:
       reward: R, the reward that losses see.
-      num_chunks: K, the number of chunks with sampled tokens.
+      num_chunks: K, the number of chunks with sampled tokens, those of all branches together.
       gamma: discount a chunk, in (0, 1].
 
     Returns:
@@ -55,7 +62,7 @@ def chunk_returns(reward: float, num_chunks: int, gamma: float) -> np.ndarray:
 def group_advantages(
     trajectories: Sequence[Trajectory],
     failure_reward: float,
-    estimator: Estimator = "normalised",
+    estimator: Estimator | Comparison = "normalised",
     *,
     gamma: float = 1.0,
     anchor: Anchor = "history",
@@ -68,21 +75,23 @@ def group_advantages(
     Args:
       trajectories: whole groups (`Trajectory.group`), and only what is trained on.
       failure_reward: reward of a trajectory that the verifier gave 0 or less.
-      estimator: one of the table in the module's docstring.
+      estimator: one of the table in the module's docstring, or own code.
       gamma: discount a turn, read by "steps".
       anchor: which turns "steps" takes to be in the same state (`anchor_states`).
       denial_penalty: as in `loss_reward`.
 
     Raises:
-      ValueError: estimator or anchor is unknown.
+      ValueError: estimator or anchor is unknown, or own code returned no advantages.
     """
+    rewards = [loss_reward(one, failure_reward, denial_penalty) for one in trajectories]
+    if callable(estimator):
+        return _own_advantages(trajectories, rewards, estimator)
     if estimator not in get_args(Estimator) or anchor not in get_args(Anchor):
         raise ValueError(
             f"advantage {estimator!r} or anchor {anchor!r} unknown; known:"
             f" {', '.join(get_args(Estimator))}; {', '.join(get_args(Anchor))}"
         )
     groups = [trajectory.group for trajectory in trajectories]
-    rewards = [loss_reward(one, failure_reward, denial_penalty) for one in trajectories]
     episode_estimator: Estimator = "normalised" if estimator == "steps" else estimator
     episode_level = _compare(groups, rewards, episode_estimator)
     advantages = []
@@ -106,16 +115,19 @@ def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
         does not show its state, but the same commands with the same outputs lead to the same one.
     """
     states: list[Hashable] = []
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt_ids, chunk in trajectory.turns:
+    digests: list[hashlib.blake2b] = []  # of each turn: what it and those that it goes on from saw
+    for (prompt_ids, chunk), parent in zip(trajectory.turns, trajectory.turn_parents, strict=True):
         if anchor == "observation":
             states.append(tuple(prompt_ids))
             continue
+        empty = hashlib.blake2b(digest_size=16)
+        digest = empty if parent == ROOT else digests[parent].copy()
         observed = json.dumps(list(map(int, prompt_ids)))
         digest.update(observed.encode())
         states.append(digest.copy().digest())
         called = json.dumps(chunk.tool_call, sort_keys=True)
         digest.update(called.encode())
+        digests.append(digest)
     return states
 
 
@@ -126,13 +138,49 @@ def loss_reward(
 
     Args:
       trajectory: one episode.
-      failure_reward: replaces every reward of 0 or less.
+      failure_reward: replaces every reward of 0 or less of a verifier. One that own code gave
+        (`Trajectory.training_reward`) is taken as it is.
       denial_penalty: subtracted where the episode tried to reach a network address that its sandbox
         does not grant.
     """
-    reward = trajectory.reward if trajectory.reward > 0 else failure_reward
+    reward = trajectory.learned_reward
+    if trajectory.training_reward is None and reward <= 0:
+        reward = failure_reward
     penalised = trajectory.network_denials > 0
     return reward - denial_penalty * penalised
+
+
+def _own_advantages(
+    trajectories: Sequence[Trajectory], rewards: Sequence[float], compare: Comparison
+) -> list[np.ndarray]:
+    """Return what own code says of every group, [K] for each trajectory."""
+    places: dict[int, list[int]] = collections.defaultdict(list)
+    for place, trajectory in enumerate(trajectories):
+        places[trajectory.group].append(place)
+    advantages: dict[int, np.ndarray] = {}
+    for members in places.values():
+        episodes = [trajectories[place] for place in members]
+        compared = list(compare(episodes, [rewards[place] for place in members]))
+        if len(compared) != len(episodes):
+            raise ValueError(
+                f"an advantage of own code returned {len(compared)} values for a group of"
+                f" {len(episodes)} episodes. Return one for each"
+            )
+        for place, episode, value in zip(members, episodes, compared, strict=True):
+            advantages[place] = _per_turn(value, episode)
+    return [advantages[place] for place in range(len(trajectories))]
+
+
+def _per_turn(value: Any, episode: Trajectory) -> np.ndarray:
+    """Return the advantage of an episode at each of its turns, [K]."""
+    turns = len(episode.turns)
+    value_K = np.asarray(value, np.float64)
+    if value_K.shape not in ((), (turns,)) or not np.isfinite(value_K).all():
+        raise ValueError(
+            f"an advantage of own code returned {value!r} for an episode of {turns} turns. Return a"
+            " finite number, or one for each turn"
+        )
+    return np.broadcast_to(value_K, (turns,)).copy()
 
 
 def _step_advantages(
@@ -147,7 +195,7 @@ def _step_advantages(
     for trajectory in trajectories:
         turns = trajectory.turns
         states = anchor_states(trajectory, anchor)
-        returns_K = chunk_returns(max(trajectory.reward, 0.0), len(turns), gamma)
+        returns_K = chunk_returns(max(trajectory.learned_reward, 0.0), len(turns), gamma)
         for (_, chunk), state, value in zip(turns, states, returns_K, strict=True):
             if chunk.kind == "rl":
                 keys.append((trajectory.group, state))

@@ -1,8 +1,8 @@
 """Batch: the arrays that a training step reads.
 
-B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole
-trajectories: segments 1, 2, ..., positions from 0 in each. Index t is about tokens_BT[:, t], which
-the model predicts at t - 1.
+B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole lines
+of trajectories (an episode without branches is one line): segments 1, 2, ..., positions from 0 in
+each. Index t is about tokens_BT[:, t], which the model predicts at t - 1.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Batch(NamedTuple, Generic[ArrayT]):
     """
 
     tokens_BT: ArrayT  # int32
-    positions_BT: ArrayT  # int32; position within the trajectory
-    segments_BT: ArrayT  # int32; number of the trajectory within the row, from 1; 0 is padding
+    positions_BT: ArrayT  # int32; position within the line
+    segments_BT: ArrayT  # int32; number of the line within the row, from 1; 0 is padding
     action_mask_BT: ArrayT  # bool; sampled by a policy, stop token included
     chunk_ids_BT: ArrayT  # int32; index into the row's C chunks
     version_BT: ArrayT  # int32; version of the weights that sampled the token
@@ -58,6 +58,8 @@ class Batch(NamedTuple, Generic[ArrayT]):
     valid_BC: ArrayT  # bool; False where a row has fewer chunks
     # uint8 or uint16, encoded as in rome.data.routes; None: every token chooses its own experts
     routes_BTLk: ArrayT | None = None
+    # float32; number of lines that the chunk's episode is split into; None: one line each
+    lines_BC: ArrayT | None = None
     # float32; how often these rows chose each expert in the pass that scored logp_old; None: not
     # counted. Not split by rows, so it stays on the host.
     expert_counts_LE: np.ndarray | None = None
@@ -66,8 +68,8 @@ class Batch(NamedTuple, Generic[ArrayT]):
         """Apply `function` to each field together with the same field of `others`.
 
         Args:
-          function: takes as many arrays as there are batches. It is not called for absent routes.
-          others: further batches; their routes are absent where this batch's are.
+          function: takes as many arrays as there are batches. It is not called for absent fields.
+          others: further batches; their fields are absent where this batch's are.
         """
         mapped: list[Any] = []
         for field, *rest in zip(self, *others, strict=True):

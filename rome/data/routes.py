@@ -115,7 +115,8 @@ def extend_routes(earlier: np.ndarray | None, routes_PLk: np.ndarray, tokens: in
     one pass over a trajectory can replay only one.
 
     Args:
-      earlier: routes of the previous chunk, whose last row is filled in here; None for the first.
+      earlier: routes of the chunk that it goes on from, whose last row is filled in here where it
+        is empty; None where there is no such chunk.
       routes_PLk: what the engine returned for the turn.
       tokens: number of tokens of the chunk, prompt and actions.
 
@@ -123,7 +124,8 @@ def extend_routes(earlier: np.ndarray | None, routes_PLk: np.ndarray, tokens: in
       ValueError: the number of routes does not fit the number of tokens.
     """
     if earlier is not None:
-        earlier[-1] = routes_PLk[0]
+        if not earlier[-1].any():  # else another turn that goes on from there was first
+            earlier[-1] = routes_PLk[0]
         routes_PLk = routes_PLk[1:]
     if len(routes_PLk) != tokens - 1:
         raise ValueError(

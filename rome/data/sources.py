@@ -17,7 +17,8 @@ from typing import Protocol, TypeVar
 
 import grain
 
-from rome.data.packing import Example, ExampleOptions, pack_stream, to_batch, to_example
+from rome.data.lines import Example, ExampleOptions, to_example
+from rome.data.packing import pack_stream, to_batch
 from rome.data.trajectory import Trajectory, load_trajectory
 
 Item = TypeVar("Item", covariant=True)

@@ -26,7 +26,8 @@ import grain.experimental
 import numpy as np
 
 from rome.data.batch import Batch
-from rome.data.packing import Example, pack_examples, pack_stream, text_example, to_batch
+from rome.data.lines import Example, text_example
+from rome.data.packing import pack_examples, pack_stream, to_batch
 from rome.data.sources import RandomAccess
 from rome.files import write_atomically
 from rome.model.tokenizer import Tokenizer

@@ -1,15 +1,17 @@
 """Trajectory and Chunk: the record that rollouts write and training reads, and its ATIF file.
 
-A trajectory is the record of one episode. Its tokens are `prompt_ids + action_ids` of every chunk
-in order: prompt ids came from the environment (task, tool results, turn headers), action ids were
-sampled by the policy, stop token included. Nothing is ever re-tokenised: these are the ids that the
-engine was given and gave back.
+A trajectory is the record of one episode: a tree of chunks (`rome.data.tree`), in most episodes one
+line. The tokens of a line are `prompt_ids + action_ids` of its chunks in order: prompt ids came
+from the environment (task, tool results, turn headers), action ids were sampled by the policy, stop
+token included. Nothing is ever re-tokenised: these are the ids that the engine was given and gave
+back.
 
 On disk a trajectory is one JSON file in ATIF (agent trajectory interchange format, of Harbor); what
 ATIF has no field for goes into `extra`. Fields of ATIF mean what they mean there, so that its tools
 read the files: a step with `metrics` is one call of the model, `prompt_tokens` counts the whole
 prompt with its history, and `prompt_token_ids`, which would hold all of it again in every step, is
-left out. Each step's own prompt ids are in its `extra`.
+left out. Each step's own prompt ids are in its `extra`, and so are `parent` (a number of a chunk,
+LAST or ROOT) and `edge` where a step does not follow the one before it.
 
 The routes of a trajectory, many times its other bytes, lie beside it in NAME.npz. It is written
 before NAME.json, which holds its hash.
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from rome.data.routes import routes_from_npz, routes_to_npz
+from rome.data.tree import EDGES, LAST, ROOT, contract, lines_of, resolve_parents
 from rome.files import read_json, write_atomically
 from rome.version import describe
 
@@ -71,7 +74,7 @@ class Chunk:
     """One interaction: what the environment appended, then one assistant turn with its stop token.
 
     Args:
-      prompt_ids: tokens that the environment appended since the previous chunk.
+      prompt_ids: tokens that the environment appended since the parent.
       action_ids: tokens that the policy sampled, stop token included; may be empty.
       logprobs: the engine's logprob of each action token.
       versions: weight versions that sampled the turn, as (version, start, end) over action_ids;
@@ -88,9 +91,11 @@ class Chunk:
       network_denials: attempts of the turn's command to reach addresses the sandbox does not grant.
       routes: experts of prompt and action tokens, [tokens, layers, k] (`rome.data.routes`); None
         where the engine was not asked for them.
+      parent: the chunk whose context it goes on with: LAST, ROOT or a number (`rome.data.tree`).
+      edge: how it follows its parent, one of EDGES.
 
     Raises:
-      ValueError: logprobs or routes do not fit the tokens, or status or kind is unknown.
+      ValueError: logprobs or routes do not fit the tokens, or status, kind or edge is unknown.
     """
 
     prompt_ids: list[int]
@@ -106,6 +111,8 @@ class Chunk:
     network_denials: int = 0
     exit_code: int | None = None
     routes: np.ndarray | None = None
+    parent: int = LAST
+    edge: str = "continuation"
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.action_ids):
@@ -118,6 +125,8 @@ class Chunk:
                 f"chunk status {self.status!r} / kind {self.kind!r} unknown; known: {STATUSES} /"
                 f" {KINDS}"
             )
+        if self.edge not in EDGES:
+            raise ValueError(f"chunk edge {self.edge!r} unknown; known: {', '.join(EDGES)}")
         if self.routes is not None:
             self._check_routes(self.routes)
 
@@ -150,9 +159,12 @@ class Trajectory:
       note: why an episode ended as infra_* or cancelled.
       success_reward: the reward from which on the task counts as solved.
       model: name of the model that sampled the turns; "" where none did.
+      training_reward: what own code gives the episode in training (config.reward) instead of
+        `reward`; None: nothing. Whether the task is solved does not depend on it.
 
     Raises:
-      ValueError: the ending is unknown or the reward is not finite.
+      ValueError: the ending is unknown, the reward is not finite, or a chunk's parent is not one
+        of the chunks before it.
     """
 
     task: str
@@ -168,6 +180,7 @@ class Trajectory:
     note: str = ""
     success_reward: float = 1.0
     model: str = ""
+    training_reward: float | None = None
 
     def __post_init__(self) -> None:
         if self.ending not in ENDINGS:
@@ -179,6 +192,29 @@ class Trajectory:
                 f"reward {self.reward} of {self.task} is not finite; an unreliable verifier ends"
                 " the episode as infra_verifier"
             )
+        for number, parent in enumerate(self.parents):
+            if self.chunks[number].edge == "rewind" and parent == ROOT:
+                raise ValueError(
+                    f"chunk {number} of {self.task} rewinds to no chunk; name its parent, or call"
+                    " a context of its own a compaction or a subagent"
+                )
+
+    @property
+    def parents(self) -> list[int]:
+        """Return the number of each chunk's parent; ROOT where it has none."""
+        return resolve_parents([chunk.parent for chunk in self.chunks])
+
+    @property
+    def is_linear(self) -> bool:
+        """Return whether each chunk follows the one before it."""
+        return self.parents == [ROOT, *range(len(self.chunks) - 1)][: len(self.chunks)]
+
+    def lines(self) -> list[list[int]]:
+        """Return the numbers of the chunks on each path from a root to a leaf.
+
+        Ordered by their leaves. A linear episode has one line.
+        """
+        return lines_of(self.parents)
 
     @property
     def trainable(self) -> bool:
@@ -193,6 +229,11 @@ class Trajectory:
     def succeeded(self) -> bool:
         """Return whether the episode solved its task."""
         return is_success(self.reward, self.success_reward)
+
+    @property
+    def learned_reward(self) -> float:
+        """Return the reward that training compares episodes by."""
+        return self.reward if self.training_reward is None else self.training_reward
 
     @property
     def num_action_tokens(self) -> int:
@@ -211,18 +252,26 @@ class Trajectory:
 
     @property
     def turns(self) -> list[tuple[list[int], Chunk]]:
-        """Return (tokens read since the previous turn, chunk) of every chunk with sampled tokens.
+        """Return (tokens read since the turn before, chunk) of every chunk with sampled tokens.
 
-        A chunk without a sampled token is no decision: its prompt counts to the next turn.
+        In the order of time; the turn before is the nearest on the way to the root. A chunk without
+        a sampled token is no decision: its prompt counts to the turns that follow it.
         """
         turns: list[tuple[list[int], Chunk]] = []
-        pending: list[int] = []
-        for chunk in self.chunks:
-            pending = pending + list(chunk.prompt_ids)
+        pending: list[list[int]] = []  # of each chunk: what the next turn below it has to read
+        for chunk, parent in zip(self.chunks, self.parents, strict=True):
+            above = [] if parent == ROOT else pending[parent]
+            read = above + list(chunk.prompt_ids)
             if chunk.action_ids:
-                turns.append((pending, chunk))
-                pending = []
-        return turns  # what is pending now was never answered
+                turns.append((read, chunk))
+                read = []
+            pending.append(read)
+        return turns  # what is pending at a leaf was never answered
+
+    @property
+    def turn_parents(self) -> list[int]:
+        """Return the turn that each of `turns` goes on from, by its number there, or ROOT."""
+        return contract(self.parents, [bool(chunk.action_ids) for chunk in self.chunks])
 
     @property
     def oldest_version(self) -> int | None:
@@ -248,7 +297,7 @@ def rewards_differ(trajectories: Iterable[Trajectory]) -> bool:
 
     Without a difference there is nothing that comparing them could teach.
     """
-    rewards = [trajectory.reward for trajectory in trajectories]
+    rewards = [trajectory.learned_reward for trajectory in trajectories]
     return bool(rewards) and max(rewards) - min(rewards) > REWARD_TOLERANCE
 
 
@@ -260,10 +309,13 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [
         {"step_id": 1, "source": "user", "message": trajectory.instruction}
     ]
-    history = 0  # tokens that the model has read or written before the step
-    for number, chunk in enumerate(trajectory.chunks):
+    read: list[int] = []  # tokens that the model has read or written at the end of each chunk
+    for number, (chunk, parent) in enumerate(
+        zip(trajectory.chunks, trajectory.parents, strict=True)
+    ):
+        history = 0 if parent == ROOT else read[parent]
         steps.append(_chunk_to_step(number, chunk, history))
-        history += len(chunk.prompt_ids) + len(chunk.action_ids)
+        read.append(history + len(chunk.prompt_ids) + len(chunk.action_ids))
     agent = {"name": "rome", "version": describe()}
     if trajectory.model:
         agent["model_name"] = trajectory.model
@@ -272,13 +324,16 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
         f"total_{name}": sum(call[name] for call in calls)
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
     }
+    extra = {name: getattr(trajectory, name) for name in _EXTRA}
+    if trajectory.training_reward is not None:
+        extra["training_reward"] = trajectory.training_reward
     return {
         "schema_version": ATIF_VERSION,
         "session_id": f"{trajectory.task}/{trajectory.seed}",
         "agent": agent,
         "steps": steps,
         "final_metrics": totals | {"total_steps": len(steps)},
-        "extra": {name: getattr(trajectory, name) for name in _EXTRA},
+        "extra": extra,
     }
 
 
@@ -376,7 +431,7 @@ def _chunk_to_step(number: int, chunk: Chunk, history: int) -> dict[str, Any]:
     Args:
       number: of the chunk.
       chunk: what to write.
-      history: tokens of the chunks before it.
+      history: tokens of the chunks that it goes on from.
     """
     step: dict[str, Any] = {"step_id": number + 2, "source": "agent", "message": chunk.text}
     if chunk.tool_call is not None:
@@ -399,7 +454,7 @@ def _chunk_to_step(number: int, chunk: Chunk, history: int) -> dict[str, Any]:
         "logprobs": list(map(float, chunk.logprobs)),
     }
     step["extra"] = {
-        "prompt_token_ids": list(map(int, chunk.prompt_ids)),  # since the step before
+        "prompt_token_ids": list(map(int, chunk.prompt_ids)),  # since the parent
         "status": chunk.status,
         "kind": chunk.kind,
         "versions": [list(span) for span in chunk.versions],
@@ -407,6 +462,8 @@ def _chunk_to_step(number: int, chunk: Chunk, history: int) -> dict[str, Any]:
         "network_denials": chunk.network_denials,
         "exit_code": chunk.exit_code,
     }
+    if chunk.parent != LAST or chunk.edge != "continuation":
+        step["extra"] |= {"parent": chunk.parent, "edge": chunk.edge}
     if chunk.versions:
         step["llm_call_count"] = 1
         step["metrics"] = sampled | {
@@ -437,4 +494,6 @@ def _chunk_from_step(step: dict[str, Any]) -> Chunk:
         cached_tokens=sampled["cached_tokens"],
         network_denials=extra["network_denials"],
         exit_code=extra.get("exit_code"),
+        parent=extra.get("parent", LAST),
+        edge=extra.get("edge", "continuation"),
     )

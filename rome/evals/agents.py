@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from envs.gem import Env, Info, StepResult
-from envs.gem.core import judge_async
+from envs.gem.core import close_async, judge_async, reset_async, step_async
+from envs.gem.episode import STATUSES, EnvironmentFault, PlayedEnv, perform, script_of, shown
 from envs.rock import AgentFault, SandboxConfig, SandboxError
+from envs.sources import Task
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
-from envs.tasks.terminal.demonstrator import FINAL_TURN, play_demonstration
+from envs.tasks.terminal.demonstrator import FINAL_TURN
 from envs.tasks.terminal.env import MissingProgramsError
-from rome.agent.environment import EnvironmentFault, PlayedEnv
+from rome.data.trajectory import Chunk, Trajectory
 from rome.evals.cheats import tricks_of
-from rome.evals.tasks import EvalTask
 
 CLOSE_SECONDS = 60.0
 MAX_NOTE_CHARACTERS = 500
@@ -41,6 +43,8 @@ class Outcome:
         appended, `Endpoint` those that the endpoint bills.
       permanent: whether another try would end the same way.
       notes: settings of the task that were not honoured as they stand.
+      transcript: what was said and answered; None where nothing was.
+      verifier_output: of the environment's tests, where it tells it.
     """
 
     reward: float | None
@@ -50,6 +54,8 @@ class Outcome:
     tokens: dict[str, int] | None = None
     permanent: bool = False
     notes: tuple[str, ...] = ()
+    transcript: Trajectory | None = dataclasses.field(default=None, repr=False, compare=False)
+    verifier_output: str = dataclasses.field(default="", repr=False, compare=False)
 
     @property
     def spoiled(self) -> bool:
@@ -76,7 +82,7 @@ class Agent(Protocol):
 
     name: str
 
-    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
+    async def play(self, task: Task, attempt: int, seed: int) -> Outcome:
         """Play one attempt; `seed` differs between attempts, for agents that sample."""
         ...
 
@@ -88,17 +94,28 @@ class Agent(Protocol):
 class StartedEnv:
     """A started environment, for code that would start it itself.
 
-    `areset` returns the opening that is there. Turns are counted, the rewards of the steps are
-    added up, and the last `info` is kept.
+    `areset` returns the opening that is there. Turns are kept for the transcript, the rewards of
+    the steps are added up, and the last `info` is kept.
     """
 
-    def __init__(self, env: Env, task: EvalTask, opening: tuple[str, Info]) -> None:
+    def __init__(self, env: Env, task: Task, opening: tuple[str, Info]) -> None:
         self.env = env
         self.task = task
         self.opening = opening
-        self.turns = 0
         self.reward = 0.0
+        self._taken: list[tuple[str, StepResult]] = []
+        self._verifier_output = ""
         self.last_info: Info = {}
+
+    @property
+    def turns(self) -> int:
+        """Number of turns that were taken."""
+        return len(self._taken)
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """Schemas of the tools that the agent has."""
+        return list(self.opening[1].get("tools") or self.task.tools)
 
     @property
     def is_grading(self) -> bool:
@@ -121,8 +138,11 @@ class StartedEnv:
 
     async def astep(self, action: str) -> StepResult:
         """Take one turn."""
-        result = await self.env.astep(action)
-        self.turns += 1
+        return self.take(action, await step_async(self.env, action))
+
+    def take(self, action: str, result: StepResult) -> StepResult:
+        """Keep a turn that was taken, and return its result."""
+        self._taken.append((action, result))
         return self._note(result)
 
     async def ajudge(self, ending: str) -> StepResult:
@@ -132,11 +152,36 @@ class StartedEnv:
     def _note(self, result: StepResult) -> StepResult:
         self.reward += float(result[1])
         self.last_info = result[4]
+        self._verifier_output = str(self.last_info.get("test_output") or self._verifier_output)
         return result
 
     async def aclose(self) -> None:
         """Close the environment."""
-        await self.env.aclose()
+        await close_async(self.env)
+
+    def transcript(self, reward: float, ending: str, note: str = "") -> Trajectory:
+        """Return what was said and answered as a trajectory without tokens."""
+        chunks = []
+        for action, (observation, _, _, _, info) in self._taken:
+            call = None
+            if info.get("use_tool") and info.get("tool_type"):
+                call = {"name": info["tool_type"], "arguments": info.get("tool_arguments", {})}
+            status = info.get("status", "ok")
+            chunk = Chunk([], [], [], text=action, observation=shown(observation, info))
+            chunk.status = status if status in STATUSES else "ok"
+            chunk.tool_call = call
+            chunk.exit_code = info.get("exit_code")
+            chunks.append(chunk)
+        return Trajectory(
+            task=self.task.name,
+            family=self.task.family,
+            chunks=chunks,
+            reward=reward,
+            ending=ending,
+            instruction=shown(*self.opening),
+            note=note,
+            success_reward=self.task.success,
+        )
 
     def outcome(self, reward: float, ending: str, note: str = "") -> Outcome:
         """Return the outcome of the attempt; the note defaults to the last turn's."""
@@ -149,11 +194,13 @@ class StartedEnv:
             self.turns,
             permanent=is_permanent,
             notes=tuple(self.opening[1].get("notes", ())),
+            transcript=self.transcript(float(reward), ending, note),
+            verifier_output=self._verifier_output,
         )
 
 
 async def play_in_environment(
-    task: EvalTask,
+    task: Task,
     config: SandboxConfig,
     play: Callable[[StartedEnv], Awaitable[Outcome]],
     seconds: float | None = None,
@@ -175,7 +222,7 @@ async def play_in_environment(
     try:
         try:
             async with asyncio.timeout(task.start_seconds):
-                started = StartedEnv(env, task, await env.areset())
+                started = StartedEnv(env, task, await reset_async(env))
         except TimeoutError:
             note = f"the environment did not start within {task.start_seconds:g} s"
             return spoiled("infra_sandbox", note)
@@ -200,7 +247,7 @@ async def play_in_environment(
     finally:
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
-                await env.aclose()
+                await close_async(env)
         except (SandboxError, TimeoutError) as error:
             # The attempt has its outcome; the sandbox ends with this process.
             reason = str(error) or f"it did not end within {CLOSE_SECONDS:g} s"
@@ -226,7 +273,7 @@ class Scripted:
     name: str
     config: SandboxConfig
 
-    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
+    async def play(self, task: Task, attempt: int, seed: int) -> Outcome:
         """Play one attempt; the seed is ignored."""
         if self.name == "oracle":
             return await play_in_environment(task, self.config, _solve)
@@ -259,9 +306,7 @@ async def _solve(started: StartedEnv) -> Outcome:
     try:
         if isinstance(started.env, HarborEnv):
             return await _run_solution(started, started.env)
-        if hasattr(type(started.env), "demonstrator_action"):
-            return await _follow_demonstrator(started, started.env)
-        return await _play_terminal_demonstration(started)
+        return await _perform_script(started)
     except TaskError:
         raise
     except _SOLUTION_FAULTS as error:
@@ -271,34 +316,26 @@ async def _solve(started: StartedEnv) -> Outcome:
 
 async def _run_solution(started: StartedEnv, env: HarborEnv) -> Outcome:
     """Run the solution script of a Harbor task."""
-    _, reward, _, _, info = await env.asolve()
+    result = started.take("(the reference solution)", await env.asolve())
+    _, reward, _, _, info = result
     notes = [str(info.get("note", ""))]
     ended = getattr(env, "solution_result", None)
     if ended and ended.exit_code and reward != 1.0:
         stderr = ended.stderr[-200:]
         notes.append(f"the reference solution ended with exit {ended.exit_code}: {stderr}")
-    started.last_info = info
     return started.outcome(reward, info["ending"], _join(notes))
 
 
-async def _play_terminal_demonstration(started: StartedEnv) -> Outcome:
-    """Play the scripted solution of a terminal task, without errors."""
-    episode = await play_demonstration(started, random.Random(0))
-    note = str(started.last_info.get("note", ""))
-    if not note and episode.reward != 1.0 and episode.turns:
-        note = f"last observation: {episode.turns[-1].observation}"
+async def _perform_script(started: StartedEnv) -> Outcome:
+    """Play the scripted solution of the environment, without deliberate mistakes."""
+    played = PlayedEnv(started, math.inf, math.inf)
+    opening, _ = await played.start()
+    played.hand_over()
+    episode = await perform(played, script_of(started.env, random.Random(0)), opening)
+    note = episode.note
+    if not started.last_info.get("note") and episode.ending != "success" and episode.turns:
+        note = _join([note, f"last observation: {episode.turns[-1].observation}"])
     return started.outcome(episode.reward, episode.ending, note)
-
-
-async def _follow_demonstrator(started: StartedEnv, env: Any) -> Outcome:
-    """Play the environment's own demonstrator, turn by turn."""
-    observation = started.opening[0]
-    while (action := env.demonstrator_action()) is not None:
-        observation, _, terminated, truncated, info = await started.astep(action)
-        if terminated or truncated:
-            return started.outcome(started.reward, info["ending"])
-    note = f"the demonstrator has no further turn; last observation: {observation}"
-    return started.outcome(0.0, "failure", note)
 
 
 async def _hand_in(started: StartedEnv, trick_number: int | None) -> Outcome:
@@ -309,12 +346,14 @@ async def _hand_in(started: StartedEnv, trick_number: int | None) -> Outcome:
         tricks = tricks_of(started.env)
         name, turns = tricks[trick_number % len(tricks)]
         trick_note = f"trick: {name}"
+    played = PlayedEnv(started, math.inf, math.inf)
+    await played.start()
+    played.hand_over()
     while True:
         for action in [*turns, FINAL_TURN]:
-            _, _, terminated, truncated, info = await started.astep(action)
-            if terminated or truncated:
-                note = _join([trick_note, str(info.get("note", ""))])
-                return started.outcome(started.reward, info["ending"], note)
+            turn = await played.step(action)
+            if turn.ending:
+                return started.outcome(played.reward, turn.ending, _join([trick_note, turn.note]))
 
 
 def _join(notes: list[str]) -> str:

@@ -19,9 +19,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from envs.tasks.harbor import HarborTask
+from envs.sources import Task
 from rome.evals.report import Table, write_pages
-from rome.evals.tasks import EvalTask
 from rome.files import write_atomically
 
 N = 13  # words of an n-gram
@@ -62,23 +61,20 @@ def ngrams_of(text: str) -> set[NGram]:
     return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
 
 
-def _ngrams_of_task(task: EvalTask) -> set[NGram]:
+def _ngrams_of_task(task: Task) -> set[NGram]:
     """Return the n-grams of a task's instructions; none crosses from one step to the next."""
-    texts = [task.instruction]
-    if isinstance(task.source, HarborTask):
-        texts = [step.instruction for step in task.source.steps]
     found: set[NGram] = set()
-    for text in texts:
+    for text in task.content.texts:
         found |= ngrams_of(text)
     return found
 
 
-def canaries_of(task: EvalTask) -> set[str]:
+def canaries_of(task: Task) -> set[str]:
     """Return the lower-case GUIDs of the lines in a task's files that have the word "canary"."""
-    if not isinstance(task.source, HarborTask):
+    if task.path is None:
         return set()
     found: set[str] = set()
-    for path in sorted(task.source.path.rglob("*")):
+    for path in sorted(task.path.rglob("*")):
         is_readable = path.is_file() and not path.is_symlink()
         if not is_readable or path.stat().st_size > MAX_CANARY_FILE_BYTES:
             continue
@@ -106,7 +102,7 @@ class _Hits:
             self.places.append({"file": file, "line": line, "what": what})
 
 
-def find_contamination(tasks: Sequence[EvalTask], corpus: pathlib.Path) -> dict[str, Any]:
+def find_contamination(tasks: Sequence[Task], corpus: pathlib.Path) -> dict[str, Any]:
     """Search every regular file of a folder for the tasks, reading each once.
 
     Args:

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from envs.gem.episode import OutOfTime, PlayedEnv, Turn
 from envs.proxies import environment_proxy
 from envs.rock import SandboxConfig
-from rome.agent.environment import OutOfTime, PlayedEnv, Turn
+from envs.sources import Task
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment, spoiled
-from rome.evals.tasks import EvalTask
 
 RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504)
 TOO_LONG_STATUS = (400, 413, 422)  # of servers that refuse a conversation for its length
@@ -121,7 +121,7 @@ class Endpoint:
             await self._session.close()
             self._session = None
 
-    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
+    async def play(self, task: Task, attempt: int, seed: int) -> Outcome:
         """Play one attempt; a slow or failing endpoint spoils it."""
         usage = _Usage()
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from envs.rock import SandboxConfig
-from rome.agent.loop import Generator, Limits, run_episode
+from envs.sources import Task
+from rome.agent.loop import Limits, run_episode
+from rome.agent.session import Generator
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment
-from rome.evals.tasks import EvalTask
 from rome.model.hf.checkpoint import read_config
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 
@@ -54,7 +55,7 @@ class Policy:
     tell_tools: bool = False
     name: str = "policy"
 
-    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
+    async def play(self, task: Task, attempt: int, seed: int) -> Outcome:
         """Play one attempt; every turn is sampled with a seed that derives from `seed`."""
 
         async def play_episode(started: StartedEnv) -> Outcome:
@@ -63,25 +64,24 @@ class Policy:
         return await play_in_environment(task, self.config, play_episode, math.inf)
 
     async def _play_episode(self, started: StartedEnv, attempt: int, seed: int) -> Outcome:
-        chat = self.chat
-        if self.tell_tools:
-            tools = started.opening[1]["tools"]
-            chat = Chat(chat.tokenizer, tools, started.system)
         trajectory = await run_episode(
             self.engine,
             started,
-            chat,
+            self.chat,
             self.limits,
             seed=seed,
             temperature=self.temperature,
             episode=attempt,
+            tell_tools=self.tell_tools,
         )
+        trajectory.task, trajectory.family = started.task.name, started.task.family
         tokens = {
             "prompt": sum(len(chunk.prompt_ids) for chunk in trajectory.chunks),
             "completion": trajectory.num_action_tokens,
         }
         outcome = started.outcome(trajectory.reward, trajectory.ending, trajectory.note)
-        return dataclasses.replace(outcome, tokens=tokens, turns=len(trajectory.chunks))
+        turns = len(trajectory.chunks)
+        return dataclasses.replace(outcome, tokens=tokens, turns=turns, transcript=trajectory)
 
     async def close(self) -> None:
         """Close the connections to the engines."""

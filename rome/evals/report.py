@@ -78,7 +78,8 @@ def build_results(
     Returns:
       `identity`, the metrics of `summarise`, `counted` (the number of tasks that they rest on),
       `left_out` ([{task, reason}]: tasks that could not be read, or not be played here), the
-      metrics by domain and difficulty, endings, approximated settings, cost, and every attempt.
+      metrics by source (of mixtures), family, domain and difficulty, endings, approximated
+      settings, cost, and every attempt.
     """
     endings = collections.Counter(record["ending"] for record in records)
     summary = summarise(records, k)
@@ -88,6 +89,8 @@ def build_results(
         "counted": summary["tasks_counted"],
         "left_out": _left_out(records, faults),
         "approximated": _approximated(records),
+        "by_source": grouped([one for one in records if one.get("source")], "source"),
+        "by_family": grouped([one for one in records if "family" in one], "family"),
         "by_domain": grouped(records, "domain"),
         "by_difficulty": grouped(records, "difficulty"),
         "by_ending": dict(sorted(endings.items())),
@@ -165,7 +168,9 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
     return [
         _about_table(results),
         _metrics_table(results),
+        *([_group_table(results, "source")] if results["by_source"] else []),
         _group_table(results, "domain"),
+        _group_table(results, "family"),
         _group_table(results, "difficulty"),
         Table("Endings", ["ending", "attempts"], endings),
         Table(f"Left out: {len(left_out)} tasks", ["task", "reason"], left_out),

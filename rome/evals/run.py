@@ -21,12 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from envs.rock import SandboxConfig
+from envs.sources import Task, dataset_digest, load_tasks
 from envs.tasks.harbor import TaskError
 from rome.evals.agents import Agent
 from rome.evals.contamination import find_contamination, write_contamination
 from rome.evals.report import bounds, build_results, share, write_results
 from rome.evals.runner import Job, Record, Results, open_results, run_jobs
-from rome.evals.tasks import EvalTask, dataset_digest, load_tasks
 from rome.evals.validate import build_proof, describe_proof, proof_jobs, write_proof
 
 ORACLE_RUNS = 3  # of a validation: several find flaky tasks
@@ -42,7 +42,7 @@ async def evaluate(
     attempts: int = 1,
     concurrency: int = 4,
     seed: int = 0,
-    tasks: Sequence[EvalTask] | None = None,
+    tasks: Sequence[Task] | None = None,
     faults: Sequence[TaskError] = (),
     settings: Mapping[str, Any] | None = None,
     on_finish: Callable[[Record], None] | None = None,
@@ -55,7 +55,7 @@ async def evaluate(
     `out` are not played again, except those that the infrastructure spoiled.
 
     Args:
-      dataset: name, folder or file, as `rome.evals.tasks.load_tasks` takes it.
+      dataset: name, folder or file, as `envs.sources.load_tasks` takes it.
       agent: closed at the end.
       out: folder of the results; it belongs to this evaluation.
       attempts: at each task (the k of pass@k).
@@ -115,7 +115,7 @@ async def validate(
     oracle_runs: int = ORACLE_RUNS,
     concurrency: int = 4,
     seed: int = 0,
-    tasks: Sequence[EvalTask],
+    tasks: Sequence[Task],
     faults: Sequence[TaskError] = (),
     settings: Mapping[str, Any] | None = None,
     on_finish: Callable[[Record], None] | None = None,
@@ -152,7 +152,7 @@ async def validate(
 
 def decontaminate(
     dataset: str,
-    tasks: Sequence[EvalTask],
+    tasks: Sequence[Task],
     corpus: str | os.PathLike[str],
     out: str | os.PathLike[str],
 ) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def decontaminate(
 
 def make_identity(
     dataset: str,
-    tasks: Sequence[EvalTask],
+    tasks: Sequence[Task],
     agent: str,
     seed: int,
     settings: Mapping[str, Any] | None = None,

@@ -1,9 +1,11 @@
 """Plays attempts concurrently, and keeps each one as it ends.
 
 OUT/results.jsonl has one line for each attempt, which is on disk before the next one begins. After
-a kill the same command plays only what is missing. OUT/run.json identifies the evaluation; a
-different one in the same OUT is refused. An attempt that the infrastructure spoiled is retried a
-few times, and once more by the next command; until then it is recorded with its ending.
+a kill the same command plays only what is missing. OUT/attempts/ has the transcript of each attempt
+(ATIF), and what its tests printed where the environment tells it; the line names both files.
+OUT/run.json identifies the evaluation; a different one in the same OUT is refused. An attempt that
+the infrastructure spoiled is retried a few times, and once more by the next command; until then it
+is recorded with its ending.
 """
 
 from __future__ import annotations
@@ -12,22 +14,25 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from envs.sources import Task
 from rome.data.seeds import derive_seed
-from rome.data.trajectory import is_success
+from rome.data.trajectory import is_success, save_trajectory
 from rome.evals.agents import Agent, Outcome
 from rome.evals.statistics import is_counted
-from rome.evals.tasks import EvalTask
-from rome.files import read_json, write_atomically
+from rome.files import read_json, to_thread_until_done, write_atomically
 
 MAX_TRIES = 3
+MAX_TEST_CHARACTERS = 1 << 20  # of the tests of one attempt, the last ones
 RETRY_WAIT_SECONDS = 0.5
 Record = dict[str, Any]  # one line of results.jsonl
 Key = tuple[str, str, int]  # agent, task, attempt
@@ -39,11 +44,15 @@ class EvalError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One attempt of one agent at one task; attempts count from 0."""
+    """One attempt of one agent at one task; attempts count from 0.
+
+    `seed` is that of its first try; None derives it from the evaluation's.
+    """
 
     agent: Agent
-    task: EvalTask
+    task: Task
     attempt: int
+    seed: int | None = None
 
     @property
     def key(self) -> Key:
@@ -62,6 +71,7 @@ class Results:
 
     def __init__(self, out: pathlib.Path, file: BinaryIO) -> None:
         self.path = out / "results.jsonl"
+        self.attempts = out / "attempts"
         self.records: dict[Key, Record] = {}
         self._file = file
         self._load()
@@ -185,7 +195,7 @@ async def run_jobs(
 
     async def work() -> None:
         for job in queue:
-            record = await play(job, seed)
+            record = await play(job, seed, results.attempts)
             results.add(record)
             if on_finish is not None:
                 on_finish(record)
@@ -201,10 +211,15 @@ def _is_done(job: Job, results: Results) -> bool:
     return record is not None and is_counted(record)
 
 
-async def play(job: Job, seed: int) -> Record:
+async def play(job: Job, seed: int, attempts: pathlib.Path | None = None) -> Record:
     """Play one attempt and return its record.
 
     If the infrastructure spoils it, it is retried with another seed, up to MAX_TRIES times in all.
+
+    Args:
+      job: the attempt.
+      seed: of the evaluation.
+      attempts: folder of transcripts and outputs of tests; None: they are not kept.
     """
     began = time.monotonic()
     for number in range(MAX_TRIES):
@@ -230,6 +245,8 @@ async def play(job: Job, seed: int) -> Record:
         "note": outcome.note,
         "domain": job.task.domain,
         "difficulty": job.task.difficulty,
+        "source": job.task.source,
+        "family": job.task.family,
         "cluster": job.task.cluster,
     }
     if outcome.permanent:
@@ -238,11 +255,35 @@ async def play(job: Job, seed: int) -> Record:
         record["notes"] = list(outcome.notes)
     if outcome.tokens is not None:
         record["tokens"] = outcome.tokens
+    if attempts is not None and outcome.transcript is not None:
+        stem = _stem(job)
+        await to_thread_until_done(_keep, attempts / stem, outcome)
+        record["transcript"] = f"{attempts.name}/{stem}.json"
+        if outcome.verifier_output:
+            record["verifier_output"] = f"{attempts.name}/{stem}.tests.txt"
     return record
+
+
+def _stem(job: Job) -> str:
+    """Return what the names of an attempt's files begin with: safe, whatever the task's name is."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", job.task.name).strip("-")[:60]
+    identity = json.dumps([job.agent.name, job.task.name])
+    digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    return f"{plain}_{digest}_{job.attempt}"
+
+
+def _keep(place: pathlib.Path, outcome: Outcome) -> None:
+    """Write the transcript of an attempt, and what its tests printed."""
+    place.parent.mkdir(exist_ok=True)
+    if outcome.transcript is not None:
+        save_trajectory(outcome.transcript, f"{place}.json")
+    if outcome.verifier_output:
+        text = outcome.verifier_output[-MAX_TEST_CHARACTERS:]
+        write_atomically(f"{place}.tests.txt", text.encode(errors="replace"))
 
 
 def _seed_of_try(job: Job, seed: int, number: int) -> int:
     """Return the seed of one try; the first try's does not depend on there being tries."""
     if number == 0:
-        return derive_seed(seed, job.task.name, job.attempt)
+        return derive_seed(seed, job.task.name, job.attempt) if job.seed is None else job.seed
     return derive_seed(seed, job.task.name, job.attempt, "try", number)

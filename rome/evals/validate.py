@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from envs.rock import SandboxConfig
+from envs.sources import Task
 from envs.tasks.harbor import TaskError
 from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.report import Table, write_pages
 from rome.evals.runner import Job
 from rome.evals.statistics import Record, is_counted
-from rome.evals.tasks import EvalTask
 from rome.files import write_atomically
 
 AGENTS = ("oracle", "noop", "cheat")
 
 
-def proof_jobs(tasks: Sequence[EvalTask], config: SandboxConfig, oracle_runs: int) -> list[Job]:
+def proof_jobs(tasks: Sequence[Task], config: SandboxConfig, oracle_runs: int) -> list[Job]:
     """Return the attempts of a proof: for every task the oracle, one no-op, one of each cheat.
 
     Args:
@@ -92,7 +92,7 @@ def _describe_fault(agent: str, record: Record, wanted: float) -> str:
 
 def build_proof(
     identity: Mapping[str, Any],
-    tasks: Sequence[EvalTask],
+    tasks: Sequence[Task],
     records: Sequence[Record],
     faults: Sequence[TaskError],
 ) -> dict[str, Any]:

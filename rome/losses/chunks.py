@@ -1,5 +1,7 @@
 """Sums and means over the chunks and trajectories of packed rows, and the shared policy metrics.
 
+Of an episode with branches, each line is a trajectory here.
+
 B rows, T tokens, C chunks a row. Masked sums instead of scatters: they fuse, they shard over B, and
 padding cannot leak.
 """
@@ -37,6 +39,16 @@ def sum_per_trajectory(values_BC: Array, batch: Batch[Array]) -> Array:
     """Sum values over the chunks of each trajectory, [B, C]: at each chunk its trajectory's sum."""
     same_BCC = batch.trajectory_BC[:, :, None] == batch.trajectory_BC[:, None, :]
     return jnp.sum(jnp.where(same_BCC, values_BC[:, None, :], 0.0), axis=-1)
+
+
+def share_of_episode(values_BC: Array, batch: Batch[Array]) -> Array:
+    """Divide values of lines by the number of lines of their episode, [B, C].
+
+    So that the sum over the lines of an episode is a mean over them.
+    """
+    if batch.lines_BC is None:
+        return values_BC
+    return values_BC / jnp.maximum(batch.lines_BC, 1.0)
 
 
 def at_tokens(values_BC: Array, batch: Batch[Array]) -> Array:

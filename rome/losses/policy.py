@@ -26,6 +26,10 @@ overlong penalty (the verifier rewards). dual_clip c bounds min(r A, clip(r) A) 
 A < 0 (arXiv 1912.09729): without it the ratio of a failure has no upper bound, which asynchronous
 training cannot afford.
 
+Of an episode with branches, y is one line with the tokens that are trained there. A mean over y of
+a sum over t is then the sum over all lines, divided by the number of episodes; where the sum is a
+mean itself (1/n), it is the mean over the lines of each episode, and over episodes.
+
 B rows, T tokens, C chunks a row. A turn is a chunk. None of these papers imitates: their default
 lambda_il is 0. With one above 0 a loss is a hybrid of its own: its objective keeps its denominator,
 and the imitation term of Eq. 10, divided by the step's trained tokens, is added.
@@ -43,6 +47,7 @@ from rome.losses.chunks import (
     at_tokens,
     exp_bounded,
     policy_metrics,
+    share_of_episode,
     sum_per_chunk,
     sum_per_trajectory,
     tokens_of_kind,
@@ -187,7 +192,7 @@ def gspo_loss(
     surrogate_BC, clipped_BC = _clipped_surrogate(ratio_BC, batch.advantage_BC, config)
 
     # The surrogate stands at each of the trajectory's n tokens: 1/n of each adds up to it once.
-    share_BT = at_tokens(1.0 / tokens_BC, batch)
+    share_BT = at_tokens(share_of_episode(1.0 / tokens_BC, batch), batch)
     total = weighted_sum(share_BT, at_tokens(surrogate_BC, batch), rl_BT)
     objective = total / jnp.maximum(denominators.rl_trajectories, 1.0)
     return _finish(
@@ -298,7 +303,8 @@ def _clipped_loss(
     advantage_BT = at_tokens(batch.advantage_BC, batch)
     surrogate_BT, clipped_BT = _clipped_surrogate(ratio_BT, advantage_BT, config)
     if per_trajectory:
-        weight_BT = weight_BT * at_tokens(1.0 / _rl_tokens_per_trajectory(rl_BT, batch), batch)
+        share_BC = share_of_episode(1.0 / _rl_tokens_per_trajectory(rl_BT, batch), batch)
+        weight_BT = weight_BT * at_tokens(share_BC, batch)
         count = jnp.maximum(denominators.rl_trajectories, 1.0)
     objective = weighted_sum(jnp.broadcast_to(weight_BT, rl_BT.shape), surrogate_BT, rl_BT) / count
     return _finish(

@@ -26,7 +26,8 @@ _NOT_NEGATIVE = ("lambda_rl", "lambda_il", "clip_low", "clip_high", "mismatch_lo
 class Denominators(NamedTuple):
     """Counts over all micro-batches and devices of one update, before any mask of a loss.
 
-    Trained chunks are those of RL and of imitation: all that are not context.
+    Trained chunks are those of RL and of imitation: all that are not context. The lines of an
+    episode with branches count as one trajectory together.
     """
 
     rl_tokens: float  # action tokens of RL chunks
@@ -107,11 +108,14 @@ def count_denominators(batches: Iterable[Batch[np.ndarray]]) -> Denominators:
 
 def _count(batches: list[Batch[np.ndarray]], kinds: tuple[int, ...]) -> tuple[float, ...]:
     """Count the action tokens, the chunks and the trajectories with chunks of these kinds."""
-    tokens = chunks = trajectories = 0
+    tokens = chunks = 0
+    trajectories = 0.0
     for batch in batches:
         chosen_BC = batch.valid_BC & np.isin(batch.kind_BC, kinds)
         tokens += int(np.count_nonzero(np.isin(batch.kind_BT(), kinds)))
         chunks += int(np.count_nonzero(chosen_BC))
-        for trajectory_C, chosen_C in zip(batch.trajectory_BC, chosen_BC, strict=True):
-            trajectories += len(np.unique(trajectory_C[chosen_C]))
-    return float(tokens), float(chunks), float(trajectories)
+        lines_BC = np.ones(chosen_BC.shape) if batch.lines_BC is None else batch.lines_BC
+        for row, chosen_C in enumerate(chosen_BC):
+            _, first = np.unique(batch.trajectory_BC[row][chosen_C], return_index=True)
+            trajectories += float(np.sum(1.0 / lines_BC[row][chosen_C][first]))
+    return float(tokens), float(chunks), trajectories

@@ -150,7 +150,8 @@ class Anchors:
         if task.position < 0 or self._has_recovered(task, 0, self.group_size):
             del self.tasks[name]
             return
-        successes = [trajectory for trajectory in group if trajectory.succeeded]
+        # The turns of a source are replayed one after the other: it has no branches.
+        successes = [one for one in group if one.succeeded and one.is_linear]
         shortest = min(successes, key=lambda success: len(success.chunks), default=None)
         if shortest is not None and len(shortest.chunks) <= task.chunks:
             task.replace_source(source_of(shortest), len(shortest.chunks))
@@ -254,14 +255,22 @@ def fork_imitation(source: Trajectory, group: Iterable[Trajectory]) -> Trajector
     for trajectory in group:
         succeeded[anchor_of(trajectory)] |= trajectory.succeeded
     failed = [anchor for anchor, success in succeeded.items() if not success]
-    if not failed:
-        return None
-    imitated = max(failed) + 1
-    chunks = [
-        _without_samples(chunk, is_imitated=number < imitated and chunk.status == "ok")
+    return imitated(source, max(failed) + 1) if failed else None
+
+
+def imitated(source: Trajectory, chunks: int | None = None) -> Trajectory:
+    """Return a trajectory whose first chunks are imitated, as far as their calls were sound.
+
+    Args:
+      source: the trajectory; what the engine said about its tokens is left out.
+      chunks: how many; None for all of them.
+    """
+    last = len(source.chunks) if chunks is None else chunks
+    lesson = [
+        _without_samples(chunk, is_imitated=number < last and chunk.status == "ok")
         for number, chunk in enumerate(source.chunks)
     ]
-    return dataclasses.replace(source, chunks=chunks)
+    return dataclasses.replace(source, chunks=lesson)
 
 
 def _without_samples(chunk: Chunk, is_imitated: bool) -> Chunk:

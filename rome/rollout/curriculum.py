@@ -27,16 +27,30 @@ class Curriculum:
     Args:
       families: names of the families.
       rates: success rates to start with, from a checkpoint.
+      shares: (weight, families) of a mixture: so much of what is drawn is of these families. None
+        where all families are drawn together.
     """
 
-    def __init__(self, families: Sequence[str], rates: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        families: Sequence[str],
+        rates: dict[str, float] | None = None,
+        shares: Sequence[tuple[float, Sequence[str]]] | None = None,
+    ) -> None:
         self.rates = dict.fromkeys(families, 0.5)
-        self.rates.update(rates or {})
+        rates = rates or {}
+        # A folder may have changed since the checkpoint: families that are gone are not drawn.
+        self.rates.update({family: rates[family] for family in families if family in rates})
+        self._shares = shares if shares is not None and len(shares) > 1 else None
 
     def draw(self, number: int, rng: random.Random) -> list[str]:
         """Draw `number` families, with replacement."""
-        weights = [(p + UNSOLVED) * (1 - p) + FLOOR for p in self.rates.values()]
-        return rng.choices(list(self.rates), weights, k=number)
+        weights = {family: (p + UNSOLVED) * (1 - p) + FLOOR for family, p in self.rates.items()}
+        for share, families in self._shares or ():
+            total = sum(weights[family] for family in families)
+            for family in families:
+                weights[family] *= share / total
+        return rng.choices(list(weights), list(weights.values()), k=number)
 
     def observe(self, trajectories: Iterable[Trajectory]) -> None:
         """Update the success rates with finished training episodes.
@@ -44,6 +58,8 @@ class Curriculum:
         The order matters a little: pass them in the order of their groups.
         """
         for trajectory in trajectories:
+            if trajectory.family not in self.rates:
+                continue
             success = float(trajectory.succeeded)
             old_rate = self.rates[trajectory.family]
             self.rates[trajectory.family] = MEMORY * old_rate + (1 - MEMORY) * success

@@ -15,9 +15,10 @@ import random
 from collections.abc import Callable, Mapping
 
 from envs.gem import UnplayableTaskError
+from envs.gem.core import Env
+from envs.gem.episode import DemonstrationEpisode, EnvironmentFault, play_demonstration
 from envs.rock import SandboxError
-from envs.tasks.terminal.demonstrator import play_demonstration
-from envs.tasks.terminal.env import TerminalEnv
+from rome.agent.loop import told_tools
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.files import to_thread_until_done
 from rome.model.tokenizer import Chat
@@ -45,13 +46,15 @@ class FailedDemonstration(RolloutError):
 
 async def collect_demonstrations(
     tasks: Mapping[int, str],
-    make_env: Callable[[str], TerminalEnv],
+    make_env: Callable[[str], Env],
     chat: Chat,
     *,
     error_rate: float,
     concurrency: int,
     record: Callable[[int], pathlib.Path],
     first_group: int = 0,
+    family_of: Callable[[str], str] | None = None,
+    tell_tools: bool = False,
     on_spoiled: Callable[[SpoiledTaskError], None] | None = None,
     seconds: float | None = None,
 ) -> dict[int, Trajectory]:
@@ -67,6 +70,8 @@ async def collect_demonstrations(
         task, it is returned instead of playing.
       first_group: group number of trajectory 0. Each is a group of its own, which keeps it out of
         the statistics of groups that were sampled.
+      family_of: returns the family of a task; None leaves it to the environment.
+      tell_tools: whether the first prompt has each environment's tools and system text.
       on_spoiled: called for each task that cannot be shown; it is left out of the result. None: it
         is an error.
       seconds: for one attempt at a demonstration; None for no limit.
@@ -87,7 +92,7 @@ async def collect_demonstrations(
         async with places:
             try:
                 trajectory = await _demonstrate_until_played(
-                    make_env, task, chat, error_rate, seconds
+                    make_env, task, chat, error_rate, seconds, tell_tools
                 )
             except SpoiledTaskError as fault:
                 if on_spoiled is None:
@@ -95,6 +100,9 @@ async def collect_demonstrations(
                 on_spoiled(fault)
                 return None
         trajectory.group = first_group + number
+        trajectory.task = task
+        if family_of is not None:
+            trajectory.family = family_of(task)
         await to_thread_until_done(save_trajectory, trajectory, path)
         return trajectory
 
@@ -116,11 +124,12 @@ def _load_kept(path: pathlib.Path) -> Trajectory | None:
 
 
 async def _demonstrate_until_played(
-    make_env: Callable[[str], TerminalEnv],
+    make_env: Callable[[str], Env],
     task: str,
     chat: Chat,
     error_rate: float,
     seconds: float | None,
+    tell_tools: bool,
 ) -> Trajectory:
     """Play a demonstration, again if the infrastructure spoils it.
 
@@ -130,10 +139,15 @@ async def _demonstrate_until_played(
     for attempt in range(1, ATTEMPTS + 1):
         try:
             async with asyncio.timeout(seconds):
-                return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
+                return await demonstrate(
+                    make_env(task), chat, _rng_of(task), error_rate, tell_tools=tell_tools
+                )
         except FailedDemonstration as failure:
             raise SpoiledTaskError(task, failure.ending, str(failure), attempt) from failure
-        except (SpoiledDemonstration, SandboxError, UnplayableTaskError, TimeoutError) as error:
+        except (SpoiledDemonstration, EnvironmentFault) as error:
+            note = str(error)
+            last = SpoiledTaskError(task, "infra_sandbox", note, attempt)
+        except (SandboxError, UnplayableTaskError, TimeoutError) as error:
             reason = str(error) or f"it did not end within {seconds} s"
             note = f"{type(error).__name__}: {reason}"
             last = SpoiledTaskError(task, "infra_sandbox", note, attempt)
@@ -145,15 +159,16 @@ def _rng_of(task: str) -> random.Random:
 
 
 async def demonstrate(
-    env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float
+    env: Env, chat: Chat, rng: random.Random, error_rate: float, *, tell_tools: bool = False
 ) -> Trajectory:
     """Play one demonstration. Its turns become the tokens that a policy would have sampled.
 
     Args:
-      env: an environment of the task; it is closed.
+      env: an environment of the task, not started yet; it is closed.
       chat: the chat template.
       rng: decides where the demonstrator makes a mistake.
       error_rate: probability of a mistake.
+      tell_tools: whether the first prompt has the environment's tools and system text.
 
     Raises:
       SpoiledDemonstration: the infrastructure failed.
@@ -161,13 +176,9 @@ async def demonstrate(
     """
     played = await play_demonstration(env, rng, error_rate)
     if played.ending != "success":
-        message = (
-            f"the demonstration of {played.task} ended as {played.ending}, not as a success; its"
-            f" last observation: {played.turns[-1].observation!r}"
-        )
-        if played.ending.startswith("infra_"):
-            raise SpoiledDemonstration(message)
-        raise FailedDemonstration(played.ending, message)
+        _raise_failed(played)
+    if tell_tools:
+        chat = told_tools(chat, env)
     chunks = []
     prompt_ids = chat.open(played.instruction)
     for turn in played.turns:
@@ -194,3 +205,15 @@ async def demonstrate(
         ending=played.ending,
         instruction=played.instruction,
     )
+
+
+def _raise_failed(played: DemonstrationEpisode) -> None:
+    """Raise for a demonstration that did not end as a success."""
+    last = played.turns[-1].observation if played.turns else ""
+    message = (
+        f"the demonstration of {played.task} ended as {played.ending}, not as a success"
+        f" ({played.note or 'no note'}); its last observation: {last!r}"
+    )
+    if played.ending.startswith("infra_"):
+        raise SpoiledDemonstration(message)
+    raise FailedDemonstration(played.ending, message)

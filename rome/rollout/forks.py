@@ -1,9 +1,10 @@
 """Environments that start at an anchor: copies of one replay of the source.
 
 A source is replayed once for a group. Wherever an episode of the group starts, the environment is
-copied: a copy-on-write snapshot of the sandbox's files. If an environment cannot be copied (no
-snapshots, or a process still runs), each episode replays the actions itself (`rome.agent.loop`),
-which takes as long as the source's commands did.
+copied: a copy-on-write snapshot of the sandbox's files, or a copy in memory
+(`envs.gem.episode.snapshot_of`). If an environment cannot be copied (it has no copies, or a process
+still runs), each episode replays the actions itself (`rome.agent.loop`), which takes as long as the
+source's commands did.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from envs.gem.core import Env, StepResult
+from envs.gem.core import Env, StepResult, close_async, judge_async, step_async
+from envs.gem.episode import (
+    EnvironmentFault,
+    PlayedEnv,
+    Stored,
+    Twin,
+    snapshot_of,
+    task_name,
+)
 from envs.rock import SandboxError
-from rome.agent.environment import EnvironmentFault, PlayedEnv, task_name
 from rome.agent.loop import CLOSE_SECONDS, ReplayError, close_env, replay
 from rome.data.trajectory import Chunk
 
@@ -34,7 +42,8 @@ class Forks:
         self._make_env = make_env
         self._longest = max(prefixes, key=len)
         self._anchors = {len(prefix) for prefix in prefixes if prefix}
-        self._snapshots: dict[int, Any] = {}
+        # By anchor: a copy, and the reward that the turns before it have earned.
+        self._snapshots: dict[int, tuple[Stored | Twin, float]] = {}
         self._replaying: asyncio.Task | None = None
 
     async def env_at(self, prefix: Sequence[Chunk]) -> Env:
@@ -53,7 +62,7 @@ class Forks:
             self._replaying.result()
         snapshot = self._snapshots.get(len(prefix))
         env = self._make_env()
-        return env if snapshot is None else Forked(env, snapshot, prefix)
+        return env if snapshot is None else Forked(env, *snapshot, prefix)
 
     async def aclose(self) -> None:
         """Stop the replay and delete the copies."""
@@ -62,22 +71,24 @@ class Forks:
             await asyncio.gather(self._replaying, return_exceptions=True)
         snapshots = list(self._snapshots.values())
         self._snapshots = {}
-        for snapshot in snapshots:
+        for snapshot, _ in snapshots:
             await _delete(snapshot)
 
     async def _replay(self) -> None:
         """Replay the source and copy the environment at each anchor."""
         env = self._make_env()
-        if not hasattr(env, "asnapshot"):
-            return
         played = PlayedEnv(env, REPLAY_SECONDS, REPLAY_SECONDS)
         try:
             async with asyncio.timeout(REPLAY_SECONDS):
-                await played.start()
+                opening = await played.start()
                 for anchor, chunk in enumerate(self._longest, start=1):
                     await replay(played, [chunk], [])
-                    if anchor in self._anchors:
-                        self._snapshots[anchor] = await env.asnapshot()
+                    if anchor not in self._anchors:
+                        continue
+                    snapshot = await snapshot_of(env, opening)
+                    if snapshot is None:
+                        return
+                    self._snapshots[anchor] = snapshot, played.reward
         except (EnvironmentFault, SandboxError, ReplayError, TimeoutError) as error:
             # Episodes at later anchors replay the actions themselves and report what they meet.
             copies = len(self._snapshots)
@@ -87,7 +98,7 @@ class Forks:
             await close_env(env)
 
 
-async def _delete(snapshot: Any) -> None:
+async def _delete(snapshot: Stored | Twin) -> None:
     """Delete a copy within CLOSE_SECONDS; a fault is logged only, its manager removes the rest."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
@@ -104,20 +115,34 @@ class Forked(Env):
 
     Args:
       env: a fresh environment of the task.
-      snapshot: what its `asnapshot` returned after the prefix.
+      snapshot: of the environment after the prefix.
+      reward: that the turns of the prefix earned; the last of them brings it.
       prefix: the chunks that were replayed.
     """
 
-    def __init__(self, env: Env, snapshot: Any, prefix: Sequence[Chunk]) -> None:
+    def __init__(
+        self, env: Env, snapshot: Stored | Twin, reward: float, prefix: Sequence[Chunk]
+    ) -> None:
         self._env = env
         self._snapshot = snapshot
+        self._reward = reward
         self._prefix = prefix
         self._turn = 0
 
     @property
     def task(self) -> Any:
         """The task of the environment."""
-        return self._env.task
+        return getattr(self._env, "task", None)
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """The tools of the environment."""
+        return getattr(self._env, "tools", [])
+
+    @property
+    def system(self) -> str | None:
+        """The system text of the environment."""
+        return getattr(self._env, "system", None)
 
     def reset(self, seed: int | None = None) -> Any:
         raise NotImplementedError("a forked environment is asynchronous; use areset")
@@ -126,18 +151,20 @@ class Forked(Env):
         raise NotImplementedError("a forked environment is asynchronous; use astep")
 
     async def areset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
-        return await self._env.arestore(self._snapshot)
+        self._env, opening = await self._snapshot.continue_in(self._env)
+        return opening
 
     async def astep(self, action: str) -> StepResult:
         if self._turn == len(self._prefix):
-            return await self._env.astep(action)
+            return await step_async(self._env, action)
         chunk = self._prefix[self._turn]
         self._turn += 1
         info = {"status": chunk.status, "use_tool": chunk.tool_call is not None}
-        return chunk.observation, 0.0, False, False, info
+        reward = self._reward if self._turn == len(self._prefix) else 0.0
+        return chunk.observation, reward, False, False, info
 
     async def ajudge(self, ending: str) -> StepResult:
-        return await self._env.ajudge(ending)
+        return await judge_async(self._env, ending)
 
     @property
     def is_grading(self) -> bool:
@@ -150,4 +177,4 @@ class Forked(Env):
         return getattr(self._env, "grading_seconds", 0.0)
 
     async def aclose(self) -> None:
-        await self._env.aclose()
+        await close_async(self._env)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+from typing import Any
 
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory, rewards_differ
+from rome.rollout.episode import Episode
 from rome.rollout.forks import Forks
+from rome.rollout.rules import Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,16 @@ class Group:
         """Whether its episodes earned different rewards."""
         return rewards_differ(self.finished.values())
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what a resumed run makes the group of."""
+        return {
+            "number": self.number,
+            "attempt": self.attempt,
+            "task": self.plan.task,
+            "source": self.plan.source,
+            "prefixes": [len(prefix) for prefix in self.plan.prefixes],
+        }
+
     def age(self, version: int) -> int:
         """Return the staleness of its oldest sample if it were trained on at `version`."""
         return version - min(self.versions.values(), default=version)
@@ -76,6 +90,28 @@ class Group:
     def trajectories(self) -> list[Trajectory]:
         """Return the finished trajectories in the order of their episodes."""
         return [self.finished[number] for number in sorted(self.finished)]
+
+
+def episode_of(rules: Rules, group: Group, number: int) -> Episode:
+    """Return the n-th episode of a group. It does not depend on when it is asked for."""
+    wave, index = divmod(group.number, rules.groups_per_step)
+    again: list[Any] = []  # what makes a second try another sample
+    if group.attempt:
+        again += ["again", group.attempt]
+    if group.retries[number]:
+        again += ["stale", group.retries[number]]
+    if rules.siblings > 1:
+        index, number = divmod(index, rules.siblings)
+    replacement = f"r{group.attempt}" if group.attempt else ""
+    return Episode(
+        task=group.plan.task,
+        group=group.number // rules.siblings,
+        episode=number,
+        seed=derive_seed(rules.seed, group.plan.task, wave, index, number, *again),
+        name=f"{wave:06d}_g{index:03d}{replacement}_e{number:02d}",
+        prefix=group.plan.prefix(number),
+        forks=group.plan.forks,
+    )
 
 
 @dataclasses.dataclass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from rome.data.trajectory import Trajectory, rewards_differ
+from rome.data.tree import ROOT
 
 
 def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -21,6 +22,18 @@ def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
         groups[trajectory.group].append(trajectory)
     mixed = {group for group, members in groups.items() if rewards_differ(members)}
     return [trajectory for trajectory in trajectories if trajectory.group in mixed]
+
+
+def chosen_episodes(
+    trajectories: list[Trajectory],
+    choose: Callable[[Sequence[Trajectory]], Sequence[Trajectory]],
+) -> list[Trajectory]:
+    """Return the episodes that own code chooses of each group, in the order taken."""
+    groups: dict[int, list[Trajectory]] = collections.defaultdict(list)
+    for trajectory in trajectories:
+        groups[trajectory.group].append(trajectory)
+    chosen = {id(one) for members in groups.values() for one in choose(members)}
+    return [trajectory for trajectory in trajectories if id(trajectory) in chosen]
 
 
 def rollout_metrics(
@@ -62,6 +75,9 @@ def rollout_metrics(
         "network_denial_share": float(np.mean(denied)),
         "cached_token_share": cached_tokens / max(1, sent_tokens),
     }
+    shaped = [one.training_reward for one in trajectories if one.training_reward is not None]
+    if shaped:
+        metrics["training_reward"] = float(np.mean(shaped))
     # Failures that grow longer announce a collapse.
     if succeeded.any():
         metrics["tokens_success"] = float(tokens[succeeded].mean())
@@ -81,11 +97,11 @@ def staleness(trajectories: Iterable[Trajectory], version: int) -> list[int]:
 
 def _sent_tokens(trajectory: Trajectory) -> int:
     """Count the tokens that the engine was sent: each turn sends the whole context again."""
-    context = 0
+    contexts: list[int] = []  # tokens at the end of each chunk
     sent = 0
-    for chunk in trajectory.chunks:
-        context += len(chunk.prompt_ids)
+    for chunk, parent in zip(trajectory.chunks, trajectory.parents, strict=True):
+        prompt = (0 if parent == ROOT else contexts[parent]) + len(chunk.prompt_ids)
         if chunk.kind != "context":  # a replayed turn went to the environment only
-            sent += context
-        context += len(chunk.action_ids)
+            sent += prompt
+        contexts.append(prompt + len(chunk.action_ids))
     return sent

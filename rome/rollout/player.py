@@ -1,4 +1,4 @@
-"""The player of episodes: plays one until it counts, or a list of them at once.
+"""The player of episodes: plays one until it counts.
 
 The scheduler (`scheduler.py`) decides which episodes training plays and when. Episodes move
 independently: generation, commands and grading of different episodes overlap. A finished
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 
 from envs.gem.core import Env
-from rome.agent.loop import Generator, Limits, run_episode
+from rome.agent.command import CommandAgent, run_command_episode
+from rome.agent.loop import Limits, run_episode
+from rome.agent.session import Generator
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.files import to_thread_until_done
@@ -24,7 +27,7 @@ from rome.model.tokenizer import Chat
 from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
-from rome.stopping import POLL_SECONDS, raise_if_stopped
+from rome.rollout.reward import Reward, ask
 
 ATTEMPTS = 3  # at an episode that the infrastructure spoils
 # Before an episode is played again; doubled each time, so that a fault of a moment may pass.
@@ -37,97 +40,26 @@ class EpisodePlayer:
 
     Args:
       engine: samples the turns.
-      make_env: makes a fresh environment for one episode of the named task.
+      make_env: makes a fresh environment for one episode of the named task; the doors of its
+        sandbox are a second argument, given where a command plays.
       chat: the chat template.
       limits: tokens and seconds of an episode.
-      concurrency: episodes that `play` runs at once.
-      should_stop: polled by `play`; True cancels what runs and raises Stopped.
       attempts: how often an episode is played in all if infrastructure keeps spoiling it.
       model: name of the model that the engine serves, for the files of trajectories.
+      family_of: returns the family of a task; None leaves it to the environment.
+      tell_tools: whether the first prompt has each environment's own tools and system text.
+      command: plays in the place of the loop.
     """
 
     engine: Generator
-    make_env: Callable[[str], Env]
+    make_env: Callable[..., Env]
     chat: Chat
     limits: Limits
-    concurrency: int
-    should_stop: Callable[[], bool] = lambda: False
     attempts: int = ATTEMPTS
     model: str = ""
-
-    async def play(
-        self,
-        episodes: Sequence[Episode],
-        *,
-        temperature: float,
-        accounting: Accounting | None = None,
-        record: Callable[[Episode], pathlib.Path] | None = None,
-        on_finish: Callable[[Trajectory], None] | None = None,
-        on_spoiled: Callable[[SpoiledTaskError], None] | None = None,
-        routes: bool = False,
-    ) -> list[Trajectory]:
-        """Play all episodes and return their trainable trajectories in the same order.
-
-        Args:
-          episodes: what to play.
-          temperature: of sampling.
-          accounting: counts training samples. Evaluations pass none.
-          record: returns the file of an episode's trajectory. If it exists already, it is returned
-            instead of playing the episode.
-          on_finish: called with each trajectory as soon as it is there.
-          on_spoiled: called for each episode whose task cannot be played; it is left out of the
-            result. None: it is an error.
-          routes: ask the engine for the experts of each token and keep them in the chunks.
-
-        Raises:
-          Stopped: `should_stop` returned True.
-          SpoiledTaskError: an episode was spoiled `attempts` times, without `on_spoiled`.
-          RolloutError: the engines failed for an episode `attempts` times.
-        """
-        counts = accounting or Accounting()
-        places = asyncio.Semaphore(self.concurrency)
-
-        async def play_in_turn(episode: Episode) -> Trajectory | None:
-            async with places:
-                counts.begin()
-                try:
-                    trajectory = await self.play_one(
-                        episode,
-                        temperature=temperature,
-                        accounting=counts,
-                        path=record(episode) if record is not None else None,
-                        routes=routes,
-                    )
-                except SpoiledTaskError as fault:
-                    if on_spoiled is None:
-                        raise
-                    on_spoiled(fault)
-                    return None
-            if on_finish is not None:
-                on_finish(trajectory)
-            return trajectory
-
-        tasks = [asyncio.create_task(play_in_turn(episode)) for episode in episodes]
-        try:
-            await self._wait_for(tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            # Return only when the sandboxes of cancelled episodes are closed.
-            await asyncio.gather(*tasks, return_exceptions=True)
-        played = (task.result() for task in tasks)
-        return [trajectory for trajectory in played if trajectory is not None]
-
-    async def _wait_for(self, tasks: Collection[asyncio.Task[Trajectory | None]]) -> None:
-        """Wait until all tasks are done; raise the first error, or Stopped."""
-        pending = set(tasks)
-        while pending:
-            raise_if_stopped(self.should_stop)
-            done, pending = await asyncio.wait(
-                pending, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
-            )
-            for task in done:
-                task.result()
+    family_of: Callable[[str], str] | None = None
+    tell_tools: bool = False
+    command: CommandAgent | None = None
 
     async def play_one(
         self,
@@ -137,6 +69,7 @@ class EpisodePlayer:
         accounting: Accounting,
         path: pathlib.Path | None = None,
         routes: bool = False,
+        reward: Reward | None = None,
     ) -> Trajectory:
         """Play one episode until its trajectory is trainable.
 
@@ -147,6 +80,8 @@ class EpisodePlayer:
           path: file of the trajectory. If it exists already, it is returned instead of playing the
             episode.
           routes: ask the engine for the experts of each token and keep them in the chunks.
+          reward: what training learns from, instead of the environment's reward; it is asked once,
+            before the file is written.
 
         Raises:
           SpoiledTaskError: the episode was spoiled `attempts` times. Its last attempt counts as
@@ -163,9 +98,10 @@ class EpisodePlayer:
             if attempt:
                 accounting.begin()
                 await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
-            trajectory = await self._play_attempt(episode, attempt, temperature, routes)
+            trajectory = await self.play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
-                trajectory.model = self.model
+                if reward is not None:
+                    trajectory.training_reward = await ask(reward, trajectory)
                 if path is not None:
                     await to_thread_until_done(save_trajectory, trajectory, path)
                 return trajectory
@@ -180,14 +116,18 @@ class EpisodePlayer:
         accounting.drop("spoiled_task")
         raise fault
 
-    async def _play_attempt(
-        self, episode: Episode, attempt: int, temperature: float, routes: bool
+    async def play_attempt(
+        self, episode: Episode, attempt: int, temperature: float, routes: bool = False
     ) -> Trajectory:
+        """Play one episode once, whatever its ending; see `play_one`."""
         # A command may answer differently each time (the date, a process id), and then its turns
         # cannot be replayed. The last attempt therefore starts at the beginning of the task.
         is_last_resort = attempt > 0 and attempt + 1 == self.attempts
         prefix = () if is_last_resort else episode.prefix
         seed = derive_seed(episode.seed, "attempt", attempt) if attempt else episode.seed
+        if self.command is not None:
+            trajectory = await self._play_command(self.command, episode, seed, temperature, routes)
+            return self._labelled(trajectory, episode)
         try:
             env = await self._make_env(episode, attempt, prefix)
         except Exception as error:  # nobody has acted yet: whatever it is, it is the task's
@@ -202,7 +142,7 @@ class EpisodePlayer:
                 seed=seed,
                 note=f"{type(error).__name__}: {error}",
             )
-        return await run_episode(
+        trajectory = await run_episode(
             self.engine,
             env,
             self.chat,
@@ -213,7 +153,37 @@ class EpisodePlayer:
             episode=episode.episode,
             routes=routes,
             prefix=prefix,
+            tell_tools=self.tell_tools,
         )
+        return self._labelled(trajectory, episode)
+
+    async def _play_command(
+        self,
+        command: CommandAgent,
+        episode: Episode,
+        seed: int,
+        temperature: float,
+        routes: bool,
+    ) -> Trajectory:
+        return await run_command_episode(
+            self.engine,
+            functools.partial(self.make_env, episode.task),
+            self.chat,
+            self.limits,
+            command,
+            temperature=temperature,
+            seed=seed,
+            group=episode.group,
+            episode=episode.episode,
+            routes=routes,
+        )
+
+    def _labelled(self, trajectory: Trajectory, episode: Episode) -> Trajectory:
+        trajectory.task = episode.task  # an environment may name it otherwise
+        trajectory.model = self.model
+        if self.family_of is not None:
+            trajectory.family = self.family_of(episode.task)
+        return trajectory
 
     async def _make_env(self, episode: Episode, attempt: int, prefix: tuple[Chunk, ...]) -> Env:
         if episode.forks is not None and attempt == 0:

@@ -40,57 +40,22 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import collections
-import dataclasses
 import math
 import pathlib
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Any
 
-from rome.data.seeds import derive_seed
 from rome.data.trajectory import Trajectory
 from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
-from rome.rollout.group import Group, GroupPlan, Taken
+from rome.rollout.group import Group, GroupPlan, Taken, episode_of
 from rome.rollout.journal import Journal
 from rome.rollout.pending import PendingEpisodes
-from rome.rollout.spoiled import Replacement, SpoiledTasks
+from rome.rollout.rules import MAX_REPLACEMENTS, Rules
+from rome.rollout.spoiled import SpoiledTasks
+from rome.rollout.substitutes import Substitutes
+from rome.rollout.taking import can_repeat, find_recorded, would_exceed_bound
 from rome.stopping import POLL_SECONDS, raise_if_stopped
-
-StaleSamples = Literal["wait", "keep", "drop"]
-MAX_REPLACEMENTS = 4  # of a group without spread; the last one is taken as it is
-MAX_DRAWS = 100  # of another task for a group, before none counts as left
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """The numbers that a RolloutScheduler follows.
-
-    Args:
-      groups_per_step: groups that a training step takes.
-      group_size: episodes of a group that are trained on.
-      concurrency: episodes in play at once.
-      steps: training steps of the run; no wave starts beyond the last one.
-      async_ratio: alpha, the bound on staleness in versions.
-      redundancy: further episodes of a group. The first `group_size` to finish count.
-      replace_equal: replace a group without spread by a group of another task (the dynamic
-        sampling of DAPO, arXiv 2503.14476), up to MAX_REPLACEMENTS times.
-      stale_samples: what happens to samples beyond the bound.
-      siblings: number of consecutive groups that are episodes of the same task. With group_size=1
-        a step takes single episodes without waiting for their siblings.
-      seed: seed of the run, from which every episode's seed is derived.
-    """
-
-    groups_per_step: int
-    group_size: int
-    concurrency: int
-    steps: int
-    async_ratio: int = 0
-    redundancy: int = 0
-    replace_equal: bool = False
-    stale_samples: StaleSamples = "wait"
-    siblings: int = 1
-    seed: int = 0
 
 
 class RolloutScheduler:
@@ -135,14 +100,15 @@ class RolloutScheduler:
         self._play = play
         self._plan = plan
         self._replan = replan
-        self._spoiled = SpoiledTasks() if spoiled is None else spoiled
-        self._spoiled_in_wave: collections.Counter[int] = collections.Counter()
         self._quiet_seconds = quiet_seconds
         self._ended_at = -math.inf  # when an episode ended last
         self._forget = forget
         self._should_stop = should_stop
         self._journal = Journal(journal)
         self._pending = PendingEpisodes(self._journal)
+        self._substitutes = Substitutes(
+            rules, SpoiledTasks() if spoiled is None else spoiled, replan, self._journal
+        )
 
         self._started_waves = 0
         self._groups: dict[int, Group] = {}  # started and not yet taken, in order of their numbers
@@ -264,16 +230,7 @@ class RolloutScheduler:
         return {
             "waves": self._started_waves,
             "accounting": counts,
-            "groups": [
-                {
-                    "number": group.number,
-                    "attempt": group.attempt,
-                    "task": group.plan.task,
-                    "source": group.plan.source,
-                    "prefixes": [len(prefix) for prefix in group.plan.prefixes],
-                }
-                for group in groups
-            ],
+            "groups": [group.to_json() for group in groups],
         }
 
     def set_state(
@@ -294,25 +251,7 @@ class RolloutScheduler:
 
     def episode(self, group: Group, number: int) -> Episode:
         """Return the n-th episode of a group. It does not depend on when it is asked for."""
-        rules = self.rules
-        wave, index = divmod(group.number, rules.groups_per_step)
-        again: list[Any] = []  # what makes a second try another sample
-        if group.attempt:
-            again += ["again", group.attempt]
-        if group.retries[number]:
-            again += ["stale", group.retries[number]]
-        if rules.siblings > 1:
-            index, number = divmod(index, rules.siblings)
-        replacement = f"r{group.attempt}" if group.attempt else ""
-        return Episode(
-            task=group.plan.task,
-            group=group.number // rules.siblings,
-            episode=number,
-            seed=derive_seed(rules.seed, group.plan.task, wave, index, number, *again),
-            name=f"{wave:06d}_g{index:03d}{replacement}_e{number:02d}",
-            prefix=group.plan.prefix(number),
-            forks=group.plan.forks,
-        )
+        return episode_of(self.rules, group, number)
 
     def _episode_names(self, group: Group) -> list[str]:
         return [self.episode(group, number).name for number in sorted(group.finished)]
@@ -434,7 +373,7 @@ class RolloutScheduler:
             self._add_group(Group(number, plan))
 
     def _add_group(self, group: Group) -> None:
-        group = self._playable(group)
+        group = self._substitutes.playable(group)
         self._groups[group.number] = group
         recorded = self._journal.episodes(group)
         for number in recorded or range(self.rules.group_size + self.rules.redundancy):
@@ -466,31 +405,13 @@ class RolloutScheduler:
         Raises:
           RolloutError: too many tasks of the wave are spoiled, or no other task is left.
         """
-        siblings = [
-            other
-            for other in self._groups.values()
-            if self._task_group(other) == self._task_group(group)
-            and other.plan.task == group.plan.task
-        ]
-        self._spoiled.note(fault)
-        try:
-            successor = self._playable(self._successor(group))
-        except RolloutError:
-            self._spoiled.add(fault)
-            raise
-        key = self._task_group(group), group.attempt
-        self._spoiled.add(fault, key, Replacement(successor.plan.task, successor.attempt))
+        siblings = self._substitutes.siblings(group, self._groups.values())
+        successor = self._substitutes.set_aside(group, fault)
         for sibling in siblings:
             self._leave(sibling)
             self._add_group(Group(sibling.number, successor.plan, successor.attempt))
         self._changed.set()
-
-        wave = group.number // self.rules.groups_per_step
-        self._spoiled_in_wave[wave] += 1
-        number = self._spoiled_in_wave[wave]
-        tasks_per_wave = self.rules.groups_per_step // self.rules.siblings
-        if self._spoiled.too_many(number, tasks_per_wave):
-            raise RolloutError(self._spoiled.failure(number, tasks_per_wave))
+        self._substitutes.count(group)
 
     def _leave(self, group: Group) -> None:
         """Drop the episodes of a group whose task was set aside."""
@@ -502,41 +423,6 @@ class RolloutScheduler:
             task.cancel()
         group.running.clear()
         self._close_unused_forks(group)
-
-    def _playable(self, group: Group) -> Group:
-        """Return the group, or the one that replaces it where its task was set aside.
-
-        A group that a step has taken stays as it was, so that a resumed run can repeat the step.
-
-        Raises:
-          RolloutError: no other task is left.
-        """
-        first_attempt = group.attempt
-        while group.plan.task in self._spoiled and self._replan is not None:
-            if self._journal.episodes(group) is not None:
-                return group
-            if group.attempt - first_attempt >= MAX_DRAWS:
-                raise RolloutError(
-                    f"the last {MAX_DRAWS} tasks that were drawn for group {group.number} are all"
-                    f" set aside in {self._spoiled.path or 'the record'}: no task is left that can"
-                    " be played"
-                )
-            group = self._successor(group)
-        return group
-
-    def _successor(self, group: Group) -> Group:
-        """Return the group that takes the place of one whose task was set aside."""
-        known = self._spoiled.replacement((self._task_group(group), group.attempt))
-        if known is not None:
-            return Group(group.number, GroupPlan(known.task), known.attempt)
-        assert self._replan is not None
-        attempt = group.attempt + 1
-        first_sibling = self._task_group(group) * self.rules.siblings
-        return Group(group.number, self._replan(first_sibling, attempt), attempt)
-
-    def _task_group(self, group: Group) -> int:
-        """Return the number that the group shares with its siblings."""
-        return group.number // self.rules.siblings
 
     def _close_group(self, group: Group) -> None:
         """Start no further episode of a complete group and cancel those that still run."""
@@ -577,53 +463,16 @@ class RolloutScheduler:
     def _choose(self, step: int) -> list[Group] | None:
         """Return the groups that the step takes; None while it must wait."""
         recorded = self._journal.groups(step)
-        if recorded is not None and self._can_repeat(recorded):
-            return self._find_recorded(recorded)
+        if recorded is not None and can_repeat(recorded, self._groups, self._complete):
+            return find_recorded(recorded, self._groups, self._complete)
         if self._pending.is_restricted:
             self._pending.restrict_to(None)
             self._start_pending()
         if len(self._complete) < self.rules.groups_per_step:
             return None
         chosen = [self._groups[number] for number in self._complete[: self.rules.groups_per_step]]
-        return None if self._would_exceed_bound(chosen) else chosen
-
-    def _can_repeat(self, recorded: list[tuple[int, int]]) -> bool:
-        """Whether the step can still take what it took once.
-
-        It cannot if files were lost and a group went another way: it is gone, was replaced more
-        often than then, or is complete where it was replaced then.
-        """
-        for number, attempt in recorded:
-            group = self._groups.get(number)
-            if group is None or group.attempt > attempt:
-                return False
-            if group.attempt < attempt and number in self._complete:
-                return False
-        return True
-
-    def _find_recorded(self, recorded: list[tuple[int, int]]) -> list[Group] | None:
-        """Return the recorded groups; None until all of them are complete."""
-        groups = [self._groups[number] for number, _ in recorded]
-        if [group.key for group in groups] != recorded:
-            return None
-        if any(group.number not in self._complete for group in groups):
-            return None
-        return groups
-
-    def _would_exceed_bound(self, chosen: list[Group]) -> bool:
-        """Whether another group would exceed the staleness bound if `chosen` were taken now.
-
-        The other groups are taken in their order by the steps after this one.
-        """
-        if self.rules.stale_samples != "wait":
-            return False
-        numbers = {group.number for group in chosen}
-        others = [group for group in self._groups.values() if group.number not in numbers]
-        for place, group in enumerate(others):
-            steps_until_taken = 1 + place // self.rules.groups_per_step
-            if group.age(self.version) + steps_until_taken > self.rules.async_ratio:
-                return True
-        return False
+        is_late = would_exceed_bound(chosen, self._groups.values(), self.rules, self.version)
+        return None if is_late else chosen
 
     def _remove(self, group: Group) -> None:
         """Remove a group that was taken; the last group that uses its forks closes them."""

@@ -25,7 +25,7 @@ from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
 from rome.files import find_shipped, read_json, sync, write_atomically
-from rome.losses import LIKELIHOODS, LOSSES, count_denominators
+from rome.losses import count_denominators, find_loss
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.hf.companions import copy_companions
@@ -35,6 +35,8 @@ from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
 from rome.stages.config import loss_config, profiled_steps, updates_of_step
+from rome.stages.own_code import own_loss
+from rome.stages.tasks import tasks_of
 from rome.stages.weights import load_start, model_to_start, run_settings
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
@@ -312,6 +314,16 @@ class TrainingStage:
         """Write the outcomes of an evaluation into the workdir."""
         write_outcomes(self.workdir, self.config.experiment, step, outcomes)
 
+    def evaluation_folder(self, step: int) -> pathlib.Path:
+        """Return the folder of the attempts of an evaluation; one that was killed goes on there."""
+        return outcomes_path(self.workdir, self.config.experiment, step).with_suffix("")
+
+    def _note_faults(self) -> None:
+        """Say which tasks of the config cannot be used."""
+        faults = tasks_of(self.config).faults
+        if faults:
+            self.display.note(f"{len(faults)} tasks are left out; the first: {faults[0]}")
+
     def _kept_evaluations(self, last_step: int) -> list[Evaluation]:
         """Return this stage's evaluations up to a step, as the workdir has them."""
         stage = self.config.experiment
@@ -425,14 +437,14 @@ def make_learner(
         clip=config.clip,
     )
     # A likelihood is maximised as it is; a policy's logprobs are those of its sampling temperature.
-    temperature = 1.0 if config.loss in LIKELIHOODS else config.temperature
+    temperature = 1.0 if find_loss(config.loss).likelihood else config.temperature
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
     kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
     return Learner(
         model_config,
-        LOSSES[config.loss],
+        own_loss(config),
         loss_config(config),
         optimizer,
         mesh,

@@ -21,24 +21,29 @@ from typing import Any
 import ml_collections
 
 from envs.rock.sync import run as run_async
-from envs.tasks.terminal import FAMILIES, train_seed
+from envs.sources import TRAIN_SEEDS
 from rome.data.batch import Batch
-from rome.data.packing import fits_row, microbatches, pack
+from rome.data.lines import fits_row
+from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Trajectory, load_trajectory
-from rome.losses import ADVANTAGES, count_denominators
+from rome.data.tree import parse_credit
+from rome.losses import count_denominators
 from rome.model.config import ModelConfig
 from rome.rollout.anchors import Anchors, anchor_of
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.forks import REPLAY_SECONDS, Forks
 from rome.rollout.group import GroupPlan, Taken
-from rome.rollout.outcomes import mixed_groups, rollout_metrics, staleness
+from rome.rollout.outcomes import chosen_episodes, mixed_groups, rollout_metrics, staleness
 from rome.rollout.player import Accounting, Episode
-from rome.rollout.scheduler import RolloutScheduler, Rules
+from rome.rollout.rules import Rules
+from rome.rollout.scheduler import RolloutScheduler
 from rome.stages.config import imitation_weight
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
+from rome.stages.own_code import own_advantage, own_filter, own_reward
 from rome.stages.players import Players, wait_until_visible
 from rome.stages.prune import Pruner, sources_of
+from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
 from rome.train.loop import Minibatch, StepData
@@ -47,6 +52,7 @@ from rome.train.team import Team
 
 # For the rollouts to start, to report their state, or to close their sandboxes.
 CONTROL_SECONDS = 60.0
+MAX_SOLUTIONS = 4096  # of tasks without a demonstrator; the oldest are forgotten
 
 
 class Collector:
@@ -76,7 +82,9 @@ class Collector:
         self.config = config
         self.files = workdir / "trajectories"
         self.accounting = Accounting()
-        self.curriculum = Curriculum(FAMILIES)
+        self._source = tasks_of(config).train
+        self.curriculum = self._make_curriculum()
+        self._solutions: dict[str, str] = {}  # by task without a demonstrator: file of a success
         self.anchors = Anchors(config.rollout.resampling, config.group_size)
         self._journal = workdir / "steps.jsonl"
         self._players = players
@@ -90,6 +98,9 @@ class Collector:
         self._is_evaluating = False
         self._evaluations_at_take = 0
         self._pruner = Pruner(self.files, config.experiment, config.keep_trajectories)
+        self._advantage = own_advantage(config)
+        self._reward = own_reward(config)
+        self._filter = own_filter(config)
         self._untimed: set[str] = set()  # names of episodes whose sampling speed is not this step's
 
     @functools.cached_property
@@ -157,7 +168,8 @@ class Collector:
         scored, lost_versions = self._old_logprobs.fill(unscored, state)
         check_mismatch(scored, config.alarm_kl, lost_versions)
         if self._team.leads:
-            self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
+            self.accounting.drop("equal_group", shared["equal"])
+            self.accounting.drop("filtered", shared["filtered"])
             self.accounting.train(len(shared["kept"]))
             wait_for_episodes(self.rollouts.check(), CONTROL_SECONDS, "the check of the accounts")
         batches = iter(scored)
@@ -178,11 +190,12 @@ class Collector:
             gamma=config.gamma,
             failure_reward=config.failure_reward,
             routes_for=self._model_config if config.routing_replay == "rollout" else None,
-            advantage=ADVANTAGES.get(config.loss, "normalised"),
+            advantage=self._advantage,
             anchor=config.gigpo_state,
             denial_penalty=config.denial_penalty,
             negative_weight=config.negative_weight,
             negative_tokens=config.negative_tokens,
+            edge_credit=parse_credit(config.edge_credit),
         )
         self._team.require_same_rows(step, rows)
         return microbatches(rows, config.rows_per_microbatch)
@@ -226,7 +239,8 @@ class Collector:
     def set_state(self, document: dict[str, Any]) -> None:
         """Continue from a state that `get_state` returned; call it before `begin`."""
         self.accounting = Accounting.from_json(document["accounting"])
-        self.curriculum = Curriculum(FAMILIES, document["success_rates"])
+        self.curriculum = self._make_curriculum(document["success_rates"])
+        self._solutions = dict(document.get("solutions", {}))
         self.anchors.load(document["anchors"])
         self._pruner.set_state(document.get("sources", {}))
         if self._team.leads:
@@ -238,6 +252,10 @@ class Collector:
         if self._team.leads and has_started:
             wait_for_episodes(self.rollouts.close(), CONTROL_SECONDS, "the end of open episodes")
 
+    def _make_curriculum(self, rates: dict[str, float] | None = None) -> Curriculum:
+        shares = [(share.weight, share.families) for share in self._source.shares]
+        return Curriculum(self._source.families, rates, shares)
+
     def _current_state(self) -> dict[str, Any]:
         if self._team.leads:
             reading = self.rollouts.get_state()
@@ -248,6 +266,7 @@ class Collector:
             "accounting": rollouts.pop("accounting"),
             "success_rates": dict(self.curriculum.rates),
             "anchors": self.anchors.to_json(),
+            "solutions": dict(self._solutions),
             "sources": self._pruner.get_state(),
             "rollouts": rollouts,
         }
@@ -272,6 +291,7 @@ class Collector:
             accounting=self.accounting,
             path=path,
             routes=self.config.routing_replay == "rollout",
+            reward=self._reward,
         )
         if is_kept or was_evaluating or evaluations != self._evaluations:
             self._untimed.add(episode.name)
@@ -293,7 +313,7 @@ class Collector:
             resampled = self.anchors.choose(budget, anchor_rng)
         plans = [self._plan_resampled(*chosen) for chosen in resampled]
         for family in self.curriculum.draw(config.groups - len(resampled), rng):
-            plans.append(plan_new_task(family, rng))
+            plans.append(self._plan_new_task(family, rng))
         if rollout.whole_groups:
             return plans
         return [plan for plan in plans for _ in range(config.group_size)]
@@ -302,7 +322,11 @@ class Collector:
         """Plan the group that takes the place of one without spread, or of a spoiled task."""
         rng = random.Random(f"tasks/{self.config.seed}/{number}/{attempt}")
         family = self.curriculum.draw(1, rng)[0]
-        return plan_new_task(family, rng)
+        return self._plan_new_task(family, rng)
+
+    def _plan_new_task(self, family: str, rng: random.Random) -> GroupPlan:
+        """Plan a group of a task of this family that is drawn at random."""
+        return GroupPlan(self._source.train(family, rng.randrange(TRAIN_SEEDS)).name)
 
     def _plan_of_entry(self, entry: dict[str, Any]) -> GroupPlan:
         return self._plan_resampled(entry["task"], entry["source"], entry["prefixes"])
@@ -340,8 +364,14 @@ class Collector:
         shown: dict[int, Shown] = {}
         if imitation_weight(config):
             shown = show_solutions(
-                step, groups, config=config, players=self._players, files=self.files
+                step,
+                groups,
+                config=config,
+                players=self._players,
+                files=self.files,
+                solutions=self._solutions,
             )
+        self._note_solutions(groups, files)
         demonstrated = len(shown)
         shown = {
             number: one
@@ -349,7 +379,8 @@ class Collector:
             if fits_row(one.trajectory, config.row_length, config.chunks_per_row)
         }
         self._observe_anchors(groups, shown, files)
-        kept = mixed_groups(sampled) if config.rollout.filter_groups else sampled
+        mixed = mixed_groups(sampled) if config.rollout.filter_groups else sampled
+        kept = mixed if self._filter is None else chosen_episodes(mixed, self._filter)
         metrics = rollout_metrics(sampled, step, taken.seconds)
         metrics |= self._step_metrics(step, taken, sampled, len(shown))
         if imitation_weight(config):
@@ -357,7 +388,8 @@ class Collector:
         if not self._is_timed(names):
             metrics.pop("tokens_per_s", None)
         document = {
-            "taken": len(sampled),
+            "equal": len(sampled) - len(mixed),
+            "filtered": len(mixed) - len(kept),
             "kept": [files[id(trajectory)] for trajectory in kept],
             "shown": [one.file for one in shown.values()],
             "metrics": metrics,
@@ -388,6 +420,21 @@ class Collector:
                 continue
             trajectory = demonstration.trajectory
             self.anchors.enter(trajectory.task, demonstration.file, len(trajectory.chunks))
+
+    def _note_solutions(self, groups: Sequence[TaskGroup], files: dict[int, str]) -> None:
+        """Remember a success of each solved task that no demonstrator can show."""
+        if not imitation_weight(self.config):
+            return
+        for group in groups:
+            solved = [one for one in group.members if one.succeeded and anchor_of(one) == 0]
+            task = group.members[0].task
+            if not solved or self._players.can_show(task):
+                continue
+            shortest = min(solved, key=lambda one: len(one.chunks))
+            self._solutions.pop(task, None)
+            self._solutions[task] = files[id(shortest)]
+        while len(self._solutions) > MAX_SOLUTIONS:
+            del self._solutions[next(iter(self._solutions))]
 
     def _step_metrics(
         self, step: int, taken: Taken, sampled: list[Trajectory], shown: int
@@ -430,11 +477,6 @@ def split_groups(trajectories: Sequence[Trajectory], parts: int) -> list[list[Tr
         place = numbers.setdefault(trajectory.group, len(numbers))
         dealt[place % parts].append(trajectory)
     return [part for part in dealt if part]
-
-
-def plan_new_task(family: str, rng: random.Random) -> GroupPlan:
-    """Plan a group of a task of this family that is drawn at random."""
-    return GroupPlan(f"{family}/{train_seed(rng.randrange(1_000_000))}")
 
 
 def by_task_group(taken: Taken) -> list[TaskGroup]:

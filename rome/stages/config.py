@@ -1,16 +1,13 @@
-"""Load configs and check them before anything starts.
+"""Check configs before anything starts.
 
-The default config of a shipped experiment is the schema of its kind of training: its keys, and the
-type of each value. experiments/cpt.py and sft.py are the schemas of the losses of these names,
-experiments/ipa.py of every policy loss. To add a key, add it there with a default. The tables below
-hold only what a default cannot say: choices, and which numbers may be 0 or negative.
+The default config of a shipped experiment is the schema of its kind of training: its keys and their
+types (rome/stages/schema.py). To add a key, add it there with a default. The tables below hold only
+what a default cannot say: choices, and which numbers may be 0 or negative.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib.util
 import math
 import os
 import pathlib
@@ -21,30 +18,22 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.agent.command import CommandAgent, CommandError
+from rome.agent.proxy import Budget
+from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
-from rome.files import find_shipped
-from rome.losses import (
-    ADVANTAGES,
-    LIKELIHOODS,
-    LOSSES,
-    PUBLISHED,
-    SPECS,
-    LossConfig,
-    unbounded_weight,
-)
+from rome.losses import PUBLISHED, LossConfig, find_loss, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
-from rome.rollout.scheduler import StaleSamples
+from rome.rollout.rules import StaleSamples
+from rome.stages.own_code import compares_episodes
+from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
+from rome.stages.tasks import check_tasks
 from rome.train.devices import EngineDevice
 from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
 
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-SCHEMAS = {"cpt": "cpt.py", "sft": "sft.py"}  # by loss; every other loss has POLICY_SCHEMA
-POLICY_SCHEMA = "ipa.py"
-
 CHOICES: Mapping[str, Sequence[str]] = {
-    "loss": tuple(LOSSES),
     "model": tuple(PRESETS),
     "mismatch_mask": ("chunk", "token"),
     "norm": ("tokens", "chunks", "trajectories"),
@@ -88,6 +77,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "sandbox.backend": "operation",
     "sandbox.url": "operation",
     "sandbox.isolation": "operation",
+    "sandbox.verifier_tools": "operation",
     "learner.remat": "operation",
     "learner.attention": "operation",
     "learner.experts": "operation",
@@ -103,6 +93,9 @@ MAY_BE_ZERO = {
     "eval_every",
     "keep_trajectories",
     "demonstration_error_rate",
+    "max_turns",
+    "sandbox.command_timeout",
+    "sandbox.disk_mb",
     "until_success",
     "lambda_rl",
     "lambda_il",
@@ -126,28 +119,14 @@ MAY_BE_MINUS_ONE = {
 
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
 
-# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed.
-INHERITED = ("seed", "model", "tokenizer", "engine", "sandbox", "mesh")
+# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed, the
+# tasks and the sizes of their episodes.
+INHERITED = (
+    *("seed", "model", "tokenizer", "engine", "sandbox", "mesh"),
+    *("task", "eval_task", "tell_tools", "max_turns", "max_context", "max_new_tokens"),
+    *("row_length", "chunks_per_row"),
+)
 TOKEN = "ROCK_TOKEN"  # environment variable with the token of a ROCK admin
-
-
-def load_config(path: str, preset: str) -> ml_collections.ConfigDict:
-    """Return `get_config(preset)` of an experiment file.
-
-    Raises:
-      ConfigError: where there is no such file.
-    """
-    file = find_shipped(path)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if not file.is_file() or spec is None or spec.loader is None:
-        files = (p.name for p in EXPERIMENTS.glob("*.py"))
-        names = sorted(set(files) - {"__init__.py", "common.py"})
-        raise ConfigError(
-            f"there is no experiment file {path}; experiments/ holds {', '.join(names)}"
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(preset)
 
 
 def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -167,26 +146,22 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
     Refused are unknown and missing keys, wrong types and values, and impossible combinations.
     """
-    _check_block(config.to_dict(), schema_of(config.get("loss")), "")
+    schema = schema_of(config)
+    _check_block(with_own_defaults(config.to_dict(), schema), schema, "")
     profiled_steps(config)
-    if config.loss in LIKELIHOODS:
+    kind = kind_of(config.loss)
+    if kind != "rl":
         _check_rows(config)
-    if config.loss == "cpt":
+    if kind == "cpt":
         _check_cpt(config)
         return
     _check_episodes(config)
-    if config.loss == "sft":
+    if kind == "sft":
         _check_sft(config)
     else:
         _check_loss(config)
         _check_rollout(config)
-
-
-@functools.cache
-def schema_of(loss: str | None) -> Mapping[str, Any]:
-    """Return the default config that a config with this loss is checked against."""
-    file = EXPERIMENTS / SCHEMAS.get(loss or "", POLICY_SCHEMA)
-    return load_config(str(file), "tiny").to_dict()
+        command_agent(config)
 
 
 def key_class(name: str) -> KeyClass:
@@ -197,7 +172,7 @@ def key_class(name: str) -> KeyClass:
 
 def key_rules(config: ml_collections.ConfigDict) -> KeyRules:
     """Return the classes and defaults of the keys of a config."""
-    return KeyRules(key_class, flatten(dict(schema_of(config.get("loss")))))
+    return KeyRules(key_class, flatten(dict(schema_of(config))))
 
 
 def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
@@ -209,11 +184,17 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
       ValueError: for options that contradict each other, or a missing token.
     """
     sandbox = config.sandbox
+    tools = pathlib.Path(sandbox.verifier_tools).expanduser()
     token = os.environ.get(TOKEN, "") if sandbox.backend == "remote" else ""
     if sandbox.backend == "remote" and not token:
         raise ValueError(
             f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
         )
+    optional: dict[str, Any] = {}
+    if sandbox.disk_mb:
+        optional["disk_mb"] = sandbox.disk_mb
+    if sandbox.verifier_tools and tools.is_dir():
+        optional["verifier_tools"] = str(tools)
     return SandboxConfig(
         backend=sandbox.backend,
         image=sandbox.image or None,
@@ -222,18 +203,44 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
         isolation=sandbox.isolation,
         memory_mb=sandbox.memory_mb,
         pids=sandbox.pids,
-        disk_mb=sandbox.disk_mb,
         egress=tuple(sandbox.egress.split()),
+        **optional,
     )
+
+
+def command_agent(config: ml_collections.ConfigDict) -> CommandAgent | None:
+    """Return the command that plays the policy's episodes; None where the loop does.
+
+    Raises:
+      ConfigError: config.agent is unknown, or its command or files cannot be used.
+    """
+    agent = config.get("agent", "plain")  # sft and cpt have none
+    if agent == "plain":
+        return None
+    kind, colon, command = agent.partition(":")
+    if kind != "command" or not colon:
+        raise ConfigError(
+            f"agent={agent!r} is unknown. Choose plain, or command:COMMAND, which runs in the"
+            " sandbox of each task."
+        )
+    if config.rollout.resampling != "off":
+        raise ConfigError(
+            f"rollout.resampling={config.rollout.resampling} repeats the turns of an episode, and"
+            " what a command does between them is not known. Set it to off, or agent=plain."
+        )
+    try:
+        budget = Budget(calls=config.chunks_per_row)  # no trajectory is cut
+        return CommandAgent(command, config.agent_files, config.agent_idle_seconds, budget)
+    except CommandError as error:
+        raise ConfigError(str(error)) from error
 
 
 def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
     """Return the switches of the config's loss; 0 is replaced by the value of the loss' paper."""
-    if config.loss in LIKELIHOODS:
+    spec = find_loss(config.loss)
+    if spec.likelihood:
         return LossConfig()
-    switches = {
-        name: config[name] or published for name, published in PUBLISHED[config.loss].items()
-    }
+    switches = {name: config[name] or published for name, published in spec.published.items()}
     return LossConfig(
         norm=config.norm,
         mismatch_mask=config.mismatch_mask,
@@ -246,7 +253,7 @@ def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
 
 def updates_of_step(config: ml_collections.ConfigDict) -> tuple[int, int]:
     """Return the minibatches and the epochs of a step; SFT and CPT make one update of each step."""
-    if config.loss in LIKELIHOODS:
+    if kind_of(config.loss) != "rl":
         return 1, 1
     return config.minibatches, config.epochs
 
@@ -289,7 +296,7 @@ def profiled_steps(config: ml_collections.ConfigDict) -> tuple[int, int] | None:
 
 def imitation_weight(config: ml_collections.ConfigDict) -> float:
     """Return lambda_il of a policy loss; -1 is replaced by the value of the loss' paper."""
-    return SPECS[config.loss].lambda_il if config.lambda_il == -1 else config.lambda_il
+    return find_loss(config.loss).lambda_il if config.lambda_il == -1 else config.lambda_il
 
 
 def split_urls(text: str) -> list[str]:
@@ -306,7 +313,8 @@ def _check_block(values: Mapping[str, Any], schema: Mapping[str, Any], prefix: s
         if key not in schema:
             near = difflib.get_close_matches(key, schema, 1)
             remedy = f"Did you mean {near[0]!r}?" if near else "Remove it."
-            raise ConfigError(f"config key {prefix}{key!r} is unknown. {remedy}")
+            listed = "docs/configuration.md lists all keys; those of own code are its fields."
+            raise ConfigError(f"config key {prefix}{key!r} is unknown. {remedy} {listed}")
     for key, default in schema.items():
         if key not in values:
             raise ConfigError(
@@ -344,7 +352,7 @@ def _check_value(name: str, value: Any) -> None:
         return
     if not math.isfinite(value):
         raise ConfigError(f"config.{name}={value!r} is not finite. Give a number.")
-    if name in MAY_BE_NEGATIVE or value > 0:
+    if value > 0 or name in MAY_BE_NEGATIVE or name.startswith("own."):  # checks itself
         return
     if (value == 0 and name in MAY_BE_ZERO) or (value == -1 and name in MAY_BE_MINUS_ONE):
         return
@@ -407,6 +415,7 @@ def _check_episodes(config: ml_collections.ConfigDict) -> None:
             f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row}"
             " holds. Raise chunks_per_row."
         )
+    check_tasks(config)
     urls = split_urls(config.engine.urls)
     mirrors = split_urls(config.engine.mirrors)
     if mirrors and len(mirrors) != len(urls):
@@ -418,7 +427,12 @@ def _check_episodes(config: ml_collections.ConfigDict) -> None:
 
 def _check_loss(config: ml_collections.ConfigDict) -> None:
     loss = config.loss
-    if loss in ADVANTAGES and config.group_size < 2:
+    if config.advantage and not compares_episodes(config):
+        raise ConfigError(
+            f"advantage={config.advantage!r} is not read by loss={loss}. Set it to '', or choose a"
+            " loss that compares episodes, such as grpo."
+        )
+    if compares_episodes(config) and config.group_size < 2:
         raise ConfigError(
             f"loss={loss} compares the episodes of a group, and group_size={config.group_size}."
             " Set it to 2 or more."
@@ -429,7 +443,7 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
             f" groups={config.groups}. Lower it."
         )
     for name in LOSS_SWITCHES:
-        if config[name] and name not in PUBLISHED[loss]:
+        if config[name] and name not in find_loss(loss).published:
             readers = [other for other, values in PUBLISHED.items() if name in values]
             raise ConfigError(
                 f"{name}={config[name]} is not read by loss={loss}. Set it to 0; it is read by"
@@ -439,6 +453,10 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         loss_config(config)
     except ValueError as error:
         raise ConfigError(f"loss={loss}: {error}.") from None
+    try:
+        parse_credit(config.edge_credit)
+    except ValueError as error:
+        raise ConfigError(f"edge_credit={config.edge_credit!r}: {error}.") from None
     reason = unbounded_weight(loss, config.dual_clip)
     if config.rollout.async_ratio and reason:
         raise ConfigError(
@@ -485,7 +503,7 @@ def _check_single_episodes(config: ml_collections.ConfigDict) -> None:
                 "rollout.whole_groups=False takes episodes without the others of their group, and"
                 f" rollout.{name}={value!r} looks at groups. Turn one of them off."
             )
-    if config.loss in ADVANTAGES:
+    if compares_episodes(config):
         raise ConfigError(
             "rollout.whole_groups=False takes episodes without the others of their group, which"
             f" loss={config.loss} compares them with. Choose ipa, token_level or topr."
@@ -499,7 +517,7 @@ def _check_resampling(config: ml_collections.ConfigDict) -> None:
             "rollout.replace_equal=True replaces the groups without a success, from which"
             f" rollout.resampling={resampling} takes its tasks. Turn one of them off."
         )
-    if resampling == "parallel" and config.loss in ADVANTAGES:
+    if resampling == "parallel" and compares_episodes(config):
         raise ConfigError(
             "rollout.resampling=parallel starts the episodes of a group at different places, and"
             f" loss={config.loss} compares them as equals. Choose rollback, or loss=ipa."

@@ -17,13 +17,13 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from envs.gem.episode import play_demonstration
 from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
 from envs.rock.config import TIERS
 from envs.rock.docker.probe import probe_docker
 from envs.rock.host import cgroups
 from envs.rock.tiers import TierReport
 from envs.tasks.terminal import FAMILIES, train_seed
-from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 SECONDS = 60.0
@@ -115,7 +115,7 @@ def check_devices() -> Finding:
             f" environment ACCELERATOR={accelerator}`"
         )
     plural = "s" if count != "1" else ""
-    from rome.stages.config import load_config
+    from rome.stages.schema import load_config
     from rome.train.devices import divide_for, find_machine
 
     division = divide_for(load_config(POLICY, "tiny"), find_machine(), True, os.environ)

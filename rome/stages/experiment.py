@@ -12,12 +12,16 @@ import ml_collections
 
 from envs.rock import SandboxError
 from rome.engine.client import EngineError
+from rome.own_code import OwnCodeError
 from rome.rollout.player import RolloutError
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.config import check_config, init_config, key_rules, sandbox_config
 from rome.stages.cpt import CPTStage
+from rome.stages.dry_run import try_own_code
 from rome.stages.isolation import find_isolation
+from rome.stages.own_code import own_code_digest
 from rome.stages.rl import RLStage
+from rome.stages.schema import fill_own_keys, kind_of
 from rome.stages.sft import SFTStage
 from rome.stopping import ShouldStop, Stopped
 from rome.train.alarms import TrainingAlarm
@@ -36,7 +40,11 @@ from rome.train.workdir import (
     start_directory,
 )
 
-STAGES: dict[str, type[TrainingStage]] = {"cpt": CPTStage, "sft": SFTStage}  # by loss; else RLStage
+STAGES: dict[str, type[TrainingStage]] = {
+    "cpt": CPTStage,
+    "sft": SFTStage,
+    "rl": RLStage,
+}  # by kind
 # Errors that every process raises as the leader did.
 SHARED_ERRORS = (
     Stopped,
@@ -44,6 +52,7 @@ SHARED_ERRORS = (
     EngineError,
     SandboxError,
     ConfigError,
+    OwnCodeError,
     CheckpointError,
     TrainingAlarm,
 )
@@ -97,8 +106,11 @@ def run_stages(
     Returns:
       False where the user stopped it.
     """
+    fill_own_keys(config)
     check_config(config)
     team.require_same("config", config_digest(config))
+    team.require_same("own code", own_code_digest(config))
+    try_own_code(config)
     ownership, _ = team.share_part(f"owner of {workdir}", lambda: (Ownership(workdir), None))
     with ownership or contextlib.nullcontext():  # only the leader's
         return _run_owned(config, workdir, isolation, team)
@@ -133,7 +145,7 @@ def _run_owned(
     with make_display(config, team) as display:
         context = StageContext(config, workdir, isolation, team, display, start, earlier_evals)
         try:
-            return STAGES.get(config.loss, RLStage)(context).train()
+            return STAGES[kind_of(config.loss)](context).train()
         except Stopped as error:
             team.part(error)  # unless all processes were stopped here
             return False

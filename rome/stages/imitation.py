@@ -1,21 +1,25 @@
 """The imitation term of Eq. 10: what a step shows for the tasks that it did not solve.
 
-An unsolved task is played by its scripted demonstrator. A group that was resampled from a source
-trajectory imitates what the source did from there on, if none of its episodes succeeded.
+An unsolved task is played by its scripted demonstrator; where it has none, an earlier success of
+the policy at this task is shown. A group that was resampled from a source trajectory imitates what
+the source did from there on, if none of its episodes succeeded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ml_collections
 
 from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
-from rome.rollout.anchors import fork_imitation
+from rome.rollout.anchors import fork_imitation, imitated
 from rome.stages.players import Players
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -52,13 +56,15 @@ def show_solutions(
     config: ml_collections.ConfigDict,
     players: Players,
     files: pathlib.Path,
+    solutions: Mapping[str, str],
 ) -> dict[int, Shown]:
     """Return a trajectory to imitate for each unsolved group, by group number.
 
-    A task whose demonstrator fails has none.
+    A task whose demonstrator fails has none. `solutions` names the files of earlier successes.
 
     Each trajectory is a group of its own, with a number beyond those of all sampled groups, so that
-    it stays out of their statistics. Its file is NAME_STEP_expert_N.json or NAME_STEP_fork_N.json.
+    it stays out of their statistics. Its file is NAME_STEP_KIND_N.json, of the kind expert, earlier
+    or fork.
     """
     first_group = config.steps * config.groups
 
@@ -80,18 +86,34 @@ def show_solutions(
     for place, (group, trajectory) in enumerate(zip(unsolved, played, strict=True)):
         if trajectory is not None:
             shown[group.number] = Shown(demonstration_path(place).name, trajectory)
+            continue
+        earlier = _load_earlier(files, solutions.get(group.members[0].task))
+        if earlier is not None:
+            again = dataclasses.replace(imitated(earlier), group=first_group + place)
+            save_trajectory(again, path("earlier", place))
+            shown[group.number] = Shown(path("earlier", place).name, again)
     forks = 0
     for group in groups:
         if not group.source:
             continue
-        imitated = fork_imitation(
-            load_trajectory(files / group.source, routes=False), group.members
-        )
-        if imitated is None:
+        source = load_trajectory(files / group.source, routes=False)
+        lesson = fork_imitation(source, group.members)
+        if lesson is None:
             continue
         number = len(unsolved) + forks
         forks += 1
-        imitated = dataclasses.replace(imitated, group=first_group + number)
-        save_trajectory(imitated, path("fork", number))
-        shown[group.number] = Shown(path("fork", number).name, imitated)
+        lesson = dataclasses.replace(lesson, group=first_group + number)
+        save_trajectory(lesson, path("fork", number))
+        shown[group.number] = Shown(path("fork", number).name, lesson)
     return shown
+
+
+def _load_earlier(files: pathlib.Path, name: str | None) -> Trajectory | None:
+    """Return an earlier success; None where there is none, or its file is gone."""
+    if name is None:
+        return None
+    try:
+        return load_trajectory(files / name, routes=False)
+    except (OSError, ValueError) as error:
+        log.warning("an earlier success cannot be shown: %s", error)
+        return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ml_collections
 
-from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, make_task
+from rome.agent.loop import told_tools
 from rome.model.config import ModelConfig
 from rome.model.tokenizer import Chat
+from rome.stages.tasks import tasks_of
 from rome.train.workdir import ConfigError
 
 
@@ -19,10 +20,10 @@ def check_episode_limits(
             f"max_context={config.max_context} is longer than the {model_config.max_position}"
             " positions of the model. Lower --config.max_context."
         )
-    texts = {}
-    for family in (*FAMILIES, *HELD_OUT_FAMILIES):
-        texts[f"a task of the family {family}"] = make_task(family, eval_seed(0)).instruction
-    lengths = {what: len(chat.open(text)) for what, text in texts.items()}
+    lengths = {}
+    for task in tasks_of(config).examples():
+        told = told_tools(chat, task) if config.tell_tools else chat
+        lengths[f"{task.name} of the family {task.family}"] = len(told.open(task.content.opening))
     longest = max(lengths, key=lambda what: lengths[what])
     needed = lengths[longest] + config.max_new_tokens
     if config.max_context <= lengths[longest]:

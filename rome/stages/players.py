@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import pathlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ml_collections
 
-from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
-from rome.agent.environment import GRADING_MARGIN_SECONDS
+from envs.gem.core import Env
+from envs.gem.episode import GRADING_MARGIN_SECONDS
+from envs.rock.doors import Door
 from rome.agent.loop import Limits
 from rome.data.trajectory import Trajectory
-from rome.model.tokenizer import Chat, Tokenizer
+from rome.model.tokenizer import Chat
 from rome.rollout.demonstrations import ATTEMPTS, collect_demonstrations
-from rome.rollout.episode import RolloutError
+from rome.rollout.episode import RolloutError, SpoiledTaskError
 from rome.rollout.player import ATTEMPTS as EPISODE_ATTEMPTS
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.rollout.reward import REWARD_SECONDS, Reward
 from rome.rollout.spoiled import SpoiledTasks
-from rome.stages.config import sandbox_config
+from rome.stages.config import command_agent, sandbox_config
 from rome.stages.engines import PUBLISH_SECONDS, Engines
+from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.team import Team
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 DEMONSTRATION_CONCURRENCY = 16
 SLACK_SECONDS = 60.0  # beyond what the episodes themselves may take
 # Within this time a file that one host wrote is seen by the others: NFS and buckets keep old
@@ -47,6 +55,8 @@ class Players:
         self._chat = chat
         self._engines = engines
         self._team = team
+        self.tasks = tasks_of(config)
+        self._unshown: set[str] = set()  # tasks whose solution an agent cannot repeat
         self.spoiled = SpoiledTasks(engines.workdir / "spoiled.jsonl")
 
     @functools.cached_property
@@ -58,9 +68,10 @@ class Players:
             self.make_env,
             self._chat,
             self.limits,
-            config.concurrency,
-            self._team.wants_to_stop,
             model=config.model,
+            family_of=self.family_of,
+            tell_tools=config.tell_tools,
+            command=command_agent(config),
         )
 
     @property
@@ -75,20 +86,44 @@ class Players:
             config.engine.completion_seconds,
         )
 
-    @property
+    @functools.cached_property
     def worst_seconds(self) -> float:
         """How long an episode may take at worst until it counts, its replacements included."""
-        once = self.limits.worst_seconds(self.config.max_turns, TerminalEnv.grading_seconds)
-        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS
+        tasks = list(self.tasks.examples())
+        turns = max(task.max_turns for task in tasks)
+        command = command_agent(self.config)
+        if command is not None:
+            turns = command.budget.calls
+        grading = max(task.grading_seconds for task in tasks)
+        once = self.limits.worst_seconds(turns, grading)
+        return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS + REWARD_SECONDS
 
-    def make_env(self, task: str) -> TerminalEnv:
-        """Return a new environment for one episode of a task."""
-        return TerminalEnv(
-            task,
-            sandbox_config(self.config),
-            max_turns=self.config.max_turns,
-            command_timeout=self.config.sandbox.command_timeout,
-        )
+    def make_env(self, task: str, doors: Mapping[str, Door] | None = None) -> Env:
+        """Return a new environment for one episode of a task, with these doors in its sandbox."""
+        config = dataclasses.replace(sandbox_config(self.config), doors=doors or {})
+        return self.tasks.find(task).make_env(config)
+
+    def family_of(self, task: str) -> str:
+        """Return the family of a task."""
+        return self.tasks.find(task).family
+
+    def can_show(self, task: str) -> bool:
+        """Return whether a demonstrator solves the task."""
+        is_out = task in self.spoiled or task in self._unshown
+        return not is_out and self.tasks.find(task).has_demonstrator
+
+    def _note_unshown(self, fault: SpoiledTaskError) -> None:
+        """Set a task aside whose demonstrator failed.
+
+        The solution of a task folder may need more than an agent has: such a task is not shown, and
+        played all the same.
+        """
+        is_folder = self.tasks.find(fault.task).path is not None
+        if is_folder and not fault.ending.startswith("infra_"):
+            self._unshown.add(fault.task)
+            log.info("the solution of %s cannot be shown: %s", fault.task, fault.note)
+        else:
+            self.spoiled.add(fault)
 
     def play_one(
         self,
@@ -98,6 +133,7 @@ class Players:
         accounting: Accounting,
         path: pathlib.Path,
         routes: bool,
+        reward: Reward | None,
     ) -> Awaitable[Trajectory]:
         """Play one episode of the policy; await the result on the background event loop."""
         return self.policy.play_one(
@@ -106,27 +142,21 @@ class Players:
             accounting=accounting,
             path=path,
             routes=routes,
+            reward=reward,
         )
 
-    def play_all(self, episodes: Sequence[Episode], temperature: float) -> list[Trajectory]:
-        """Play episodes of the policy and wait for all of them.
-
-        Tasks that cannot be played are set aside and left out, now and the next time.
+    def wait_for_play(self, playing: Coroutine[Any, Any, T], episodes: int) -> T:
+        """Wait for the policy's play of so many episodes, and return what it returns.
 
         Raises:
-          RolloutError: too many of them are, or they took longer than the episodes may at worst,
-            one wave after the other.
+          RolloutError: it took longer than the episodes may at worst, one wave after the other.
         """
-        playable = [episode for episode in episodes if episode.task not in self.spoiled]
-        waves = count_waves(len(playable), self.config.concurrency)
+        waves = count_waves(episodes, self.config.concurrency)
         deadline = SLACK_SECONDS + waves * self.worst_seconds
-        playing = self.policy.play(playable, temperature=temperature, on_spoiled=self.spoiled.add)
-        what = f"the policy's play of {len(playable)} episodes"
-        played = wait_for_episodes(playing, deadline, what, self._team.wants_to_stop)
-        self._require_most(len(episodes) - len(played), len(episodes))
-        return played
+        what = f"the policy's play of {episodes} episodes"
+        return wait_for_episodes(playing, deadline, what, self._team.wants_to_stop)
 
-    def _require_most(self, spoiled: int, of: int) -> None:
+    def require_most(self, spoiled: int, of: int) -> None:
         """Raise RolloutError where more tasks are spoiled than single ones may be."""
         if self.spoiled.too_many(spoiled, of):
             raise RolloutError(self.spoiled.failure(spoiled, of))
@@ -142,7 +172,8 @@ class Players:
     ) -> list[Trajectory | None]:
         """Let the scripted demonstrators play tasks and wait for all of them.
 
-        A task whose demonstrator fails is set aside; its place in the result is None.
+        A task whose demonstrator fails is set aside. Its place in the result is None, and so is
+        that of a task without one.
 
         Args:
           tasks: names, one for each trajectory.
@@ -155,7 +186,7 @@ class Players:
           RolloutError: too many demonstrators fail, or they took longer than they may at worst, one
             wave after the other.
         """
-        playable = {number: task for number, task in enumerate(tasks) if task not in self.spoiled}
+        playable = {number: task for number, task in enumerate(tasks) if self.can_show(task)}
         waves = count_waves(len(playable), DEMONSTRATION_CONCURRENCY)
         once = self.config.start_seconds + self.config.episode_seconds + GRADING_MARGIN_SECONDS
         deadline = SLACK_SECONDS + waves * ATTEMPTS * once
@@ -167,24 +198,15 @@ class Players:
             concurrency=DEMONSTRATION_CONCURRENCY,
             record=record,
             first_group=first_group,
-            on_spoiled=self.spoiled.add,
+            family_of=self.family_of,
+            tell_tools=self.config.tell_tools,
+            on_spoiled=self._note_unshown,
             seconds=once,
         )
         what = f"the demonstration of {len(playable)} tasks"
         played = wait_for_episodes(playing, deadline, what, self._team.wants_to_stop)
-        self._require_most(len(tasks) - len(played), of or len(tasks))
+        self.require_most(sum(task in self.spoiled for task in tasks), of or len(tasks))
         return [played.get(number) for number in range(len(tasks))]
-
-
-def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:
-    """Return the chat template of a stage that plays episodes.
-
-    The tiny model learns the form of a tool call from the demonstrations. Any other model is told
-    the tools, as in its own chat template, and what an evaluation tells it of the environment.
-    """
-    if config.model == "tiny":
-        return Chat(tokenizer)
-    return Chat(tokenizer, [BASH_TOOL], TerminalEnv.system)
 
 
 def count_waves(episodes: int, concurrency: int) -> int:

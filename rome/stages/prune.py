@@ -31,7 +31,7 @@ class Pruner:
         self._directory = directory
         self._keep = keep
         self._names = re.compile(
-            rf"{re.escape(experiment)}_(?P<number>\d{{6,}})_(?P<kind>g\d|expert_|fork_)"
+            rf"{re.escape(experiment)}_(?P<number>\d{{6,}})_(?P<kind>g\d|expert_|earlier_|fork_)"
         )
         self._last_used: dict[str, int] = {}  # by source: the last step at which it was one
         self._pruned: tuple[int, int] | None = None  # the steps of the last time
@@ -93,4 +93,5 @@ def sources_of(state: dict[str, Any]) -> set[str]:
     tasks = state["anchors"].values()
     groups = state["rollouts"]["groups"]
     of_tasks = itertools.chain.from_iterable((task["source"], *task["earlier"]) for task in tasks)
-    return {*of_tasks, *(group["source"] for group in groups if group["source"])}
+    solutions = state["solutions"].values()
+    return {*solutions, *of_tasks, *(group["source"] for group in groups if group["source"])}

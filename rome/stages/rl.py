@@ -8,19 +8,21 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from rome.losses import SPECS
+from rome.losses import find_loss
+from rome.model.tokenizer import Chat
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
-from rome.stages.config import imitation_weight
+from rome.stages.config import command_agent, imitation_weight
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
 from rome.stages.limits import check_episode_limits
 from rome.stages.old_logprobs import OldLogprobs
-from rome.stages.players import Players, make_chat
+from rome.stages.players import Players
 from rome.train.alarms import check_metrics
 from rome.train.loop import StepData
 from rome.train.state import TrainState
+from rome.train.workdir import ConfigError
 
 
 class RLStage(TrainingStage):
@@ -31,11 +33,18 @@ class RLStage(TrainingStage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         config = self.config
-        chat = make_chat(config, self.tokenizer)
+        if command_agent(config) is not None and context.isolation == "landlock":
+            raise ConfigError(
+                f"agent={config.agent!r} asks the policy at a door of its sandbox, and the landlock"
+                " tier of this machine has none. Use agent=plain, or a machine with user namespaces"
+                " (python -m launch.doctor)."
+            )
+        chat = Chat(self.tokenizer)
         check_episode_limits(config, self.model_config, chat)
         self.engines = Engines(
             config, self.workdir, self.model_config, self.learner, chat, self.team, self.display
         )
+        self._note_faults()
         self.players = Players(config, chat, self.engines, self.team)
         old_logprobs = OldLogprobs(
             self.learner,
@@ -57,7 +66,7 @@ class RLStage(TrainingStage):
 
     def start(self, state: TrainState) -> None:
         weight = imitation_weight(self.config)
-        if weight and not SPECS[self.config.loss].lambda_il:
+        if weight and not find_loss(self.config.loss).lambda_il:
             self.display.note(
                 f"loss={self.config.loss} with lambda_il={weight:g} is a hybrid: the published loss"
                 " learns from no demonstrations"
@@ -92,6 +101,7 @@ class RLStage(TrainingStage):
             with self.collector.beside_evaluation():
                 outcomes = play_held_out(
                     self.players,
+                    self.evaluation_folder(step),
                     seed=self.config.seed,
                     tasks_of_family=self.config.eval_tasks,
                     temperature=self.config.eval_temperature,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pathlib
 import random
+from collections.abc import Sequence
 from typing import Any
 
-from envs.tasks.terminal import FAMILIES, train_seed
-from rome.data.packing import count_tokens, fits_row
+from envs.sources import TRAIN_SEEDS, Share
+from rome.data.lines import count_tokens, fits_row
 from rome.data.sources import sft_batches
 from rome.data.trajectory import Trajectory, load_trajectory
+from rome.model.tokenizer import Chat
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.engines import Engines
 from rome.stages.evaluate import play_held_out
 from rome.stages.limits import check_episode_limits
-from rome.stages.players import Players, make_chat, wait_until_visible
+from rome.stages.players import Players, wait_until_visible
 from rome.stages.stream import BatchStream
 from rome.train.loop import StepData
 from rome.train.report import EvalResult, Evaluation
@@ -23,14 +25,14 @@ from rome.train.workdir import ConfigError
 
 
 class SFTStage(TrainingStage):
-    """A stage that learns the turns of scripted demonstrators, and is evaluated as a policy.
+    """A stage that learns the turns of demonstrators, and is evaluated as a policy.
 
     Demonstrations are played before the first step; those whose files are there are not repeated.
     """
 
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
-        chat = make_chat(self.config, self.tokenizer)
+        chat = Chat(self.tokenizer)
         check_episode_limits(self.config, self.model_config, chat)
         self.engines = Engines(
             self.config,
@@ -41,6 +43,7 @@ class SFTStage(TrainingStage):
             self.team,
             self.display,
         )
+        self._note_faults()
         self.players = Players(self.config, chat, self.engines, self.team)
         self._stream = BatchStream(self._open_batches)
 
@@ -56,6 +59,7 @@ class SFTStage(TrainingStage):
         def play() -> None:
             outcomes = play_held_out(
                 self.players,
+                self.evaluation_folder(step),
                 seed=self.config.seed,
                 tasks_of_family=self.config.eval_tasks,
                 temperature=self.config.eval_temperature,
@@ -130,14 +134,14 @@ class SFTStage(TrainingStage):
 
     def _play_demonstrations(self) -> tuple[list[Trajectory], list[int]]:
         """Return the demonstrations and their numbers; tasks that cannot be shown have none."""
+        source = self.players.tasks.train
         rng = random.Random(f"experts/{self.config.seed}")
-        tasks = []
-        for number in range(self.config.demonstrations):
-            family = FAMILIES[number % len(FAMILIES)]
-            tasks.append(f"{family}/{train_seed(rng.randrange(1_000_000))}")
-        self.display.note(
-            f"demonstrators play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox"
-        )
+        tasks = [
+            source.train(family, rng.randrange(TRAIN_SEEDS)).name
+            for family in deal_families(source.shares, self.config.demonstrations)
+        ]
+        kinds = len(source.families)
+        self.display.note(f"demonstrators play {len(tasks)} tasks of {kinds} families")
         played = self.players.demonstrate(
             tasks, error_rate=self.config.demonstration_error_rate, record=self._path
         )
@@ -146,6 +150,11 @@ class SFTStage(TrainingStage):
             for number, trajectory in enumerate(played)
             if trajectory is not None
         ]
+        if not numbered:
+            raise ConfigError(
+                f"none of the {len(tasks)} demonstrations of task={self.config.task!r} succeeded;"
+                f" {self.players.spoiled.path} says why. Choose another --config.task."
+            )
         if len(numbered) < len(tasks):
             left_out = len(tasks) - len(numbered)
             self.display.note(f"{left_out} tasks cannot be shown; they are named in spoiled.jsonl")
@@ -153,3 +162,18 @@ class SFTStage(TrainingStage):
 
     def _path(self, number: int) -> pathlib.Path:
         return self.workdir / "trajectories" / f"expert_{number:06d}.json"
+
+
+def deal_families(shares: Sequence[Share], number: int) -> list[str]:
+    """Return a family for each of so many tasks: in turn, and by the weights of a mixture."""
+    counts = [0] * len(shares)
+    dealt = []
+    for total in range(1, number + 1):
+        lacking = [
+            share.weight * total - count for share, count in zip(shares, counts, strict=True)
+        ]
+        place = lacking.index(max(lacking))
+        families = shares[place].families
+        dealt.append(families[counts[place] % len(families)])
+        counts[place] += 1
+    return dealt

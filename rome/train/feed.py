@@ -10,13 +10,18 @@ from jax.sharding import Sharding
 
 
 def feed(tree: Any, sharding: Sharding) -> Any:
-    """Return host arrays as arrays on the mesh.
+    """Return host arrays as arguments of a jitted function whose in_shardings are `sharding`.
+
+    Where the mesh is this process's own they stay as they are: jit copies them to their places
+    itself, in a tenth of the time that it takes to place each of them here.
 
     Args:
       tree: arrays, equal in every process. Each process copies only the parts that its devices
         hold.
       sharding: of every array.
     """
+    if sharding.is_fully_addressable:
+        return tree
     return jax.tree.map(lambda array: put(array, sharding), tree)
 
 

@@ -20,7 +20,8 @@ from rich.text import Text
 from rome.files import read_json, write_atomically
 from rome.train.intervals import wilson
 
-# {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}
+# {"task": name, "family": name, "difficulty": text, "source": spec, "success": 0 | 1,
+#  "unseen_family": bool}
 Task = Mapping[str, Any]
 Rate = tuple[float, int]  # share of successes, number of tasks
 
@@ -40,6 +41,8 @@ class EvalResult:
       unseen_families: success over all tasks of families that training never saw; None where none
         were tried.
       unseen_by_family: the same split, as by_family.
+      by_difficulty: difficulty -> (success, n), over the trained families.
+      by_source: spec of the source -> (success, n), likewise.
     """
 
     stage: str
@@ -51,6 +54,8 @@ class EvalResult:
     by_family: dict[str, Rate]
     unseen_families: float | None
     unseen_by_family: dict[str, Rate]
+    by_difficulty: dict[str, Rate] = dataclasses.field(default_factory=dict)
+    by_source: dict[str, Rate] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_tasks(cls, stage: str, step: int, tasks: Iterable[Task]) -> EvalResult:
@@ -77,17 +82,23 @@ class EvalResult:
             n=len(seen),
             low=low,
             high=high,
-            by_family=_by_family(seen),
+            by_family=_rates_by(seen, "family"),
             unseen_families=_rate(unseen) if unseen else None,
-            unseen_by_family=_by_family(unseen),
+            unseen_by_family=_rates_by(unseen, "family"),
+            by_difficulty=_rates_by(seen, "difficulty"),
+            by_source=_rates_by(seen, "source"),
         )
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvalResult:
         """Return the evaluation of an entry in report.json."""
-        fields = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
-        for name in ("by_family", "unseen_by_family"):
-            fields[name] = {family: (rate, n) for family, (rate, n) in entry[name].items()}
+        fields = {
+            field.name: entry[field.name]
+            for field in dataclasses.fields(cls)
+            if field.name in entry
+        }
+        for name in ("by_family", "unseen_by_family", "by_difficulty", "by_source"):
+            fields[name] = {group: (rate, n) for group, (rate, n) in entry.get(name, {}).items()}
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -147,11 +158,13 @@ def _rate(tasks: list[Task]) -> float:
     return sum(task["success"] for task in tasks) / len(tasks)
 
 
-def _by_family(tasks: list[Task]) -> dict[str, Rate]:
-    families: dict[str, list[Task]] = {}
+def _rates_by(tasks: list[Task], key: str) -> dict[str, Rate]:
+    """Return success and number by a key; tasks that say nothing about it are left out."""
+    groups: dict[str, list[Task]] = {}
     for task in tasks:
-        families.setdefault(task["family"], []).append(task)
-    return {family: (_rate(members), len(members)) for family, members in sorted(families.items())}
+        if key in task:
+            groups.setdefault(task[key], []).append(task)
+    return {name: (_rate(members), len(members)) for name, members in sorted(groups.items())}
 
 
 # -- files

@@ -35,6 +35,7 @@ from rome.train.feed import feed, put
 from rome.train.forward import Forward
 from rome.train.replay import count_replayed, route_agreement
 from rome.train.state import TrainState, init_state
+from rome.train.sums import Sums, WholeStep, add_to_sums, empty_sums
 from rome.train.trees import (
     abstract,
     all_finite,
@@ -42,7 +43,6 @@ from rome.train.trees import (
     in_device_memory,
     in_host_memory,
     shardings_of,
-    zeros_like_tree,
 )
 
 # A single scored sequence is padded to a multiple of this many tokens, as attention kernels and a
@@ -127,21 +127,27 @@ class Learner:
             in_shardings=(params, rows, rows, rows, rows),
             out_shardings=replicated,
         )
-        self._measure_loads = jax.jit(self._load_metrics, out_shardings=replicated)
         self._cast = jax.jit(
             cast_tree, static_argnums=1, in_shardings=(params,), out_shardings=params
         )
         self._all_finite = jax.jit(all_finite, in_shardings=(params,), out_shardings=replicated)
-        self._zeros_like = jax.jit(zeros_like_tree, in_shardings=(params,), out_shardings=params)
+        everywhere: Any = replicated
+        sums = Sums(params, everywhere)
+        self._differentiate = jax.jit(
+            self._gradients, in_shardings=(params, rows, None), out_shardings=sums
+        )
+        self._begin = jax.jit(
+            self._begin_sums, in_shardings=(params, rows, None), out_shardings=sums
+        )
         self._accumulate = jax.jit(
-            self._add_gradients,
-            in_shardings=(params, params, rows, None, None, None, None),
-            out_shardings=(params, replicated),
+            self._add_microbatch,
+            in_shardings=(params, sums, rows, None),
+            out_shardings=sums,
             donate_argnums=1,
         )
         self._apply = jax.jit(
-            self._apply_gradients,
-            in_shardings=(state, params),
+            self._apply_sums,
+            in_shardings=(state, sums),
             out_shardings=(state, replicated),
             donate_argnums=0,
         )
@@ -268,25 +274,33 @@ class Learner:
         """
         if not microbatches:
             raise ValueError("an update needs a micro-batch; a step without rows makes no update")
-        tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
+        rows = microbatches[0].num_rows
+        if rows % self._num_row_shards:
+            raise ValueError(
+                f"a micro-batch has {rows} rows, and the mesh splits them over"
+                f" {self._num_row_shards} devices. Fill it up with"
+                f" rome.data.packing.microbatches(batch, {rows + -rows % self._num_row_shards})"
+            )
+        tokens = float(sum(np.count_nonzero(batch.segments_BT) for batch in microbatches))
         replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
-        metrics: Metrics = {}
         with jax.set_mesh(self.mesh):
             counts_LE = self._count_choices(state.params, microbatches)
-            gradients = self._zeros_like(state.params)
-            for batch in microbatches:
-                rows = batch._replace(expert_counts_LE=None)
-                on_mesh = feed(rows, self._row_sharding)
-                gradients, more = self._accumulate(
-                    state.params, gradients, on_mesh, denominators, tokens, replayed, counts_LE
-                )
-                metrics = combine_metrics(metrics, more)
-            state, norm = self._apply(state, gradients)
-            loads = self._measure_loads(metrics.pop("router_counts"))
-        metrics = metrics | loads | {"gradient_norm": norm}
-        if self.skip_nonfinite_updates:
-            metrics["skipped_updates"] = (~jnp.isfinite(norm)).astype(jnp.float32)
-        return state, metrics
+            whole = WholeStep(denominators, tokens, replayed, counts_LE)
+            sums = self._sum_up(state.params, microbatches, whole)
+            return self._apply(state, sums)
+
+    def _sum_up(self, params: dict, microbatches: Sequence[Batch], whole: WholeStep) -> Sums:
+        """Return the sums over all micro-batches; each of them is one call of one program."""
+        sums: Sums | None = None
+        for batch in microbatches:
+            rows = feed(batch._replace(expert_counts_LE=None), self._row_sharding)
+            if len(microbatches) == 1:
+                return self._differentiate(params, rows, whole)
+            if sums is None:
+                sums = self._begin(params, rows, whole)
+            sums = self._accumulate(params, sums, rows, whole)
+        assert sums is not None  # `update` refuses a step without micro-batches
+        return sums
 
     def is_finite(self, params: dict) -> jax.Array:
         """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""
@@ -323,29 +337,16 @@ class Learner:
     # -- functions that are jitted
     # ---------------------------------------------------------------------------------------------
 
-    def _load_metrics(self, counts_LE: jax.Array) -> Metrics:
-        return load_metrics(counts_LE, self.model_config)
-
-    def _objective(
-        self,
-        params: dict,
-        batch: Batch,
-        denominators: Denominators,
-        tokens: jax.Array,
-        replayed: jax.Array,
-        counts_LE: jax.Array | None,
-    ) -> tuple[jax.Array, Metrics]:
+    def _objective(self, params: dict, batch: Batch, whole: WholeStep) -> tuple[jax.Array, Metrics]:
         """Return the loss of one micro-batch, router terms included, and its metrics.
 
         Args:
           params: float32.
           batch: one micro-batch.
-          denominators: of the whole step.
-          tokens: tokens of the whole step.
-          replayed: pairs of token and layer with replayed routes, in the whole step.
-          counts_LE: choices of each expert in the whole step; None: this micro-batch is the step.
+          whole: counts of the whole step.
         """
         config = self.model_config
+        denominators, tokens, replayed, counts_LE = whole
         logp_BT, entropy_BT, output = self._forward(params, *_sequences(batch), batch.routes_BTLk)
         value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
         entropy = policy_entropy(entropy_BT, batch, denominators)
@@ -368,27 +369,28 @@ class Learner:
             metrics = metrics | {"router_z": z_loss}
         return value, metrics
 
-    def _add_gradients(
-        self,
-        params: dict,
-        gradients: dict,
-        batch: Batch,
-        denominators: Denominators,
-        tokens: jax.Array,
-        replayed: jax.Array,
-        counts_LE: jax.Array | None,
-    ) -> tuple[dict, Metrics]:
-        """Add one micro-batch's gradients to those before it.
+    def _gradients(self, params: dict, batch: Batch, whole: WholeStep) -> Sums:
+        """Return the gradients and the metrics of one micro-batch."""
+        return Sums(*jax.grad(self._objective, has_aux=True)(params, batch, whole))
 
-        `gradients` is donated, so the devices never hold two sets of them.
+    def _begin_sums(self, params: dict, batch: Batch, whole: WholeStep) -> Sums:
+        """Return the sums that a step of several micro-batches begins with."""
+        _, metrics = jax.eval_shape(self._objective, params, batch, whole)
+        return empty_sums(params, metrics)
+
+    def _add_microbatch(self, params: dict, sums: Sums, batch: Batch, whole: WholeStep) -> Sums:
+        """Add one micro-batch to those before it.
+
+        `sums` are donated, so the devices never hold two sets of gradients.
         """
-        more, metrics = jax.grad(self._objective, has_aux=True)(
-            params, batch, denominators, tokens, replayed, counts_LE
-        )
-        return jax.tree.map(jnp.add, gradients, more), metrics
+        return add_to_sums(sums, *self._gradients(params, batch, whole))
 
-    def _apply_gradients(self, state: TrainState, gradients: dict) -> tuple[TrainState, jax.Array]:
-        """Return the updated state and the norm of the gradient before it is clipped."""
+    def _apply_sums(self, state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
+        """Return the updated state, and the metrics of the update.
+
+        `gradient_norm` is the norm before it is clipped.
+        """
+        gradients, metrics = sums
         moments = state.opt_state
         places = shardings_of(self.state).opt_state
         if self.offload_moments:
@@ -398,13 +400,17 @@ class Learner:
         updates, moments = self.optimizer.update(gradients, moments, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradients)
+        metrics = metrics | {"gradient_norm": norm}
+        metrics |= load_metrics(metrics.pop("router_counts"), self.model_config)
         if self.skip_nonfinite_updates:
-            kept = functools.partial(jnp.where, jnp.isfinite(norm))
+            is_finite = jnp.isfinite(norm)
+            kept = functools.partial(jnp.where, is_finite)
             params = jax.tree.map(kept, params, state.params)
             moments = jax.tree.map(kept, moments, moments_before)
+            metrics["skipped_updates"] = (~is_finite).astype(jnp.float32)
         if self.offload_moments:
             moments = jax.device_put(moments, places)
-        return TrainState(state.step, params, moments), norm
+        return TrainState(state.step, params, moments), metrics
 
     # -- shapes without arrays
     # ---------------------------------------------------------------------------------------------
@@ -456,30 +462,17 @@ class Learner:
         batch = jax.tree.map(lambda leaf: abstract(leaf, self._row_sharding), batch)
         number: Any = jax.ShapeDtypeStruct((), jnp.float32)
         denominators = Denominators(*(number for _ in Denominators._fields))
+        whole = WholeStep(denominators, number, number)
         with jax.set_mesh(self.mesh):
             score = self._score.trace(params, *_sequences(batch), batch.routes_BTLk)
-            accumulate = self._accumulate.trace(
-                params, params, batch, denominators, number, number, None
-            )
-            apply = self._apply.trace(state, params)
+            sums = self._begin.eval_shape(params, batch, whole)
+            accumulate = self._accumulate.trace(params, sums, batch, whole)
+            apply = self._apply.trace(state, sums)
             traced = {"score": score, "accumulate": accumulate, "apply": apply}
             return {
                 name: program.lower(lowering_platforms=platforms)
                 for name, program in traced.items()
             }
-
-
-def combine_metrics(total: Metrics, more: Metrics) -> Metrics:
-    """Combine metrics of micro-batches: names with `max_` by maximum, all others by sum."""
-    combined = {}
-    for name, value in more.items():
-        if name not in total:
-            combined[name] = value
-        elif name.startswith("max_"):
-            combined[name] = jnp.maximum(total[name], value)
-        else:
-            combined[name] = jnp.add(total[name], value)
-    return combined
 
 
 def _sequences(batch: Batch) -> tuple[Any, Any, Any]:

@@ -9,6 +9,10 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
+
+from rome.model.hf.checkpoint import load_hf
 from tests.paths import ROOT
 from tests.processes import user_environment
 
@@ -31,6 +35,25 @@ IPA = [
     "--config.concurrency=4",
     "--config.rollout.filter_groups=False",
 ]
+
+
+class Patience:
+    """A limit of seconds that a busy machine makes longer.
+
+    Where four processes want each core, a second counts as a quarter of one: what is measured is
+    about the work that the run could do.
+    """
+
+    def __init__(self, seconds):
+        self.left = seconds
+        self._looked = time.monotonic()
+
+    def is_over(self):
+        now = time.monotonic()
+        wanted = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+        self.left -= (now - self._looked) / max(1.0, wanted)
+        self._looked = now
+        return self.left < 0
 
 
 def command(flags, workdir):
@@ -77,13 +100,43 @@ def metrics(workdir):
 
 
 def wait_for_steps(process, workdir, steps, seconds=240):
-    ends = time.monotonic() + seconds
+    patience = Patience(seconds)
     while len(metrics(workdir)) < steps:
         assert process.poll() is None, f"the run ended early: {output(workdir)[-2000:]}"
-        assert time.monotonic() < ends, (
+        assert not patience.is_over(), (
             f"no step {steps} within {seconds} s: {output(workdir)[-2000:]}"
         )
         time.sleep(0.02)
+
+
+def wait_for_end(process, workdir, seconds=240):
+    """Wait until a run ends by itself, as it should."""
+    patience = Patience(seconds)
+    while process.poll() is None:
+        assert not patience.is_over(), f"no end within {seconds} s: {output(workdir)[-2000:]}"
+        time.sleep(0.1)
+    assert process.returncode == 0, output(workdir)[-2000:]
+
+
+def kill_group(process, seconds=60):
+    """Kill a run's whole process group, and wait until everything that it started is gone."""
+    started = [process.pid, *descendants(process.pid)]
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    patience = Patience(seconds)
+    while left := [pid for pid in started if is_running(pid)]:
+        assert not patience.is_over(), f"processes {left} have outlived their run"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """Return whether a process is there and is no zombie."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def descendants(pid):
@@ -126,3 +179,9 @@ def check_whole(workdir, steps=6, episodes=6):
     groups = [tuple(group) for step in taken.values() for group in step]
     assert len(groups) == len(set(groups))
     return accounting
+
+
+def weights_are_finite(directory):
+    """Return whether no parameter of a Hugging Face directory is inf or NaN."""
+    params, _ = load_hf(directory)
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

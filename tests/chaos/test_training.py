@@ -4,6 +4,7 @@ resumes; nothing is trained on twice or lost.
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,27 +20,25 @@ from tests.chaos.runs import (
     command,
     environment,
     find,
+    kill_group,
     metrics,
     output,
     training,
+    wait_for_end,
     wait_for_steps,
+    weights_are_finite,
 )
 
-pytestmark = pytest.mark.slow
+# The limit is for hangs; what a run may take is said with Patience.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Where the runs begin: a model that can write tool calls, more or less."""
     workdir = tmp_path_factory.mktemp("sft") / "run"
-    subprocess.run(
-        command(SFT, workdir),
-        cwd=ROOT,
-        env=environment(),
-        check=True,
-        capture_output=True,
-        timeout=280,
-    )
+    with training(SFT, workdir) as process:
+        wait_for_end(process, workdir)
     return f"--config.init_from={workdir / 'final'}"
 
 
@@ -181,15 +180,52 @@ cp -r {tmp_path}/disk/run {tmp_path}/run
     check_whole(tmp_path / "run")
 
 
+# For runs that must get through on a machine that does much else: more time for what depends on it.
+UNHURRIED = ["--config.episode_seconds=600", "--config.start_seconds=600"]
+
+
 def test_the_trainer_is_killed_again_and_again_and_the_run_ends_whole(start, tmp_path):
     workdir = tmp_path / "run"
-    flags = [*IPA, start, "--config.checkpoint_every=1", "--config.keep_trajectories=1"]
+    flags = [*IPA, *UNHURRIED, start, "--config.checkpoint_every=1", "--config.keep_trajectories=1"]
     for steps in (1, 2, 4):
         with training(flags, workdir) as process:
             wait_for_steps(process, workdir, steps)
-            process.send_signal(signal.SIGKILL)
-            process.wait(30)
+            kill_group(process)
     with training(flags, workdir) as process:
-        assert process.wait(240) == 0, output(workdir)[-2000:]
+        wait_for_end(process, workdir)
     check_whole(workdir)
     assert "resumed at step" in output(workdir)
+
+
+@pytest.mark.timeout(5400)
+def test_a_run_that_is_killed_15_times_at_random_moments_ends_whole(start, tmp_path):
+    """Moments are drawn from the time that a start takes to its first step, and a quarter more.
+
+    So they lie in imports, in compilations, in the start of engines, in episodes, in updates, in
+    publications and in saves, however fast the machine is.
+    """
+    workdir = tmp_path / "run"
+    flags = [*IPA, *UNHURRIED, start, "--config.checkpoint_every=1", "--config.steps=24"]
+    seed = time.time_ns()
+    moments = random.Random(seed)
+    began = time.monotonic()
+    with training(flags, workdir) as process:
+        wait_for_steps(process, workdir, 1)
+        once = time.monotonic() - began
+        kill_group(process)
+    kills = 1
+    reached = [1]
+    while kills < 15:
+        with training(flags, workdir) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moments.uniform(0, 1.25 * once))
+            if process.poll() is not None:  # it was done first
+                break
+            kill_group(process)
+        kills += 1
+        reached.append(len(metrics(workdir)))
+    assert kills == 15, f"seed {seed}: done after {kills} kills and steps {reached}"
+    with training(flags, workdir) as process:
+        wait_for_end(process, workdir)
+    check_whole(workdir, steps=24)
+    assert weights_are_finite(workdir / "final"), f"seed {seed}, steps {reached}"

@@ -194,6 +194,20 @@ def ipa(sft, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
+def test_the_policy_is_trained_behind_an_agent_that_knows_nothing_of_it(sft, tmp_path):
+    agent = "command:TELL_TOOLS=0 python3 $AGENT_FILES/outside_agent.py"
+    flags = [
+        f"--config.init_from={sft / 'final'}",
+        f"--config.agent={agent}",
+        f"--config.agent_files={ROOT / 'examples' / 'agents'}",
+    ]
+    train([*IPA, *flags], tmp_path / "run")
+    found = report(tmp_path / "run")["accounting"]
+    assert found["started"] == found["trained"] and not found["dropped"]
+    assert all(line["max_mismatch"] < 1e-4 for line in metrics(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "is_interrupted_first", [False, pytest.param(True, marks=pytest.mark.slow)]
 )

@@ -178,7 +178,7 @@ class Container:
         try:
             self.network = await asyncio.shield(self._guarding)
         except SandboxError as error:
-            if self.config.egress:
+            if self.config.egress or self.config.doors:
                 raise
             log.warning(
                 "refused connections of container %s are not recorded: %s", self.id[:12], error

@@ -76,7 +76,7 @@ class ContainerNetwork:
         self._closed = False
         self._handing_over = 0  # connections on their way to the event loop
         self._last_count = 0
-        self._connections = Connections(_no_way_in, config.label)
+        self._connections = Connections(_no_way_in, config.label, config.opened_doors())
         grants = [Grant(*grant) for grant in config.grants()]
 
         def make_guard() -> Guard:

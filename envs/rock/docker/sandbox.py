@@ -86,7 +86,7 @@ class DockerBackend(Backend):
         report = await asyncio.to_thread(probe_docker, self.config.runtime)
         report.require(self.config.isolation)
         host = await asyncio.to_thread(engine)
-        self._check_egress(host)
+        self._check_network(host)
         image = await self._inspect_image(host)
         self._loop = asyncio.get_running_loop()
         async with _start_gate:
@@ -265,13 +265,14 @@ class DockerBackend(Backend):
 
     # -- steps of the above
 
-    def _check_egress(self, host: Engine) -> None:
-        if not self.config.egress:
+    def _check_network(self, host: Engine) -> None:
+        asked = [*self.config.egress, *self.config.doors]
+        if not asked:
             return
         if reason := obstacle(host.runtime(self.config)):
             raise IsolationError(
-                f"egress={self.config.egress}: these cannot be granted here, because"
-                f" {reason}; leave egress empty, or run as root with runc"
+                f"egress and doors ({', '.join(asked)}) cannot be given here, because {reason};"
+                " leave both empty, or run as root with runc"
             )
 
     async def _inspect_image(self, host: Engine) -> dict:

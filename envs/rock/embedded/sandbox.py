@@ -72,7 +72,7 @@ class EmbeddedBackend(Backend):
         self._channel: HolderChannel | None = None
         self._slot = -1  # the number of its directory and user id, as the zygote counts them
         self._turn = asyncio.Lock()  # of execute and verify: one after the other
-        self._connections = Connections(self._connect_inside, config.label)
+        self._connections = self._make_connections()
 
     # -- start and end
 
@@ -81,7 +81,7 @@ class EmbeddedBackend(Backend):
             raise SandboxError("this sandbox is started already")
         report = await asyncio.to_thread(probe, self.config.isolation, self.config.tier)
         report.require(self.config.isolation)
-        self._check_egress(report)
+        self._check_network(report)
         image = None if self._snapshot else self.config.image
         if image:
             await _require_image(image)
@@ -227,7 +227,7 @@ class EmbeddedBackend(Backend):
         self._snapshot = files
         self._channel = None
         self._turn = asyncio.Lock()
-        self._connections = Connections(self._connect_inside, self.config.label)
+        self._connections = self._make_connections()
         await self.start()
 
     async def commit(self, image: str) -> None:
@@ -309,12 +309,17 @@ class EmbeddedBackend(Backend):
         """Let the zygote kill a holder that does not end by itself."""
         await asyncio.to_thread(zygote_client.ask, {"op": "kill_holder", "of": self._slot})
 
-    def _check_egress(self, report: TierReport) -> None:
-        if self.config.egress and report.tier == "landlock":
+    def _make_connections(self) -> Connections:
+        doors = self.config.opened_doors()
+        return Connections(self._connect_inside, self.config.label, doors)
+
+    def _check_network(self, report: TierReport) -> None:
+        asked = [*self.config.egress, *self.config.doors]
+        if asked and report.tier == "landlock":
             raise IsolationError(
-                f"egress={self.config.egress}: the landlock tier refuses all sockets of a network"
-                " and can grant none; leave egress empty, or use a machine that gives the"
-                " namespaces tier"
+                f"egress and doors ({', '.join(asked)}): the landlock tier refuses all sockets of"
+                " a network, since it cannot tell one address from another; leave both empty, or"
+                " use a machine that gives the namespaces tier"
             )
 
     def _check_snapshot(self, report: TierReport) -> None:

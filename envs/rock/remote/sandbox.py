@@ -25,6 +25,7 @@ from envs.rock.config import (
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.remote.calls import ROUND_SECONDS, Calls, now, retry_until
 from envs.rock.remote.connection import AdminConnection
+from envs.rock.remote.doors import RemoteDoors
 from envs.rock.remote.jobs import RemoteJob, RemoteSession
 from envs.rock.wire.archive import Transfer
 from envs.rock.wire.client import (
@@ -66,6 +67,7 @@ class RemoteBackend(Backend):
         self._calls: Calls | None = None
         self._ending: asyncio.Task[None] | None = None
         self._exposed_ports: list[asyncio.Server] = []
+        self._doors: RemoteDoors | None = None
 
     # -- start and end
 
@@ -131,6 +133,8 @@ class RemoteBackend(Backend):
         self._calls = Calls(client, self.id)
         if self._connection:
             self._connection.keep_alive(self.id, self._calls.mark_ended)
+        if self.config.doors:
+            self._doors = RemoteDoors(self._calls, self.config.opened_doors())
 
     def _note_description(self, answer: Mapping[str, Any]) -> None:
         self.tier = str(answer["tier"])
@@ -178,6 +182,8 @@ class RemoteBackend(Backend):
     async def _disconnect(self) -> None:
         for server in self._exposed_ports:
             server.close()
+        if self._doors:
+            self._doors.close()
         if self._calls:
             await self._calls.close()
         if self._connection:

@@ -10,6 +10,7 @@ from envs.rock.config import Address, CommandResult
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.sandbox import Sandbox
 from envs.rock.service.background import mark_retrieved
+from envs.rock.wire.door_queue import DoorQueue
 from envs.rock.wire.errors import Refusal
 
 MAX_CALLS = 64  # of one sandbox at once
@@ -61,8 +62,9 @@ class _HeldJob(NamedTuple):
 class HeldSandbox:
     """A sandbox, with its jobs, sessions and calls by the names that callers use."""
 
-    def __init__(self, sandbox: Sandbox):
+    def __init__(self, sandbox: Sandbox, doors: Mapping[str, DoorQueue]):
         self.sandbox = sandbox
+        self._doors = doors
         self.sessions: dict[str, Session] = {}
         self.calls: dict[str, Call] = {}
         self.ports: dict[int, Address] = {}  # port in the sandbox -> where it is forwarded from
@@ -104,6 +106,12 @@ class HeldSandbox:
         if name not in self.sessions:
             raise SandboxClosedError(f"there is no session {name!r}; create another")
         return self.sessions[name]
+
+    def door(self, name: str) -> DoorQueue:
+        """Return the door of this name; Refusal if there is none."""
+        if name not in self._doors:
+            raise Refusal("not_found", f"the sandbox has no door {name!r}")
+        return self._doors[name]
 
     def _next_name(self, kind: str) -> str:
         self._names_given += 1

@@ -18,6 +18,7 @@ from envs.rock.sandbox import Sandbox
 from envs.rock.service.held import Call, HeldSandbox
 from envs.rock.wire.client import Pipe, StreamPipe
 from envs.rock.wire.codec import config_from_json, result_to_json
+from envs.rock.wire.door_queue import DoorQueue
 from envs.rock.wire.errors import Refusal
 
 log = logging.getLogger("rock.worker")
@@ -187,8 +188,12 @@ class Worker:
         return {"bytes": size}
 
     async def connect(self, arguments: dict[str, Any], user: str = "") -> Pipe:
-        """Open a connection to a port in a sandbox."""
+        """Open a connection to a port in a sandbox, or await the next one from it at a door."""
         held = self._find(arguments)
+        if ("door" in arguments) == ("port" in arguments):
+            raise ValueError("connect needs `port` or `door`, and not both")
+        if "door" in arguments:
+            return held.door(arguments["door"]).accept()
         port = arguments["port"]
         if port not in held.ports:
             held.ports[port] = await held.sandbox.expose_port(port)
@@ -207,7 +212,7 @@ class Worker:
         """Make a sandbox; the same `sandbox` again joins the creation that runs."""
         name = arguments["sandbox"]
         if name not in self._held:
-            held = HeldSandbox(self._make_sandbox(arguments))
+            held = self._make_sandbox(arguments)
             self._held[name] = held
             held.calls["create"] = Call(self._start(name, held))
         held = self._held[name]
@@ -217,19 +222,21 @@ class Worker:
         seconds = arguments.get("wait", 0.0) if "call" in arguments else None
         return await create.wait(seconds)
 
-    def _make_sandbox(self, arguments: dict[str, Any]) -> Sandbox:
+    def _make_sandbox(self, arguments: dict[str, Any]) -> HeldSandbox:
         backend = arguments["backend"]
         if backend not in self.backends:
             raise ValueError(
                 f"backend {backend!r} is not among this worker's: {', '.join(self.backends)}"
             )
-        config = config_from_json(arguments["config"], backend)
+        queues = {name: DoorQueue() for name in arguments["config"].get("doors", ())}
+        doors = {name: queue.door for name, queue in queues.items()}
+        config = config_from_json(arguments["config"], backend, doors)
         if "snapshot" not in arguments:
-            return Sandbox(config)
+            return HeldSandbox(Sandbox(config), queues)
         name = arguments["snapshot"]
         if name not in self._snapshots:
             raise Refusal("start_failed", f"the snapshot {name} was deleted")
-        return Sandbox(config, self._snapshots[name])
+        return HeldSandbox(Sandbox(config, self._snapshots[name]), queues)
 
     async def _start(self, name: str, held: HeldSandbox) -> dict[str, Any]:
         try:

@@ -177,7 +177,7 @@ class Client:
             raise self._lost(error) from error
 
     async def connect(self, arguments: Mapping[str, Any], user: str = "") -> Pipe:
-        """Open a connection to a port inside a sandbox."""
+        """Open a connection to a port inside a sandbox, or await one from it at a door."""
         del user
         try:
             socket = await self._http.ws_connect(
@@ -191,7 +191,8 @@ class Client:
             if error.status in NO_ANSWER:
                 raise decode_foreign(error.status, self.url) from error
             raise SandboxError(
-                f"no connection to port {arguments.get('port')}: HTTP status {error.status}"
+                f"no connection to {arguments.get('door') or arguments.get('port')} of the"
+                f" sandbox: HTTP status {error.status}"
             ) from error
         except _CONNECTION_ERRORS as error:
             raise self._lost(error) from error

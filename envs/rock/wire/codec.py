@@ -3,6 +3,8 @@
 The other end is not trusted: a response of the wrong shape raises SandboxError.
 """
 
+import socket
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +17,7 @@ from envs.rock.config import (
     SandboxConfig,
     SandboxStatus,
 )
+from envs.rock.doors import Door
 from envs.rock.errors import SandboxError
 from envs.rock.wire.fields import Field, check
 
@@ -32,6 +35,7 @@ CONFIG = {
     "runtime": Field("string", 'of a Docker image: "runsc", ...', low=1, high=100),
     "label": Field("string", "what it is for; stands beside its denials", high=400),
     "egress": Field("strings", "what may be reached", high=100),
+    "doors": Field("strings", "names that the client answers, NAME:PORT", high=16),
     "memory_mb": Field("integer", "of all processes together", low=1, high=1 << 24),
     "pids": Field("integer", "processes and threads", low=1, high=1 << 22),
     "cpus": Field("number", "processors", low=0.01, high=1024),
@@ -51,6 +55,13 @@ CONFIG = {
 }
 
 
+async def _end_at_once(connection: socket.socket) -> None:
+    connection.close()
+
+
+_UNANSWERED = Door(_end_at_once)
+
+
 def config_to_json(config: SandboxConfig) -> dict[str, Any]:
     """Return the members of a config that differ from the defaults.
 
@@ -61,18 +72,27 @@ def config_to_json(config: SandboxConfig) -> dict[str, Any]:
     for name in CONFIG:
         value = getattr(config, name)
         if name != "env" and value != getattr(defaults, name):
-            changed[name] = list(value) if isinstance(value, tuple) else value
+            changed[name] = list(value) if isinstance(value, tuple | Mapping) else value
     return changed
 
 
-def config_from_json(given: Any, backend: str = "embedded") -> SandboxConfig:
+def config_from_json(
+    given: Any, backend: str = "embedded", doors: Mapping[str, Door] | None = None
+) -> SandboxConfig:
     """Return the config that a request asks for.
+
+    Args:
+      given: the request's.
+      backend: of the sandbox.
+      doors: what the names of its doors stand for; by default nobody answers.
 
     Raises:
       ValueError: names the first member that is unknown or out of range.
     """
     values = check(CONFIG, given)
     values["egress"] = tuple(values.get("egress", ()))
+    names = values.get("doors", ())
+    values["doors"] = {name: (doors or {}).get(name, _UNANSWERED) for name in names}
     return SandboxConfig(backend=backend, **values)
 
 

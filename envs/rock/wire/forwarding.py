@@ -5,12 +5,13 @@ import contextlib
 import ipaddress
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
 from envs.rock.config import Address, Denial
+from envs.rock.doors import Door, OpenDoors
 from envs.rock.errors import SandboxError
 
-MAX_CONNECTIONS = 64  # of one sandbox at once, both directions together
+MAX_CONNECTIONS = 64  # of one sandbox at once, both directions together; doors apart
 CONNECT_SECONDS = 20.0
 PIECE_BYTES = 1 << 16
 
@@ -23,16 +24,23 @@ class Connections:
         cannot see this, since names are resolved outside.
     """
 
-    def __init__(self, connect_inside: Callable[[int], Awaitable[socket.socket]], label: str):
+    def __init__(
+        self,
+        connect_inside: Callable[[int], Awaitable[socket.socket]],
+        label: str,
+        doors: Mapping[tuple[str, int], Door],
+    ):
         """Prepare without any connection.
 
         Args:
           connect_inside: connects to a port on the sandbox's loopback; raises OSError or
             SandboxError if nothing listens there.
           label: of the sandbox, for its denials.
+          doors: of the sandbox, by name and port.
         """
         self._connect_inside = connect_inside
         self._label = label
+        self._doors = OpenDoors(doors)
         self._exposed_ports: list[asyncio.Server] = []
         self._relays: set[asyncio.Task] = set()
         self.denials: list[Denial] = []
@@ -50,7 +58,7 @@ class Connections:
     def relay_outbound(
         self, name: str | None, address: str | None, port: int, inner: socket.socket
     ) -> None:
-        """Connect a granted connection of the sandbox to its destination.
+        """Connect a granted connection of the sandbox to its destination, or serve it at a door.
 
         Args:
           name: the host name that the sandbox asked for, if any.
@@ -58,7 +66,8 @@ class Connections:
           port: the destination's.
           inner: the sandbox's end; this takes it over.
         """
-        self._run(self._relay_to(name, address, port, inner), inner.close)
+        if not self._doors.take(name, port, inner):
+            self._run(self._relay_to(name, address, port, inner), inner.close)
 
     def close(self) -> None:
         """Stop listening and cut all connections."""
@@ -66,6 +75,7 @@ class Connections:
             server.close()
         for task in self._relays:
             task.cancel()
+        self._doors.close()
 
     def _run(self, relay: Coroutine[object, object, None], refuse: Callable[[], None]) -> None:
         if len(self._relays) >= MAX_CONNECTIONS:

@@ -236,12 +236,12 @@ IN_SANDBOX: dict[str, Operation] = {
     "connect": Operation(
         SANDBOX + "connect",
         "connect",
-        'What listens on a port in the sandbox; the text "eof" ends one direction.',
+        "What listens on a port in the sandbox, or the next connection from it at a door, after one"
+        ' byte; the text "eof" ends one direction.',
         _ID
         | {
-            "port": Field(
-                "integer", "on 127.0.0.1 in the sandbox", required=True, low=1, high=65535
-            )
+            "port": Field("integer", "on 127.0.0.1 in the sandbox", low=1, high=65535),
+            "door": Field("string", "a door of the sandbox, NAME:PORT", low=3, high=300),
         },
         "octets both ways",
     ),

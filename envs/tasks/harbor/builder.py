@@ -19,9 +19,9 @@ from envs.tasks.harbor.environment import UNREACHED_NETWORK, Built
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.image_names import find_image
 from envs.tasks.harbor.paths import PathMap
-from envs.tasks.harbor.task import HarborTask
+from envs.tasks.harbor.task import LINK, HarborTask
 
-FOLDERS_A_COMMAND = 100  # that one mkdir makes
+COMMANDS_AT_ONCE = 100  # folders and links that one shell makes
 _IN_EVERY_IMAGE = ("home", "mnt", "opt", "root", "srv", "var")
 _ACCOUNTS = re.compile(
     r"\b(?:useradd|adduser|groupadd|addgroup|usermod|chpasswd|chown|su|sudo|gosu)\b"
@@ -294,18 +294,28 @@ class Builder:
         """Copy the content of a folder of the context into the target."""
         prefix = f"{name}/" if name else ""
         files = {}
-        empty = []
-        for path, content in self._context.items():
+        commands = []  # that make what the SDK does not write
+        for path, (content, permissions) in self._context.items():
             target = f"{place}/{path.removeprefix(prefix)}"
-            if path.startswith(prefix) and path.endswith("/"):
-                empty.append(shlex.quote(target))
-            elif path.startswith(prefix):
-                files[target] = content
+            if not path.startswith(prefix):
+                continue
+            if path.endswith("/"):
+                commands.append(f"mkdir -p -- {shlex.quote(target)}")
+            elif permissions == LINK:
+                commands.append(self._link(target, content))
+            else:
+                files[target] = (content, permissions)
         await self._write(instruction, files, mode)
-        for start in range(0, len(empty), FOLDERS_A_COMMAND):
-            await self._check(
-                instruction, f"mkdir -p -- {' '.join(empty[start : start + FOLDERS_A_COMMAND])}"
-            )
+        for start in range(0, len(commands), COMMANDS_AT_ONCE):
+            await self._check(instruction, " && ".join(commands[start : start + COMMANDS_AT_ONCE]))
+
+    def _link(self, place: str, content: bytes) -> str:
+        """Return the shell text that makes a link; an absolute one leads to the mapped path."""
+        target = os.fsdecode(content)
+        if target.startswith("/"):
+            target = self._paths.inward(target)
+        parent = shlex.quote(place.rsplit("/", 1)[0])
+        return f"mkdir -p -- {parent} && ln -sfn -- {shlex.quote(target)} {shlex.quote(place)}"
 
     async def _copy_file(
         self, instruction: Instruction, name: str, place: str, into: bool, mode: int | None

@@ -13,6 +13,7 @@ sandbox reaches what the task's network_mode grants.
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import re
 import shlex
@@ -29,7 +30,7 @@ from envs.tasks.harbor.environment import (
 )
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap, root_of
-from envs.tasks.harbor.task import Files, HarborTask
+from envs.tasks.harbor.task import LINK, Files, HarborTask
 
 COPY_SECONDS = 120.0
 _FROM = re.compile(
@@ -44,7 +45,14 @@ for d in {roots}; do
         else mkdir -p {workspace}/"$d"
     fi
 done
-chmod -R u+rwX {workspace} && mkdir -p {places}
+chmod -R u+rwX {workspace} && mkdir -p {places} || exit 1
+# A link to a place of the task leads to the copy of that place.
+find {workspace} -type l 2> /dev/null | while IFS= read -r link; do
+    target=$(readlink "$link")
+    for d in {roots}; do
+        case $target in "/$d" | "/$d"/*) ln -sfn "{workspace}$target" "$link" ;; esac
+    done
+done
 """
 
 
@@ -128,14 +136,17 @@ def _line_of_step(text: str, log: str) -> int:
 
 
 def _write(folder: pathlib.Path, files: Files) -> None:
-    for name, (content, mode) in files.items():
+    """Write a build context, its links last, so that nothing is written through one."""
+    for name, (content, mode) in sorted(files.items(), key=lambda item: item[1][1] == LINK):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("/"):  # an empty folder
             path.mkdir(exist_ok=True)
-            continue
-        path.write_bytes(content)
-        path.chmod(mode)
+        elif mode == LINK:
+            os.symlink(content, bytes(path))
+        else:
+            path.write_bytes(content)
+            path.chmod(mode)
 
 
 async def enter(

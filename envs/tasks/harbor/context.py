@@ -7,6 +7,9 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 
+from envs.tasks.harbor.task import LINK, Files
+
+MAX_LINKS = 40  # that one path leads through
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
 
 
@@ -15,23 +18,54 @@ def is_archive(content: bytes) -> bool:
     return content.startswith(_COMPRESSED) or content[257:262] == b"ustar"
 
 
-def find(files: Mapping[str, object], pattern: str) -> list[tuple[str, bool]]:
+def find(files: Files, pattern: str) -> list[tuple[str, bool]]:
     """Return the files and folders that a pattern names, as (path, whether it is a folder).
 
-    The pattern is matched component by component, as Docker does.
+    The pattern is matched component by component, and links on the way to what it names are
+    followed within the context, as Docker does. Links in a folder that it names are not.
     """
+    found = {}
+    for name in _match(files, resolve(files, pattern)):
+        path = resolve(files, name)
+        is_folder = not path or any(other.startswith(f"{path}/") for other in files)
+        if is_folder or path in files:
+            found[path] = is_folder
+    return list(found.items())
+
+
+def resolve(files: Files, path: str) -> str:
+    """Return where a path of the context leads; a loop of links ends at one of them."""
+    parts = path.split("/")[::-1]
+    place: list[str] = []
+    left = MAX_LINKS
+    while parts:
+        place.append(parts.pop())
+        content, mode = files.get("/".join(place), (b"", 0))
+        if mode == LINK and left:
+            left -= 1
+            target = content.decode(errors="surrogateescape")
+            start = "/" if target.startswith("/") else f"/{'/'.join(place[:-1])}/"
+            # The context is the root: neither .. nor a leading slash leads out of it.
+            whole = posixpath.normpath(start + target).strip("/").split("/")
+            parts += [part for part in whole[::-1] if part]
+            place = []
+    return "/".join(place)
+
+
+def _match(files: Files, pattern: str) -> list[str]:
+    """Return the members and folders whose components match those of a pattern."""
     if pattern == "":
-        return [("", True)]
+        return [""]
     # Go writes the complement of a set as [^...].
     wanted = [part.replace("[^", "[!") for part in pattern.split("/")]
     depth = len(wanted)
-    found: dict[str, bool] = {}
+    found: dict[str, None] = {}
     for path in files:
         parts = path.split("/")
         pairs = zip(parts, wanted, strict=False)
         if len(parts) >= depth and all(fnmatch.fnmatchcase(part, want) for part, want in pairs):
-            found["/".join(parts[:depth])] = len(parts) > depth
-    return list(found.items())
+            found["/".join(parts[:depth])] = None
+    return list(found)
 
 
 def without_ignored(files: Mapping[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:

@@ -11,12 +11,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import pathlib
+import random
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from envs.gem import Info, StepResult
-from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxError, SandboxFileError
+from envs.gem import Info, StepResult, format_tool_call
+from envs.gem.episode import Line, Script
+from envs.rock import (
+    CommandResult,
+    Job,
+    Sandbox,
+    SandboxConfig,
+    SandboxError,
+    SandboxFileError,
+)
 from envs.rock.sync import run
 from envs.tasks.harbor import toolchain
 from envs.tasks.harbor.build_cache import start_built
@@ -30,7 +39,7 @@ from envs.tasks.harbor.preflight import refuse_tests_that_fetch, refuse_tests_wi
 from envs.tasks.harbor.reference import fault_of, find_reference, is_doubtful
 from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import Files, HarborTask, Healthcheck, Step
-from envs.tasks.terminal.shell import ShellEnv
+from envs.tasks.terminal.shell import MAX_COMMAND_BYTES, ShellEnv
 
 DEFAULT_MEMORY_MB = 1024
 DEFAULT_DISK_MB = 256
@@ -176,6 +185,18 @@ class HarborEnv(ShellEnv):
                 self.task, config, self._images, self._build_egress, self._verifier_egress
             )
 
+    def demonstration(self, rng: random.Random, error_rate: float = 0.0) -> Script:
+        """Return the reference solution as turns: each step's script as one command, then its end.
+
+        It makes no mistakes.
+
+        Raises:
+          NotImplementedError: the task has no solution in that form, see `is_one_command`.
+        """
+        if not is_one_command(self.task):
+            raise NotImplementedError(f"the solution of {self.name} is no single command a step")
+        return _say_solution(self.task)
+
     async def asolve(self) -> StepResult:
         """Play the reference solution to the end, as the oracle.
 
@@ -257,6 +278,10 @@ class HarborEnv(ShellEnv):
             stdout=self.built.paths.outward(result.stdout),
             stderr=self.built.paths.outward(result.stderr),
         )
+
+    async def _spawn(self, command: str, env: Mapping[str, str], timeout: float) -> Job:
+        whole = {**self.built.inner_env(), **env}
+        return await self._sandbox.spawn(self.built.command(command), timeout=timeout, env=whole)
 
     def _seconds_of_step(self) -> float:
         """Return how long commands of this step have run."""
@@ -441,6 +466,25 @@ class HarborEnv(ShellEnv):
                 missing.need.line,
                 toolchain.explain(missing, "the solution", "", is_container),
             )
+
+
+def is_one_command(task: HarborTask) -> bool:
+    """Return whether each step's reference solution is one script that needs no other file."""
+    for step in task.steps:
+        if step.solve_script is None or set(step.solution) != {step.solve_script}:
+            return False
+        script = step.solution[step.solve_script][0]
+        is_short = len(script) <= MAX_COMMAND_BYTES and b"\0" not in script
+        if step.solution_env or step.parser != "reward" or not is_short:
+            return False
+    return True
+
+
+def _say_solution(task: HarborTask) -> Script:
+    for step in task.steps:
+        script = step.solution[step.solve_script][0].decode(errors="replace").strip()
+        yield Line(format_tool_call("bash", {"command": script}))
+        yield Line(FINAL_TURN)
 
 
 def reference_seconds(task: HarborTask) -> float:

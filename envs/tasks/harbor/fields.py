@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.harbor.task import Files
+from envs.tasks.harbor.task import LINK, Files
 
 MAX_SETTINGS_BYTES = 1 << 20
 MAX_DOCKERFILE_BYTES = 1 << 16
 MAX_FOLDER_BYTES = 64 << 20  # one folder of a task; the embedded sandbox holds no more
 MAX_FOLDER_FILES = 4096
+MUST_BE_REGULAR = ("Dockerfile", ".dockerignore")  # of a build context: they are read here
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
 _MEGABYTES = {"": 1 / (1 << 20), "K": 1 / 1024, "M": 1, "G": 1024, "T": 1 << 20}  # of a unit
 _TEMPLATE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -201,15 +202,15 @@ def read_text(path: pathlib.Path, limit: int = MAX_SETTINGS_BYTES) -> str:
 
 
 def read_folder(
-    folder: pathlib.Path, leave_out: tuple[str, ...] = (), empty_folders: bool = False
+    folder: pathlib.Path, leave_out: tuple[str, ...] = (), as_context: bool = False
 ) -> dict[str, tuple[bytes, int]]:
     """Return all regular files below a folder; {} where the folder is missing.
 
     Args:
       folder: the folder.
       leave_out: names at the top of the folder to leave out.
-      empty_folders: whether folders with nothing in them are members too, by a path that ends with
-        a slash.
+      as_context: whether empty folders and symbolic links are members too, as Environment.context
+        has them. No link is followed.
 
     Raises:
       TaskError: there is a link or a device, which could name any file of this machine, or too
@@ -223,21 +224,25 @@ def read_folder(
         place = pathlib.Path(root)
         ignored = leave_out if place == folder else ()
         folders[:] = sorted(name for name in folders if name not in ignored)
-        for name in [*folders, *names]:
-            if (place / name).is_symlink():
-                message = "a symbolic link; a task's files must be regular files"
-                raise TaskError(place / name, 0, message)
-        for name in sorted(names):
-            if name in ignored:
-                continue
-            content, mode = _read(place / name, left)
+        links = {name for name in (*folders, *names) if (place / name).is_symlink()}
+        for name in sorted({*links, *names}.difference(ignored)):
+            content, mode = _member(place / name, left, name in links and as_context)
             left -= len(content)
             files[(place / name).relative_to(folder).as_posix()] = (content, mode)
             if len(files) > MAX_FOLDER_FILES:
                 raise TaskError(folder, 0, f"more than {MAX_FOLDER_FILES} files")
-        if empty_folders and place != folder and not folders and not names:
+        if as_context and place != folder and not folders and not names:
             files[f"{place.relative_to(folder).as_posix()}/"] = (b"", 0o755)
     return files
+
+
+def _member(path: pathlib.Path, limit: int, is_link: bool) -> tuple[bytes, int]:
+    """Return a file's content and permissions, or a link's target and LINK."""
+    if is_link and path.name not in MUST_BE_REGULAR:
+        return os.readlink(bytes(path)), LINK
+    if path.is_symlink():
+        raise TaskError(path, 0, "a symbolic link; it must be a regular file")
+    return _read(path, limit)
 
 
 def _read(path: pathlib.Path, limit: int) -> tuple[bytes, int]:

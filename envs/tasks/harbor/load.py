@@ -422,7 +422,7 @@ def _check_network(table: Table, mode: object) -> None:
 
 def _definition(place: pathlib.Path) -> dict[str, Any]:
     """Return the settings of an environment that follow from the folder it is built from."""
-    context = read_folder(place, empty_folders=True)
+    context = read_folder(place, as_context=True)
     dockerfile = None
     if "Dockerfile" in context:
         dockerfile = read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 Files = Mapping[str, tuple[bytes, int]]  # path below its folder -> (content, permissions)
+# Permissions that stand for a symbolic link, whose content is where it leads: git's own.
+LINK = 0o120000
 NETWORK_MODES = ("public", "no-network", "allowlist")
 
 
@@ -31,7 +33,9 @@ class Environment:
     """The environment that the agent works in.
 
     `context` is the build context, including the Dockerfile; an empty folder is a path that ends
-    with a slash. Without a Dockerfile, `docker_image` is used as it is.
+    with a slash, and a symbolic link has the permissions LINK. Other permissions are 755 and 644,
+    and there are no times: a checkout has no others either. Without a Dockerfile, `docker_image`
+    is used as it is.
     """
 
     context: Files = dataclasses.field(default_factory=dict, repr=False)

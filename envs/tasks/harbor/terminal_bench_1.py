@@ -71,7 +71,7 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     category = table.text("category") or ""
     difficulty = table.text("difficulty") or ""
     tags = table.texts("tags")
-    context = read_folder(folder, leave_out=_left_out(folder), empty_folders=True)
+    context = read_folder(folder, leave_out=_left_out(folder), as_context=True)
     step = Step(
         "task",
         instruction,

@@ -12,9 +12,9 @@ import json
 import pathlib
 import random
 
+from envs.gem.episode import DemonstrationEpisode, play_demonstration
 from envs.rock import SandboxConfig
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES
-from envs.tasks.terminal.demonstrator import DemonstrationEpisode, play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 ERROR_RATE = 0.3

@@ -11,8 +11,10 @@ import shlex
 from typing import Any
 
 from envs.gem import Info, StepResult, format_tool_call
+from envs.gem.episode import Script
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxError, Snapshot
 from envs.rock.sync import run
+from envs.tasks.terminal.demonstrator import play_script
 from envs.tasks.terminal.reward import VerifierError, parse_reward
 from envs.tasks.terminal.shell import (
     BASH_TOOL,
@@ -101,6 +103,10 @@ class TerminalEnv(ShellEnv):
     def name(self) -> str:
         """Return the name of the current task."""
         return self.task.name
+
+    def demonstration(self, rng: random.Random, error_rate: float = 0.0) -> Script:
+        """Return the script that solves the current task, see `play_script`."""
+        return play_script(self.task.demonstrator(), rng, error_rate)
 
     def sample_random_action(self) -> str:
         """Return a turn with a harmless command."""
@@ -213,6 +219,7 @@ class TerminalEnv(ShellEnv):
         """
         verdict = await self._sandbox.verify(self.task.verifier, timeout=VERIFIER_TIMEOUT_SECONDS)
         ending, reward, note = self._judge(verdict)
+        info["test_output"] = verdict.stdout + verdict.stderr
         if cut and ending != "infra_verifier":
             ending = cut
         return await self._end(

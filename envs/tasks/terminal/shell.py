@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, ClassVar
 
 from envs.gem import (
@@ -23,7 +23,7 @@ from envs.gem import (
     format_tool_call,
     parse_tool_calls,
 )
-from envs.rock import AgentFault, CommandResult, Sandbox, SandboxError
+from envs.rock import AgentFault, CommandResult, Job, Sandbox, SandboxError
 from envs.rock.sync import run
 
 # Linux refuses a single argument of 128 KiB; a command this long is a mistake.
@@ -110,6 +110,37 @@ class ShellEnv(Env):
 
     async def _execute(self, command: str) -> CommandResult:
         return await self._sandbox.execute(command, timeout=self._command_timeout)
+
+    async def aspawn(self, command: str, env: Mapping[str, str], timeout: float) -> Job:
+        """Start a command of the agent that is not a turn, where a turn's command would run.
+
+        Args:
+          command: may ask for a model at a door of the sandbox, and act on its own.
+          env: variables in addition to the task's.
+          timeout: seconds until it is killed.
+
+        Raises:
+          RuntimeError: the episode is over or was not begun.
+        """
+        if self._over:
+            raise RuntimeError(f"episode of {self.name} is over or not begun; call reset()")
+        return await self._spawn(command, env, timeout)
+
+    async def _spawn(self, command: str, env: Mapping[str, str], timeout: float) -> Job:
+        return await self._sandbox.spawn(command, timeout=timeout, env=env)
+
+    async def aupload(self, folder: str, place: str) -> None:
+        """Copy a folder of this machine to a place in the workspace of the running episode."""
+        await self._sandbox.upload(folder, place)
+
+    async def awrite(self, path: str, text: str) -> None:
+        """Write a file of the workspace of the running episode."""
+        await self._sandbox.write_file(path, text)
+
+    @property
+    def workspace(self) -> str:
+        """Path of the workspace in the running episode's sandbox."""
+        return self._sandbox.workspace
 
     # -- Synchronous interface
     # ---------------------------------------------------------------------------------------------

@@ -181,6 +181,10 @@ class Chat:
         self._tools = tools
         self._system = system
 
+    def begin(self) -> list[int]:
+        """Return the ids of the system turn; [] where there is none."""
+        return self.tokenizer.join(self._system_turn())
+
     def open(self, user: str) -> list[int]:
         """Return the ids of a new chat, up to `<|im_start|>assistant` and its newline.
 

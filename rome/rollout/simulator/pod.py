@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import get_args
 
-from rome.rollout.scheduler import StaleSamples
+from rome.rollout.rules import StaleSamples
 from rome.rollout.simulator.distributions import Constant, Distribution, Lognormal
 
 AT_LEAST_ONE = ("engines", "slots", "concurrency", "group_size", "groups_per_step")

@@ -23,7 +23,8 @@ from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode
 from rome.rollout.group import GroupPlan, Taken
 from rome.rollout.outcomes import staleness
-from rome.rollout.scheduler import RolloutScheduler, Rules
+from rome.rollout.rules import Rules
+from rome.rollout.scheduler import RolloutScheduler
 from rome.rollout.simulator.clock import Level, VirtualLoop, run
 from rome.rollout.simulator.engines import Sample, SimulatedEngines, SimulatedEpisode
 from rome.rollout.simulator.pod import PodModel, step_seconds_bound

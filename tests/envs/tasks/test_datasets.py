@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.sources import dataset_digest, load_tasks
 from envs.tasks import datasets
 from envs.tasks.datasets import load_files, task_digest, unpack
 from envs.tasks.git import fetch_commit
 from envs.tasks.harbor import EXAMPLES, TaskError, load_task
 from envs.tasks.harbor.fields import read_folder
 from envs.tasks.rows import read_rows
-from rome.evals.tasks import dataset_digest, load_tasks
 from tests.envs.tasks.swebench.repositories import commit, git, make
 
 PLAIN = {

@@ -4,17 +4,20 @@ reward is what the environment says, whatever ended the episode; its clock is th
 
 import asyncio
 import dataclasses
+import hashlib
+import json
 
 import numpy as np
 import pytest
 
 from envs.games import Sokoban
 from envs.gem import UnplayableTaskError
+from envs.gem.episode import PlayedEnv
 from envs.rock import AgentFault, SandboxError, SandboxFileError
 from rome.agent import loop
-from rome.agent.environment import PlayedEnv
 from rome.agent.loop import Limits, run_episode
-from rome.data.trajectory import is_success
+from rome.data.routes import routes_to_npz
+from rome.data.trajectory import is_success, to_atif
 from rome.engine.errors import EngineError
 from tests.rome.rollout.worlds import (
     CHAT,
@@ -73,13 +76,32 @@ def test_routes_are_asked_for_once_a_token_and_kept_with_it():
     ]
 
 
+def test_episodes_are_recorded_as_before_a_session_owned_their_tokens():
+    digest = hashlib.sha256()
+    for turns, end, reason in (
+        (["red", "blue", "done"], CHAT.tokenizer.im_end, "stop"),
+        (["red", "blue", "done"], CHAT.tokenizer.pad, "stop"),
+        (["red red"], CHAT.tokenizer.im_end, "length"),
+        (["red"] * 50, CHAT.tokenizer.im_end, "stop"),
+    ):
+        engine = ScriptedEngine(turns, end=end, finish_reason=reason)
+        limits = dataclasses.replace(LIMITS, episode_seconds=50.0)
+        trajectory = play(engine, limits=limits, routes=True)
+        trajectory.seconds, trajectory.note = 0.0, ""
+        document = to_atif(trajectory)
+        del document["agent"]["version"]
+        routes = {number: chunk.routes for number, chunk in enumerate(trajectory.chunks)}
+        digest.update(json.dumps(document).encode() + routes_to_npz(routes))
+    assert digest.hexdigest()[:16] == "31e7a1609f2bd3cc"
+
+
 def test_without_a_wish_for_routes_none_are_asked_for():
     engine = ScriptedEngine(["red", "done"])
     assert all(chunk.routes is None for chunk in play(engine).chunks)
     assert all(sampling.routes_from is None for _, sampling in engine.requests)
 
 
-def test_turn_seeds_follow_from_the_episode_seed_and_the_turn_alone():
+def test_turn_seeds_follow_from_the_episode_seed_and_the_context_alone():
     engines = [ScriptedEngine(["red", "done"]) for _ in range(3)]
     for engine, seed in zip(engines, (7, 7, 8), strict=False):
         play(engine, seed=seed)

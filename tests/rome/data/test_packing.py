@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.data.batch import CONTEXT, IMITATION, RL
-from rome.data.packing import Batch, fits_row, microbatches, pack
+from rome.data.lines import fits_row
+from rome.data.packing import Batch, microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.model.config import PRESETS
 
@@ -116,8 +117,8 @@ def test_what_is_packed_can_be_unpacked_nothing_lost_nothing_twice(made):
         (expected(t, n) for n, t in enumerate(made) if t.trainable), key=lambda one: one["tokens"]
     )
     padding_BT, padding_BC = batch.segments_BT == 0, ~batch.valid_BC
-    assert batch.routes_BTLk is None and batch.expert_counts_LE is None
-    for name, field in list(batch._asdict().items())[:-2]:
+    assert batch.routes_BTLk is batch.lines_BC is batch.expert_counts_LE is None
+    for name, field in list(batch._asdict().items())[:-3]:
         on_padding = field[padding_BT if name.endswith("_BT") else padding_BC]
         assert (on_padding == (-1 if name == "chunk_ids_BT" else 0)).all(), name
 
@@ -327,6 +328,7 @@ def test_batch_is_a_pytree_of_arrays():
 
     plain = packed([trajectory((1, 1))])
     replaying = packed(routed([trajectory((1, 1))]), routes_for=MODEL)
-    rows = len(Batch._fields) - 1  # experts are counted by the pass that scores, not by packing
+    # experts are counted by the pass that scores, not by packing, and no episode has branches
+    rows = len(Batch._fields) - 2
     assert len(jax.tree.leaves(plain)) == rows - 1
     assert len(jax.tree.leaves(replaying)) == rows

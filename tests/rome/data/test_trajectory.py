@@ -23,6 +23,7 @@ from rome.data.trajectory import (
     save_trajectory,
     to_atif,
 )
+from tests.rome.data.trees import ancestors, shapes
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -62,11 +63,20 @@ def chunks(draw):
     )
 
 
+@st.composite
+def trees(draw):
+    made = [draw(chunks()) for _ in range(draw(st.integers(0, 4)))]
+    if made and draw(st.booleans()):
+        for chunk, (parent, edge) in zip(made, draw(shapes(4)), strict=False):
+            chunk.parent, chunk.edge = parent, edge
+    return made
+
+
 trajectories = st.builds(
     Trajectory,
     task=text,
     family=text,
-    chunks=st.lists(chunks(), max_size=3),
+    chunks=trees(),
     reward=finite,
     ending=st.sampled_from(ENDINGS),
     group=st.integers(0, 9),
@@ -110,9 +120,11 @@ def test_a_trajectory_comes_back_from_its_files_as_it_was(trajectory):
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_every_field_of_atif_means_what_it_means_there(trajectory):
     steps = check_atif(to_atif(trajectory))
-    prompt = []
-    for step, chunk in zip(steps[1:], trajectory.chunks, strict=True):
-        prompt += chunk.prompt_ids
+    for number, (step, chunk) in enumerate(zip(steps[1:], trajectory.chunks, strict=True)):
+        path = [trajectory.chunks[place] for place in ancestors(trajectory, number)]
+        read = [token for one in path for token in (*one.prompt_ids, *one.action_ids)]
+        is_branch = (chunk.parent, chunk.edge) != (-1, "continuation")
+        assert ("parent" in step["extra"]) == ("edge" in step["extra"]) == is_branch
         assert step["llm_call_count"] == bool(chunk.versions)
         assert step.get("is_copied_context", False) == (chunk.kind == "context")
         if chunk.tool_call is not None:
@@ -120,9 +132,8 @@ def test_every_field_of_atif_means_what_it_means_there(trajectory):
             assert call["function_name"] == chunk.tool_call["name"]
             assert call["arguments"] == chunk.tool_call["arguments"]
         if chunk.versions:
-            assert step["metrics"]["prompt_tokens"] == len(prompt)
+            assert step["metrics"]["prompt_tokens"] == len(read) - len(chunk.action_ids)
             assert step["metrics"]["completion_token_ids"] == chunk.action_ids
-        prompt += chunk.action_ids
 
 
 def check_atif(document):

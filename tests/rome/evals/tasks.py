@@ -3,8 +3,8 @@
 import asyncio
 
 from envs.rock import SandboxConfig
+from envs.sources import load_tasks
 from rome.evals.agents import Outcome
-from rome.evals.tasks import load_tasks
 from tests.envs.tasks.harbor.conftest import PASSES, write
 
 CONFIG = SandboxConfig(isolation="best_available")

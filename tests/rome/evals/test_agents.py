@@ -9,13 +9,13 @@ import pytest
 
 from envs.gem import format_tool_call
 from envs.rock import AgentFault, SandboxError
+from envs.sources import load_tasks
 from envs.tasks.terminal.shell import ShellEnv
 from rome.agent.loop import Limits
 from rome.engine.errors import EngineError
 from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.policy import Policy
-from rome.evals.tasks import load_tasks
 from tests.rome.evals.tasks import CONFIG, write_task
 from tests.rome.rollout.worlds import CHAT, ScriptedEngine
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.sources import load_tasks
 from rome.evals import contamination
 from rome.evals.contamination import N, find_contamination, ngrams_of, words_of
-from rome.evals.tasks import load_tasks
 from tests.rome.evals.tasks import write, write_task
 
 GUID = "5a0ce1b4-3f4c-4f0e-9b8e-0123456789ab"
@@ -95,7 +95,7 @@ def test_a_clean_corpus_and_one_of_bytes_have_no_hit_and_an_empty_one_is_refused
 
 def test_every_step_of_a_task_is_looked_for_by_itself():
     (task,) = load_tasks("harbor/inventory-steps")
-    (hit,) = find_contamination([task], task.source.path / "steps")["hits"]
+    (hit,) = find_contamination([task], task.path / "steps")["hits"]
     assert hit["share"] == 1.0
 
 

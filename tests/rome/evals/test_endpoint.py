@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from envs.gem import parse_tool_calls
 from envs.gem.tool_call import ToolCallError
+from envs.sources import load_tasks
 from rome.agent.loop import Limits
 from rome.evals.endpoint import MAX_WAIT_SECONDS, Endpoint, action_of, retry_after
 from rome.evals.policy import Policy
-from rome.evals.tasks import load_tasks
 from tests.rome.evals.tasks import CONFIG, write_task
 from tests.rome.rollout.worlds import CHAT, ScriptedEngine
 

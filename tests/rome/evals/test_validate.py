@@ -3,9 +3,9 @@
 import asyncio
 import json
 
+from envs.sources import load_tasks
 from rome.evals.cheats import CHEATS
 from rome.evals.runner import open_results, run_jobs
-from rome.evals.tasks import load_tasks
 from rome.evals.validate import build_proof, judge, proof_jobs, write_proof
 from tests.rome.evals.tasks import CONFIG, write_task
 

@@ -9,11 +9,11 @@ import pytest
 from aiohttp import web
 
 from envs.gem import parse_tool_calls
+from envs.sources import dataset_digest, load_tasks
 from rome.agent.loop import Limits
 from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.policy import Policy
-from rome.evals.tasks import dataset_digest, load_tasks
 from rome.evals.validate import judge
 from tests.envs.worlds.test_published import write_bfcl
 from tests.rome.evals.tasks import CONFIG

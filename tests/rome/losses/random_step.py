@@ -10,7 +10,7 @@ import numpy as np
 
 from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
-from rome.losses import ADVANTAGES, LOSSES, count_denominators
+from rome.losses import LOSSES, SPECS, count_denominators
 
 GAMMA = 0.9
 MAX_IDS = 1024
@@ -92,7 +92,7 @@ def packed(step, name="ipa", *, row_length=40, rows=4):
         gamma=GAMMA,
         failure_reward=step.failure_reward,
         purpose="sft" if name == "sft" else "rl",
-        advantage=ADVANTAGES.get(name, "normalised"),
+        advantage=SPECS[name].advantage or "normalised",
     )
     batch = batch._replace(
         logp_old_BT=np.where(batch.action_mask_BT, step.old[batch.tokens_BT], 0).astype(np.float32)

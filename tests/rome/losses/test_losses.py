@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rome.losses import (
-    ADVANTAGES,
-    LIKELIHOODS,
     LOSSES,
     PUBLISHED,
     SPECS,
@@ -25,7 +23,7 @@ from tests.rome.losses import loss_oracle
 from tests.rome.losses.random_step import GAMMA, MAX_IDS, Step, evaluate, packed, random_step
 
 NAMES = tuple(name for name in LOSSES if name != "cpt")  # which is sft's
-POLICIES = tuple(name for name in NAMES if name not in LIKELIHOODS)
+POLICIES = tuple(name for name in NAMES if not SPECS[name].likelihood)
 IPA_CONFIGS = [
     LossConfig(mismatch_limit=1.3),
     LossConfig(mismatch_limit=1.3, norm="chunks", mismatch_mask="token"),
@@ -345,7 +343,7 @@ def test_dr_grpo_weighs_the_tokens_of_long_and_short_trajectories_alike_and_grpo
 def test_every_loss_has_a_name_an_oracle_and_its_switches():
     assert (
         set(PUBLISHED) == set(POLICIES)
-        and set(ADVANTAGES) < set(POLICIES)
+        and {name for name in NAMES if SPECS[name].advantage} < set(POLICIES)
         and all(hasattr(loss_oracle, name) for name in NAMES)
     )
     assert {name for name, _ in CASES} == set(NAMES)

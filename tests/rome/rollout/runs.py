@@ -9,7 +9,8 @@ from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.accounting import Accounting
 from rome.rollout.episode import SpoiledTaskError
 from rome.rollout.group import GroupPlan
-from rome.rollout.scheduler import RolloutScheduler, Rules
+from rome.rollout.rules import Rules
+from rome.rollout.scheduler import RolloutScheduler
 from rome.rollout.simulator.clock import run
 from rome.rollout.spoiled import SpoiledTasks
 

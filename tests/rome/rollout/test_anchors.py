@@ -98,6 +98,16 @@ def test_the_source_is_refreshed_by_a_success_that_is_not_longer():
     assert (anchors.tasks["a/1"].chunks, set(anchors.tasks["a/1"].outcomes)) == (3, {0})
 
 
+def test_a_success_with_branches_is_no_source():
+    anchors = Anchors("parallel", 2)
+    anchors.enter("a/1", "expert.json", 4)
+    branching = played("a/1", 4, 1, 1.0)
+    branching.chunks[3].parent = 1
+    observe(anchors, [branching])
+    task = anchors.tasks["a/1"]
+    assert (task.source, task.outcomes) == ("expert.json", {1: [True]})
+
+
 def test_what_is_known_survives_json():
     import json
 

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
+from envs.gem.episode import DemonstrationEpisode, DemonstrationTurn
 from envs.rock import SandboxConfig
-from envs.tasks.terminal.demonstrator import DemonstrationEpisode, DemonstrationTurn
 from envs.tasks.terminal.env import TerminalEnv
 from rome.data.batch import CONTEXT, IMITATION
 from rome.data.packing import pack

@@ -151,7 +151,7 @@ def test_an_environment_that_cannot_be_kept_is_replayed_by_each_episode():
             ScriptedEngine(["red", "blue", "done"]), EchoEnv("copy/1"), CHAT, LIMITS, seed=1
         )
     )
-    scheduler = EpisodePlayer(ScriptedEngine(["red", "blue", "done"]), EchoEnv, CHAT, LIMITS, 1)
+    scheduler = EpisodePlayer(ScriptedEngine(["red", "blue", "done"]), EchoEnv, CHAT, LIMITS)
 
     async def play():
         prefix = tuple(source.chunks[:2])

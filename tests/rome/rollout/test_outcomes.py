@@ -31,6 +31,14 @@ def test_a_cached_share_of_one_is_everything_that_was_sent():
     assert rollout_metrics(played, 4, 1.0)["cached_token_share"] == 5 / 12
 
 
+def test_a_branch_sends_the_context_that_it_goes_on_from():
+    # 3 tokens; 3 + 2 + 4; a rewind to the first: 3 + 2 + 1; a context of its own: 5.
+    branch = dataclasses.replace(chunk(prompt=1), parent=0, edge="rewind")
+    other = dataclasses.replace(chunk(prompt=5, cached=3), parent=-2, edge="subagent")
+    played = [trajectory(chunks=[chunk(), chunk(prompt=4), branch, other])]
+    assert rollout_metrics(played, 4, 1.0)["cached_token_share"] == 3 / (3 + 9 + 6 + 5)
+
+
 def test_metrics_of_a_step():
     played = [
         trajectory(reward=1.0),

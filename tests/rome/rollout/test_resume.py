@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.accounting import Accounting
 from rome.rollout.group import GroupPlan
-from rome.rollout.scheduler import Rules
+from rome.rollout.rules import Rules
 from rome.rollout.simulator.clock import run
 from tests.rome.rollout.runs import RULES, World, names, play_all, staleness
 

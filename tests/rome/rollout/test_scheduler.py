@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rome.rollout.episode import RolloutError
 from rome.rollout.group import GroupPlan
-from rome.rollout.scheduler import Rules
+from rome.rollout.rules import Rules
 from rome.rollout.simulator.clock import run
 from rome.stopping import Stopped
 from tests.rome.rollout.runs import RULES, World, names, play_all, staleness

@@ -35,6 +35,9 @@ class Players:
     def __init__(self):
         self.spoiled = SpoiledTasks()
 
+    def can_show(self, task):
+        return True
+
     async def play_one(self, episode, *, path, **_):
         if path.exists():
             return load_trajectory(path)
@@ -225,7 +228,7 @@ def test_the_speed_of_a_step_counts_no_episode_that_was_on_disk_already(tmp_path
 def test_a_demonstration_of_another_task_that_a_repeated_step_showed_is_not_taken_for_this_one(
     tmp_path, monkeypatch
 ):
-    async def play(env, *_):
+    async def play(env, *_, **__):
         return Trajectory(env, "f", [], 1.0, "success")
 
     monkeypatch.setattr("rome.rollout.demonstrations.demonstrate", play)

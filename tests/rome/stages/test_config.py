@@ -23,8 +23,8 @@ from rome.stages.config import (
     load_config,
     loss_config,
     sandbox_config,
-    schema_of,
 )
+from rome.stages.schema import schema_of_kind
 from rome.train.workdir import (
     MODEL,
     ConfigError,
@@ -36,6 +36,7 @@ from rome.train.workdir import (
     read_changes,
 )
 from tests.paths import ROOT
+from tests.rome.evals.tasks import write_task
 
 PRESETS = ("tiny", "smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
 
@@ -46,7 +47,7 @@ def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
 
-KEYS = sorted({key for loss in ("cpt", "sft", "ipa") for key in flatten(schema_of(loss))})
+KEYS = sorted({key for kind in ("cpt", "sft", "rl") for key in flatten(schema_of_kind(kind))})
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -154,6 +155,10 @@ def change_config(config, change):
             "mismatch_limit=5.0 is not read by loss=topr. Set it to 0; it is read by ipa, token",
         ),
         (
+            {"edge_credit": "subagent:0.5 return:1"},
+            "edge_credit='subagent:0.5 return:1': 'return:1' is no credit of an edge; write each",
+        ),
+        (
             {"loss": "dapo", "dual_clip": 1.1},
             "loss=dapo: dual_clip 1.1 is within the clip range that ends at 1.28",
         ),
@@ -163,6 +168,10 @@ def change_config(config, change):
         ),
         ({"temperature": 0.0}, "temperature=0"),
         ({"max_turns": 99}, "max_turns=99"),
+        ({"task": "nowhere"}, "config.task='nowhere': dataset 'nowhere' is neither a folder"),
+        ({"eval_task": "worlds:x"}, "config.eval_task='worlds:x': worlds has nothing named 'x'"),
+        ({"task": "worlds:shop"}, "chunks_per_row=16 is less than the 50 turns of shop/easy/0"),
+        ({"task": "tests.envs.sources.own:Endless"}, "does not say how many turns"),
         (
             {"routing_replay": "on"},
             "routing_replay='on' is unknown. Choose one of off, rollout, recompute",
@@ -317,7 +326,7 @@ def changed(**values):
 
 
 def test_every_key_with_a_class_is_a_key_of_an_experiment():
-    keys = {key for loss in ("ipa", "sft", "cpt") for key in flatten(dict(schema_of(loss)))}
+    keys = {key for kind in ("rl", "sft", "cpt") for key in flatten(dict(schema_of_kind(kind)))}
     blocks = {key.partition(".")[0] for key in keys}
     assert set(KEY_CLASSES) <= keys | blocks
 
@@ -463,17 +472,19 @@ def test_a_misspelt_flag_gets_one_clean_line():
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert (
-        "'group_sise'" in done.stderr and '"group_size"' in done.stderr and "\\" not in done.stderr
+        "'group_sise'" in done.stderr and "'group_size'" in done.stderr and "\\" not in done.stderr
     )
 
 
 @pytest.mark.parametrize("key", ["async_ratio", "rollout.late"])
 def test_a_key_that_moved_or_went_is_named_with_its_flag_and_the_list_of_keys(key):
-    flag = f"--config.{key}"
-    command = [sys.executable, "-m", "launch.train", "--config=experiments/ipa.py", f"{flag}=1"]
+    block, _, name = key.rpartition(".")
+    named = f"config key {block}{block and '.'}{name!r} is unknown"
+    command = [sys.executable, "-m", "launch.train", "--config=experiments/ipa.py"]
+    command.append(f"--config.{key}=1")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert f"{flag}: unknown config key" in done.stderr
+    assert named in done.stderr
     assert "docs/configuration.md" in done.stderr
 
 
@@ -506,3 +517,32 @@ def test_the_sandboxes_backend_is_the_configs_and_the_admins_token_the_environme
         ConfigError, match=r"backend='podman' is unknown\. Choose one of embedded, docker, remote"
     ):
         check_config(config)
+
+
+def with_task(preset="ipa", **changes):
+    return change_config(load_config(f"experiments/{preset}.py", "tiny"), changes)
+
+
+def test_a_folder_whose_tasks_all_fail_is_refused_with_the_first_reason(tmp_path):
+    write_task(tmp_path, "bad", task_toml="version = \n")
+    with pytest.raises(ConfigError, match=r"none of its 1 tasks can be used; .*task.toml:1"):
+        check_config(with_task(task=str(tmp_path), chunks_per_row=40))
+
+
+def test_a_set_that_leaves_nothing_to_evaluate_or_to_train_on_is_refused(tmp_path):
+    write_task(tmp_path, "one")
+    config = with_task(task=str(tmp_path), chunks_per_row=40)
+    with pytest.raises(ConfigError, match="1 tasks fall into the part that"):
+        check_config(config)
+    config.eval_task = str(tmp_path)
+    with pytest.raises(ConfigError, match="1 of its tasks are trained on, too, such as one"):
+        check_config(config)
+    config.eval_task = "terminal:count"
+    check_config(config)
+
+
+def test_sft_needs_demonstrators():
+    with pytest.raises(ConfigError, match="has no demonstrators"):
+        check_config(with_task("sft", task="tests.envs.sources.own:Countdown"))
+    check_config(with_task("sft", task="tests.envs.sources.own:Shown"))
+    check_config(with_task(task="tests.envs.sources.own:Countdown"))

@@ -130,8 +130,9 @@ def test_the_sources_of_hard_tasks_and_of_groups_in_flight_are_known():
     state = {
         "anchors": {"count/1": {"source": "a.json", "earlier": ["b.json"]}},
         "rollouts": {"groups": [{"source": "c.json"}, {"source": ""}]},
+        "solutions": {"own/1": "d.json"},
     }
-    assert sources_of(state) == {"a.json", "b.json", "c.json"}
+    assert sources_of(state) == {"a.json", "b.json", "c.json", "d.json"}
 
 
 def test_routes_lie_beside_their_trajectory(tmp_path):

@@ -48,7 +48,7 @@ def at_an_evaluation(wish, monkeypatch):
         return Published(path, 0.0, 0.0, 1, ())
 
     monkeypatch.setattr(engines, "publish_weights", publish)
-    monkeypatch.setattr(EpisodePlayer, "play", wish.hang)
+    monkeypatch.setattr(EpisodePlayer, "play_attempt", wish.hang)
 
 
 def at_the_experts(wish, monkeypatch):

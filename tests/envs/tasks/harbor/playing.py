@@ -51,3 +51,30 @@ def observe(task, *commands):
             await env.aclose()
 
     return asyncio.run(episode())
+
+
+def with_links(harbor, base, files=None, dockerfile=""):
+    """A task whose Dockerfile copies links, and whose tests look at what became of them."""
+    check = (
+        'cd /app/tree && [ "$(readlink bin/tool)" = ../lib/tool ] && [ "$(bin/tool)" = ran ]'
+        ' && [ "$(readlink gone)" = /app/tree/none ] && [ "$(readlink far)" = ../../etc/passwd ]'
+        " && [ -f /app/one -a ! -L /app/one ] && [ -f /app/through/tool ]"
+    )
+    folder = harbor(
+        {
+            "environment/Dockerfile": f"FROM {base}\n{dockerfile}WORKDIR /app\n"
+            "COPY tree ./tree\nCOPY tree/bin/tool /app/one\nCOPY current/ /app/through/\n",
+            "environment/tree/lib/tool": "#!/bin/sh\necho ran\n",
+            "tests/test.sh": "#!/bin/bash\nmkdir -p /logs/verifier\n"
+            f"if {check}; then echo 1; else echo 0; fi > /logs/verifier/reward.txt\n",
+            **(files or {}),
+        }
+    )
+    environment = folder / "environment"
+    (environment / "tree/lib/tool").chmod(0o755)
+    (environment / "tree/bin").mkdir()
+    (environment / "tree/bin/tool").symlink_to("../lib/tool")
+    (environment / "tree/gone").symlink_to("/app/tree/none")
+    (environment / "tree/far").symlink_to("../../etc/passwd")
+    (environment / "current").symlink_to("tree/lib")
+    return folder

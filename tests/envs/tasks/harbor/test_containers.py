@@ -16,7 +16,7 @@ from envs.tasks.harbor.containers import build_image
 from envs.tasks.harbor.env import sandbox_for
 from envs.tasks.harbor.environment import egress_of
 from tests.envs.tasks.harbor.conftest import CONFIG, PASSES
-from tests.envs.tasks.harbor.playing import bash, oracle, play
+from tests.envs.tasks.harbor.playing import bash, oracle, play, with_links
 
 
 def with_network(harbor, text, name="task"):
@@ -236,6 +236,19 @@ def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, ru
     assert run(build_image(load_task(folder), config)) == run(
         build_image(load_task(folder), config)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.docker
+def test_the_engine_copies_links_as_the_embedded_build_does(harbor, run, engine):
+    config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
+    programs = ("mktemp", "base64")  # which grading needs
+    files = {
+        f"environment/{name}": pathlib.Path(f"/usr/bin/{name}").read_bytes() for name in programs
+    }
+    lines = "COPY mktemp base64 /usr/bin/\nRUN chmod 755 /usr/bin/mktemp /usr/bin/base64\n"
+    folder = with_links(harbor, engine.image, files, lines)
+    assert run(play(folder, "true", config=config))[0] == 1.0
 
 
 @pytest.mark.slow

@@ -17,8 +17,10 @@ from envs.tasks.harbor import (
     TaskError,
     load_task,
 )
+from envs.tasks.harbor.context import resolve
+from envs.tasks.harbor.task import LINK
 from tests.envs.tasks.harbor.conftest import CONFIG, TB1, write
-from tests.envs.tasks.harbor.playing import bash, observe, oracle, play
+from tests.envs.tasks.harbor.playing import bash, observe, oracle, play, with_links
 
 NAMES = sorted(folder.name for folder in EXAMPLES.iterdir())
 
@@ -290,6 +292,28 @@ def test_a_copied_repository_keeps_the_empty_folders_that_it_needs(harbor, run):
     )
     subprocess.run(make, shell=True, cwd=repository, check=True)
     assert run(play(folder, "true"))[0] == 1.0
+
+
+def test_a_copied_folder_keeps_its_links(harbor, run):
+    assert run(play(with_links(harbor, "ubuntu:24.04"), "true"))[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "leads"),
+    [
+        ("a/x", "b/x"),
+        ("c/x", "b/x"),
+        ("out/passwd", "etc/passwd"),
+        ("root/b/x", "b/x"),
+        ("loop/x", "loop/x"),
+        ("b/x", "b/x"),
+        ("", ""),
+    ],
+)
+def test_links_of_a_context_lead_nowhere_else(path, leads):
+    links = {"a": b"b", "c": b"./a/../a", "out": b"../../etc", "root": b"/", "loop": b"loop"}
+    files = {"b/x": (b"", 0o644)} | {name: (target, LINK) for name, target in links.items()}
+    assert resolve(files, path) == leads
 
 
 def test_limits_that_the_sandbox_does_not_give_are_said(harbor, run):

@@ -258,7 +258,15 @@ def test_a_missing_or_broken_file_is_named(harbor, files, file, says):
 
 
 @pytest.mark.parametrize(
-    "place", ["tests/link", "solution/link", "environment/link", "instruction.md", "task.toml"]
+    "place",
+    [
+        "tests/link",
+        "solution/link",
+        "environment/Dockerfile",
+        "environment/.dockerignore",
+        "instruction.md",
+        "task.toml",
+    ],
 )
 def test_a_link_out_of_the_task_is_refused(harbor, place):
     """A task folder comes from strangers: a link in it could bring a file of this machine into a

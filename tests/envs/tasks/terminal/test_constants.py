@@ -17,6 +17,7 @@ import tarfile
 import pytest
 
 from envs.gem import make
+from envs.gem.episode import play_demonstration
 from envs.problems import PROBLEM_IDS
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal import (
@@ -27,7 +28,6 @@ from envs.tasks.terminal import (
     checks,
     make_task,
 )
-from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.families.wide.programs import PROGRAMS
 from envs.tasks.terminal.task import Task

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from envs.gem import format_tool_call
+from envs.gem.episode import play_demonstration
 from envs.rock import SandboxConfig
 from envs.tasks.terminal import (
     EVAL_SEED_START,
@@ -18,7 +19,6 @@ from envs.tasks.terminal import (
     make_task,
     train_seed,
 )
-from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 ALL = FAMILIES + HELD_OUT_FAMILIES

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from envs.gem import format_tool_call, make
+from envs.gem.episode import play_demonstration
 from envs.rock import SandboxConfig
 from envs.rock.embedded.sandbox import EmbeddedBackend
 from envs.tasks.terminal import (
@@ -21,7 +22,6 @@ from envs.tasks.terminal import (
     eval_seed,
     make_task,
 )
-from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
 from envs.tasks.terminal.families.wide.programs import PROGRAMS
 from envs.tasks.terminal.registry import wide_family

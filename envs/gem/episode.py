@@ -4,12 +4,18 @@ The episode's reward is GEM's return: the sum of the rewards of its steps. The c
 the environment works for the agent: not while it starts, not while it grades, and not while an
 engine is waited for. What an environment leaves out of its infos is filled in, so that gem-llm's
 own environments play to their end.
+
+`play_demonstration` is the one player of scripted solutions, and `snapshot_of` keeps a moment of an
+episode from which others continue.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
+import random
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from envs.gem.core import (
@@ -17,13 +23,29 @@ from envs.gem.core import (
     Info,
     StepResult,
     UnplayableTaskError,
+    close_async,
     judge_async,
     reset_async,
     step_async,
 )
 from envs.rock import AgentFault, SandboxError
-from rome.data.trajectory import ENDINGS, STATUSES, is_success
 
+# The endings and statuses of rome.data.trajectory, which knows no environments.
+ENDINGS = (
+    "success",
+    "failure",
+    "truncated_turns",
+    "truncated_tokens",
+    "timeout",
+    "malformed",
+    "infra_engine",
+    "infra_sandbox",
+    "infra_verifier",
+    "cancelled",
+    "unsafe",
+)
+STATUSES = ("ok", "tool_error", "malformed", "timeout", "infra")
+REWARD_TOLERANCE = 1e-6  # of two rewards that count as equal: sums of steps are rounded
 CANCEL_SECONDS = 10.0  # for a step that was cut off
 GRADING_MARGIN_SECONDS = 30.0  # beyond the limit of the environment's own verifier
 
@@ -93,8 +115,11 @@ class PlayedEnv:
         """Return the reward from which on the task counts as solved."""
         return success_reward(_task(self.env))
 
-    async def start(self) -> tuple[str, Info]:
+    async def start(self, seed: int | None = None) -> tuple[str, Info]:
         """Start the environment; return what the agent is shown first, and the info.
+
+        Args:
+          seed: of the episode; None lets the environment choose.
 
         Raises:
           EnvironmentFault: it did not start. No agent has acted yet, so whatever the reason is,
@@ -102,13 +127,13 @@ class PlayedEnv:
         """
         try:
             async with asyncio.timeout(self._start_seconds) as limit:
-                observation, info = await reset_async(self.env)
+                observation, info = await reset_async(self.env, seed)
         except Exception as error:
             if limit.expired():
                 note = f"the environment did not start within {self._start_seconds:g} s"
                 raise EnvironmentFault(note) from error
             raise EnvironmentFault(_describe(error)) from error
-        return _shown(observation, info), info
+        return shown(observation, info), info
 
     def hand_over(self) -> None:
         """Begin the agent's own part: it has the whole time, and what it brings about is its doing.
@@ -193,7 +218,7 @@ class PlayedEnv:
             arguments = info.get("tool_arguments", {})
             tool_call = {"name": info["tool_type"], "arguments": arguments}
         return Turn(
-            observation=_shown(observation, info),
+            observation=shown(observation, info),
             ending=ending,
             status=status if status in STATUSES else "ok",
             tool_call=tool_call,
@@ -212,7 +237,8 @@ class PlayedEnv:
             return given
         if not terminated:
             return "truncated_turns"
-        return "success" if is_success(self.reward, self.success_reward) else "failure"
+        is_success = self.reward >= self.success_reward - REWARD_TOLERANCE
+        return "success" if is_success else "failure"
 
     def _grading_seconds(self) -> float:
         return float(getattr(self.env, "grading_seconds", 0.0)) + GRADING_MARGIN_SECONDS
@@ -236,7 +262,7 @@ def _task(env: Env) -> object:
     return getattr(env, "task", None)
 
 
-def _shown(observation: str, info: Info) -> str:
+def shown(observation: str, info: Info) -> str:
     """Return an observation between the prefix and the suffix of its info, such as a board."""
     suffix = info.get("suffix", "")
     separator = "\n" if suffix and observation and not observation.endswith("\n") else ""
@@ -253,3 +279,206 @@ async def _cancel(step: asyncio.Future[StepResult]) -> None:
         return
     step.cancel()
     await asyncio.wait([step], timeout=CANCEL_SECONDS)
+
+
+# -- scripted solutions
+# -------------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """What a script says in one turn; `is_mistake` marks one that is made on purpose."""
+
+    text: str
+    is_mistake: bool = False
+
+
+# A running script: yields a line, receives the observation, and returns when it has no more to say.
+Script = Generator[Line, str, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstrationTurn:
+    """One turn of a demonstration: the text, the observation and the environment's status.
+
+    `is_mistake` marks the deliberate mistake; `exit_code` is of its command, and `tool_call` its
+    call, {"name", "arguments"}.
+    """
+
+    text: str
+    observation: str
+    status: str
+    exit_code: int | None = None
+    is_mistake: bool = False
+    tool_call: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstrationEpisode:
+    """One played demonstration with its reward and ending.
+
+    The ending is "failure" where the script ended before the episode did; the note says so.
+    """
+
+    task: str
+    family: str
+    instruction: str
+    turns: list[DemonstrationTurn]
+    reward: float
+    ending: str
+    note: str = ""
+
+
+def has_script(env: Env) -> bool:
+    """Return whether the environment brings a scripted solution of its task."""
+    return any(hasattr(type(env), name) for name in ("demonstration", "demonstrator_action"))
+
+
+def script_of(env: Env, rng: random.Random, error_rate: float = 0.0) -> Script:
+    """Return the script that solves the task of a started environment.
+
+    An environment brings it as `demonstration(rng, error_rate)`, a generator of lines, or as
+    `demonstrator_action()`, which returns the next turn, or None where it has none.
+
+    Raises:
+      NotImplementedError: it has neither.
+    """
+    if hasattr(type(env), "demonstration"):
+        return env.demonstration(rng, error_rate)
+    if hasattr(type(env), "demonstrator_action"):
+        return _follow(env)
+    raise NotImplementedError(
+        f"{type(env).__name__} has no demonstrator; define demonstrator_action(), which returns the"
+        " next turn of a solution"
+    )
+
+
+def _follow(env: Any) -> Script:
+    while (action := env.demonstrator_action()) is not None:
+        yield Line(action)
+
+
+async def play_demonstration(
+    env: Env,
+    rng: random.Random,
+    error_rate: float = 0.0,
+    seed: int | None = None,
+    *,
+    start_seconds: float = math.inf,
+    seconds: float = math.inf,
+) -> DemonstrationEpisode:
+    """Play the scripted solution of an environment's task, and close the environment.
+
+    Args:
+      env: not started yet.
+      rng: decides whether and where a mistake happens.
+      error_rate: the probability of a mistake, for scripts that make some.
+      seed: the seed given to the environment's reset.
+      start_seconds: for the start of the environment.
+      seconds: for which the environment may work.
+
+    Returns:
+      The episode. An infrastructure failure that the environment reports is its ending (infra_*).
+
+    Raises:
+      EnvironmentFault: the environment could not be started, or failed.
+      NotImplementedError: it has no script.
+    """
+    played = PlayedEnv(env, seconds, start_seconds)
+    try:
+        instruction, _ = await played.start(seed)
+        played.hand_over()
+        return await perform(played, script_of(env, rng, error_rate), instruction)
+    finally:
+        await close_async(env)
+
+
+async def perform(played: PlayedEnv, script: Script, instruction: str) -> DemonstrationEpisode:
+    """Play a script in a started environment, up to the end of one of them."""
+    turns: list[DemonstrationTurn] = []
+    ending, note = "failure", "the script has no further turn"
+    line = next(script, None)
+    while line is not None:
+        try:
+            turn = await played.step(line.text)
+        except OutOfTime as error:
+            turn = await played.judge("timeout", str(error))
+        turns.append(
+            DemonstrationTurn(
+                line.text,
+                turn.observation,
+                turn.status,
+                turn.exit_code,
+                line.is_mistake,
+                turn.tool_call,
+            )
+        )
+        if turn.ending:
+            ending, note = turn.ending, turn.note
+            break
+        line = _next_line(script, turn.observation)
+    return DemonstrationEpisode(
+        played.name, played.family, instruction, turns, played.reward, ending, note
+    )
+
+
+def _next_line(script: Script, observation: str) -> Line | None:
+    try:
+        return script.send(observation)
+    except StopIteration:
+        return None
+
+
+# -- moments of an episode, from which others continue
+# -------------------------------------------------------------------------------------------------
+
+
+class Twin:
+    """A copy of a running episode in memory, by `Env.spawn(same_state=True)`."""
+
+    def __init__(self, env: Env, opening: tuple[str, Info]) -> None:
+        self._env = env
+        self._opening = opening
+
+    async def continue_in(self, env: Env) -> tuple[Env, tuple[str, Info]]:
+        """Return another copy of the episode, and its opening; `env` is not needed and closed."""
+        await close_async(env)
+        return await asyncio.to_thread(self._env.spawn, same_state=True), self._opening
+
+    async def delete(self) -> None:
+        """Close the copy."""
+        await close_async(self._env)
+
+
+class Stored:
+    """A copy of a running episode that its environment stores itself (`asnapshot`)."""
+
+    def __init__(self, snapshot: Any) -> None:
+        self._snapshot = snapshot
+
+    async def continue_in(self, env: Env) -> tuple[Env, tuple[str, Info]]:
+        """Continue the episode in a fresh environment; return it and its opening."""
+        return env, await env.arestore(self._snapshot)
+
+    async def delete(self) -> None:
+        """Delete what is stored."""
+        await self._snapshot.delete()
+
+
+async def snapshot_of(env: Env, opening: tuple[str, Info]) -> Stored | Twin | None:
+    """Copy a running episode; None where its environment cannot be copied.
+
+    Args:
+      env: in the middle of an episode.
+      opening: what `PlayedEnv.start` returned.
+
+    Raises:
+      SandboxError: it can be copied in general, but not now.
+    """
+    if hasattr(type(env), "asnapshot"):
+        return Stored(await env.asnapshot())
+    observation, info = opening
+    plain = {name: value for name, value in info.items() if name not in ("prefix", "suffix")}
+    try:
+        return Twin(await asyncio.to_thread(env.spawn, same_state=True), (observation, plain))
+    except NotImplementedError:
+        return None

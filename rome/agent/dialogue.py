@@ -1,0 +1,409 @@
+"""Dialogue: a conversation in messages, as agents send it, on the token ids of a session.
+
+An agent sends all messages so far with each call. The dialogue keeps them as a tree: tools and
+system text at the root, one node a message. An answer that comes back is the sampled chunk, byte
+for byte, whatever the agent changed in its spelling (`counts` says how often which change was
+seen), and only the messages after it are tokenised. They are context, never trained, as is every
+message that nobody sampled in its place. So the record is what the engine sampled in the contexts
+that it sampled it in, also where an agent edits, compacts or forks its history.
+
+A call that repeats the newest one of its place is a retry and gets the same answer, as long as the
+conversation did not go on from there; it is no branch. Two calls that are open at the same time are
+two calls. Where the agent's client says whether it retries, that decides. A call whose caller went
+away goes on, and its retry waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rome.agent.messages import (
+    Call,
+    Message,
+    Tool,
+    differences,
+    following_ids,
+    opening_ids,
+    read_answer,
+    readable,
+)
+from rome.agent.session import ContextFull, Session, SessionError
+from rome.data.tree import ROOT, Edge
+from rome.model.tokenizer import Chat
+
+MAX_NODES = 8192  # messages of one episode, those of all branches together
+Reason = Literal["messages", "truncated", "context_full", "too_many_messages", "closed"]
+
+
+class DialogueError(ValueError):
+    """A call that cannot be answered, through no fault of the engine.
+
+    Attributes:
+      reason: "messages" (there are none, the last one is an assistant's, or a limit is no limit),
+        "truncated" (it goes on from an answer that was cut at its limit), "context_full",
+        "too_many_messages" or "closed" (the episode is over).
+    """
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """One answer of the policy.
+
+    Args:
+      text: what it says, without thoughts and calls.
+      reasoning: its thoughts.
+      tool_calls: its calls. Where one is malformed there are none, and `text` holds it as it is.
+      finish_reason: "stop", "tool_calls" or "length".
+      prompt_tokens: of the whole context.
+      completion_tokens: sampled ones.
+      chunk: number of its chunk in the session.
+    """
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[Call, ...]
+    finish_reason: Literal["stop", "tool_calls", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    chunk: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Node:
+    """A message in the tree.
+
+    Args:
+      message: None at a root.
+      above: the node of the message before it; None at a root.
+      chat: at a root: writes messages below its tools and its system text.
+      chunk: number of the chunk where it was sampled.
+      reply: where it was sampled.
+      limits: that it was sampled with.
+    """
+
+    message: Message | None
+    above: _Node | None
+    chat: Chat | None = None
+    chunk: int | None = None
+    reply: Reply | None = None
+    limits: _Limits = (None, None)
+    children: dict[tuple[str, ...], _Node] = dataclasses.field(default_factory=dict)
+    answers: list[_Node] = dataclasses.field(default_factory=list)
+    open: list[_OpenCall] = dataclasses.field(default_factory=list)
+    changes: set[frozenset[str]] = dataclasses.field(default_factory=set)
+    is_followed: bool = False
+
+
+_Limits = tuple[int | None, float | None]  # max_new_tokens and temperature of a call
+
+
+@dataclasses.dataclass(eq=False)
+class _OpenCall:
+    """A call that the engine works on."""
+
+    task: asyncio.Task[Reply]
+    limits: _Limits
+    waiting: int = 0  # callers
+
+
+class Dialogue:
+    """The conversations of one episode.
+
+    Args:
+      session: owns the tokens.
+      chat: of the model. Tools and system text come from the messages of a call, not from it.
+      max_nodes: messages that the episode may have, over all branches.
+
+    Attributes:
+      counts: "calls", "retries", "context_answers" (assistants' messages that nobody sampled in
+        their place), answers that came back "exact", and those that came back with other "spaces",
+        without "thoughts", with other "call_ids" or "arguments" written in another way.
+    """
+
+    def __init__(self, session: Session, chat: Chat, *, max_nodes: int = MAX_NODES) -> None:
+        self.session = session
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._tokenizer = chat.tokenizer
+        self._max_nodes = max_nodes
+        self._nodes = 0
+        self._roots: dict[tuple[str, str], _Node] = {}
+        self._tasks: set[asyncio.Task[Reply]] = set()
+        self._followers: collections.Counter[int] = collections.Counter()  # by chunk, open ones too
+        self._first_root: _Node | None = None  # of the first call
+        self._is_closed = False
+
+    async def complete(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        retry: bool | None = None,
+        edge: Edge | None = None,
+    ) -> Reply:
+        """Answer a conversation.
+
+        Args:
+          messages: all of it. A first system message belongs to the root.
+          tools: their schemas.
+          max_new_tokens: of the answer; None is the session's.
+          temperature: of the answer; None is the session's.
+          retry: whether the client says that it repeats a call; None: it does not say.
+          edge: how the answer follows what was there; None finds it out (`_edge`).
+
+        Raises:
+          DialogueError: the call cannot be answered; `reason` says why.
+          EngineError: the engine did not answer.
+        """
+        if self._is_closed:
+            raise DialogueError("closed", "this episode is over; begin another one")
+        node = self._find(messages, tools)
+        limits = (max_new_tokens, temperature)
+        if retry is not False:
+            answered = _answer_to_repeat(node, limits)
+            if answered is not None:
+                self.counts["retries"] += 1
+                return answered
+        call = None if retry is False else _call_to_join(node, limits, retry)
+        if call is None:
+            self.counts["calls"] += 1
+            call = self._begin(node, limits, edge)
+        else:
+            self.counts["retries"] += 1
+        return await _wait(call)
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+        """Return how many tokens a conversation has that nobody sampled; it is not recorded."""
+        rest = list(messages)
+        has_system = bool(rest) and rest[0].role == "system"
+        system = readable(rest.pop(0).content) if has_system else None
+        chat = Chat(self._tokenizer, _shown(tools), system)
+        return len(opening_ids(rest, chat))
+
+    async def aclose(self) -> None:
+        """End the episode: calls that are still open are cancelled."""
+        self._is_closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- the tree
+    # ---------------------------------------------------------------------------------------------
+
+    def _find(self, messages: Sequence[Message], tools: Sequence[Tool]) -> _Node:
+        """Return the node of the last message; those that are new are added."""
+        system = ""
+        rest = list(messages)
+        if rest and rest[0].role == "system":
+            system = rest.pop(0).content
+        if not rest or rest[-1].role == "assistant":
+            raise DialogueError(
+                "messages",
+                "the conversation needs a last message that is not an assistant's; add the user's"
+                " or a tool's",
+            )
+        node = self._root(tools, system, has_system=len(rest) < len(messages))
+        for message in rest:
+            node = self._below(node, message)
+        return node
+
+    def _root(self, tools: Sequence[Tool], system: str, *, has_system: bool) -> _Node:
+        key = (json.dumps(list(tools), sort_keys=True), repr((has_system, system)))
+        if key not in self._roots:
+            self._count_node()
+            chat = Chat(self._tokenizer, _shown(tools), readable(system) if has_system else None)
+            self._roots[key] = _Node(None, None, chat)
+        return self._roots[key]
+
+    def _below(self, node: _Node, message: Message) -> _Node:
+        """Return the node of a message that follows another one."""
+        if message.role == "assistant":
+            answer = self._answer_of(node, message)
+            if answer is not None:
+                return answer
+        found = node.children.get(message.key)
+        if found is None:
+            self._count_node()
+            self.counts["context_answers"] += message.role == "assistant"
+            found = node.children[message.key] = _Node(message, node)
+        return found
+
+    def _answer_of(self, node: _Node, message: Message) -> _Node | None:
+        """Return the sampled answer that came back as `message`: the one that changed least."""
+        found = []
+        for place, answer in enumerate(node.answers):
+            assert answer.message is not None
+            changes = differences(answer.message, message)
+            if changes is not None:
+                found.append((len(changes), place, changes))
+        if not found:
+            return None
+        _, place, changes = min(found, key=lambda one: one[:2])
+        answer = node.answers[place]
+        if changes not in answer.changes:
+            answer.changes.add(changes)
+            self.counts.update(changes or ["exact"])
+        if answer.reply is not None and answer.reply.finish_reason == "length":
+            raise DialogueError(
+                "truncated",
+                f"the answer of {answer.reply.completion_tokens} tokens was cut at its limit, so"
+                " the conversation cannot go on from it; ask again with more tokens",
+            )
+        answer.is_followed = True
+        return answer
+
+    def _count_node(self) -> None:
+        if self._nodes >= self._max_nodes:
+            raise DialogueError(
+                "too_many_messages",
+                f"this episode has {self._max_nodes} messages, the most that it may have",
+            )
+        self._nodes += 1
+
+    # -- one call
+    # ---------------------------------------------------------------------------------------------
+
+    def _begin(self, node: _Node, limits: _Limits, edge: Edge | None) -> _OpenCall:
+        """Start to sample an answer below a node."""
+        parent, prompt_ids = self._prompt(node)
+        if edge is None:
+            edge = self._edge(node, parent)
+        self._first_root = self._first_root or _root_of(node)
+        self._followers[parent] += 1
+        sampling = self._sample(node, parent, prompt_ids, limits, edge)
+        call = _OpenCall(asyncio.get_running_loop().create_task(sampling), limits)
+        node.open.append(call)
+        self._tasks.add(call.task)
+        call.task.add_done_callback(self._tasks.discard)
+        call.task.add_done_callback(lambda _: node.open.remove(call))
+        call.task.add_done_callback(_retrieve)
+        return call
+
+    async def _sample(
+        self, node: _Node, parent: int, prompt_ids: list[int], limits: _Limits, edge: Edge
+    ) -> Reply:
+        max_new_tokens, temperature = limits
+        try:
+            number = await self.session.sample(
+                parent,
+                prompt_ids,
+                edge=edge,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+        except BaseException as error:
+            self._followers[parent] -= 1
+            if isinstance(error, SessionError):
+                reason: Reason = "context_full" if isinstance(error, ContextFull) else "messages"
+                raise DialogueError(reason, str(error)) from error
+            raise
+        return self._record(node, number, limits)
+
+    def _record(self, node: _Node, number: int, limits: _Limits) -> Reply:
+        """Put an answer into the tree, and what its text says into its chunk."""
+        chunk = self.session.chunks[number]
+        message, is_malformed = read_answer(chunk.text, number)
+        is_truncated = self.session.is_truncated(number)
+        if is_malformed:
+            chunk.status = "malformed"
+        if message.tool_calls:
+            first = message.tool_calls[0]
+            chunk.tool_call = {"name": first.name, "arguments": json.loads(first.arguments)}
+        finish: Literal["stop", "tool_calls"] = "tool_calls" if message.tool_calls else "stop"
+        completion_tokens = len(chunk.action_ids)
+        reply = Reply(
+            text=message.content,
+            reasoning=message.reasoning,
+            tool_calls=message.tool_calls,
+            finish_reason="length" if is_truncated else finish,
+            prompt_tokens=self.session.tokens_of(number) - completion_tokens,
+            completion_tokens=completion_tokens,
+            chunk=number,
+        )
+        self._nodes += 1
+        answer = _Node(message, node, chunk=number, reply=reply, limits=limits)
+        node.answers.append(answer)
+        return reply
+
+    def _prompt(self, node: _Node) -> tuple[int, list[int]]:
+        """Return the chunk that a node's conversation goes on from, and the ids since then."""
+        since: list[Message] = []
+        place = node
+        while place.message is not None and place.chunk is None and place.above is not None:
+            since.append(place.message)
+            place = place.above
+        since.reverse()
+        root = _root_of(node)
+        assert root.chat is not None
+        if place.chunk is None:
+            return ROOT, opening_ids(since, root.chat)
+        chunk = self.session.chunks[place.chunk]
+        if not chunk.observation:
+            chunk.observation = "\n".join(message.content for message in since)
+        return place.chunk, following_ids(chunk.action_ids, since, root.chat)
+
+    def _edge(self, node: _Node, parent: int) -> Edge:
+        """Return how a call follows what was there.
+
+        Going on from where another call went on is a rewind. A new context with the tools and the
+        system text of the first one is a compaction of it; with others, a sub-agent.
+        """
+        if self._first_root is None:
+            return "continuation"
+        if parent != ROOT:
+            return "rewind" if self._followers[parent] else "continuation"
+        return "compaction" if _root_of(node) is self._first_root else "subagent"
+
+
+def _root_of(node: _Node) -> _Node:
+    while node.above is not None:
+        node = node.above
+    return node
+
+
+def _shown(tools: Sequence[Tool]) -> list[Any]:
+    """Return the schemas of tools as the chat template may show them."""
+    shown: list[Any] = json.loads(readable(json.dumps(list(tools), ensure_ascii=False)))
+    return shown
+
+
+def _answer_to_repeat(node: _Node, limits: _Limits) -> Reply | None:
+    """Return the newest answer of a node if nothing followed it, so that a retry gets it again."""
+    if not node.answers:
+        return None
+    newest = node.answers[-1]
+    return None if newest.is_followed or newest.limits != limits else newest.reply
+
+
+def _call_to_join(node: _Node, limits: _Limits, retry: bool | None) -> _OpenCall | None:
+    """Return the open call that a retry waits for: one whose caller went away, or any."""
+    for call in reversed(node.open):
+        if call.limits == limits and (retry or not call.waiting):
+            return call
+    return None
+
+
+async def _wait(call: _OpenCall) -> Reply:
+    """Wait for a call; it goes on where its caller is cancelled."""
+    call.waiting += 1
+    try:
+        return await asyncio.shield(call.task)
+    finally:
+        call.waiting -= 1
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Take the error of a call whose caller went away, so that nobody is warned of it."""
+    if not task.cancelled():
+        task.exception()

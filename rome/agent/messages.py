@@ -1,0 +1,233 @@
+"""Messages of a conversation: their types, their comparison, and their ids in Qwen3's chat format.
+
+A message is text, and text changes on its way through an agent and back: keys of arguments change
+places, spaces and thoughts are dropped, calls get other ids. `differences` says what changed
+between an answer and what came back of it, or that it is another message.
+
+Ids are only appended: those of a conversation are the ids of its messages in a row, each of which
+depends on that message and on the role of the one before it. Its words are never control tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from envs.gem import ToolCallError
+from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
+from rome.model.tokenizer import Chat, Tokenizer
+
+Tool = Mapping[str, Any]  # the schema of a tool, as the chat template shows it
+ROLES = ("system", "user", "assistant", "tool")
+EXACT_INTEGER = 2**53  # from there on, agents written in JavaScript round integers
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A tool call of a message.
+
+    Args:
+      id: by which a tool's answer names it.
+      name: of the tool.
+      arguments: JSON text, as it was written.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message of a conversation.
+
+    Args:
+      role: one of ROLES.
+      content: its text.
+      reasoning: thoughts of an assistant, where they are told apart from its content.
+      tool_calls: of an assistant.
+      tool_call_id: the call that a tool answers.
+
+    Raises:
+      ValueError: the role is unknown, or calls stand in a message that is no assistant's.
+    """
+
+    role: str
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[Call, ...] = ()
+    tool_call_id: str = ""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"message role {self.role!r} unknown; known: {', '.join(ROLES)}")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a {self.role} message makes no tool calls; only an assistant does")
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Return what tells it from other messages: all that the model is shown of it."""
+        calls = [part for call in self.tool_calls for part in (call.name, canonical(call))]
+        return (self.role, self.content, *calls)
+
+
+def read_answer(text: str, number: int) -> tuple[Message, bool]:
+    """Return a sampled turn as a message, and whether a call in it is malformed.
+
+    Where one is, the message has no calls, and its content is all that the turn says.
+
+    Args:
+      text: of the turn, without its end token.
+      number: of its chunk, for the ids of its calls.
+    """
+    turn = read_turn(text)
+    try:
+        calls = [] if turn.is_thinking else [call for call, _ in iterate_tool_calls(text)]
+    except ToolCallError:
+        return Message("assistant", turn.spoken.strip(), turn.thoughts), True
+    made = []
+    for place, call in enumerate(calls):
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        made.append(Call(f"call_{number}_{place}", call.name, arguments))
+    content = turn.spoken
+    if made:
+        opening = OPEN if OPEN in content else "<function="
+        content = content[: content.index(opening)]
+    return Message("assistant", content.strip(), turn.thoughts, tuple(made)), False
+
+
+def differences(answer: Message, returned: Message) -> frozenset[str] | None:
+    """Return what changed in an answer on its way back; None where it is another message.
+
+    Changes are "spaces" around texts, "thoughts" (dropped), "arguments" (written in another way)
+    and "call_ids".
+    """
+    found = set()
+    if answer.content.strip() != returned.content.strip():
+        returned = _split_thoughts(returned)
+    if answer.content != returned.content:
+        if answer.content.strip() != returned.content.strip():
+            return None
+        found.add("spaces")
+    if answer.reasoning != returned.reasoning:
+        if returned.reasoning and answer.reasoning.strip() != returned.reasoning.strip():
+            return None
+        found.add("spaces" if returned.reasoning else "thoughts")
+    if len(answer.tool_calls) != len(returned.tool_calls):
+        return None
+    for ours, theirs in zip(answer.tool_calls, returned.tool_calls, strict=True):
+        if ours.name != theirs.name:
+            return None
+        if ours.arguments != theirs.arguments:
+            if canonical(ours) != canonical(theirs):
+                return None
+            found.add("arguments")
+        if ours.id != theirs.id:
+            found.add("call_ids")
+    return frozenset(found)
+
+
+def canonical(call: Call) -> str:
+    """Return the arguments of a call in one spelling, or as they are where they are no JSON."""
+    try:
+        value = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        return call.arguments
+    return json.dumps(_canonical_value(value), sort_keys=True)
+
+
+def opening_ids(messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids of a context of its own, up to where the model begins to write.
+
+    Args:
+      messages: all but the system text of the root. Thoughts of assistants are left out, as Qwen3's
+        template leaves out those of earlier turns.
+      chat: with the tools and the system text of the root.
+    """
+    return [*chat.begin(), *_messages_ids(messages, chat)]
+
+
+def following_ids(turn_ids: Sequence[int], messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids that follow a sampled turn, up to where the model begins to write.
+
+    Args:
+      turn_ids: the sampled ids, which may lack the template's end.
+      messages: since that turn.
+      chat: with the tools and the system text of the root.
+    """
+    im_end = chat.tokenizer.im_end
+    closing = [] if list(turn_ids[-1:]) == [im_end] else [im_end]
+    return [*closing, *chat.tokenizer.encode("\n"), *_messages_ids(messages, chat)]
+
+
+def readable(text: str) -> str:
+    """Return the text with U+FFFD in place of lone surrogates, which no tokenizer encodes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _messages_ids(messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the ids of messages in a row and of the header of the answer to them."""
+    im_start = chat.tokenizer.im_start
+    turn_end: list[str | int] = [chat.tokenizer.im_end, "\n"]
+    parts: list[str | int] = []
+    previous = ""
+    for message in messages:
+        if message.role == "tool":
+            parts += _tool_parts(message, previous, chat.tokenizer)
+        else:
+            parts += turn_end if previous == "tool" else []
+            parts += [im_start, f"{message.role}\n", readable(message.content)]
+            parts += [*_call_parts(message, chat.tokenizer), *turn_end]
+        previous = message.role
+    parts += turn_end if previous == "tool" else []
+    return chat.tokenizer.join([*parts, im_start, "assistant\n"])
+
+
+def _tool_parts(message: Message, previous: str, tokenizer: Tokenizer) -> list[str | int]:
+    """Return the parts of a tool's result: results in a row share one user turn."""
+    parts: list[str | int] = [] if previous == "tool" else [tokenizer.im_start, "user"]
+    opening = tokenizer.id_of("<tool_response>")
+    closing = tokenizer.id_of("</tool_response>")
+    return [*parts, "\n", opening, "\n", readable(message.content), "\n", closing]
+
+
+def _call_parts(message: Message, tokenizer: Tokenizer) -> list[str | int]:
+    """Return the parts of an assistant's calls in Qwen3's form."""
+    parts: list[str | int] = []
+    for place, call in enumerate(message.tool_calls):
+        if place or message.content:
+            parts.append("\n")
+        name = readable(call.name)
+        arguments = readable(call.arguments)
+        parts.append(tokenizer.id_of("<tool_call>"))
+        parts.append(f'\n{{"name": "{name}", "arguments": {arguments}}}\n')
+        parts.append(tokenizer.id_of("</tool_call>"))
+    return parts
+
+
+def _split_thoughts(message: Message) -> Message:
+    """Return a message whose content holds its thoughts, as some agents send them, with both."""
+    if message.reasoning or "</think>" not in message.content:
+        return message
+    turn = read_turn(message.content)
+    return dataclasses.replace(message, content=turn.spoken.strip(), reasoning=turn.thoughts)
+
+
+def _canonical_value(value: Any) -> Any:
+    """Return a JSON value whose numbers are as an agent in any language would write them."""
+    if isinstance(value, dict):
+        return {key: _canonical_value(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_canonical_value(inner) for inner in value]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if abs(value) < EXACT_INTEGER:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return str(value)

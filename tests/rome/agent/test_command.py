@@ -1,0 +1,116 @@
+"""Episodes that a command in the sandbox plays: their record, their endings, their verdict."""
+
+import asyncio
+
+import pytest
+
+from envs.games.frozen_lake import FrozenLake
+from envs.gem import format_tool_call
+from envs.rock import SandboxConfig, probe
+from envs.tasks.terminal import make_task
+from envs.tasks.terminal.env import TerminalEnv
+from rome.agent.command import CommandAgent, CommandError, run_command_episode
+from rome.agent.loop import Limits, run_episode
+from rome.agent.proxy import Budget
+from rome.engine.errors import EngineError
+from tests.paths import ROOT
+from tests.rome.agent.test_dialogue import CHAT, Scripted
+
+LIMITS = Limits(max_context=4000, max_new_tokens=500, episode_seconds=60.0)
+OUTSIDE = CommandAgent("python3 $AGENT_FILES/outside_agent.py", files=str(ROOT / "examples/agents"))
+
+
+def bash(command):
+    return format_tool_call("bash", {"command": command})
+
+
+def terminal(doors):
+    config = SandboxConfig(isolation="best_available", tier="namespaces", disk_mb=16, doors=doors)
+    return TerminalEnv(make_task("count", 3), config)
+
+
+def play(agent, *turns, limits=LIMITS, make_env=terminal, **options):
+    if probe(tier="namespaces").tier is None:
+        pytest.skip("no namespaces tier here")
+    engine = Scripted(*turns)
+    episode = run_command_episode(engine, make_env, CHAT, limits, agent, seed=5, **options)
+    return asyncio.run(asyncio.wait_for(episode, 120)), engine
+
+
+def test_an_outside_agent_plays_a_task_and_every_sampled_token_is_recorded():
+    turns = (bash("ls -a; ls -a $HOME"), f"two {bash('pwd')}", "done")
+    episode, engine = play(OUTSIDE, *turns)
+    assert len(engine.requests) == 3 and episode.ending == "failure", episode.note
+    assert [chunk.edge for chunk in episode.chunks] == ["continuation"] * 3
+    assert ".agent" not in episode.chunks[0].observation  # the workspace is the task's
+    context = []
+    for chunk, (asked, _) in zip(episode.chunks, engine.requests, strict=True):
+        context += chunk.prompt_ids
+        assert asked == context
+        context += chunk.action_ids
+    assert episode.instruction and episode.note == ""
+
+
+def test_an_outside_agent_and_the_loop_make_the_same_record():
+    """The dialogue writes what the loop writes, where both hold the same conversation."""
+    turns = (bash("cat list.txt | head -2; false"), bash("grep -c rain list.txt > out.txt"), "done")
+    silent = CommandAgent(f"TELL_TOOLS=0 {OUTSIDE.command}", OUTSIDE.files)
+    outside, _ = play(silent, *turns)
+    looped = asyncio.run(run_episode(Scripted(*turns), terminal({}), CHAT, LIMITS, seed=5))
+    assert (outside.ending, outside.reward) == (looped.ending, looped.reward) == ("success", 1.0)
+    for ours, theirs in zip(outside.chunks, looped.chunks, strict=True):
+        assert ours.prompt_ids == theirs.prompt_ids and ours.action_ids == theirs.action_ids
+        assert ours.tool_call == theirs.tool_call and ours.parent == theirs.parent
+
+
+def test_the_verifier_judges_what_the_command_left():
+    episode, engine = play(CommandAgent("grep -c rain list.txt > out.txt"))
+    assert (episode.ending, episode.reward) == ("success", 1.0), episode.note
+    assert not engine.requests and not episode.chunks
+
+
+def test_a_command_that_fails_says_so_and_is_judged():
+    episode, _ = play(CommandAgent("echo why >&2; exit 3"))
+    assert episode.ending == "failure" and episode.note == "the agent ended with status 3: why"
+
+
+def test_a_command_that_asks_nothing_for_long_is_ended():
+    episode, _ = play(CommandAgent("sleep 60", idle_seconds=0.5))
+    assert episode.ending == "failure"
+    assert episode.note == "the agent was ended: it has asked nothing for 0.5 s"
+
+
+def test_the_clock_counts_the_agents_own_time():
+    limits = Limits(max_context=4000, max_new_tokens=500, episode_seconds=1.0)
+    episode, _ = play(CommandAgent("while :; do :; done"), limits=limits)
+    assert episode.ending == "timeout" and "its time is over" in episode.note
+
+
+def test_a_budget_ends_an_agent_that_goes_on_asking():
+    agent = CommandAgent(
+        "while :; do curl -s $OPENAI_BASE_URL/chat/completions -d"
+        ' \'{"messages": [{"role": "user", "content": "\'$RANDOM\'"}]}\'; done',
+        budget=Budget(calls=2),
+    )
+    episode, engine = play(agent, "one", "two", "three")
+    assert len(engine.requests) == 2 and "used up" in episode.note
+
+
+def test_an_engine_that_fails_spoils_the_episode():
+    episode, _ = play(OUTSIDE, EngineError("gone"))
+    assert (episode.ending, episode.reward, episode.note) == ("infra_engine", 0.0, "gone")
+    assert not episode.trainable
+
+
+def test_what_has_no_sandbox_is_refused_by_name():
+    episode, _ = play(OUTSIDE, make_env=lambda doors: FrozenLake())
+    assert episode.ending == "infra_sandbox" and "has no sandbox" in episode.note
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"command": " "}, "names no command"), ({"command": "x", "files": "/nowhere"}, "no folder")],
+)
+def test_an_agent_that_cannot_be_is_refused(fields, words):
+    with pytest.raises(CommandError, match=words):
+        CommandAgent(**fields)
