@@ -8,6 +8,7 @@ B rows, V vocabulary, n blocks of BLOCK tokens, C candidates of a filter.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Arra
     scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, rows.temperature_B)[:, None]
     top_B1 = scaled_BV.max(axis=-1, keepdims=True)
     weights_BV = jnp.exp(scaled_BV - top_B1)
-    _, total_B = _running_sums(weights_BV)
+    total_B = _in_blocks(weights_BV)[2]
     uniform_B = jax.vmap(_uniform)(rows.seed_B2, position_B)
     # Branches of one program, not several programs: the layers before must not depend on what the
     # other rows of the batch ask for.
@@ -70,9 +71,11 @@ def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Arra
 
 
 def token_logprobs(logits_BV: Array, tokens_B: Array) -> Array:
-    """Return log softmax(logits)[token] for each row, without another [B, V] array."""
+    """Return log softmax(logits)[token] for each row, summed as `sample` does."""
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    top_B1 = logits_BV.max(axis=-1, keepdims=True)
+    total_B = _in_blocks(jnp.exp(logits_BV - top_B1))[2]
+    return chosen_B - top_B1[:, 0] - jnp.log(total_B)
 
 
 def _uniform(seed_2: Array, position: Array) -> Array:
@@ -86,27 +89,38 @@ def _draw(weights_BV: Array, uniform_B: Array) -> Array:
 
     A token of weight 0 is never drawn: the sum does not grow there.
     """
-    sums_BV, total_B = _running_sums(weights_BV)
+    blocks_BnX, before_Bn, total_B = _in_blocks(weights_BV)
     # below the total also where the product rounds up to it
     wanted_B = jnp.minimum(uniform_B * total_B, jnp.nextafter(total_B, 0.0))
-    return jnp.argmax(sums_BV > wanted_B[:, None], axis=-1)
+    block_B = jnp.sum(before_Bn <= wanted_B[:, None], axis=-1) - 1
+    # blocks without weight begin where the one before them ends: go back to the one that has some
+    is_empty_Bn = jnp.append(before_Bn[:, 1:], total_B[:, None], axis=1) == before_Bn
+    filled_Bn = jnp.where(is_empty_Bn, -1, jnp.arange(before_Bn.shape[1]))
+    block_B1 = jnp.take_along_axis(jax.lax.cummax(filled_Bn, axis=1), block_B[:, None], axis=1)
+    own_BX = jnp.take_along_axis(blocks_BnX, block_B1[:, :, None], axis=1)[:, 0]
+    sums_BX = jnp.take_along_axis(before_Bn, block_B1, axis=1) + jnp.cumsum(own_BX, axis=1)
+    has_weight_BX = own_BX > 0
+    exceeds_BX = (sums_BX > wanted_B[:, None]) & has_weight_BX
+    last_B = BLOCK - 1 - jnp.argmax(has_weight_BX[:, ::-1], axis=1)  # where sums round below
+    inner_B = jnp.where(exceeds_BX.any(axis=1), jnp.argmax(exceeds_BX, axis=1), last_B)
+    return block_B1[:, 0] * BLOCK + inner_B
 
 
-def _running_sums(weights_BV: Array) -> tuple[Array, Array]:
-    """Return the sums of all weights up to each, [B, V], and the total, [B].
+def _in_blocks(weights_BV: Array) -> tuple[Array, Array, Array]:
+    """Return weights in blocks [B, n, X], the sum before each block [B, n], and the total [B].
 
-    Blocks first: a sum does not depend on how many weights follow.
+    The additions are spelled out: a row is summed in the same order in every call.
     """
     B, V = weights_BV.shape
     filled_BV = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK)))
-    inner_BnX = jnp.cumsum(filled_BV.reshape(B, -1, BLOCK), axis=-1)
+    blocks_BnX = filled_BV.reshape(B, -1, BLOCK)
+    sum_Bn = functools.reduce(jnp.add, (blocks_BnX[:, :, i] for i in range(BLOCK)))
 
     def add(sum_B: Array, block_B: Array) -> tuple[Array, Array]:
         return sum_B + block_B, sum_B
 
-    total_B, before_nB = jax.lax.scan(add, jnp.zeros(B), inner_BnX[:, :, -1].T)
-    sums_BV = (before_nB.T[:, :, None] + inner_BnX).reshape(B, -1)[:, :V]
-    return sums_BV, total_B
+    total_B, before_nB = jax.lax.scan(add, jnp.zeros(B), sum_Bn.T)
+    return blocks_BnX, before_nB.T, total_B
 
 
 def _filtered(weights_BV: Array, total_B: Array, rows: RowSampling) -> Array:
@@ -143,7 +157,9 @@ def _is_filtered(rows: RowSampling) -> Array:
 def _kept(ranked_BC: Array, total_B: Array, rows: RowSampling) -> Array:
     """Return which of the likeliest tokens, in order, the filters keep, [B, C] bool."""
     C = ranked_BC.shape[-1]
-    sums_BC, _ = _running_sums(ranked_BC)
+    blocks_BnX, sum_Bn, _ = _in_blocks(ranked_BC)
+    sums_BnX = sum_Bn[:, :, None] + jnp.cumsum(blocks_BnX, axis=-1)
+    sums_BC = sums_BnX.reshape(len(total_B), -1)[:, :C]
     before_BC = (sums_BC - ranked_BC) / total_B[:, None]  # probability of all likelier tokens
     rank_C = jnp.arange(C)
     top_k_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, jnp.iinfo(jnp.int32).max)
