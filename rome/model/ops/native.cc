@@ -293,11 +293,15 @@ void attend(const std::vector<const float*>& at, const float* q, int64_t K, int6
   const float scale = 1.0f / std::sqrt(static_cast<float>(H));
   scores.assign(N * width, -1e30f);
   for (int64_t s = 0; s < seen; ++s) {
-    for (int64_t n = 0; n < N; ++n) {
-      const float* key = at[s] + n / G * 2 * H;
-      Vec sum = Vec{};
-      for (int64_t h = 0; h < H; h += kLanes) sum += load(q + n * H + h) * load(key + h);
-      scores[n * width + s] = add_lanes<kLanes>(sum) * scale;
+    const float* key = at[s];
+    float* score = scores.data() + s;
+    const float* query = q;
+    for (int64_t k = 0; k < K; ++k, key += 2 * H) {
+      for (int64_t g = 0; g < G; ++g, query += H, score += width) {
+        Vec sum = Vec{};
+        for (int64_t h = 0; h < H; h += kLanes) sum += load(query + h) * load(key + h);
+        *score = add_lanes<kLanes>(sum) * scale;
+      }
     }
   }
   for (int64_t n = 0; n < N; ++n) {
@@ -310,11 +314,15 @@ void attend(const std::vector<const float*>& at, const float* q, int64_t K, int6
   }
   std::fill(out, out + N * H, 0.0f);
   for (int64_t s = 0; s < seen; ++s) {
-    for (int64_t n = 0; n < N; ++n) {
-      const float* value = at[s] + (n / G * 2 + 1) * H;
-      const Vec weight = all(scores[n * width + s]);
-      for (int64_t h = 0; h < H; h += kLanes) {
-        store(out + n * H + h, load(out + n * H + h) + weight * load(value + h));
+    const float* value = at[s] + H;
+    const float* score = scores.data() + s;
+    float* own = out;
+    for (int64_t k = 0; k < K; ++k, value += 2 * H) {
+      for (int64_t g = 0; g < G; ++g, own += H, score += width) {
+        const Vec weight = all(*score);
+        for (int64_t h = 0; h < H; h += kLanes) {
+          store(own + h, load(own + h) + weight * load(value + h));
+        }
       }
     }
   }
