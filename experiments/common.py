@@ -42,9 +42,24 @@ def learner() -> ml_collections.ConfigDict:
     block.attention = "auto"  # kernels by name (rome/model/ops/kernels.py)
     block.experts = "auto"
     block.exchange = "auto"
+    block.dtype = ""  # float32 or bfloat16; empty: the model's own
     block.capacity_factor = 0.0  # of an expert; 0: no token is dropped
     block.router_z_loss_coef = 0.0
+    block.router_aux_loss_coef = -1.0  # weight of the load balance; -1: the model's own
+    # YaRN: the context that the model was trained on is stretched by this factor; 0: as it is
+    block.yarn_factor = 0.0
     block.offload_moments = False  # keep Adam's moments in host memory
+    return block
+
+
+def lora() -> ml_collections.ConfigDict:
+    """Return which low-rank adapters are trained in place of the weights (docs/lora.md)."""
+    block = ml_collections.ConfigDict()
+    block.rank = 0  # of each adapter; 0: none, all weights are trained
+    block.alpha = 32.0  # an adapter's product is scaled by alpha / rank
+    # comma-separated: all, attention, experts, mlp (layers without experts), or PEFT's names of
+    # matrices, such as q_proj,v_proj
+    block.targets = "all"
     return block
 
 
@@ -61,9 +76,13 @@ def engine() -> ml_collections.ConfigDict:
     # comma-separated URLs of SGLang servers; empty: embedded engines are started
     block.urls = ""
     block.count = 1  # embedded engines to start where `urls` is empty
-    # of embedded engines. auto: a chip that the mesh leaves, else a share of the GPU, else the CPU;
-    # cpu; share: a share of the trainer's GPU (rome/train/devices.py)
+    # of embedded engines. auto: a chip that the mesh leaves, else inside on a GPU or TPU, else the
+    # CPU; cpu; share: a share of the trainer's GPU; inside: a thread of the trainer, in turn with
+    # its updates (rome/train/devices.py)
     block.device = "auto"
+    # inside: keep the engine's memory during updates; False frees it for them (its cache and its
+    # copy of the weights)
+    block.keep_memory = False
     # requests that an embedded engine runs at once
     block.slots = 64
     # tokens whose keys and values an embedded engine keeps, of running requests and of the prefixes

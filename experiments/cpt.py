@@ -23,9 +23,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "cpt"
     config.preset = preset
     config.seed = 0
-    config.init_from = ""  # a Hugging Face directory; empty: random weights
-    config.model = "tiny"  # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tokenizer/tiny"
+    # a Hugging Face directory, or random; empty: the weights of the model's directory, random ones
+    # for a preset
+    config.init_from = ""
+    config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
+    config.tokenizer = ""  # a directory; empty: the model's own
     config.loss = "cpt"
     config.text = ""  # a folder or a file; empty: the source of Python's standard library
     config.held_out_share = 0.02  # of the documents, never trained on
@@ -48,6 +50,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.checkpoints_kept = 2
     config.profile_steps = ""  # FIRST:LAST, such as 3:5: traced into WORKDIR/profile; empty: none
     config.learner = common.learner()
+    config.lora = common.lora()
     config.mesh = common.mesh()
     if preset == "smoke":
         config.steps = 20

@@ -28,8 +28,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.seed = 0
     # an experiment, which is run first where its result is missing, or a Hugging Face directory
     config.init_from = "experiments/sft.py"
-    config.model = "tiny"  # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tokenizer/tiny"
+    config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
+    config.tokenizer = ""  # a directory; empty: the model's own
 
     # The tasks (docs/tasks.md).
     config.task = "terminal"  # what is trained on
@@ -128,6 +128,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.engine = common.engine()
     config.sandbox = common.sandbox()
     config.learner = common.learner()
+    config.lora = common.lora()
     config.mesh = common.mesh()
     if preset == "smoke":
         config.steps = 4

@@ -5,6 +5,8 @@ python -m launch.train --config=experiments/sft.py:smoke    # under a minute; ru
 python -m launch.train --config=experiments/sft.py:qwen3_30b_a3b \
     --config.engine.urls=http://a:30000                     # a pod; not run
 
+python -m launch.train --config=experiments/sft.py --config.trajectories=DIR   # your own data
+
 Scripted demonstrators play in real sandboxes and sometimes make a typical mistake. Erroneous turns
 stay in the context but are masked from the loss (Eq. 1-2 of "Let It Flow"). The tiny preset ends
 as soon as an evaluation solves a quarter of the held-out tasks.
@@ -20,10 +22,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "sft"
     config.preset = preset
     config.seed = 0
-    # a Hugging Face directory, or the path of an experiment; empty: random weights
+    # a Hugging Face directory, the path of an experiment, or random; empty: the weights of the
+    # model's directory, random ones for a preset
     config.init_from = ""
-    config.model = "tiny"  # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tokenizer/tiny"
+    config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
+    config.tokenizer = ""  # a directory; empty: the model's own
     # The tasks (docs/tasks.md).
     config.task = "terminal"  # what is trained on
     config.eval_task = ""  # what is evaluated; empty: tasks of `task` that are never trained on
@@ -41,6 +44,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.row_length = 160  # tokens a row
     config.chunks_per_row = 16
     config.rows_per_microbatch = 8
+    # files or folders of trajectories to learn from instead of demonstrations, in any known format:
+    # "DIR", "A.jsonl + B.parquet", "0.7*DIR + 0.3*FILE" (docs/datasets.md); empty: demonstrations
+    config.trajectories = ""
+    config.held_out_share = 0.02  # of the records of `trajectories`, never trained on
+    config.eval_trajectories = 64  # how many of the held-out records are scored
     config.demonstrations = 3000  # episodes of the scripted demonstrators
     config.demonstration_error_rate = 0.15  # share of turns that a typical mistake precedes
     config.learning_rate = 3e-3
@@ -60,7 +68,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.episode_seconds = 120.0  # for which the environment may work for one episode
     config.start_seconds = 120.0  # for the start of an environment
     config.eval_every = 120  # steps; 0: only at step 0 and at the end
-    config.eval_tasks = 18  # held-out tasks a family
+    # held-out tasks a family; 0, with `trajectories` only: no task is played, no engine started
+    config.eval_tasks = 18
     config.eval_temperature = 1.0
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
@@ -68,6 +77,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.engine = common.engine()
     config.sandbox = common.sandbox()
     config.learner = common.learner()
+    config.lora = common.lora()
     config.mesh = common.mesh()
     if preset == "smoke":
         config.steps = 30

@@ -61,8 +61,10 @@ def compile_experiment(
     from rome.cost.compile import batch_shapes, compile_programs, topology_devices
     from rome.cost.estimate import find_chip, report, state_bytes
     from rome.model.sharding import check_mesh
-    from rome.stages.base import make_learner, model_of
-    from rome.stages.config import ConfigError, check_config, passes_of_step
+    from rome.stages.base import make_learner
+    from rome.stages.config import ConfigError, check_config
+    from rome.stages.settings import passes_of_step
+    from rome.stages.weights import model_of
 
     check_config(config)
     sequence_length = sequence_length or config.row_length
@@ -92,7 +94,7 @@ def compile_experiment(
     passes = passes_of_step(config, balances_experts=model.router_aux_loss_coef > 0)
     names = ("score", "accumulate", "apply") if passes["score"] else ("accumulate", "apply")
     programs = compile_programs(learner, batch, chip, names, imbalance)
-    state = state_bytes(learner.state)
+    state = state_bytes(learner)
     found = {
         "experiment": config.experiment,
         "model": config.model,

@@ -7,9 +7,14 @@ Hugging Face to orbax, which --config.init_from takes too:
 Hugging Face to Hugging Face in another type:
     python -m launch.convert --input=DIR --output=DIR2 --to=hf --dtype=bfloat16
 
-The tokenizer is copied. Towards Hugging Face it works in a few gigabytes of memory whatever the
-model's size, and reads only parameters, not the optimizer's moments. Towards orbax the parameters
-are held by the devices that JAX finds: on a CPU, by its memory.
+Adapters (docs/lora.md) of a run, for PEFT and engines that load them; and merged into a model:
+    python -m launch.convert --input=RUN --output=DIR --to=peft
+    python -m launch.convert --input=MODEL --adapter=DIR --output=DIR2
+
+A run that has trained adapters becomes a whole Hugging Face checkpoint, its base with the adapters
+merged. The tokenizer is copied. Towards Hugging Face it works in a few gigabytes of memory whatever
+the model's size, and reads only parameters, not the optimizer's moments. Towards orbax the
+parameters are held by the devices that JAX finds: on a CPU, by its memory.
 """
 
 from __future__ import annotations
@@ -30,13 +35,21 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "The directory to make. It must not exist yet, or be empty.", required=True
 )
 _TO = flags.DEFINE_enum(
-    "to", None, ["hf", "orbax"], "The form to write. Default: the one that the input does not have."
+    "to",
+    None,
+    ["hf", "orbax", "peft"],
+    "The form to write. Default: the one that the input does not have.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "The type to write. Default: the input's own."
 )
 _STEP = flags.DEFINE_integer(
     "step", None, "Which training checkpoint to take. Default: the newest.", lower_bound=0
+)
+
+
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "Adapters in PEFT's layout, to merge into a Hugging Face directory."
 )
 
 
@@ -49,7 +62,10 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # orbax logs every step
     source = pathlib.Path(_INPUT.value)
     output = pathlib.Path(_OUTPUT.value)
-    print(convert(source, output, _TO.value, _DTYPE.value, _STEP.value), flush=True)
+    adapter = None if _ADAPTER.value is None else pathlib.Path(_ADAPTER.value)
+    print(
+        convert(source, output, _TO.value, _DTYPE.value, _STEP.value, adapter=adapter), flush=True
+    )
     return 0
 
 

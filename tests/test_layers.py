@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "rome.train": ["rome.model", "rome.data", "rome.losses", "rome.files", "rome.version"],
     "rome.cost": ["rome.train"],
     "rome.serve": ["rome.model"],
-    "rome.engine": ["rome.model", "rome.data", "envs.proxies"],
+    "rome.engine": ["rome.serve", "rome.data", "envs.proxies"],
     "rome.agent": ["rome.engine", "envs.gem", "envs.rock"],
     "rome.rollout": ["rome.agent"],
     "rome.evals": ["rome.rollout", "rome.train", "envs.sources"],

@@ -31,6 +31,7 @@ SECTIONS = {
     "engine": "Engines: `config.engine`",
     "sandbox": "Sandboxes: `config.sandbox`",
     "learner": "Learner: `config.learner`",
+    "lora": "Adapters: `config.lora`",
     "mesh": "Mesh: `config.mesh`",
 }
 # Keys that the experiments leave without a comment, because their name says enough there.

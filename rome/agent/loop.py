@@ -236,7 +236,7 @@ async def _play(session: Session, played: PlayedEnv, chat: Chat, instruction: st
             note = f"turn {len(chunks)} did not end within {len(chunk.action_ids)} tokens"
             return await _judge(played, "truncated_tokens", note)
         try:
-            turn = await played.step(chunk.text)
+            turn = await played.step(chat.opened + chunk.text)
         except OutOfTime as error:
             chunk.status = "timeout"
             chunk.tool_call = _call_of(chunk.text)

@@ -1,4 +1,4 @@
-"""Messages of a conversation: their types, their comparison, and their ids in Qwen3's chat format.
+"""Messages of a conversation: their types, their comparison, and their ids in a chat template.
 
 A message is text, and text changes on its way through an agent and back: keys of arguments change
 places, spaces and thoughts are dropped, calls get other ids. `differences` says what changed
@@ -17,7 +17,7 @@ from typing import Any
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
-from rome.model.tokenizer import Chat, Tokenizer
+from rome.model.tokenizer import Chat
 
 Tool = Mapping[str, Any]  # the schema of a tool, as the chat template shows it
 ROLES = ("system", "user", "assistant", "tool")
@@ -146,7 +146,7 @@ def opening_ids(messages: Sequence[Message], chat: Chat) -> list[int]:
         template leaves out those of earlier turns.
       chat: with the tools and the system text of the root.
     """
-    return [*chat.begin(), *_messages_ids(messages, chat)]
+    return chat.render(_as_dictionaries(messages), hands_over=True, trusts_assistant=False)
 
 
 def following_ids(turn_ids: Sequence[int], messages: Sequence[Message], chat: Chat) -> list[int]:
@@ -159,7 +159,7 @@ def following_ids(turn_ids: Sequence[int], messages: Sequence[Message], chat: Ch
     """
     im_end = chat.tokenizer.im_end
     closing = [] if list(turn_ids[-1:]) == [im_end] else [im_end]
-    return [*closing, *chat.tokenizer.encode("\n"), *_messages_ids(messages, chat)]
+    return [*closing, *chat.reply(_as_dictionaries(messages))]
 
 
 def readable(text: str) -> str:
@@ -167,44 +167,19 @@ def readable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _messages_ids(messages: Sequence[Message], chat: Chat) -> list[int]:
-    """Return the ids of messages in a row and of the header of the answer to them."""
-    im_start = chat.tokenizer.im_start
-    turn_end: list[str | int] = [chat.tokenizer.im_end, "\n"]
-    parts: list[str | int] = []
-    previous = ""
+def _as_dictionaries(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as chat templates take them, without thoughts."""
+    dictionaries = []
     for message in messages:
-        if message.role == "tool":
-            parts += _tool_parts(message, previous, chat.tokenizer)
-        else:
-            parts += turn_end if previous == "tool" else []
-            parts += [im_start, f"{message.role}\n", readable(message.content)]
-            parts += [*_call_parts(message, chat.tokenizer), *turn_end]
-        previous = message.role
-    parts += turn_end if previous == "tool" else []
-    return chat.tokenizer.join([*parts, im_start, "assistant\n"])
-
-
-def _tool_parts(message: Message, previous: str, tokenizer: Tokenizer) -> list[str | int]:
-    """Return the parts of a tool's result: results in a row share one user turn."""
-    parts: list[str | int] = [] if previous == "tool" else [tokenizer.im_start, "user"]
-    opening = tokenizer.id_of("<tool_response>")
-    closing = tokenizer.id_of("</tool_response>")
-    return [*parts, "\n", opening, "\n", readable(message.content), "\n", closing]
-
-
-def _call_parts(message: Message, tokenizer: Tokenizer) -> list[str | int]:
-    """Return the parts of an assistant's calls in Qwen3's form."""
-    parts: list[str | int] = []
-    for place, call in enumerate(message.tool_calls):
-        if place or message.content:
-            parts.append("\n")
-        name = readable(call.name)
-        arguments = readable(call.arguments)
-        parts.append(tokenizer.id_of("<tool_call>"))
-        parts.append(f'\n{{"name": "{name}", "arguments": {arguments}}}\n')
-        parts.append(tokenizer.id_of("</tool_call>"))
-    return parts
+        as_dictionary: dict[str, Any] = {"role": message.role, "content": readable(message.content)}
+        calls = []
+        for call in message.tool_calls:
+            function = {"name": readable(call.name), "arguments": readable(call.arguments)}
+            calls.append({"type": "function", "function": function})
+        if calls:
+            as_dictionary["tool_calls"] = calls
+        dictionaries.append(as_dictionary)
+    return dictionaries
 
 
 def _split_thoughts(message: Message) -> Message:

@@ -105,7 +105,7 @@ def compile_programs(
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             seconds = time.monotonic() - began
-            programs[name] = too_large(name, error, seconds, state_bytes(learner.state))
+            programs[name] = too_large(name, error, seconds, state_bytes(learner))
             continue
         seconds = time.monotonic() - began
         programs[name] = measure(name, compiled, seconds, learner.mesh, chip, rows, score_share)
@@ -126,6 +126,8 @@ def visited_rows(learner: Learner, batch: Batch[Any], imbalance: float = 1.0) ->
     """
     shape = learner.mesh.shape
     config = learner.model_config
+    if config.is_dense:
+        return 0.0
     B, T = batch.tokens_BT.shape
     tokens = B * T // learner.mesh.size * shape["tensor"]
     exchanged = learner.chosen_kernels.exchange == "all_to_all"

@@ -24,18 +24,18 @@ from rome.cost.collectives import collectives
 from rome.cost.flops import forward_flops
 from rome.cost.roofline import CHIPS, GIB, Bound, Chip, Sent, sent
 from rome.model.config import ModelConfig
-from rome.train.state import TrainState
+from rome.train.step import Learner
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 HANDED = {  # program -> parts of the state that are its arguments
-    "score": ("params",),
-    "accumulate": ("params", "gradients"),
+    "score": ("base", "params"),
+    "accumulate": ("base", "params", "gradients"),
     "apply": ("params", "optimizer", "gradients"),
 }
 STAYS = {  # program -> parts of the state that stay on the device beside it
     "score": ("optimizer",),
     "accumulate": ("optimizer",),
-    "apply": (),
+    "apply": ("base",),
 }
 _LISTED_ARRAYS = 12
 _LISTED_TRAFFIC = 8
@@ -162,13 +162,19 @@ def too_large(
     )
 
 
-def state_bytes(state: TrainState) -> dict[str, float]:
+def state_bytes(learner: Learner) -> dict[str, float]:
     """Return the bytes a device of parameters, optimizer, and gradients of an update under way.
 
-    Moments in the host's memory are no bytes of the device.
+    "base" is what adapters are added to, 0 where all parameters are trained. Moments in the host's
+    memory are no bytes of the device.
     """
-    params = _local_bytes(state.params)
-    return {"params": params, "optimizer": _local_bytes(state.opt_state), "gradients": params}
+    params = _local_bytes(learner.state.params)
+    return {
+        "base": _local_bytes(learner.abstract_base()),
+        "params": params,
+        "optimizer": _local_bytes(learner.state.opt_state),
+        "gradients": params,
+    }
 
 
 def report(
@@ -203,7 +209,7 @@ def report(
     for name, program in programs.items():
         peaks[name] = program.needed + sum(state[kind] for kind in STAYS[name])
     top = max(peaks, key=lambda name: peaks[name])
-    kinds = {kind: state[kind] for kind in ("params", "optimizer", "gradients")}
+    kinds = {kind: state[kind] for kind in ("base", "params", "optimizer", "gradients")}
     if "gradients" not in HANDED[top]:
         kinds["gradients"] = 0.0
     state_total = sum(kinds.values())
@@ -375,7 +381,7 @@ def _options(
     rows: int,
     length: int,
 ) -> list[_Option]:
-    state = kinds["params"] + kinds["optimizer"] + kinds["gradients"]
+    state = kinds["base"] + kinds["params"] + kinds["optimizer"] + kinds["gradients"]
     passing = kinds["activations"] + kinds["temporaries"]
     rows_here = rows // math.prod(mesh[axis] for axis in ("replica", "fsdp", "expert"))
     replica = mesh["replica"]

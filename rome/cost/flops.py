@@ -41,7 +41,7 @@ def active_matmul_params(config: ModelConfig) -> int:
     head = D * config.vocab_size
     in_layers = config.num_layers * attention
     in_layers += len(config.sparse_layers) * (router + chosen_experts)
-    in_layers += len(config.dense_layers) * dense_mlp
+    in_layers += len(config.mlp_layers) * dense_mlp
     return in_layers + head
 
 

@@ -1,6 +1,6 @@
 """From trajectories to examples: what is learned from each line of an episode, by token and chunk.
 
-NumPy arrays. T tokens of a line, K turns of an episode, L layers, k experts a token.
+NumPy arrays. T tokens of a line, K turns of an episode.
 
 A chunk without a sampled token is no decision: its prompt is context of the next chunk, and it is
 not counted among the chunks. A turn that several lines share is trained in the first of them and
@@ -18,10 +18,8 @@ import numpy as np
 
 from rome.data.advantages import chunk_returns, loss_reward
 from rome.data.batch import CONTEXT, IMITATION, RL
-from rome.data.routes import join_routes
 from rome.data.trajectory import KINDS, Chunk, Trajectory
 from rome.data.tree import credits_of, lines_of, path_to
-from rome.model.config import ModelConfig
 
 Purpose = Literal["rl", "sft"]
 Example = dict[str, np.ndarray]  # one line or text: its features, by token or by chunk
@@ -52,7 +50,7 @@ class ExampleOptions:
     gamma: float
     failure_reward: float
     purpose: Purpose = "rl"
-    routes_for: ModelConfig | None = None
+    with_places: bool = False  # where the route of each token is: "places" of the example
     denial_penalty: float = 0.0
     negative_weight: float = 1.0
     negative_tokens: int = 0
@@ -72,23 +70,6 @@ def fits_row(trajectory: Trajectory, row_length: int, chunks_per_row: int) -> bo
 def count_tokens(turns: Sequence[tuple[list[int], Chunk]]) -> int:
     """Return how many tokens the (prompt ids, chunk) of a trajectory's turns take in a row."""
     return sum(len(prompt_ids) + len(chunk.action_ids) for prompt_ids, chunk in turns)
-
-
-def to_example(
-    trajectory: Trajectory, advantage: float | np.ndarray, options: ExampleOptions
-) -> Example:
-    """Return the features of a trajectory that is one line.
-
-    Raises:
-      ValueError: it has several lines, or as `to_examples`.
-    """
-    lines = to_examples(trajectory, advantage, options)
-    if len(lines) != 1:
-        raise ValueError(
-            f"{_name(trajectory)} has {len(lines)} lines to train where one is expected; choose"
-            " episodes without branches here"
-        )
-    return lines[0]
 
 
 def to_examples(
@@ -120,8 +101,8 @@ def to_examples(
         features |= {"kind": kinds, "lines": np.full(len(line), len(kept))}
         on_line = [turns[number] for number in line]
         example = _line_example(trajectory, on_line, features)
-        if options.routes_for is not None:
-            example["routes"] = _routes(trajectory, sampled[line[-1]], options.routes_for)
+        if options.with_places:
+            example["places"] = _places(trajectory, sampled[line[-1]])
         examples.append(example)
     _check_trained_once(trajectory, turns, kinds_K, examples)
     return examples
@@ -234,25 +215,14 @@ def _token_features(trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk)
     }
 
 
-def _routes(trajectory: Trajectory, leaf: int, config: ModelConfig) -> np.ndarray:
-    """Return the routes of the line to a chunk, [tokens, L, k]; 0 where no engine sampled."""
-    if any(chunk.versions and chunk.routes is None for chunk in trajectory.chunks):
-        raise ValueError(
-            f"{_name(trajectory)} was sampled without routes, so there is nothing to replay; play"
-            " it again with an engine that returns them (SGLang: --enable-return-routed-experts),"
-            " or set routing_replay to off or recompute"
-        )
+def _places(trajectory: Trajectory, leaf: int) -> np.ndarray:
+    """Return (chunk, token of the chunk) of each token on the line to a chunk."""
     pieces = []
     for number in path_to(leaf, trajectory.parents):
         chunk = trajectory.chunks[number]
-        tokens = len(chunk.prompt_ids) + len(chunk.action_ids)
-        pieces.append((chunk.routes, tokens))
-    try:
-        return join_routes(pieces, config)
-    except ValueError as error:
-        raise ValueError(
-            f"{_name(trajectory)}: {error}; it was sampled by another model, or its file is damaged"
-        ) from error
+        offsets = np.arange(len(chunk.prompt_ids) + len(chunk.action_ids), dtype=np.int32)
+        pieces.append(np.stack([np.full_like(offsets, number), offsets], axis=1))
+    return np.concatenate(pieces)
 
 
 def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
@@ -264,7 +234,7 @@ def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
         versions[start:end] = version
     if (versions < 0).any():
         raise ValueError(
-            f"version spans {chunk.versions} of {_name(trajectory)} leave some of {len(versions)}"
+            f"version spans {chunk.versions} of {name_of(trajectory)} leave some of {len(versions)}"
             " action tokens without a weight version; record one for every token"
         )
     return versions
@@ -276,7 +246,7 @@ def _check_fits(
     lines: list[list[int]],
     options: ExampleOptions,
 ) -> None:
-    name = _name(trajectory)
+    name = name_of(trajectory)
     if not trajectory.trainable or not turns:
         raise ValueError(
             f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action"
@@ -323,12 +293,13 @@ def _check_trained_once(
         trained += int(np.count_nonzero(example["action_mask"] & is_trained_T))
     if trained != wanted:
         raise ValueError(
-            f"{_name(trajectory)} would train {trained} tokens of {wanted} that were sampled;"
+            f"{name_of(trajectory)} would train {trained} tokens of {wanted} that were sampled;"
             " its tree of chunks is damaged"
         )
 
 
-def _name(trajectory: Trajectory) -> str:
+def name_of(trajectory: Trajectory) -> str:
+    """Return the name of a trajectory, for messages."""
     return (
         f"trajectory {trajectory.task} (group {trajectory.group}, episode {trajectory.episode},"
         f" seed {trajectory.seed})"

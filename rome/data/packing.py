@@ -10,7 +10,7 @@ What a line's tokens and chunks are is said in `rome.data.lines`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import grain.experimental
@@ -26,6 +26,7 @@ from rome.data.lines import (
     Purpose,
     to_examples,
 )
+from rome.data.row_routes import fetch_routes
 from rome.data.trajectory import Trajectory
 from rome.model.config import ModelConfig
 
@@ -45,6 +46,8 @@ def pack(
     negative_weight: float = 1.0,
     negative_tokens: int = 0,
     edge_credit: Mapping[str, float] | None = None,
+    is_own_row: Callable[[int], bool] = lambda row: True,
+    load_routes: Callable[[Trajectory], Trajectory] = lambda trajectory: trajectory,
 ) -> Batch[np.ndarray]:
     """Pack all trainable trajectories, each line whole, into as few rows as best-fit finds.
 
@@ -71,6 +74,8 @@ def pack(
         Negatives that grow longer come before a collapse.
       edge_credit: multiplies return, reward and advantage of turns by the edges of the tree
         (`rome.data.tree.credits_of`); a turn of weight 0 is only read.
+      is_own_row: whether the routes of a row are needed here; elsewhere they are zeros.
+      load_routes: returns a trajectory with its routes; asked for those of own rows.
 
     Returns:
       As many rows as were needed, none if nothing is trainable. logp_old_BT is zeros.
@@ -84,7 +89,7 @@ def pack(
         gamma=gamma,
         failure_reward=failure_reward,
         purpose=purpose,
-        routes_for=routes_for,
+        with_places=routes_for is not None,
         denial_penalty=denial_penalty,
         negative_weight=negative_weight,
         negative_tokens=negative_tokens,
@@ -100,33 +105,48 @@ def pack(
         denial_penalty=denial_penalty,
     )
     examples = []
-    for trajectory, advantage_K in zip(trained, advantages, strict=True):
-        examples += to_examples(trajectory, advantage_K, options)
-    return pack_examples(examples, row_length, chunks_per_row, routes=routes_for is not None)
+    for number, (trajectory, advantage_K) in enumerate(zip(trained, advantages, strict=True), 1):
+        for example in to_examples(trajectory, advantage_K, options):
+            if routes_for is not None:
+                example["places"] = np.insert(example["places"], 0, number, axis=1)
+            examples.append(example)
+    if not examples or routes_for is None:
+        return pack_examples(examples, row_length, chunks_per_row)
+    rows = _best_fit(examples, row_length, chunks_per_row, places=True)
+    routes_BTLk = fetch_routes(
+        np.stack([row.pop("places") for row in rows]),
+        trained,
+        routes_for,
+        own_rows=[number for number in range(len(rows)) if is_own_row(number)],
+        load=load_routes,
+    )
+    return to_batch(rows)._replace(routes_BTLk=routes_BTLk)
 
 
 def pack_examples(
-    examples: list[Example],
-    row_length: int,
-    chunks_per_row: int,
-    routes: bool = False,
+    examples: list[Example], row_length: int, chunks_per_row: int
 ) -> Batch[np.ndarray]:
     """Pack all examples, each once and whole; the longest first.
 
     Args:
-      examples: as `to_example` and `text_example` make them.
+      examples: as `to_examples` and `text_example` make them.
       row_length: T, tokens a row.
       chunks_per_row: C, the most chunks that a row holds.
-      routes: whether the examples have routes.
     """
     if not examples:
         return _empty_rows(0, row_length, chunks_per_row)
+    return to_batch(_best_fit(examples, row_length, chunks_per_row))
+
+
+def _best_fit(
+    examples: list[Example], row_length: int, chunks_per_row: int, places: bool = False
+) -> list[Example]:
+    """Return rows of all examples; `places` says whether they have places of routes."""
     # sorted is stable: examples of equal length keep their order
     longest_first = sorted(examples, key=lambda example: -len(example["tokens"]))
     without_prefetch = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = grain.MapDataset.source(longest_first).to_iter_dataset(without_prefetch)
-    rows = pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes)
-    return to_batch(list(rows))
+    return list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), places=places))
 
 
 def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Batch[np.ndarray]]:
@@ -143,7 +163,18 @@ def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Bat
     """
     if rows_per_microbatch < 1:
         raise ValueError(f"rows_per_microbatch is {rows_per_microbatch}; set it to 1 or more")
-    missing = -batch.num_rows % rows_per_microbatch
+    starts = range(0, batch.num_rows, rows_per_microbatch)
+    batches = [_take_rows(batch, start, start + rows_per_microbatch) for start in starts]
+    if batches:  # only the last one is copied: rows of other processes take no memory
+        batches[-1] = _fill_up(batches[-1], rows_per_microbatch)
+    return batches
+
+
+def _fill_up(batch: Batch[np.ndarray], rows: int) -> Batch[np.ndarray]:
+    """Return the batch with empty rows after its own, so many in all."""
+    missing = rows - batch.num_rows
+    if not missing:
+        return batch
     _, T = batch.tokens_BT.shape
     _, C = batch.valid_BC.shape
     empty = _empty_rows(missing, T, C)
@@ -152,9 +183,7 @@ def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Bat
         empty = empty._replace(routes_BTLk=np.zeros(shape, batch.routes_BTLk.dtype))
     if batch.lines_BC is not None:
         empty = empty._replace(lines_BC=np.zeros((missing, C), batch.lines_BC.dtype))
-    full = batch.map(lambda field, padding: np.concatenate([field, padding]), empty)
-    starts = range(0, full.num_rows, rows_per_microbatch)
-    return [_take_rows(full, start, start + rows_per_microbatch) for start in starts]
+    return batch.map(lambda field, padding: np.concatenate([field, padding]), empty)
 
 
 def _take_rows(batch: Batch[np.ndarray], start: int, stop: int) -> Batch[np.ndarray]:
@@ -166,23 +195,23 @@ def pack_stream(
     row_length: int,
     chunks_per_row: int,
     bins: int,
-    routes: bool = False,
+    places: bool = False,
 ) -> grain.IterDataset:
     """Pack a stream of examples into a stream of rows for `to_batch`, best-fit.
 
     The iterator's get_state and set_state resume at an exact row.
 
     Args:
-      examples: as `to_example` and `text_example` make them.
+      examples: as `to_examples` and `text_example` make them.
       row_length: T, tokens a row.
       chunks_per_row: C, the most chunks that a row holds.
       bins: rows that are open at a time.
-      routes: whether the examples have routes.
+      places: whether the examples have places of routes.
     """
     lengths = dict.fromkeys(TOKEN_FEATURES, row_length)
     lengths |= dict.fromkeys(CHUNK_FEATURES, chunks_per_row)
-    if routes:
-        lengths["routes"] = row_length
+    if places:
+        lengths["places"] = row_length
     # grain adds segments and positions to every feature that is not called meta: one feature of
     # each length is enough.
     meta = [name for name in lengths if name not in ("tokens", "kind")]
@@ -219,7 +248,6 @@ def to_batch(rows: Sequence[Example]) -> Batch[np.ndarray]:
         kind_BC=stacked["kind"],
         valid_BC=stacked["kind_segment_ids"] > 0,
         lines_BC=stacked["lines"] if (stacked["lines"] > 1).any() else None,
-        routes_BTLk=stacked.get("routes"),
     )
 
 

@@ -48,7 +48,7 @@ def encode_routes(ids_PLk: np.ndarray, config: ModelConfig) -> np.ndarray:
             f" {expected}"
         )
     sparse = list(config.sparse_layers)
-    ids_PSk = ids_PLk[:, sparse] if config.dense_layers else ids_PLk
+    ids_PSk = ids_PLk[:, sparse] if config.mlp_layers else ids_PLk
     if ids_PSk.size and not 0 <= ids_PSk.min() <= ids_PSk.max() < config.num_experts:
         raise ValueError(
             f"expert ids go from {ids_PSk.min()} to {ids_PSk.max()}; this model has experts 0 to"

@@ -12,29 +12,31 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
 import sysconfig
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import grain.experimental
 import numpy as np
 
 from rome.data.batch import Batch
+from rome.data.index import fingerprint, load_index, save_index
 from rome.data.lines import Example, text_example
-from rome.data.packing import pack_examples, pack_stream, to_batch
-from rome.data.sources import RandomAccess
-from rome.files import write_atomically
+from rome.data.packing import pack_examples, pack_stream
+from rome.data.sources import (
+    READ_OPTIONS,
+    ROWS_OPEN,
+    Batches,
+    Each,
+    RandomAccess,
+    endless_order,
+)
 from rome.model.tokenizer import Tokenizer
 from rome.stopping import ShouldStop, never, raise_if_stopped
 
-# Documents whose pieces are shuffled together; those of one long document would fill a whole batch.
-MIXED_DOCUMENTS = 32
 # Folders below Python's own library folder that are not the library.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -130,12 +132,14 @@ def read_corpus(
     """
     files = _files(pathlib.Path(place)) if place else _library_files()
     # Before the files are read: what changes meanwhile makes the index of no account.
-    key = _fingerprint(files, held_out_share)
+    key = fingerprint(files, repr(held_out_share))
     found = None if index is None else _load_index(index, key)
     if found is None:
         found = _read_all(files, held_out_share, should_stop)
         if index is not None and writes_index:
-            _save_index(found, index, key)
+            head = {"skipped": found.skipped, "digest": found.digest}
+            arrays = {"training": found.training_N3, "held_out": found.held_out_N3}
+            save_index(index, key, head, arrays)
     for places_N3, purpose in (
         (found.training_N3, "to train on"),
         (found.held_out_N3, "held out"),
@@ -186,38 +190,15 @@ def _read_all(files: list[pathlib.Path], held_out_share: float, should_stop: Sho
     )
 
 
-def _fingerprint(files: list[pathlib.Path], held_out_share: float) -> str:
-    """Return a hash of the files' names, sizes and times, which are known without reading them."""
-    digest = hashlib.sha256(repr(held_out_share).encode())
-    for path in files:
-        status = path.stat()
-        times = (status.st_mtime_ns, status.st_ctime_ns)  # a copy can keep the first one
-        digest.update(os.fsencode(path))
-        digest.update(repr((status.st_size, times)).encode())
-    return digest.hexdigest()
-
-
-def _save_index(found: _Index, path: pathlib.Path, key: str) -> None:
-    head = json.dumps({"key": key, "skipped": found.skipped, "digest": found.digest})
-    file = io.BytesIO()
-    np.savez(
-        file,
-        head=np.frombuffer(head.encode(), np.uint8),
-        training=found.training_N3,
-        held_out=found.held_out_N3,
-    )
-    write_atomically(path, file.getvalue())
-
-
 def _load_index(path: pathlib.Path, key: str) -> _Index | None:
     """Return what was found earlier; None where it is not there, damaged or of other files."""
+    loaded = load_index(path, key)
+    if loaded is None:
+        return None
+    head, arrays = loaded
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            head = json.loads(arrays["head"].tobytes())
-            if head["key"] != key:
-                return None
-            return _Index(arrays["training"], arrays["held_out"], head["skipped"], head["digest"])
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return _Index(arrays["training"], arrays["held_out"], head["skipped"], head["digest"])
+    except KeyError:
         return None
 
 
@@ -229,12 +210,12 @@ def text_batches(
     row_length: int,
     chunks_per_row: int,
     seed: int,
-) -> grain.IterDataset:
+    own: Sequence[int] | None = None,
+) -> Batches:
     """Return an endless stream of batches whose position can be saved (`rome.data.sources`).
 
-    Each epoch has every document once, in an order that depends on (seed, epoch) only, with the
-    pieces of MIXED_DOCUMENTS consecutive documents shuffled. A document is tokenised when its turn
-    comes.
+    Each epoch has every document once, in an order that depends on (seed, epoch) only, with its
+    pieces shuffled. A document is tokenised when its turn comes.
 
     Args:
       documents: texts.
@@ -243,18 +224,21 @@ def text_batches(
       row_length: T, tokens a row.
       chunks_per_row: C, the most pieces that a row holds.
       seed: of the order.
+      own: numbers of the rows that are needed here; None: all of them.
     """
 
-    def shuffled_pieces(texts: list[str], rng: np.random.Generator) -> list[Example]:
-        examples = _cut_all(texts, tokenizer, row_length)
+    def shuffled_pieces(text: str, rng: np.random.Generator) -> list[Example]:
+        examples = _cut_all([text], tokenizer, row_length)
         return [examples[place] for place in rng.permutation(len(examples))]
 
-    shuffled = grain.MapDataset.source(documents).seed(seed).shuffle()
-    groups = shuffled.batch(MIXED_DOCUMENTS, batch_fn=list).repeat().random_map(shuffled_pieces)
-    read_options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = grain.experimental.FlatMapIterDataset(groups.to_iter_dataset(read_options), _Each())
-    packed = pack_stream(stream, row_length, chunks_per_row, bins=rows)
-    return packed.batch(rows, batch_fn=to_batch)
+    order = endless_order([(documents, 1.0)], seed).random_map(shuffled_pieces, seed=seed)
+
+    def open_row(number: int) -> grain.IterDataset:
+        pieces = order[number::rows].to_iter_dataset(READ_OPTIONS)
+        stream = grain.experimental.FlatMapIterDataset(pieces, Each())
+        return pack_stream(stream, row_length, chunks_per_row, bins=ROWS_OPEN)
+
+    return Batches(open_row, rows, own)
 
 
 def text_rows(
@@ -288,13 +272,6 @@ def cut(ids: np.ndarray, row_length: int) -> list[Example]:
     """
     starts = range(0, len(ids) - 1, row_length - 1)
     return [text_example(ids[start : start + row_length]) for start in starts]
-
-
-class _Each(grain.experimental.FlatMapTransform):
-    """Replaces a list by its elements."""
-
-    def flat_map(self, element: list[Example]) -> list[Example]:
-        return element
 
 
 def _cut_all(texts: Iterable[str], tokenizer: Tokenizer, row_length: int) -> list[Example]:

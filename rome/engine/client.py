@@ -1,9 +1,10 @@
-"""A client of SGLang's HTTP protocol.
+"""A client of SGLang's protocol.
 
-It works unchanged with SGLang servers and with the embedded engine (`rome.serve`). Every wait has a
-deadline. A completion that a pause cut is continued from its partial output. Differences between
-SGLang's versions are asked of the server (`Engine.dialect`), and a server that is too old is
-refused with an error that names its version.
+It works unchanged with SGLang servers, with the embedded engine (`rome.serve`) and, without HTTP,
+with the engine inside the trainer (`rome.engine.inside`). Every wait has a deadline. A completion
+that a pause cut is continued from its partial output. Differences between SGLang's versions are
+asked of the server (`Engine.dialect`), and a server that is too old is refused with an error that
+names its version.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from rome.engine.connection import (
     UPDATE_SECONDS,
     Connection,
     Deadline,
+    Wire,
     error_text,
     growing_wait,
     require_object,
@@ -39,6 +41,7 @@ from rome.engine.connection import (
 from rome.engine.dialect import Dialect, dialect_of
 from rome.engine.errors import EngineError, EngineRefused, EngineUnproven
 from rome.engine.mirror import MirrorClient
+from rome.engine.weights import Weights, file_checksums
 from rome.model.config import ModelConfig
 
 HEALTH_SECONDS = 30.0  # SGLang's /health generates a token and may take 20 s on a busy server
@@ -63,6 +66,7 @@ class Engine:
         counts as dead.
       mirror: copies weights to the server's host (`launch.mirror`); None if the server reads the
         trainer's directory itself.
+      wire: carries the requests; None: HTTP.
     """
 
     def __init__(
@@ -73,11 +77,12 @@ class Engine:
         model: ModelConfig | None = None,
         dead_after_seconds: float = 5.0,
         mirror: MirrorClient | None = None,
+        wire: Wire | None = None,
     ):
         self.url = url.rstrip("/")
         self.model = model
         self.mirror = mirror
-        self._connection = Connection(
+        self._connection = wire or Connection(
             self.url, api_key=api_key, dead_after_seconds=dead_after_seconds
         )
         self._info_routes: dict[str, str] = {}
@@ -349,6 +354,18 @@ class Engine:
         async with self._connection.deadline(CONTROL_SECONDS, "continue"):
             await self._connection.post_for_any("/continue_generation", {})
 
+    async def load(self, weights: Weights, *, flush: bool) -> None:
+        """Bring weights to the engine, by way of its mirror where it has one.
+
+        Args:
+          weights: where they are.
+          flush: see `update_weights`.
+        """
+        path = weights.path
+        if self.mirror is not None:
+            path = await self.mirror.fetch(path)
+        await self.update_weights(str(path.resolve()), weights.version, flush=flush)
+
     async def update_weights(self, path: str, version: int, *, flush: bool = True) -> None:
         """Load the weights of a Hugging Face directory that the server can read.
 
@@ -399,6 +416,11 @@ class Engine:
         """Return the server's hashes of its weights, comparable between servers of one kind."""
         async with self._connection.deadline(CONTROL_SECONDS, "weights_checker"):
             return await self._connection.post("/weights_checker", {"action": "checksum"})
+
+    async def expected_checksums(self, weights: Weights) -> dict[str, str]:
+        """Return what `checksum` says of an embedded engine that holds these weights."""
+        info = await self.server_info()
+        return await asyncio.to_thread(file_checksums, weights.path, info["dtype"])
 
     async def model_info(self) -> dict[str, Any]:
         """Return what the server says about its model, `weight_version` among it."""

@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 import uuid
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 
@@ -36,6 +36,17 @@ class Response(NamedTuple):
     status: int
     body: Any
     retry_after_seconds: float
+
+
+class Wire(Protocol):
+    """What carries the requests of a client to its engine: HTTP, or a call in the same process."""
+
+    async def close(self) -> None: ...
+    def deadline(self, seconds: float, what: str) -> Deadline: ...
+    async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]: ...
+    async def post_for_any(self, route: str, body: dict[str, Any]) -> Any: ...
+    async def request(self, method: str, route: str, body: dict[str, Any] | None) -> Response: ...
+    async def status(self, route: str) -> int: ...
 
 
 class Connection:

@@ -2,7 +2,8 @@
 
     starting    joined or restarted; serves once it has proven the current weights
     ready       serves
-    updating    loads new weights; its requests wait on the client's side until they are proven
+    updating    loads new weights, or leaves its device to an update of the trainer until then; its
+                requests wait on the client's side until new weights are proven
     suspect     in quarantine: an update failed or was not proven, or the engine does not answer;
                 serves again once it has proven the current weights
     dead        nothing answers at its URL
@@ -35,7 +36,8 @@ from rome.engine.errors import (
     EngineUnproven,
     RequestRejected,
 )
-from rome.engine.proof import Proof, Weights, disagreement, load_and_prove
+from rome.engine.proof import Proof, disagreement, load_and_prove
+from rome.engine.weights import Weights
 
 State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 MAX_AFFINITIES = 100_000  # remembered episodes; the least recently used are forgotten
@@ -408,6 +410,27 @@ class EnginePool:
             self.states[engine.url] = "updating"
 
         await self._for_each(self.engines_in("lent"), take)
+
+    async def suspend(self, mode: PauseMode, tags: Sequence[str]) -> None:
+        """Stop sampling on devices that the learner needs now, until the next publication.
+
+        For engines inside the trainer. Requests wait and go on with the published weights; their
+        deadlines stand still.
+
+        Args:
+          mode: how running requests are paused, see `Engine.pause`.
+          tags: memory that is freed (MEMORY_TAGS); running requests are then aborted.
+        """
+
+        async def suspend(engine: Engine) -> None:
+            async with self._update_locks[engine.url]:
+                self.states[engine.url] = "updating"
+                engine.hold()
+                await engine.pause(mode)
+                if tags:
+                    await engine.release_memory(tuple(tags))
+
+        await self._for_each(self.engines_in("ready", "updating"), suspend)
 
     async def _for_each(
         self, engines: Sequence[Engine], act: Callable[[Engine], Awaitable[None]]

@@ -6,9 +6,9 @@ look at its logprobs: a step of RL at a small learning rate changes them by less
 rounds them. So an engine is asked for more, as far as its kind goes:
 
 - Its hashes of the weights. The embedded engine hashes the tensors of the checkpoint, whose bytes
-  they must be. SGLang hashes fused and sharded tensors: they must differ from those of the version
-  before wherever the checkpoint's tensors do, and equal those of the pool's other engines of one
-  kind.
+  they must be; inside the trainer, the arrays that it was handed. SGLang hashes fused and sharded
+  tensors: they must differ from those of the version before wherever the checkpoint's tensors do,
+  and equal those of the pool's other engines of one kind.
 - Its logprobs of a long probe. Their mean error must be small; they must not lie nearer to the
   trainer's with the weights before than to the trainer's with these, by more than chance; and they
   must not be, to the last bit, the engine's own of before.
@@ -16,9 +16,7 @@ rounds them. So an engine is asked for more, as far as its kind goes:
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import hashlib
 import logging
 import math
 import pathlib
@@ -26,7 +24,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -34,6 +31,7 @@ from rome.engine.answers import blame_engine
 from rome.engine.client import Engine, PauseMode
 from rome.engine.dialect import Dialect
 from rome.engine.errors import EngineError
+from rome.engine.weights import Weights
 
 Checksums = Sequence[Mapping[str, str]]  # by rank: tensor name -> hash
 # How SGLang names the tensors that it fuses, by pattern of their names in a checkpoint.
@@ -50,41 +48,6 @@ MAX_NAMED = 3  # tensors in an error
 FIRST_BLOCK_BYTES = 4096  # of a tensor that is compared; most differ within it
 MAX_BLOCK_BYTES = 1 << 22
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """A version of the weights, and the data that verifies it.
-
-    Attributes:
-      path: a Hugging Face directory that the engines or their mirrors can read.
-      version: its number.
-      probe_ids: tokens of the probe prompt, at least two.
-      expected_logprobs: the trainer's log p(probe_ids[t] | probe_ids[:t]) at temperature 1; the
-        entry of the first id is ignored.
-      tolerance: largest accepted mean error of the probe's logprobs, in nats.
-      changed: names of the checkpoint's tensors whose bytes differ from the version published
-        before; None where that is not known.
-      earlier_logprobs: `expected_logprobs` of the version published before, of the same probe; None
-        where there is none.
-    """
-
-    path: pathlib.Path
-    version: int
-    probe_ids: Sequence[int]
-    expected_logprobs: Sequence[float]
-    tolerance: float
-    changed: frozenset[str] | None = None
-    earlier_logprobs: Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        num_ids = len(self.probe_ids)
-        num_logprobs = len(self.expected_logprobs)
-        if num_ids != num_logprobs or num_ids < 2:
-            raise ValueError(
-                f"{num_ids} probe ids and {num_logprobs} logprobs; give one logprob for each of at"
-                " least two ids"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +96,7 @@ async def load_and_prove(
         mode = "abort"
     await engine.pause(mode)
     held_before = await _held_before(engine, dialect, weights, earlier)
-    path = weights.path
-    if engine.mirror is not None:
-        path = await engine.mirror.fetch(weights.path)
-    await engine.update_weights(str(path.resolve()), weights.version, flush=mode != "in_place")
+    await engine.load(weights, flush=mode != "in_place")
     info = await engine.model_info()
     if info.get("weight_version") != str(weights.version):
         raise EngineError(
@@ -145,8 +105,7 @@ async def load_and_prove(
         )
     checksums = None
     if dialect.embedded:
-        server_info = await engine.server_info()
-        await _require_bytes_of(engine, weights.path, server_info["dtype"])
+        await _require_bytes_of(engine, weights)
     elif dialect.checksums:
         checksums = await _read_checksums(engine)
         _require_change(engine, weights, held_before, checksums)
@@ -310,30 +269,17 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + more
 
 
-async def _require_bytes_of(engine: Engine, path: pathlib.Path, dtype: str) -> None:
-    """Raise EngineError unless the embedded engine holds the bytes of the checkpoint at `path`."""
+async def _require_bytes_of(engine: Engine, weights: Weights) -> None:
+    """Raise EngineError unless the embedded engine holds the bytes of the published weights."""
     (theirs,) = await _read_checksums(engine)
-    ours = await asyncio.to_thread(_checksums, path, dtype)
+    ours = await engine.expected_checksums(weights)
     names = ours.keys() | theirs.keys()
     differing = sorted(name for name in names if ours.get(name) != theirs.get(name))
     if differing:
         raise EngineError(
-            f"{engine.url} holds other bytes than {path} in {len(differing)} tensors"
-            f" ({_listed(differing)}); start it again and publish again"
+            f"{engine.url} holds other bytes than weights {weights.version} in {len(differing)}"
+            f" tensors ({_listed(differing)}); start it again and publish again"
         )
-
-
-def _checksums(path: pathlib.Path, dtype: str) -> dict[str, str]:
-    """Return SHA-256 of every tensor on disk, as it is once loaded with `dtype`."""
-    sums = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            names = list(opened.keys())
-            for name in names:
-                loaded = opened.get_tensor(name).astype(jnp.dtype(dtype), copy=False)
-                tensor = np.ascontiguousarray(loaded)
-                sums[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
-    return sums
 
 
 # -- what a publication changes

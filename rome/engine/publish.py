@@ -25,11 +25,15 @@ import safetensors
 from rome.engine.client import Engine, PauseMode
 from rome.engine.delta import read_header, write_delta
 from rome.engine.errors import EngineError
+from rome.engine.handover import Handover
 from rome.engine.pool import EnginePool
-from rome.engine.proof import Weights, changed_tensors
+from rome.engine.proof import changed_tensors
+from rome.engine.weights import Weights
 from rome.files import sync
 from rome.model.config import ModelConfig
+from rome.model.hf import peft
 from rome.model.hf.checkpoint import save_hf
+from rome.model.hf.peft import HostAdapters, save_peft
 
 # Checkpoints that stay: the newest, and the one that a server may still be reading.
 KEPT_DIRECTORIES = 2
@@ -45,7 +49,6 @@ class Published:
     """Costs and outcome of a publication.
 
     Attributes:
-      path: the checkpoint.
       seconds_pause: from the first pause to the last proof.
       probe_error: mean error of the probe's logprobs, in nats, of the engine with the largest.
       engines: how many engines serve the new weights.
@@ -54,7 +57,6 @@ class Published:
       bytes_transfer: of all mirrors together.
     """
 
-    path: pathlib.Path
     seconds_pause: float
     probe_error: float
     engines: int = 1
@@ -64,7 +66,7 @@ class Published:
 
 
 async def publish_weights(
-    path: pathlib.Path,
+    source: pathlib.Path | Handover,
     version: int,
     pool: EnginePool,
     probe_ids: Sequence[int],
@@ -73,11 +75,12 @@ async def publish_weights(
     *,
     mode: PauseMode = "abort",
 ) -> Published:
-    """Bring the checkpoint at `path` to every engine of the pool.
+    """Bring a version of the weights to every engine of the pool.
 
     Args:
-      path: from `write_checkpoint`, where the engines (or their mirrors) can read it. It must stay
-        until the next publication: engines that join or come back load it too.
+      source: from `write_checkpoint`, where the engines (or their mirrors) can read it. It must
+        stay until the next publication: engines that join or come back load it too. For the engine
+        inside the trainer, arrays from `hand_over`.
       version: its weight version.
       pool: engines in quarantine are tried too.
       probe_ids: tokens of the probe prompt.
@@ -96,7 +99,7 @@ async def publish_weights(
         weights are unknown.
     """
     started = time.monotonic()
-    weights = Weights(path, version, probe_ids, expected_logprobs, tolerance)
+    weights = Weights(source, version, probe_ids, expected_logprobs, tolerance)
     pool.weights = await _compared_to_earlier(weights, pool.weights)
     engines = pool.engines_in("ready", "updating", "starting", "suspect")
     errors = await _bring_all(pool, engines, mode)
@@ -109,7 +112,6 @@ async def publish_weights(
         if engine.mirror is not None and engine.mirror.last is not None
     ]
     return Published(
-        path=path,
         seconds_pause=time.monotonic() - started,
         probe_error=max(errors.values(), default=0.0),
         engines=len(serving),
@@ -123,16 +125,26 @@ async def _compared_to_earlier(weights: Weights, earlier: Weights | None) -> Wei
     """Return the weights with what tells them from those that were published before."""
     if earlier is None or earlier.version == weights.version:
         return weights
-    changed = None
-    if earlier.path != weights.path and earlier.path.is_dir():
-        try:
-            changed = await asyncio.to_thread(changed_tensors, earlier.path, weights.path)
-        except (OSError, safetensors.SafetensorError) as error:
-            log.warning("%s is not compared with %s: %s", weights.path, earlier.path, error)
+    changed = await _changed(earlier.source, weights.source)
     earlier_logprobs = None
     if list(earlier.probe_ids) == list(weights.probe_ids):
         earlier_logprobs = earlier.expected_logprobs
     return dataclasses.replace(weights, changed=changed, earlier_logprobs=earlier_logprobs)
+
+
+async def _changed(
+    before: pathlib.Path | Handover, after: pathlib.Path | Handover
+) -> frozenset[str] | None:
+    """Return the names of the tensors that differ between two versions; None if not known."""
+    if isinstance(after, Handover):
+        return after.changed_since(before) if isinstance(before, Handover) else None
+    if isinstance(before, Handover) or before == after or not before.is_dir():
+        return None
+    try:
+        return await asyncio.to_thread(changed_tensors, before, after)
+    except (OSError, safetensors.SafetensorError) as error:
+        log.warning("%s is not compared with %s: %s", after, before, error)
+        return None
 
 
 async def _bring_all(
@@ -183,6 +195,7 @@ def write_checkpoint(
     needed: Collection[int] = (),
     *,
     delta: bool = False,
+    adapters: HostAdapters | None = None,
 ) -> pathlib.Path:
     """Write DIRECTORY/step_N: readers see all of it or nothing, also after a power cut.
 
@@ -198,6 +211,8 @@ def write_checkpoint(
       needed: versions that must not be removed.
       delta: whether to write step_N.delta beside it, which leads there from the version before
         (`rome.engine.mirror`).
+      adapters: to add to the parameters; step_N/adapter then holds them alone, for PEFT and for a
+        run that is resumed.
 
     Returns:
       The checkpoint's path.
@@ -207,9 +222,11 @@ def write_checkpoint(
     if jax.process_index() == 0:
         # Safe while others are here: they wait for process 0 in save_hf before they write.
         shutil.rmtree(partial, ignore_errors=True)
-    save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
+    save_hf(params, config, partial, dtype=jnp.dtype(config.dtype), adapters=adapters)
     if jax.process_index() != 0:
         return path
+    if adapters is not None:
+        save_peft(adapters, "", partial / peft.DIRECTORY)
     # A run that published this version and died may have left a delta that leads to other bytes.
     _delta_of(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

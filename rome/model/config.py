@@ -1,4 +1,4 @@
-"""ModelConfig: the sizes and numerics of a Qwen3-MoE, its presets, and config.json both ways.
+"""ModelConfig: the sizes and numerics of a Qwen3, its presets, and config.json both ways.
 
 Values of the Qwen3 presets are those of the published checkpoints. `rope_theta` belongs to a
 checkpoint (the 2507 releases raised it): a model that is loaded takes it from its own config.json
@@ -8,8 +8,10 @@ through `from_hf`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
+
+from rome.model import rope
+from rome.model.rope import RopeScaling
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "attention", "offload")
@@ -20,82 +22,9 @@ SIZES = (
     "num_heads",
     "num_kv_heads",
     "head_dim",
-    "num_experts",
-    "experts_per_token",
-    "moe_intermediate_size",
     "max_position",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length that a model was trained on.
-
-    Attributes:
-      kind: "linear", or "yarn" (arXiv 2309.00071).
-      factor: slow frequencies are divided by it.
-      original_max_position: length that the model was trained on.
-      attention_factor: multiplies cos and sin.
-      beta_fast: rotations over original_max_position; faster frequencies stay as they are.
-      beta_slow: slower frequencies than this are divided by `factor`; those between are mixed.
-      truncate: round the borders of that range outwards.
-    """
-
-    kind: str
-    factor: float
-    original_max_position: int = 0
-    attention_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-
-    @classmethod
-    def from_hf(cls, rope: dict[str, Any], max_position: int) -> RopeScaling | None:
-        """Read `rope_scaling` or `rope_parameters` of a config.json; None: not stretched.
-
-        Absent keys have transformers' defaults.
-
-        Args:
-          rope: the dictionary under that key.
-          max_position: of the model; stands for an absent original_max_position_embeddings.
-
-        Raises:
-          ValueError: a stretched rope has no factor of at least 1.
-        """
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return None
-        if not isinstance(rope.get("factor"), (int, float)) or rope["factor"] < 1:
-            raise ValueError(
-                f"config.json has a {kind} rope without a factor of at least 1"
-                f" ({rope.get('factor')!r}); take it from the model card"
-            )
-        factor = float(rope["factor"])
-        if kind == "linear":
-            return cls(kind, factor)
-        return cls(
-            kind,
-            factor,
-            original_max_position=rope.get("original_max_position_embeddings") or max_position,
-            attention_factor=_attention_factor(rope, factor),
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-            truncate=bool(rope.get("truncate", True)),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the dictionary that config.json holds under `rope_scaling`."""
-        if self.kind == "linear":
-            return {"rope_type": "linear", "factor": self.factor}
-        return {
-            "rope_type": "yarn",
-            "factor": self.factor,
-            "original_max_position_embeddings": self.original_max_position,
-            "attention_factor": self.attention_factor,
-            "beta_fast": self.beta_fast,
-            "beta_slow": self.beta_slow,
-            "truncate": self.truncate,
-        }
+EXPERT_SIZES = ("num_experts", "experts_per_token", "moe_intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +34,10 @@ class ModelConfig:
     Attributes:
       capacity_factor: an expert takes at most this many times its even share of a device's choices,
         and the rest are dropped and reported; 0 drops nothing.
-      dense_layers: layers that have one gated MLP of `intermediate_size` instead of experts; a
-        model that has some is never scanned.
+      num_experts: 0 in a dense model, whose layers have one gated MLP of `intermediate_size` each;
+        all that is about experts and routers is 0 too.
+      dense_layers: layers of a model with experts that have such an MLP instead; a model that has
+        some is never scanned.
       dtype: the type that layers compute in and that weights are published in. Parameters are
         float32 in training, and rounded to it where they are used. Router, norms, softmax and
         rotary angles compute in float32 whatever it says.
@@ -123,9 +54,9 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    num_experts: int
-    experts_per_token: int
-    moe_intermediate_size: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     max_position: int = 40960
@@ -158,22 +89,7 @@ class ModelConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even one"
             )
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token={self.experts_per_token} exceeds"
-                f" num_experts={self.num_experts}; lower it"
-            )
-        outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
-        if outside or len(self.dense_layers) >= self.num_layers:
-            raise ValueError(
-                f"dense_layers={self.dense_layers} of {self.num_layers} layers; at least one layer"
-                " needs experts"
-            )
-        if self.dense_layers and (self.scan_layers or self.intermediate_size < 1):
-            raise ValueError(
-                f"dense_layers={self.dense_layers} need intermediate_size={self.intermediate_size}"
-                " above 0 and scan_layers=False"
-            )
+        self._check_layers()
         if self.capacity_factor < 0 or self.router_z_loss_coef < 0:
             raise ValueError(
                 f"capacity_factor={self.capacity_factor},"
@@ -184,10 +100,54 @@ class ModelConfig:
                 f"dtype={self.dtype!r}, remat={self.remat!r}; choose from {DTYPES} and {REMATS}"
             )
 
+    def _check_layers(self) -> None:
+        """Check the sizes of what follows attention in a layer: experts or an MLP."""
+        sizes = [getattr(self, name) for name in EXPERT_SIZES]
+        if any(sizes) and min(sizes) < 1:
+            named = ", ".join(f"{name}={getattr(self, name)}" for name in EXPERT_SIZES)
+            raise ValueError(f"{named}; all are positive, or all 0 for a dense model")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} exceeds"
+                f" num_experts={self.num_experts}; lower it"
+            )
+        if self.is_dense:
+            self._check_dense()
+        outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
+        if outside or len(self.dense_layers) >= self.num_layers:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} of {self.num_layers} layers; at least one layer"
+                " needs experts"
+            )
+        if self.dense_layers and self.scan_layers:
+            raise ValueError(f"dense_layers={self.dense_layers} need scan_layers=False")
+        if self.mlp_layers and self.intermediate_size < 1:
+            raise ValueError(
+                f"intermediate_size={self.intermediate_size}; layers with an MLP need its size"
+            )
+
+    def _check_dense(self) -> None:
+        names = ("dense_layers", "capacity_factor", "router_z_loss_coef", "router_aux_loss_coef")
+        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} is about experts, and this model has none; set it to 0"
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether no layer has experts."""
+        return not self.num_experts
+
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Return the numbers of the layers that have experts."""
-        return tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
+        return tuple(i for i in range(self.num_layers) if i not in self.mlp_layers)
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Return the numbers of the layers that have an MLP instead of experts."""
+        return tuple(range(self.num_layers)) if self.is_dense else self.dense_layers
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> ModelConfig:
@@ -201,6 +161,7 @@ class ModelConfig:
           ValueError: a size is missing, keys contradict each other, or the model has a switch that
             this one does not.
         """
+        architecture = _architecture(hf)
         _refuse_unsupported(hf)
         fields: dict[str, Any] = {}
         for ours, names in _SIZE_NAMES.items():
@@ -209,15 +170,11 @@ class ModelConfig:
             if hf.get(name) is not None:
                 fields[ours] = hf[name]
         fields["head_dim"] = hf.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
-        # an absent key means transformers' default, not ours
-        fields["norm_topk_prob"] = bool(hf.get("norm_topk_prob", False))
-        fields["rope_theta"] = _rope_theta(hf)
-        fields["rope_scaling"] = _rope_scaling(hf, fields.get("max_position", cls.max_position))
+        fields["rope_theta"] = rope.theta_of(hf)
+        max_position = fields.get("max_position", cls.max_position)
+        fields["rope_scaling"] = rope.scaling_of(hf, max_position)
         fields["attention_bias"] = bool(hf.get("attention_bias"))
-        fields["dense_layers"] = _dense_layers(hf, fields["num_layers"])
-        if fields["dense_layers"]:
-            fields["intermediate_size"] = _required(hf, ("intermediate_size",))
-            fields["scan_layers"] = False
+        fields |= _expert_fields(hf) if architecture == "qwen3_moe" else _dense_fields(hf)
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = fields["eos_token_id"][0]
         return cls(**(fields | overrides))
@@ -230,49 +187,57 @@ class ModelConfig:
         scaling = self.rope_scaling.to_hf() if self.rope_scaling else None
         rope_parameters = {"rope_theta": self.rope_theta} | (scaling or {"rope_type": "default"})
         return {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "num_experts": self.num_experts,
-            "num_local_experts": self.num_experts,
-            "num_experts_per_tok": self.experts_per_token,
-            "moe_intermediate_size": self.moe_intermediate_size,
             "intermediate_size": self.intermediate_size or self.moe_intermediate_size,
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "rope_parameters": rope_parameters,
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position,
-            "norm_topk_prob": self.norm_topk_prob,
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.initializer_range,
-            "router_aux_loss_coef": self.router_aux_loss_coef,
-            "output_router_logits": False,
             "hidden_act": "silu",
             "attention_bias": self.attention_bias,
             "attention_dropout": 0.0,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(self.dense_layers),
             "use_sliding_window": False,
             "sliding_window": None,
             "use_cache": True,
             "bos_token_id": None,
             "eos_token_id": self.eos_token_id,
             "pad_token_id": self.pad_token_id,
+        } | (_DENSE_HEAD if self.is_dense else self._experts_to_hf())
+
+    def _experts_to_hf(self) -> dict[str, Any]:
+        """Return the keys of a config.json that only a model with experts has."""
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": self.num_experts,
+            "num_local_experts": self.num_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "moe_intermediate_size": self.moe_intermediate_size,
+            "norm_topk_prob": self.norm_topk_prob,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
+            "output_router_logits": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(self.dense_layers),
         }
 
 
+_DENSE_HEAD = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 _SIZE_NAMES = {  # our field -> the keys of config.json that may hold it
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size",),
     "num_layers": ("num_hidden_layers",),
     "num_heads": ("num_attention_heads",),
     "num_kv_heads": ("num_key_value_heads",),
+}
+_EXPERT_NAMES = {
     "num_experts": ("num_experts", "num_local_experts"),
     "experts_per_token": ("num_experts_per_tok",),
     "moe_intermediate_size": ("moe_intermediate_size",),
@@ -282,22 +247,66 @@ _OPTIONAL_NAMES = {
     "max_position": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
     "initializer_range": "initializer_range",
-    "router_aux_loss_coef": "router_aux_loss_coef",
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
 # key of config.json -> the values that this model supports; an absent key is fine
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("qwen3_moe",),
     "hidden_act": ("silu",),
     "attention_dropout": (0, None),
     "use_sliding_window": (False, None),
     "qkv_bias": (False, None),
     "shared_expert_intermediate_size": (0, None),
     "use_qk_norm": (True, None),
-    "quantization_config": (None,),
 }
-_ROPE_KINDS = ("default", "linear", "yarn")
+_ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def _architecture(hf: dict[str, Any]) -> str:
+    """Return the model_type of a config.json; one that has none is known by its architecture.
+
+    Raises:
+      ValueError: it is none of this model's, or its weights are quantised.
+    """
+    named = hf.get("architectures") or ["no architecture"]
+    of_class = {name: kind for kind, name in _ARCHITECTURES.items()}
+    kind = hf.get("model_type") or of_class.get(named[0], named[0])
+    if kind not in _ARCHITECTURES:
+        raise ValueError(
+            f"config.json is of model_type={kind!r}; rome.model has"
+            f" {' and '.join(_ARCHITECTURES)}. Choose a checkpoint of {' or '.join(of_class)}."
+        )
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", "an unknown method")
+        raise ValueError(
+            f"config.json has a quantization_config ({method}): its weights are quantised, and"
+            " training needs whole ones. Take the checkpoint's bfloat16 release."
+        )
+    return kind
+
+
+def _expert_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json of qwen3_moe that a dense model does not have."""
+    fields: dict[str, Any] = {}
+    for ours, names in _EXPERT_NAMES.items():
+        fields[ours] = _required(hf, names)
+    # an absent key means transformers' default, not ours
+    fields["norm_topk_prob"] = bool(hf.get("norm_topk_prob", False))
+    if hf.get("router_aux_loss_coef") is not None:
+        fields["router_aux_loss_coef"] = hf["router_aux_loss_coef"]
+    fields["dense_layers"] = _dense_layers(hf, hf["num_hidden_layers"])
+    if fields["dense_layers"]:
+        fields["intermediate_size"] = _required(hf, ("intermediate_size",))
+        fields["scan_layers"] = False
+    return fields
+
+
+def _dense_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json of qwen3 that a model with experts does not have."""
+    return {
+        "intermediate_size": _required(hf, ("intermediate_size",)),
+        "router_aux_loss_coef": 0.0,
+    }
 
 
 def _refuse_unsupported(hf: dict[str, Any]) -> None:
@@ -307,14 +316,17 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         if key in hf and hf[key] not in values
     ]
     for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _ROPE_KINDS:
-            refused.append(f"{key}.rope_type={kind!r} (supported: {', '.join(_ROPE_KINDS)})")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        turns = hf.get(key) or {}
+        kind = turns.get("rope_type", turns.get("type", "default"))
+        if kind not in rope.KINDS:
+            refused.append(f"{key}.rope_type={kind!r} (supported: {', '.join(rope.KINDS)})")
+        if turns.get("partial_rotary_factor", 1.0) != 1.0:
             refused.append(
-                f"{key}.partial_rotary_factor={rope['partial_rotary_factor']!r} (supported: 1.0)"
+                f"{key}.partial_rotary_factor={turns['partial_rotary_factor']!r} (supported: 1.0)"
             )
+    windowed = set(hf.get("layer_types") or ()) - {"full_attention"}
+    if windowed:
+        refused.append(f"layer_types={sorted(windowed)} (supported: full_attention)")
     if refused:
         raise ValueError(
             f"config.json asks for what rome.model does not do: {'; '.join(refused)}. Choose"
@@ -325,23 +337,10 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
 def _required(hf: dict[str, Any], names: tuple[str, ...]) -> int:
     found = {name: hf[name] for name in names if hf.get(name) is not None}
     if not found:
-        raise ValueError(f"config.json has no {' or '.join(names)}; is it a Qwen3-MoE checkpoint?")
+        raise ValueError(f"config.json has no {' or '.join(names)}; is it a Qwen3 checkpoint?")
     if len(set(found.values())) > 1:
         raise ValueError(f"config.json contradicts itself: {found}; keep one value")
     return next(iter(found.values()))
-
-
-def _attention_factor(rope: dict[str, Any], factor: float) -> float:
-    """Return YaRN's factor of cos and sin: given, or computed as transformers does."""
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return float(magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"]))
-    return magnitude(1.0)
 
 
 def _dense_layers(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
@@ -352,36 +351,6 @@ def _dense_layers(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     only = hf.get("mlp_only_layers") or []
     step = hf.get("decoder_sparse_step") or 1
     return tuple(i for i in range(num_layers) if i in only or (i + 1) % step)
-
-
-def _rope_scaling(hf: dict[str, Any], max_position: int) -> RopeScaling | None:
-    places = [hf[key] for key in ("rope_scaling", "rope_parameters") if hf.get(key)]
-    found = {
-        RopeScaling.from_hf(place, max_position)
-        for place in places
-        if "rope_type" in place or "type" in place
-    }
-    if len(found) > 1:
-        raise ValueError(
-            f"config.json stretches its rope in two ways, {places}; keep the checkpoint's own"
-        )
-    return found.pop() if found else None
-
-
-def _rope_theta(hf: dict[str, Any]) -> float:
-    places = (hf, hf.get("rope_parameters") or {})
-    found = {place["rope_theta"] for place in places if place.get("rope_theta") is not None}
-    if not found:
-        raise ValueError(
-            "config.json has neither rope_theta nor rope_parameters.rope_theta; take it from the"
-            " checkpoint's model card"
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"config.json gives rope_theta twice, as {sorted(found)}; keep the checkpoint's own"
-            " value"
-        )
-    return float(found.pop())
 
 
 _QWEN3 = ModelConfig(
@@ -396,6 +365,23 @@ _QWEN3 = ModelConfig(
     moe_intermediate_size=768,
     dtype="bfloat16",
 )
+
+
+def _dense(hidden: int, layers: int, heads: int, mlp: int, *, tied: bool = False) -> ModelConfig:
+    """Return a dense Qwen3 of the first release."""
+    return ModelConfig(
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=mlp,
+        tie_embeddings=tied,
+        router_aux_loss_coef=0.0,
+        dtype="bfloat16",
+    )
+
 
 PRESETS: dict[str, ModelConfig] = {
     # ids are those of rome/model/tokenizer/tiny; a model this narrow would spend its first hundred
@@ -454,4 +440,10 @@ PRESETS: dict[str, ModelConfig] = {
         max_position=262144,
         router_aux_loss_coef=0.0,
     ),
+    "qwen3_0_6b": _dense(1024, 28, 16, 3072, tied=True),
+    "qwen3_1_7b": _dense(2048, 28, 16, 6144, tied=True),
+    "qwen3_4b": _dense(2560, 36, 32, 9728, tied=True),
+    "qwen3_8b": _dense(4096, 36, 32, 12288),
+    "qwen3_14b": _dense(5120, 40, 40, 17408),
+    "qwen3_32b": _dense(5120, 64, 64, 25600),
 }

@@ -17,6 +17,7 @@ from jax import Array
 from rome.model.config import ModelConfig
 from rome.model.ops.experts import NO_EXPERT, experts_within
 from rome.model.ops.experts_on_mesh import experts_on_mesh
+from rome.model.ops.low_rank import adapted
 from rome.model.sharding import is_split
 
 
@@ -217,11 +218,14 @@ class MoE(nn.Module):
     def _expert_weights(self, D: int, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
         E = self.config.num_experts
         F = self.config.moe_intermediate_size
-        init = nn.initializers.normal(self.config.initializer_range)
-        gate_EDF = self.param("gate", init, (E, D, F)).astype(dtype)
-        up_EDF = self.param("up", init, (E, D, F)).astype(dtype)
-        down_EFD = self.param("down", init, (E, F, D)).astype(dtype)
+        gate_EDF = self._matrices("gate", (E, D, F), dtype)
+        up_EDF = self._matrices("up", (E, D, F), dtype)
+        down_EFD = self._matrices("down", (E, F, D), dtype)
         return gate_EDF, up_EDF, down_EFD
+
+    def _matrices(self, name: str, shape: tuple[int, int, int], dtype: jnp.dtype) -> Array:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return adapted(self, name, self.param(name, init, shape), dtype)
 
 
 def _layer_sums(

@@ -1,15 +1,18 @@
-"""Qwen3-MoE in functional Flax: embedding, blocks of attention and experts, final norm.
+"""Qwen3 in functional Flax: embedding, blocks of attention and experts or an MLP, final norm.
 
 The head is not applied: training computes logprobs in blocks (`rome.model.ops.logprobs`), an engine
 logits of the last token.
 
-B rows, T time, D model, N query heads, K key heads, H head dim, h = H / 2, F hidden of a dense
-layer's MLP, L layers, k experts a token, V vocabulary.
+B rows, T time, D model, N query heads, K key heads, H head dim, h = H / 2, L layers,
+k experts a token (0 in a dense model), V vocabulary.
 
 Parameters are an explicit pytree of float32 arrays; layers are stacked on a leading L axis:
 
     {"embed": {"embedding" [V, D]}, "layers": {"attention_norm", "attention", "moe_norm", "moe"},
     "norm": {"scale"}, "head": {"kernel" [D, V]}}
+
+Layers of a dense model have "mlp" instead of "moe"; tied embeddings have no "head". A matrix of the
+layers may have an adapter beside it (`rome.model.lora`).
 
 `Qwen3(config)` scans over the stack, which compiles once for any depth. `Qwen3(config, scan=False)`
 runs the same parameters, stacked or as a tuple of layers (`unstack_layers`), one after the other:
@@ -31,11 +34,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rome.model import sharding
 from rome.model.config import ModelConfig
+from rome.model.mlp import MLP
 from rome.model.moe import LayerRouter, MoE, RouterStats
 from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.ops.embedding import embed
 from rome.model.ops.gathered import from_heads, to_heads
+from rome.model.ops.low_rank import adapted
 from rome.model.ops.paged import NO_POSITION, LayerPages, Pages, paged_attention
 from rome.model.ops.rotary import rotary_angles, rotate
 from rome.model.ops.rounding import round_straight_through
@@ -137,7 +142,7 @@ class Attention(nn.Module):
 
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
-        return self.param(name, init, shape).astype(dtype)
+        return adapted(self, name, self.param(name, init, shape), dtype)
 
     def _bias(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array | int:
         if not self.config.attention_bias:
@@ -158,23 +163,6 @@ def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, for
         ordered=True,
         implementation=form,
     )
-
-
-class DenseMLP(nn.Module):
-    """The gated MLP of a layer without experts."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        """Return down(silu(gate(x)) * up(x)), [B, T, D]."""
-        D = self.config.hidden_size
-        F = self.config.intermediate_size
-        init = nn.initializers.normal(self.config.initializer_range)
-        gate_DF = self.param("gate", init, (D, F)).astype(x_BTD.dtype)
-        up_DF = self.param("up", init, (D, F)).astype(x_BTD.dtype)
-        down_FD = self.param("down", init, (F, D)).astype(x_BTD.dtype)
-        return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
 
 
 class Block(nn.Module):
@@ -204,7 +192,7 @@ class Block(nn.Module):
         normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
         if self.dense:
             ids_BTk = jnp.full((*x_BTD.shape[:2], config.experts_per_token), -1, jnp.int32)
-            out_BTD = DenseMLP(config, name="mlp")(normed_BTD)
+            out_BTD = MLP(config, name="mlp")(normed_BTD)
             return x_BTD + out_BTD, (new_pages, ids_BTk, LayerRouter.zeros(config.num_experts))
         moe = MoE(config, self.experts, self.exchange, name="moe")
         out_BTD, ids_BTk, router = moe(normed_BTD, places.segments_BT != 0, forced_BTk)
@@ -286,7 +274,12 @@ class Qwen3(nn.Module):
             length=self.config.num_layers,
         )
         layers = scanned_block(
-            self.config, self.experts, self.attention_form, self.exchange, name="layers"
+            self.config,
+            self.experts,
+            self.attention_form,
+            self.exchange,
+            self.config.is_dense,
+            name="layers",
         )
         return layers(x_BTD, places, None, forced_LBTk)
 
@@ -310,7 +303,7 @@ class Qwen3(nn.Module):
 
     def _layer_function(self, number: int) -> Any:
         """Return a function (params of the layer, *arguments of Block) -> Block's results."""
-        dense = number in self.config.dense_layers
+        dense = number in self.config.mlp_layers
         block = Block(
             self.config, self.experts, self.attention_form, self.exchange, dense, parent=None
         )
@@ -397,7 +390,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     """Return fresh float32 parameters, stacked over layers.
 
     Matrices are normal(initializer_range), norms 1, biases 0. Layers of two kinds are two stacks:
-    "moe" over the sparse layers, "mlp" over the dense ones; the rest is stacked over all.
+    "moe" over those with experts, "mlp" over the others; the rest is stacked over all.
     """
     one = jnp.ones((1, 1), jnp.int32)
     if not config.dense_layers:
@@ -410,7 +403,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     x_BTD = jnp.zeros((1, 1, config.hidden_size), config.dtype)
 
     def init_mlp(key: Array) -> Params:
-        return DenseMLP(config).init(key, x_BTD)["params"]
+        return MLP(config).init(key, x_BTD)["params"]
 
     keys = jax.random.split(jax.random.fold_in(key, 1), len(config.dense_layers))
     layers["mlp"] = jax.vmap(init_mlp)(keys)

@@ -231,16 +231,20 @@ def _targets(config: ModelConfig, length: int | None) -> dict[str, dict[str, int
     over_tensor = {
         f"the {config.num_heads} query heads": config.num_heads,
         f"the {config.num_kv_heads} key heads": config.num_kv_heads,
-        f"the expert hidden size {config.moe_intermediate_size}": config.moe_intermediate_size,
         f"the vocabulary of {config.vocab_size}": config.vocab_size,
     }
-    if config.dense_layers:
+    over_expert = {"the 1 that a model without experts needs": 1}
+    if not config.is_dense:
+        description = f"the expert hidden size {config.moe_intermediate_size}"
+        over_tensor[description] = config.moe_intermediate_size
+        over_expert = {f"the {config.num_experts} experts": config.num_experts}
+    if config.mlp_layers:
         description = f"the dense layers' hidden size {config.intermediate_size}"
         over_tensor[description] = config.intermediate_size
     over_sequence = {} if length is None else {f"the {length} tokens of a row": length}
     return {
         "fsdp": {f"the hidden size {config.hidden_size}": config.hidden_size},
-        "expert": {f"the {config.num_experts} experts": config.num_experts},
+        "expert": over_expert,
         "sequence": over_sequence,
         "tensor": over_tensor,
     }

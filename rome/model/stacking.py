@@ -1,7 +1,7 @@
 """Parameters with layers stacked on a leading axis, or as a tuple of layers; both ways.
 
-Layers of two kinds are two stacks: "moe" over the layers with experts, "mlp" over the dense ones;
-all other parameters are stacked over all layers.
+Layers of two kinds are two stacks: "moe" over the layers with experts, "mlp" over the others; all
+other parameters are stacked over all layers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def unstack_layers(params: Params, config: ModelConfig) -> Params:
     parts_of = {name: jax.tree.map(_split, stack) for name, stack in params["layers"].items()}
     layers = []
     for number in range(config.num_layers):
-        if number in config.dense_layers:
+        if number in config.mlp_layers:
             absent = "moe"
-            place_of = {"mlp": config.dense_layers.index(number)}
+            place_of = {"mlp": config.mlp_layers.index(number)}
         else:
             absent = "mlp"
             place_of = {"moe": config.sparse_layers.index(number)}

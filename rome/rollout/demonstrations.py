@@ -9,6 +9,7 @@ how to solve the tasks that no sampled episode of a step solved: the imitation t
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import pathlib
 import random
@@ -19,6 +20,7 @@ from envs.gem.core import Env
 from envs.gem.episode import DemonstrationEpisode, EnvironmentFault, play_demonstration
 from envs.rock import SandboxError
 from rome.agent.loop import told_tools
+from rome.agent.messages import read_answer
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.files import to_thread_until_done
 from rome.model.tokenizer import Chat
@@ -182,13 +184,14 @@ async def demonstrate(
     chunks = []
     prompt_ids = chat.open(played.instruction)
     for turn in played.turns:
-        action_ids = chat.turn(turn.text)
+        text = in_own_form(turn.text, chat)
+        action_ids = chat.turn(text)
         chunks.append(
             Chunk(
                 prompt_ids,
                 action_ids,
                 logprobs=[0.0] * len(action_ids),
-                text=turn.text,
+                text=text,
                 observation=turn.observation,
                 status=turn.status,
                 exit_code=turn.exit_code,
@@ -205,6 +208,19 @@ async def demonstrate(
         ending=played.ending,
         instruction=played.instruction,
     )
+
+
+def in_own_form(text: str, chat: Chat) -> str:
+    """Return a demonstrator's turn with its calls in the form that the model was trained on.
+
+    Demonstrators write Qwen3's JSON form. A turn whose call is malformed, on purpose, stays as it
+    is.
+    """
+    answer, is_malformed = read_answer(text, 0)
+    calls = [(call.name, json.loads(call.arguments)) for call in answer.tool_calls]
+    if is_malformed or not calls or chat.say("", calls) in text:
+        return text
+    return chat.say(answer.content, calls)
 
 
 def _raise_failed(played: DemonstrationEpisode) -> None:

@@ -106,6 +106,8 @@ class Scheduler:
         future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():  # the caller has left
+                return
             try:
                 if self.failure is not None:
                     raise RuntimeError(self.failure)

@@ -11,6 +11,7 @@ others learn its results by `Team.share`, and read the trajectories of a step fr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -19,28 +20,34 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 
 from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
-from rome.files import find_shipped, read_json, sync, write_atomically
-from rome.losses import count_denominators, find_loss
-from rome.model.config import PRESETS, ModelConfig
+from rome.files import read_json, sync, write_atomically
+from rome.losses import Denominators, count_denominators, find_loss
+from rome.model.config import ModelConfig
+from rome.model.hf import peft
 from rome.model.hf.checkpoint import save_hf
 from rome.model.hf.companions import copy_companions
+from rome.model.hf.digest import params_digest
+from rome.model.hf.peft import save_peft
 from rome.model.ops.kernels import Kernels
 from rome.model.precision import use_full_precision
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
-from rome.stages.config import loss_config, profiled_steps, updates_of_step
 from rome.stages.own_code import own_loss
+from rome.stages.settings import lora_of, loss_config, profiled_steps, updates_of_step
+from rome.stages.stream import BatchStream
 from rome.stages.tasks import tasks_of
-from rome.stages.weights import load_start, model_to_start, run_settings
-from rome.train.checkpoint import Checkpoints
+from rome.stages.weights import check_start, from_document, load_start, model_of, to_document
+from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.display import Display
 from rome.train.distributed import check_mesh_spans
+from rome.train.feed import OwnRows
 from rome.train.loop import Minibatch, Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.profile import Profile
@@ -56,7 +63,7 @@ from rome.train.speed import Work
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
-from rome.train.workdir import MODEL, mark_complete, read_changes
+from rome.train.workdir import MODEL, mark_complete, read_changes, tokenizer_directory
 from rome.version import describe
 
 
@@ -101,7 +108,8 @@ class TrainingStage:
         self.workdir = context.workdir
         self.team = context.team
         self.display = context.display
-        self.tokenizer = Tokenizer.load(self.config.tokenizer)
+        self._tokenizer_folder = tokenizer_directory(self.config, self.workdir)
+        self.tokenizer = Tokenizer.load(self._tokenizer_folder)
         self.model_config = self._open_model(context.start)
         use_full_precision(self.model_config.dtype)
         self.learner = make_learner(self.config, self.model_config)
@@ -111,6 +119,7 @@ class TrainingStage:
         self._earlier_evals = context.earlier_evals
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of the run, before it was resumed
+        self._base: dict[str, str] | None = None  # of the adapters, where these are trained
         self.checkpoints: Checkpoints  # opened by `train`
         (self.workdir / "trajectories").mkdir(parents=True, exist_ok=True)
 
@@ -226,6 +235,9 @@ class TrainingStage:
         )
 
     def _initial_state(self) -> TrainState:
+        if self.learner.lora is not None:
+            self._freeze_base()
+            return self.learner.start_adapters(self.config.seed)
         if self._start is None:
             return self.learner.init(self.config.seed)
         params = load_start(
@@ -233,33 +245,73 @@ class TrainingStage:
         )
         return self.learner.start(params)
 
+    def _freeze_base(self) -> dict[str, str]:
+        """Give the learner the weights that its adapters are added to; return what they are."""
+        learner = self.learner
+        if self._start is None:
+            params = learner.random_params(self.config.seed)
+        else:
+            dtype = jnp.dtype(self.model_config.dtype)
+            params = load_start(
+                self._start, self.model_config, learner.mesh, self.team.wants_to_stop, dtype
+            )
+        learner.freeze(params)
+        digest = params_digest(learner.base, self.model_config)
+        self._base = {
+            "from": str(self._start or ""),
+            "digest": digest,
+            "dtype": self.model_config.dtype,
+        }
+        return self._base
+
     def _open_model(self, start: pathlib.Path | None) -> ModelConfig:
         """Return the model that the workdir has, or at the first start that of `start`.
 
         WORKDIR/model.json keeps it, in the form of a Hugging Face config.json: a resumed run and
         launch.convert need no `start`.
         """
-        preset = model_of(self.config)
         path = self.workdir / MODEL
 
         def find() -> dict[str, Any]:
             if path.exists():
                 return read_json(path, "Bring it back from a copy, or give another --workdir.")
-            model = preset if start is None else model_to_start(start, preset)
-            document = with_tokenizer(model, self.config, self.tokenizer).to_hf()
+            model = model_of(self.config, start)
+            if start is not None:
+                check_start(start)
+            document = to_document(with_tokenizer(model, self._tokenizer_folder, self.tokenizer))
             write_atomically(path, json.dumps(document, indent=1) + "\n")
             return document
 
         document = self.team.share("model", find)
-        return ModelConfig.from_hf(document, **run_settings(preset))
+        return from_document(document, self.config)
 
     def data_of_rows(self, step: int, rows: Batch) -> StepData:
-        """Return the data of a step that trains on these packed rows, the same in every process."""
-        self.team.require_same_rows(step, rows)
+        """Return the data of a step that trains on these packed rows.
+
+        Each process has filled its own rows (`own_rows`); counts are of all of them.
+        """
+        counted = rows.map(lambda field: field[self.own_rows.counted])
+        own = [*count_denominators([counted]), *self.learner.count_work([counted])]
+        total = self.team.total(f"counts of step {step}", own)
+        denominators = Denominators(*total[: len(Denominators._fields)])
+        work = Work(*map(int, total[len(denominators) :]))
         batches = microbatches(rows, self.config.rows_per_microbatch)
-        tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
-        minibatch = Minibatch(batches, count_denominators(batches))
-        return StepData([minibatch], {"tokens": tokens})
+        return StepData([Minibatch(batches, denominators, work)], {"tokens": work.tokens})
+
+    @functools.cached_property
+    def own_rows(self) -> OwnRows:
+        """The rows of a step that this process reads, of a stage with `config.rows`."""
+        return self.learner.own_rows(self.config.rows, self.config.rows_per_microbatch)
+
+    def stream_position(self, step: int, stream: BatchStream) -> dict[str, Any] | None:
+        """Return the position of a stream of batches, of all processes together.
+
+        It is None at the beginning, and in processes that do not lead.
+        """
+        positions = self.team.gather(f"position at {step}", stream.position(step))
+        if positions is None or None in positions:
+            return None
+        return {row: state for position in positions for row, state in position.items()}
 
     def measure_speed(self, work: Work, seconds: float) -> dict[str, float]:
         """Return metrics of the learner's speed in a step's updates.
@@ -281,6 +333,9 @@ class TrainingStage:
 
     def _restore(self, step: int) -> TrainState:
         state, host = self.checkpoints.restore(self.learner.state, step)
+        if self.learner.lora is not None:
+            base = self._freeze_base()
+            check_base(host["base"], base, self.checkpoints.directory / str(step))
         self._seconds_before = host["seconds"]
         self.load_host_state(step, host)
         self.evals = self._kept_evaluations(step)
@@ -288,7 +343,14 @@ class TrainingStage:
         return state
 
     def _host_state(self, step: int) -> dict[str, Any]:
-        every_kind = {"seconds": self.seconds(), "stream": None, "text": None, "rollouts": None}
+        every_kind = {
+            "seconds": self.seconds(),
+            "base": self._base,
+            "stream": None,
+            "text": None,
+            "records": None,
+            "rollouts": None,
+        }
         return every_kind | self.host_state(step)
 
     # -- evaluations
@@ -373,10 +435,15 @@ class TrainingStage:
         """
         final = self.workdir / "final"
         partial = self.workdir / "final.tmp"
-        save_hf(state.params, self.model_config, partial)
+        params, adapters = self.learner.to_publish(state.params)
+        # With adapters: the weights that were trained with and evaluated, which are rounded.
+        dtype = jnp.float32 if adapters is None else jnp.dtype(self.model_config.dtype)
+        save_hf(params, self.model_config, partial, dtype, adapters=adapters)
 
         def finish() -> None:
-            copied = copy_companions(partial, find_shipped(self.config.tokenizer), self._start)
+            if adapters is not None:
+                save_peft(adapters, str(self._start or ""), partial / peft.DIRECTORY)
+            copied = copy_companions(partial, self._tokenizer_folder, self._start)
             if "tokenizer.json" not in copied:  # other programs read no qwen.tiktoken
                 self.tokenizer.save(partial)
             shutil.rmtree(final, ignore_errors=True)
@@ -387,19 +454,22 @@ class TrainingStage:
         self.team.share("final", finish)
 
 
-def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-    """Return the config's model preset with the settings of its learner."""
-    learner = config.learner
-    return dataclasses.replace(
-        PRESETS[config.model],
-        remat=learner.remat,
-        capacity_factor=learner.capacity_factor,
-        router_z_loss_coef=learner.router_z_loss_coef,
-    )
+def check_base(noted: dict[str, str], found: dict[str, str], path: pathlib.Path) -> None:
+    """Check that adapters of a checkpoint go on with the base that they were trained on.
+
+    Raises:
+      CheckpointError: it is another one.
+    """
+    if noted["digest"] != found["digest"]:
+        raise CheckpointError(
+            f"checkpoint {path} holds adapters of {noted['from'] or 'random weights'} with digest"
+            f" {noted['digest']}, and what is there now has {found['digest']}. Bring the base back,"
+            " or give another --workdir."
+        )
 
 
 def with_tokenizer(
-    model_config: ModelConfig, config: ml_collections.ConfigDict, tokenizer: Tokenizer
+    model_config: ModelConfig, folder: pathlib.Path, tokenizer: Tokenizer
 ) -> ModelConfig:
     """Return the model config with the end and padding tokens of the tokenizer.
 
@@ -408,8 +478,8 @@ def with_tokenizer(
     """
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
-            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model}"
-            f" a vocabulary of {model_config.vocab_size}. Choose ones that fit."
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, and the model a"
+            f" vocabulary of {model_config.vocab_size}. Set --config.tokenizer to the model's own."
         )
     return dataclasses.replace(
         model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
@@ -441,6 +511,7 @@ def make_learner(
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
+    lora = lora_of(config, model_config)
     kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
     return Learner(
         model_config,
@@ -452,4 +523,5 @@ def make_learner(
         kernels,
         config.learner.offload_moments,
         config.skip_nonfinite_updates,
+        lora,
     )

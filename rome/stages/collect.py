@@ -37,16 +37,19 @@ from rome.rollout.outcomes import chosen_episodes, mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode
 from rome.rollout.rules import Rules
 from rome.rollout.scheduler import RolloutScheduler
-from rome.stages.config import imitation_weight
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.own_code import own_advantage, own_filter, own_reward
 from rome.stages.players import Players, wait_until_visible
 from rome.stages.prune import Pruner, sources_of
+from rome.stages.settings import imitation_weight
 from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
+from rome.train.feed import OwnRows
 from rome.train.loop import Minibatch, StepData
+from rome.train.replay import count_replayed
+from rome.train.speed import count_work
 from rome.train.state import TrainState
 from rome.train.team import Team
 
@@ -66,6 +69,7 @@ class Collector:
       players: play the episodes and the demonstrations.
       old_logprobs: scores pi_old.
       model_config: of the model that is trained.
+      own_rows: of a micro-batch, in this process.
       team: the processes of this job.
     """
 
@@ -77,6 +81,7 @@ class Collector:
         players: Players,
         old_logprobs: OldLogprobs,
         model_config: ModelConfig,
+        own_rows: OwnRows,
         team: Team,
     ) -> None:
         self.config = config
@@ -90,6 +95,8 @@ class Collector:
         self._players = players
         self._old_logprobs = old_logprobs
         self._model_config = model_config
+        self._own_rows = own_rows
+        self._with_routes: dict[int, pathlib.Path] = {}  # files of the step's trajectories, by id
         self._team = team
         # The step that was collected last and the state before it: a step that fails between
         # collecting and training is repeated from there.
@@ -162,7 +169,10 @@ class Collector:
         paths = [self.files / name for name in (*shared["kept"], *shared["shown"])]
         wait_until_visible(self._team, f"files of step {step}", paths)
         if trajectories is None:
-            trajectories = [load_trajectory(path) for path in paths]
+            trajectories = [load_trajectory(path, routes=False) for path in paths]
+            self._with_routes = {
+                id(one): path for one, path in zip(trajectories, paths, strict=True)
+            }
         parts = [self._pack(step, part) for part in split_groups(trajectories, config.minibatches)]
         unscored = [batch for part in parts for batch in part]
         scored, lost_versions = self._old_logprobs.fill(unscored, state)
@@ -177,7 +187,7 @@ class Collector:
         for part in parts:
             filled = list(itertools.islice(batches, len(part)))
             if filled:
-                minibatches.append(Minibatch(filled, count_denominators(filled)))
+                minibatches.append(self._minibatch(step, filled))
         return StepData(minibatches, shared["metrics"])
 
     def _pack(self, step: int, trajectories: list[Trajectory]) -> list[Batch]:
@@ -196,9 +206,29 @@ class Collector:
             negative_weight=config.negative_weight,
             negative_tokens=config.negative_tokens,
             edge_credit=parse_credit(config.edge_credit),
+            is_own_row=lambda row: row % config.rows_per_microbatch in self._own_rows.fed,
+            load_routes=self._load_routes,
         )
         self._team.require_same_rows(step, rows)
         return microbatches(rows, config.rows_per_microbatch)
+
+    def _load_routes(self, trajectory: Trajectory) -> Trajectory:
+        """Return a trajectory with its routes, which only the leader has in memory."""
+        path = self._with_routes.get(id(trajectory))
+        return trajectory if path is None else load_trajectory(path)
+
+    def _minibatch(self, step: int, batches: list[Batch]) -> Minibatch:
+        """Return the data of an update, with counts of the rows of all processes."""
+        denominators = count_denominators(batches)
+        if self.config.routing_replay != "rollout":
+            return Minibatch(batches, denominators)
+        replayed = 0
+        for batch in batches:
+            assert batch.routes_BTLk is not None, "rollout routes are packed"
+            own = batch._replace(routes_BTLk=batch.routes_BTLk[self._own_rows.counted])
+            replayed += count_replayed(own, self._model_config)
+        (total,) = self._team.total(f"replayed routes of step {step}", [replayed])
+        return Minibatch(batches, denominators, count_work(batches)._replace(replayed=int(total)))
 
     def prune(self, step: int, oldest_checkpoint: int) -> None:
         """Delete what neither training nor a run resumed from any checkpoint reads again.

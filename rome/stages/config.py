@@ -9,32 +9,38 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import ml_collections
 
-from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
-from rome.agent.command import CommandAgent, CommandError
-from rome.agent.proxy import Budget
+from rome.data.mixture import parse_mixture
 from rome.data.tree import parse_credit
 from rome.engine.client import PauseMode
-from rome.losses import PUBLISHED, LossConfig, find_loss, unbounded_weight
-from rome.model.config import PRESETS, REMATS
+from rome.losses import PUBLISHED, find_loss, unbounded_weight
+from rome.model.config import DTYPES, REMATS
 from rome.model.ops.kernels import KNOWN, Kernels
 from rome.rollout.anchors import Resampling
 from rome.rollout.rules import StaleSamples
 from rome.stages.own_code import compares_episodes
 from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
+from rome.stages.settings import (
+    command_agent,
+    imitation_weight,
+    lora_of,
+    loss_config,
+    profiled_steps,
+    sandbox_config,
+    split_urls,
+)
 from rome.stages.tasks import check_tasks
+from rome.stages.weights import model_of
 from rome.train.devices import EngineDevice
-from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
+from rome.train.workdir import RANDOM, ConfigError, KeyClass, KeyRules, flatten, model_directory
 
 CHOICES: Mapping[str, Sequence[str]] = {
-    "model": tuple(PRESETS),
     "mismatch_mask": ("chunk", "token"),
     "norm": ("tokens", "chunks", "trajectories"),
     "gigpo_state": ("history", "observation"),
@@ -47,6 +53,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.isolation": ("required", "best_available"),
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
+    "learner.dtype": ("", *DTYPES),
     # Known before an earlier stage is run, whose own config has other kernels.
     **{f"learner.{kind}": names for kind, names in zip(Kernels._fields, KNOWN, strict=True)},
 }
@@ -91,6 +98,7 @@ MAY_BE_ZERO = {
     "warmup_updates",
     "weight_decay",
     "eval_every",
+    "eval_tasks",
     "keep_trajectories",
     "demonstration_error_rate",
     "max_turns",
@@ -104,8 +112,11 @@ MAY_BE_ZERO = {
     "denial_penalty",
     "temperature",
     "eval_temperature",
+    "lora.rank",
     "learner.capacity_factor",
     "learner.router_z_loss_coef",
+    "learner.router_aux_loss_coef",
+    "learner.yarn_factor",
     "rollout.async_ratio",
     "rollout.redundancy",
     "rollout.lend_engines",
@@ -114,6 +125,7 @@ MAY_BE_ZERO = {
 MAY_BE_NEGATIVE = {"failure_reward"}
 MAY_BE_MINUS_ONE = {
     "lambda_il",
+    "learner.router_aux_loss_coef",
     *(f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")),
 }
 
@@ -126,7 +138,6 @@ INHERITED = (
     *("task", "eval_task", "tell_tools", "max_turns", "max_context", "max_new_tokens"),
     *("row_length", "chunks_per_row"),
 )
-TOKEN = "ROCK_TOKEN"  # environment variable with the token of a ROCK admin
 
 
 def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -149,12 +160,18 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     schema = schema_of(config)
     _check_block(with_own_defaults(config.to_dict(), schema), schema, "")
     profiled_steps(config)
+    _check_model(config)
     kind = kind_of(config.loss)
     if kind != "rl":
         _check_rows(config)
     if kind == "cpt":
         _check_cpt(config)
         return
+    if not config.eval_tasks and not config.get("trajectories"):
+        raise ConfigError(
+            "eval_tasks=0 plays no task, which only SFT on `trajectories` can do without. Set"
+            " eval_tasks to 1 or more."
+        )
     _check_episodes(config)
     if kind == "sft":
         _check_sft(config)
@@ -173,135 +190,6 @@ def key_class(name: str) -> KeyClass:
 def key_rules(config: ml_collections.ConfigDict) -> KeyRules:
     """Return the classes and defaults of the keys of a config."""
     return KeyRules(key_class, flatten(dict(schema_of(config))))
-
-
-def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
-    """Return the sandbox of an episode.
-
-    The token of a ROCK admin is read from the environment, so that no file of a run holds it.
-
-    Raises:
-      ValueError: for options that contradict each other, or a missing token.
-    """
-    sandbox = config.sandbox
-    tools = pathlib.Path(sandbox.verifier_tools).expanduser()
-    token = os.environ.get(TOKEN, "") if sandbox.backend == "remote" else ""
-    if sandbox.backend == "remote" and not token:
-        raise ValueError(
-            f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
-        )
-    optional: dict[str, Any] = {}
-    if sandbox.disk_mb:
-        optional["disk_mb"] = sandbox.disk_mb
-    if sandbox.verifier_tools and tools.is_dir():
-        optional["verifier_tools"] = str(tools)
-    return SandboxConfig(
-        backend=sandbox.backend,
-        image=sandbox.image or None,
-        url=sandbox.url,
-        token=token,
-        isolation=sandbox.isolation,
-        memory_mb=sandbox.memory_mb,
-        pids=sandbox.pids,
-        egress=tuple(sandbox.egress.split()),
-        **optional,
-    )
-
-
-def command_agent(config: ml_collections.ConfigDict) -> CommandAgent | None:
-    """Return the command that plays the policy's episodes; None where the loop does.
-
-    Raises:
-      ConfigError: config.agent is unknown, or its command or files cannot be used.
-    """
-    agent = config.get("agent", "plain")  # sft and cpt have none
-    if agent == "plain":
-        return None
-    kind, colon, command = agent.partition(":")
-    if kind != "command" or not colon:
-        raise ConfigError(
-            f"agent={agent!r} is unknown. Choose plain, or command:COMMAND, which runs in the"
-            " sandbox of each task."
-        )
-    if config.rollout.resampling != "off":
-        raise ConfigError(
-            f"rollout.resampling={config.rollout.resampling} repeats the turns of an episode, and"
-            " what a command does between them is not known. Set it to off, or agent=plain."
-        )
-    try:
-        budget = Budget(calls=config.chunks_per_row)  # no trajectory is cut
-        return CommandAgent(command, config.agent_files, config.agent_idle_seconds, budget)
-    except CommandError as error:
-        raise ConfigError(str(error)) from error
-
-
-def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
-    """Return the switches of the config's loss; 0 is replaced by the value of the loss' paper."""
-    spec = find_loss(config.loss)
-    if spec.likelihood:
-        return LossConfig()
-    switches = {name: config[name] or published for name, published in spec.published.items()}
-    return LossConfig(
-        norm=config.norm,
-        mismatch_mask=config.mismatch_mask,
-        lambda_rl=config.lambda_rl,
-        lambda_il=imitation_weight(config),
-        token_constant=config.max_context,
-        **switches,
-    )
-
-
-def updates_of_step(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """Return the minibatches and the epochs of a step; SFT and CPT make one update of each step."""
-    if kind_of(config.loss) != "rl":
-        return 1, 1
-    return config.minibatches, config.epochs
-
-
-def passes_of_step(config: ml_collections.ConfigDict, *, balances_experts: bool) -> dict[str, int]:
-    """Return how often a step runs the learner's programs over each micro-batch.
-
-    Args:
-      config: of an experiment. Its micro-batches are taken to be of one version each, and several
-        for each update.
-      balances_experts: whether the loss has a balance term, which needs the step's counts.
-
-    Returns:
-      "score": forward passes, for pi_old or to count the choices of experts; "accumulate": forward
-      and backward.
-    """
-    _, epochs = updates_of_step(config)
-    scores = config.get("logp_old_from") == "trainer"  # and counts in the same pass
-    counts = 0 if scores or not balances_experts else epochs
-    return {"score": int(scores) + counts, "accumulate": epochs}
-
-
-def profiled_steps(config: ml_collections.ConfigDict) -> tuple[int, int] | None:
-    """Return the first and the last step that are profiled; None: none are.
-
-    Raises:
-      ConfigError: where profile_steps is not understood.
-    """
-    text = config.profile_steps
-    if not text:
-        return None
-    first, colon, last = text.partition(":")
-    if colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
-        return int(first), int(last)
-    raise ConfigError(
-        f"profile_steps={text!r} is no range of steps. Give the first and the last one, counted"
-        " from 1, as in 3:5, or nothing."
-    )
-
-
-def imitation_weight(config: ml_collections.ConfigDict) -> float:
-    """Return lambda_il of a policy loss; -1 is replaced by the value of the loss' paper."""
-    return find_loss(config.loss).lambda_il if config.lambda_il == -1 else config.lambda_il
-
-
-def split_urls(text: str) -> list[str]:
-    """Return the URLs of a comma-separated list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 # -- keys, types and ranges
@@ -364,6 +252,22 @@ def _check_value(name: str, value: Any) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
+def _check_model(config: ml_collections.ConfigDict) -> None:
+    """Check that a model's directory is there and is not one of two, and that adapters fit it."""
+    directory = model_directory(config)
+    init_from = config.init_from
+    if config.lora.rank:
+        start = pathlib.Path(init_from) if init_from and pathlib.Path(init_from).is_dir() else None
+        lora_of(config, model_of(config, start))
+    if directory is None or init_from in ("", RANDOM) or init_from.endswith(".py"):
+        return
+    if pathlib.Path(init_from).resolve() != directory.resolve():
+        raise ConfigError(
+            f"init_from={init_from!r} and model={config.model!r} are two directories, and one has"
+            " the weights and their model. Set --config.model alone."
+        )
+
+
 def _check_rows(config: ml_collections.ConfigDict) -> None:
     if config.rows % config.rows_per_microbatch:
         raise ConfigError(
@@ -386,8 +290,20 @@ def _check_cpt(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_sft(config: ml_collections.ConfigDict) -> None:
+    if config.trajectories:
+        try:
+            parse_mixture(config.trajectories)
+        except ValueError as error:
+            raise ConfigError(f"config.trajectories: {error}") from None
+    if config.held_out_share >= 1:
+        raise ConfigError(f"held_out_share={config.held_out_share} must be below 1. Lower it.")
     if not config.until_success:
         return
+    if not config.eval_tasks:
+        raise ConfigError(
+            f"until_success={config.until_success} ends the stage by tasks that are solved, and"
+            " eval_tasks=0 plays none. Set until_success to 0."
+        )
     if config.until_success > 1 or not config.eval_every or config.decay:
         raise ConfigError(
             f"until_success={config.until_success} ends the stage at an evaluation, at a step that"

@@ -46,7 +46,10 @@ class CPTStage(TrainingStage):
         self.team.share(f"evaluation at {step}", lambda: self.write_outcomes(step, outcomes))
 
     def host_state(self, step: int) -> dict[str, Any]:
-        return {"stream": self._stream.position(step), "text": self.corpus.digest}
+        return {
+            "stream": self.stream_position(step, self._stream),
+            "text": self.corpus.digest,
+        }
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
         if host.get("text") != self.corpus.digest:  # a position in another text means nothing
@@ -59,15 +62,15 @@ class CPTStage(TrainingStage):
 
     def _open_batches(self) -> Any:
         """Return an endless stream of batches of the training documents."""
-        batches = text_batches(
+        return text_batches(
             self.corpus.training,
             self.tokenizer,
             rows=self.config.rows,
             row_length=self.config.row_length,
             chunks_per_row=self.config.chunks_per_row,
             seed=self.config.seed,
+            own=self.own_rows.fed,
         )
-        return iter(batches)
 
 
 def open_corpus(

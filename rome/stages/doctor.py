@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from envs.gem.episode import play_demonstration
+from envs.gem.episode import EnvironmentFault, play_demonstration
 from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
 from envs.rock.config import TIERS
 from envs.rock.docker.probe import probe_docker
@@ -209,7 +209,7 @@ def check_episode() -> Finding:
     playing = play_demonstration(env, random.Random(0), 0.0)
     try:
         played = asyncio.run(asyncio.wait_for(playing, SECONDS))
-    except (TimeoutError, SandboxError, OSError) as error:
+    except (TimeoutError, SandboxError, EnvironmentFault, OSError) as error:
         says = str(error) or f"it did not end within {SECONDS:.0f} s"
         return Finding(what, False, says, ASK_DOCTOR)
     says = f"the demonstration of {played.task} ended as {played.ending}"

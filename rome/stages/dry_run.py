@@ -23,8 +23,8 @@ from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.losses import Loss, LossConfig, count_denominators
 from rome.own_code import OwnCodeError, describe, is_own
-from rome.stages.config import loss_config
 from rome.stages.own_code import own_advantage, own_filter, own_loss, own_reward, refusal
+from rome.stages.settings import loss_config
 from rome.train.sums import is_maximum
 from rome.train.workdir import ConfigError
 

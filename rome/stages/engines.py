@@ -1,4 +1,8 @@
-"""The inference engines of one stage: start them, publish weights to them, lend their devices."""
+"""The inference engines of one stage: start them, publish weights to them, divide their devices.
+
+Engines are servers named by URL, processes that are started here, or one thread of this process
+(config.engine.device=inside). What samples knows no difference: all are engines of one pool.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,11 @@ import jax
 import ml_collections
 
 from envs.rock.sync import loop
-from rome.engine.client import Engine
+from rome.engine.client import MEMORY_TAGS, Engine
 from rome.engine.connection import UPDATE_SECONDS
+from rome.engine.errors import EngineError
+from rome.engine.handover import Handover, hand_over
+from rome.engine.inside import InsideEngine
 from rome.engine.mirror import MirrorClient
 from rome.engine.pool import EnginePool
 from rome.engine.process import ServerProcess, start_server
@@ -29,13 +36,15 @@ from rome.engine.supervise import supervise
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.tokenizer import Chat
-from rome.stages.config import split_urls
+from rome.serve.programs import Shapes
+from rome.stages.settings import split_urls
 from rome.stages.waiting import wait_for_engines
 from rome.train.devices import Division, engines_division
 from rome.train.display import Display
 from rome.train.state import TrainState
 from rome.train.step import Learner
 from rome.train.team import Team
+from rome.train.workdir import ConfigError
 
 # Any text will do whose tokens cannot be guessed: the probe's logprobs must depend on the weights.
 PROBE = "Read the note: " + " ".join(str(number**2 % 1009) for number in range(200))
@@ -61,6 +70,9 @@ class Engines:
       chat: renders the probe.
       team: the processes of this job.
       display: shows that engines are started.
+
+    Raises:
+      ConfigError: the engines cannot run where the config says.
     """
 
     def __init__(
@@ -86,6 +98,9 @@ class Engines:
         self._pool: EnginePool | None = None
         self._supervisor: concurrent.futures.Future[Any] | None = None
         self._metrics: dict[str, float] = {}  # of the last publication
+        self._inside: InsideEngine | None = None
+        self._has_room = False  # whether the learner has the device of the engine inside
+        self._division = self._divide()
 
     @property
     def pool(self) -> EnginePool:
@@ -100,10 +115,14 @@ class Engines:
 
     def start(self, state: TrainState) -> None:
         """Connect to the engines of the config, or start embedded ones with these weights."""
+        if self._division.is_inside:
+            self._start_inside(state)
+            return
         urls = split_urls(self.config.engine.urls)
         if not urls:
             start = self.weights / "start"
-            save_hf(state.params, self._model_config, start)
+            params, adapters = self._learner.to_publish(state.params)
+            save_hf(params, self._model_config, start, adapters=adapters)
             if self._team.leads:
                 urls = self._start_embedded(start)
         if self._team.leads:
@@ -124,19 +143,13 @@ class Engines:
           seconds_transfer and bytes_transfer.
         """
         version = int(state.step)
-        if version == self.published:
+        if version == self.published and not self._has_room:
             return self._metrics
         ids = self._chat.open(PROBE)[: min(PROBE_TOKENS, self.config.max_context - 1)]
         expected = self._learner.score_one(state.params, ids)
         uses_mirrors = bool(self.config.engine.mirrors)
-        path = write_checkpoint(
-            state.params,
-            self._model_config,
-            self.weights,
-            version,
-            set(keep),
-            delta=uses_mirrors,
-        )
+        is_inside = self._division.is_inside
+        source = self._hand_over(state) if is_inside else self._write(state, keep)
 
         def send() -> dict[str, float]:
             should_stop = self._team.wants_to_stop
@@ -144,7 +157,7 @@ class Engines:
                 self.pool.take_back(), PUBLISH_SECONDS, "the end of lending", should_stop
             )
             publication = publish_weights(
-                path,
+                source,
                 version,
                 self.pool,
                 probe_ids=ids,
@@ -165,8 +178,26 @@ class Engines:
             return metrics
 
         self._metrics = self._team.share(f"weights {version}", send)
+        if is_inside and keep:  # a resumed run scores samples of these versions
+            self._write(state, keep)
         self.published = version
+        self._has_room = False
         return self._metrics
+
+    def make_room(self) -> None:
+        """Give the learner the device for an update, where the engine is inside the trainer.
+
+        `publish` ends it. Its requests wait until then.
+        """
+        if not self._division.is_inside or self._has_room:
+            return
+        engine = self.config.engine
+        freeing = self.pool.suspend(engine.pause, () if engine.keep_memory else MEMORY_TAGS)
+        what = "the pause of the engine"
+        wait_for_engines(freeing, PUBLISH_SECONDS, what, self._team.wants_to_stop)
+        if not self.pool.engines_in("updating"):
+            raise EngineError("; ".join(self.pool.causes.values()))
+        self._has_room = True
 
     def lend(self, count: int) -> None:
         """Give the devices of `count` engines to the learner; `publish` takes them back."""
@@ -180,6 +211,8 @@ class Engines:
         with contextlib.ExitStack() as ends:  # the last one entered ends first
             for server in self.servers:
                 ends.callback(server.stop)
+            if self._inside is not None:
+                ends.callback(self._inside.stop)
             if self._pool is not None:
                 closing = self._pool.close()
                 ends.callback(wait_for_engines, closing, CLOSE_SECONDS, "closing connections")
@@ -188,12 +221,49 @@ class Engines:
 
     def _tolerance(self) -> float:
         """Return the tolerance of a proof; the platform of engines elsewhere is not known."""
-        is_same = self.servers and self._division().engine_platform == jax.default_backend()
+        is_ours = self.servers or self._division.is_inside
+        is_same = is_ours and self._division.engine_platform == jax.default_backend()
         table = PROBE_TOLERANCE if is_same else PROBE_TOLERANCE_ACROSS
         return table[self._model_config.dtype]
 
-    def _division(self) -> Division:
-        return engines_division(jax.default_backend(), self.config.engine.count)
+    def _divide(self) -> Division:
+        engine = self.config.engine
+        count = 0 if split_urls(engine.urls) else engine.count
+        is_alone = self._team.count == 1
+        try:
+            division = engines_division(jax.default_backend(), engine.device, count, is_alone)
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from None
+        if division.is_inside:
+            check_inside(self.config)
+        return division
+
+    def _write(self, state: TrainState, keep: Collection[int]) -> pathlib.Path:
+        params, adapters = self._learner.to_publish(state.params)
+        return write_checkpoint(
+            params,
+            self._model_config,
+            self.weights,
+            int(state.step),
+            set(keep),
+            delta=bool(self.config.engine.mirrors),
+            adapters=adapters,
+        )
+
+    def _hand_over(self, state: TrainState) -> Handover:
+        device = self._learner.mesh.devices.flat[0]
+        return hand_over(self._learner.merged(state.params), self._model_config, device)
+
+    def _start_inside(self, state: TrainState) -> None:
+        """Start the engine as a thread of this process."""
+        self._display.note("starting the engine inside the trainer")
+        if self._division.trainer_platform != "cpu":
+            self._display.note(self._division.says)
+        engine = self.config.engine
+        shapes = Shapes(engine.slots, self.config.max_context, engine.cache_tokens)
+        self._inside = InsideEngine(self._hand_over(state), shapes)
+        self._inside.start(should_stop=self._team.wants_to_stop)
+        self._pool = EnginePool([self._inside])
 
     def _start_embedded(self, start: pathlib.Path) -> list[str]:
         """Start the embedded engines; return their URLs."""
@@ -201,7 +271,7 @@ class Engines:
         self._display.note(
             f"starting {count} embedded engines" if count > 1 else "starting the embedded engine"
         )
-        division = self._division()
+        division = self._division
         if division.trainer_platform != "cpu":
             self._display.note(division.says)
         flags = [
@@ -237,6 +307,27 @@ class Engines:
         restart = {server.url: server.restart for server in self.servers}
         self._pool = EnginePool(engines, restart=restart)
         self._supervisor = asyncio.run_coroutine_threadsafe(supervise(self._pool), loop())
+
+
+def check_inside(config: ml_collections.ConfigDict) -> None:
+    """Refuse what contradicts an engine inside the trainer.
+
+    Raises:
+      ConfigError: names the keys.
+    """
+    engine = config.engine
+    if engine.pause == "in_place" and not engine.keep_memory:
+        raise ConfigError(
+            "engine.pause=in_place freezes requests with their caches, and engine.keep_memory=False"
+            " frees these for the updates, where the engine is inside the trainer. Set"
+            " engine.keep_memory=True, or engine.pause=abort."
+        )
+    if "rollout" in config and config.rollout.lend_engines:
+        raise ConfigError(
+            f"rollout.lend_engines={config.rollout.lend_engines} lends devices of other processes,"
+            " and the engine is inside the trainer, which has its device at every update. Set it to"
+            " 0."
+        )
 
 
 def weights_directory(workdir: pathlib.Path) -> pathlib.Path:

@@ -15,13 +15,14 @@ from rome.engine.client import EngineError
 from rome.own_code import OwnCodeError
 from rome.rollout.player import RolloutError
 from rome.stages.base import StageContext, TrainingStage
-from rome.stages.config import check_config, init_config, key_rules, sandbox_config
+from rome.stages.config import check_config, init_config, key_rules
 from rome.stages.cpt import CPTStage
 from rome.stages.dry_run import try_own_code
 from rome.stages.isolation import find_isolation
 from rome.stages.own_code import own_code_digest
 from rome.stages.rl import RLStage
 from rome.stages.schema import fill_own_keys, kind_of
+from rome.stages.settings import sandbox_config
 from rome.stages.sft import SFTStage
 from rome.stopping import ShouldStop, Stopped
 from rome.train.alarms import TrainingAlarm
@@ -93,7 +94,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, team: Team) ->
 
 def isolation_of(config: ml_collections.ConfigDict, should_stop: ShouldStop) -> str:
     """Return the tier of the sandboxes of an experiment, "no sandbox" where it has none."""
-    if "sandbox" not in config:
+    if "sandbox" not in config or not config.eval_tasks:
         return "no sandbox"
     return find_isolation(sandbox_config(config), should_stop)
 
@@ -129,7 +130,7 @@ def _run_owned(
         return True
     if changed:
         _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
-    start = start_directory(config.init_from, workdir)
+    start = start_directory(config, workdir)
     earlier_evals: list[Evaluation] = []
     if start is not None and config.init_from.endswith(".py"):
         init_workdir = start.parent

@@ -128,7 +128,9 @@ class OldLogprobs:
         """Return the parameters of an earlier version, from memory or from the published files."""
         if version in self.past:
             return self._learner.recall(self.past[version])
-        return load_published(self._directory(version), self._model_config, self._learner.mesh)
+        learner = self._learner
+        directory = self._directory(version)
+        return load_published(directory, self._model_config, learner.mesh, learner.lora)
 
     def _directory(self, version: int) -> pathlib.Path:
         return self._weights / f"step_{version:06d}"

@@ -23,8 +23,8 @@ from rome.rollout.player import ATTEMPTS as EPISODE_ATTEMPTS
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.rollout.reward import REWARD_SECONDS, Reward
 from rome.rollout.spoiled import SpoiledTasks
-from rome.stages.config import command_agent, sandbox_config
 from rome.stages.engines import PUBLISH_SECONDS, Engines
+from rome.stages.settings import command_agent, sandbox_config
 from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.team import Team

@@ -13,12 +13,12 @@ from rome.model.tokenizer import Chat
 from rome.rollout.player import Accounting
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
-from rome.stages.config import command_agent, imitation_weight
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
 from rome.stages.limits import check_episode_limits
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players
+from rome.stages.settings import command_agent, imitation_weight
 from rome.train.alarms import check_metrics
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -33,6 +33,11 @@ class RLStage(TrainingStage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         config = self.config
+        if config.routing_replay != "off" and self.model_config.is_dense:
+            raise ConfigError(
+                f"routing_replay={config.routing_replay} replays the choice of experts, and this"
+                " model has none. Set --config.routing_replay=off."
+            )
         if command_agent(config) is not None and context.isolation == "landlock":
             raise ConfigError(
                 f"agent={config.agent!r} asks the policy at a door of its sandbox, and the landlock"
@@ -60,6 +65,7 @@ class RLStage(TrainingStage):
             players=self.players,
             old_logprobs=old_logprobs,
             model_config=self.model_config,
+            own_rows=self.learner.own_rows(config.rows_per_microbatch, config.rows_per_microbatch),
             team=self.team,
         )
         self._publication: dict[str, float] = {}  # metrics of the last one
@@ -90,6 +96,7 @@ class RLStage(TrainingStage):
     def before_update(self) -> None:
         if self.config.rollout.lend_engines:
             self.engines.lend(self.config.rollout.lend_engines)
+        self.engines.make_room()
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         check_metrics(step, metrics, self.config.alarm_kl)

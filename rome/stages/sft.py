@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: the start of reinforcement learning."""
+"""Supervised fine-tuning on demonstrations, or on trajectories that the config names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from envs.sources import TRAIN_SEEDS, Share
+from rome.data.formats.records import Library
 from rome.data.lines import count_tokens, fits_row
-from rome.data.sources import sft_batches
+from rome.data.sources import RandomAccess, endless_order, sft_batches
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.model.tokenizer import Chat
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.engines import Engines
 from rome.stages.evaluate import play_held_out
-from rome.stages.limits import check_episode_limits
+from rome.stages.limits import check_episode_limits, check_text_limits
 from rome.stages.players import Players, wait_until_visible
+from rome.stages.records import open_records, score_held_out_records
 from rome.stages.stream import BatchStream
 from rome.train.loop import StepData
 from rome.train.report import EvalResult, Evaluation
@@ -25,15 +27,24 @@ from rome.train.workdir import ConfigError
 
 
 class SFTStage(TrainingStage):
-    """A stage that learns the turns of demonstrators, and is evaluated as a policy.
+    """A stage that learns the turns of others, and is evaluated as a policy.
 
-    Demonstrations are played before the first step; those whose files are there are not repeated.
+    They are those of `config.trajectories`, or of scripted demonstrators. Demonstrations are played
+    before the first step; those whose files are there are not repeated.
+
+    Attributes:
+      library: the records of `config.trajectories`; None without.
+      plays: whether there are tasks to evaluate the policy on, and so engines and sandboxes.
     """
 
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
+        self.plays = self.config.eval_tasks > 0
         chat = Chat(self.tokenizer)
-        check_episode_limits(self.config, self.model_config, chat)
+        if self.plays:
+            check_episode_limits(self.config, self.model_config, chat)
+        else:
+            check_text_limits(self.config, self.model_config)
         self.engines = Engines(
             self.config,
             self.workdir,
@@ -45,28 +56,43 @@ class SFTStage(TrainingStage):
         )
         self._note_faults()
         self.players = Players(self.config, chat, self.engines, self.team)
+        self.library: Library | None = None
+        if self.config.trajectories:
+            self.library = open_records(
+                self.config, self.tokenizer, self.workdir, self.display, self.team
+            )
         self._stream = BatchStream(self._open_batches)
 
     def start(self, state: TrainState) -> None:
-        self.engines.start(state)
+        if self.plays:
+            self.engines.start(state)
 
     def collect(self, step: int, state: TrainState) -> StepData:
         return self.data_of_rows(step, self._stream.draw(step))
 
-    def write_evaluation(self, step: int, state: TrainState) -> None:
-        self.engines.publish(state)
+    def before_update(self) -> None:
+        self.engines.make_room()
 
-        def play() -> None:
-            outcomes = play_held_out(
-                self.players,
-                self.evaluation_folder(step),
-                seed=self.config.seed,
-                tasks_of_family=self.config.eval_tasks,
-                temperature=self.config.eval_temperature,
-            )
+    def write_evaluation(self, step: int, state: TrainState) -> None:
+        outcomes: dict[str, Any] = {}
+        if self.library is not None:
+            outcomes = score_held_out_records(self.learner, state, self.library, self.config)
+        if self.plays:
+            self.engines.publish(state)
+
+        def play_and_write() -> None:
+            if self.plays:
+                played = play_held_out(
+                    self.players,
+                    self.evaluation_folder(step),
+                    seed=self.config.seed,
+                    tasks_of_family=self.config.eval_tasks,
+                    temperature=self.config.eval_temperature,
+                )
+                outcomes.update(played)
             self.write_outcomes(step, outcomes)
 
-        self.team.share(f"evaluation at {step}", play)
+        self.team.share(f"evaluation at {step}", play_and_write)
 
     def should_end_early(self, result: Evaluation) -> bool:
         if not isinstance(result, EvalResult):
@@ -74,24 +100,36 @@ class SFTStage(TrainingStage):
         return 0 < self.config.until_success <= result.success
 
     def host_state(self, step: int) -> dict[str, Any]:
-        return {"stream": self._stream.position(step)}
+        return {
+            "stream": self.stream_position(step, self._stream),
+            "records": None if self.library is None else self.library.digest,
+        }
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
+        if self.library is not None and host["records"] != self.library.digest:
+            raise ConfigError(
+                f"the records of {self.config.trajectories} are not what the checkpoint of step"
+                f" {step} was trained on. Bring them back, or give another --workdir."
+            )
         self._stream.go_to(host["stream"])
 
     def close(self) -> None:
         self.engines.close()
 
     def _open_batches(self) -> Any:
-        """Return an endless stream of batches of the demonstrations."""
-        batches = sft_batches(
-            self._load_demonstrations(),
+        """Return an endless stream of batches of what is learned."""
+        parts: Sequence[tuple[RandomAccess[Trajectory], float]]
+        if self.library is None:
+            parts = [(self._load_demonstrations(), 1.0)]
+        else:
+            parts = self.library.training
+        return sft_batches(
+            endless_order(parts, self.config.seed),
             rows=self.config.rows,
             row_length=self.config.row_length,
             chunks_per_row=self.config.chunks_per_row,
-            seed=self.config.seed,
+            own=self.own_rows.fed,
         )
-        return iter(batches)
 
     def _load_demonstrations(self) -> list[Trajectory]:
         """Return the demonstrations; the leader plays those that are not in the workdir yet."""

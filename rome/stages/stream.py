@@ -11,10 +11,10 @@ from rome.data.batch import Batch
 class BatchStream:
     """Batches by step, with a position that belongs to a checkpoint.
 
-    Every process of a job has the same stream and draws all of it.
+    Every process of a job has a stream of its own rows, and they are drawn in step.
 
     Args:
-      open_batches: returns the grain iterator of all batches from the first one on. It is called
+      open_batches: returns the iterator of all batches from the first one on. It is called
         when the first batch is drawn, or a position is set.
     """
 

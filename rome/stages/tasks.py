@@ -112,15 +112,20 @@ def _check_split(key: str, spec: str, train: Source, evaluation: Source) -> None
 def check_tasks(config: ml_collections.ConfigDict) -> None:
     """Raise ConfigError for tasks that this config cannot train on, before anything is started."""
     tasks = tasks_of(config)
-    for task in tasks.examples():
+    try:
+        examples = list(tasks.examples())
+    except ValueError as error:  # settings that an environment refuses
+        raise ConfigError(f"config.task={config.task!r}: {error}") from error
+    for task in examples:
         if task.max_turns > config.chunks_per_row:
             raise ConfigError(
                 f"chunks_per_row={config.chunks_per_row} is less than the {task.max_turns} turns of"
                 f" {task.name}, and no trajectory is cut. Raise --config.chunks_per_row, or set"
                 " --config.max_turns."
             )
-    if config.loss == "sft" and not tasks.shown():
+    if config.loss == "sft" and not config.trajectories and not tasks.shown():
         raise ConfigError(
             f"config.task={config.task!r} has no demonstrators, whose turns loss=sft learns. Choose"
-            " a task that has some, or start reinforcement learning from --config.init_from=DIR."
+            " a task that has some, name your own --config.trajectories, or start reinforcement"
+            " learning from --config.init_from=DIR."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import shutil
@@ -29,18 +30,32 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from rome.files import find_shipped, sync
-from rome.model.config import PRESETS, ModelConfig
-from rome.model.hf.checkpoint import Block, load_hf, open_checkpoint, write_checkpoint
+from rome.files import sync
+from rome.model.config import ModelConfig
+from rome.model.hf.checkpoint import (
+    Block,
+    load_hf,
+    merged_blocks,
+    open_checkpoint,
+    write_checkpoint,
+)
 from rome.model.hf.companions import copy_companions
+from rome.model.hf.digest import FilesDigest
 from rome.model.hf.files import CheckpointReader, check_space, read_document, write_json
 from rome.model.hf.names import expected_tensors
+from rome.model.hf.peft import HostAdapters, load_peft, save_peft
 from rome.model.hf.writer import CheckpointWriter, file_dtype
+from rome.model.lora import Lora, find_targets
 from rome.model.params import param_shardings
 from rome.model.sharding import make_mesh
-from rome.model.tokenizer import Tokenizer
-from rome.train.parameters import StoredParameters, save_parameters, saved_steps
-from rome.train.workdir import MODEL, start_directory
+from rome.train.parameters import (
+    StoredParameters,
+    save_parameters,
+    saved_steps,
+    stored_adapters,
+    stored_base,
+)
+from rome.train.workdir import MODEL, start_directory, tokenizer_directory
 
 LINE_SECONDS = 5.0  # between two lines of progress, where there is no terminal
 
@@ -57,6 +72,8 @@ class Source:
       model: the model that it describes.
       tokenizer: directory with the tokenizer's files, if any.
       start: directory that the weights were trained from, if any.
+      adapters: to add to the weights; those of `start` where a run has trained them.
+      base: what the run noted of the weights that its adapters belong to.
     """
 
     directory: pathlib.Path
@@ -66,6 +83,8 @@ class Source:
     model: ModelConfig
     tokenizer: pathlib.Path
     start: pathlib.Path | None = None
+    adapters: HostAdapters | None = None
+    base: dict[str, str] | None = None
 
 
 def convert(
@@ -74,15 +93,18 @@ def convert(
     to: str | None = None,
     dtype: str | None = None,
     step: int | None = None,
+    adapter: pathlib.Path | None = None,
 ) -> str:
     """Convert a checkpoint with its tokenizer; return a sentence about the result.
 
     Args:
       directory: a Hugging Face directory, a training workdir, or the checkpoints/ of one.
       output: directory to make, whole or not at all. It must not exist or be empty.
-      to: "hf" or "orbax"; None: the form that the input does not have.
+      to: "hf", "orbax", or "peft" for the adapters of a run alone; None: the form that the input
+        does not have.
       dtype: "float32" or "bfloat16"; None: the input's own.
       step: of the training checkpoint; None: the newest.
+      adapter: directory in PEFT's layout, to merge into a Hugging Face directory.
 
     Raises:
       FileExistsError: `output` has content.
@@ -93,8 +115,13 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output={output} exists already; give another, or remove it")
     source = find_source(directory, step)
+    if adapter is not None:
+        source = _with_adapter(source, adapter)
     if to is None:
-        to = "orbax" if source.checkpoints is None else "hf"
+        to = "orbax" if source.checkpoints is None and source.adapters is None else "hf"
+    _check_form(source, to)
+    if to == "peft":
+        return _write_peft(source, output)
     write = write_hf if to == "hf" else write_orbax
     partial = output.absolute().with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
@@ -144,8 +171,9 @@ def find_source(directory: pathlib.Path, step: int | None) -> Source:
             " choose one of them"
         )
     workdir = checkpoints.absolute().parent
-    hf_config, tokenizer, start = _model_of(read_document(workdir / "config.json"), workdir)
-    return Source(
+    document = read_document(workdir / "config.json")
+    hf_config, tokenizer, start = _model_of(document, workdir)
+    source = Source(
         directory,
         checkpoints,
         step=steps[-1] if step is None else step,
@@ -153,6 +181,25 @@ def find_source(directory: pathlib.Path, step: int | None) -> Source:
         model=ModelConfig.from_hf(hf_config),
         tokenizer=tokenizer,
         start=start,
+    )
+    return _with_trained_adapters(source, document.get("lora") or {})
+
+
+def _with_trained_adapters(source: Source, settings: dict[str, Any]) -> Source:
+    """Return the source with the adapters of its run, where that has trained some.
+
+    Args:
+      source: of a run.
+      settings: the block `lora` of the run's config.
+    """
+    if not settings.get("rank") or source.checkpoints is None:
+        return source
+    targets = find_targets(settings["targets"], source.model)
+    lora = Lora(settings["rank"], settings["alpha"], targets)
+    return dataclasses.replace(
+        source,
+        adapters=stored_adapters(source.checkpoints, source.step, source.model, lora),
+        base=stored_base(source.checkpoints, source.step),
     )
 
 
@@ -170,7 +217,13 @@ def write_hf(
     shapes = expected_tensors(source.model)
     with contextlib.ExitStack() as stack:
         blocks: Iterator[Block]
-        if source.checkpoints is None:
+        base = None
+        if source.base is not None:
+            reader = stack.enter_context(open_checkpoint(_base_directory(source), source.model))
+            own_dtype = np.dtype(source.base["dtype"])
+            base = _BaseBlocks(reader.blocks(shapes), own_dtype)
+            blocks = iter(base)
+        elif source.checkpoints is None:
             reader = stack.enter_context(open_checkpoint(source.directory, source.model))
             own_dtype = _dtype_of(reader)
             blocks = reader.blocks(shapes)
@@ -178,9 +231,13 @@ def write_hf(
             stored = StoredParameters(source.checkpoints, source.step, source.model)
             own_dtype = stored.dtype
             blocks = stored.blocks()
+        if source.adapters is not None:
+            blocks = merged_blocks(blocks, source.adapters)
         written = file_dtype(dtype or own_dtype)
         document = source.hf_config | {"dtype": written.name, "torch_dtype": written.name}
         write_checkpoint(CheckpointWriter(directory, shapes, written), blocks, document, progress)
+        if base is not None:
+            base.check(source)
 
 
 def write_orbax(
@@ -210,6 +267,38 @@ def write_orbax(
     save_parameters(directory / "checkpoints", params)
     document = source.hf_config | {"dtype": str(params["norm"]["scale"].dtype)}
     write_json(directory / "config.json", document)
+
+
+class _BaseBlocks:
+    """The blocks of the weights that a run's adapters belong to, as it had them, and their digest.
+
+    Args:
+      blocks: of the checkpoint.
+      dtype: of the weights in the run.
+    """
+
+    def __init__(self, blocks: Iterator[Block], dtype: np.dtype) -> None:
+        self._blocks = blocks
+        self._dtype = dtype
+        self._digest = FilesDigest()
+
+    def __iter__(self) -> Iterator[Block]:
+        for name, start, fetch in self._blocks:
+            yield name, start, functools.partial(self._read, name, start, fetch)
+
+    def _read(self, name: str, start: int, fetch: Callable[[], np.ndarray]) -> np.ndarray:
+        rows = fetch().astype(self._dtype, copy=False)
+        self._digest.add(name, start, rows)
+        return rows
+
+    def check(self, source: Source) -> None:
+        """Raise ValueError where the blocks were not those that the adapters were trained on."""
+        found = self._digest.result()
+        if source.base is not None and found != source.base["digest"]:
+            raise ValueError(
+                f"{_base_directory(source)} has digest {found}, and the adapters of"
+                f" {source.directory} were trained on {source.base['digest']}; bring that one back"
+            )
 
 
 class ProgressBar:
@@ -261,6 +350,55 @@ class ProgressBar:
         )
 
 
+def _base_directory(source: Source) -> pathlib.Path:
+    """Return the directory of the weights that a run's adapters belong to.
+
+    Raises:
+      FileNotFoundError: it started from random weights, or the directory is gone.
+    """
+    if source.start is None or not source.start.is_dir():
+        raise FileNotFoundError(
+            f"{source.directory} has trained adapters, and the weights that they belong to are not"
+            f" there ({source.start or 'random ones'}); its final/ holds them merged"
+        )
+    return source.start
+
+
+def _check_form(source: Source, to: str) -> None:
+    if to == "peft" and source.base is None:
+        raise ValueError(
+            f"--to=peft writes the adapters of a run, and {source.directory} has none; a run has"
+            " them with --config.lora.rank above 0"
+        )
+    if to == "orbax" and source.adapters is not None:
+        raise ValueError(
+            "--to=orbax does not merge adapters; write --to=hf first, and convert the result"
+        )
+
+
+def _write_peft(source: Source, output: pathlib.Path) -> str:
+    """Write the adapters of a run alone; return a sentence about the result."""
+    assert source.adapters is not None
+    partial = output.absolute().with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_peft(source.adapters, str(source.start or ""), partial)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    sync(output.absolute().parent)
+    return f"{output}: adapters of step {source.step} in PEFT's layout"
+
+
+def _with_adapter(source: Source, adapter: pathlib.Path) -> Source:
+    """Return a Hugging Face directory with adapters to merge into it."""
+    if source.checkpoints is not None:
+        raise ValueError(
+            f"--adapter={adapter} is merged into a Hugging Face directory, and {source.directory}"
+            " is a run; convert that one first"
+        )
+    return dataclasses.replace(source, adapters=load_peft(adapter, source.model))
+
+
 def _hf_source(directory: pathlib.Path, step: int | None) -> Source:
     if step is not None:
         raise ValueError(
@@ -283,21 +421,13 @@ def _model_of(
     if "experiment" not in document:
         # converted from a Hugging Face checkpoint: its config.json was copied
         return document, workdir, None
-    tokenizer_directory = find_shipped(document["tokenizer"])
-    start = start_directory(document.get("init_from", ""), workdir)
+    tokenizer_folder = tokenizer_directory(document, workdir)
+    start = start_directory(document, workdir)
     if (workdir / MODEL).exists():
-        return read_document(workdir / MODEL), tokenizer_directory, start
-    # a run that is older than that file had the model of its preset
-    if document.get("model") not in PRESETS:
-        raise ValueError(
-            f"{workdir / 'config.json'} has model={document.get('model')!r}; known are"
-            f" {', '.join(PRESETS)}"
-        )
-    tokenizer = Tokenizer.load(tokenizer_directory)
-    config = dataclasses.replace(
-        PRESETS[document["model"]], eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
+        return read_document(workdir / MODEL), tokenizer_folder, start
+    raise FileNotFoundError(
+        f"{workdir} has no {MODEL}; it is written when a run starts. Bring it back from a copy."
     )
-    return config.to_hf(), tokenizer_directory, start
 
 
 def _dtype_of(reader: CheckpointReader) -> np.dtype:

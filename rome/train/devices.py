@@ -1,9 +1,11 @@
 """Divides the accelerators of this machine between the trainer and the embedded engines.
 
-Both are processes with JAX. Undivided, the second one would ask for memory or chips that the first
-one holds: on a GPU it fails for want of memory, and libtpu gives a TPU chip to one process only.
-`divide` decides, and says what it decided; `claim_devices` makes it so for this process, before JAX
-is imported; `engines_division` tells what the engines' processes are started with.
+Engines beside the trainer are processes with JAX. Undivided, the second one would ask for memory or
+chips that the first one holds: on a GPU it fails for want of memory, and libtpu gives a TPU chip to
+one process only. An engine inside the trainer is a thread of its process: both have the device in
+turn, and each has all of its memory. `divide` decides, and says what it decided; `claim_devices`
+makes it so for this process, before JAX is imported; `engines_division` tells what the engines'
+processes are started with.
 
 Not run on machines with several TPU chips; their variables are those of JAX's own tests.
 """
@@ -19,7 +21,7 @@ from typing import Any, Literal
 
 from rome.train.xla_flags import environment_of, find_chips
 
-EngineDevice = Literal["auto", "cpu", "share"]
+EngineDevice = Literal["auto", "cpu", "share", "inside"]
 Platform = Literal["cpu", "gpu", "tpu"]
 Variables = Mapping[str, str | None]  # of an environment; None removes one
 # Shares of a GPU's memory, where trainer and engines have it together. The rest is for CUDA's
@@ -63,7 +65,8 @@ class Division:
       engines: for each embedded engine, variables to set in its process; None removes one.
       trainer_platform: what the trainer runs on.
       engine_platform: what the engines run on.
-      says: what was decided, in one line.
+      says: what was decided and why, in one line.
+      is_inside: whether the one engine is a thread of the trainer's process.
     """
 
     trainer: Mapping[str, str]
@@ -71,6 +74,7 @@ class Division:
     trainer_platform: Platform
     engine_platform: Platform
     says: str
+    is_inside: bool = False
 
 
 def divide(
@@ -87,8 +91,9 @@ def divide(
     Args:
       machine: the accelerators.
       device: config.engine.device. "auto": an engine gets a chip of its own where the trainer's
-        mesh leaves one; otherwise a share of the trainer's GPU, or on a TPU the CPU. "cpu": the
-        engines run on the CPU. "share": they share the trainer's GPUs in any case.
+        mesh leaves one; otherwise one engine runs inside the trainer, and several share its GPU, or
+        run on the CPU of a TPU's host. "cpu": the engines run on the CPU. "share": they share the
+        trainer's GPUs in any case. "inside": the engine is a thread of the trainer in any case.
       num_engines: embedded engines; 0 where engines are named by URL, or none are needed.
       mesh_size: devices of the trainer's mesh; -1: all that are left.
       is_alone: whether this process is the only one of its job. The mesh of several processes
@@ -108,26 +113,63 @@ def divide(
         )
     if num_engines == 0:
         return Division(flags, (), platform, platform, f"the trainer has {_count(machine)}")
+    if device == "inside":
+        return _inside(machine, num_engines, flags, is_alone)
     if platform == "cpu":
-        says = "trainer and embedded engine run on the CPU"
+        says = "trainer and embedded engine run on the CPU, each in a process of its own"
         return Division(flags, ({},) * num_engines, "cpu", "cpu", says)
     num_trainer = _trainer_chips(machine, num_engines, mesh_size) if is_alone else 0
     if device == "auto" and num_trainer:
         return _own_chips(machine, num_engines, num_trainer, flags)
+    if device == "auto" and is_alone and num_engines == 1:
+        return _inside(machine, num_engines, flags, is_alone)
     is_shared = device == "share" or (device == "auto" and is_alone)
     if platform == "gpu" and is_shared:
         return _shared_chips(machine, num_engines, flags, given)
     if device == "cpu":
         why = "as config.engine.device=cpu says"
-    elif platform == "tpu":
-        why = "which is slow: libtpu gives a TPU chip to one process, and the trainer holds it"
+    elif not is_alone:
+        why = f"which is slow: trainers of several processes hold the {platform.upper()}s"
+        if platform == "gpu":
+            why += ". config.engine.device=share shares the leader's"
     else:
         why = (
-            "which is slow: trainers of several processes hold the GPUs."
-            " config.engine.device=share shares the leader's"
+            "which is slow: libtpu gives a TPU chip to one process, and the trainer holds it."
+            " config.engine.count=1 runs one engine inside the trainer"
         )
     says = f"the trainer has {_count(machine)}; the embedded engine runs on the CPU, {why}"
     return Division(flags, (ON_CPU,) * num_engines, platform, "cpu", says)
+
+
+def _inside(
+    machine: Machine, num_engines: int, flags: Mapping[str, str], is_alone: bool
+) -> Division:
+    """Give everything to the trainer, with the engine as a thread of its process.
+
+    On one device that is all that there is, it beats two processes: they would work in turn anyway,
+    and each part has all of the memory in its turn, instead of a share for good.
+    """
+    _require_one(num_engines, is_alone)
+    place = f", on {machine.platform.upper()} {machine.chips[0]}" if len(machine.chips) > 1 else ""
+    says = (
+        f"the trainer has {_count(machine)}; the engine runs inside it{place}, in turn with the"
+        " updates: each has all of the memory meanwhile"
+    )
+    return Division(flags, (), machine.platform, machine.platform, says, is_inside=True)
+
+
+def _require_one(num_engines: int, is_alone: bool) -> None:
+    """Raise ValueError where an engine inside the trainer cannot be what is asked for."""
+    if num_engines > 1:
+        raise ValueError(
+            f"config.engine.device=inside runs one engine, and config.engine.count={num_engines}."
+            " Set it to 1"
+        )
+    if not is_alone:
+        raise ValueError(
+            "config.engine.device=inside needs a trainer of one process. Name servers by"
+            " config.engine.urls, or set it to auto"
+        )
 
 
 def _trainer_chips(machine: Machine, num_engines: int, mesh_size: int) -> int:
@@ -150,7 +192,10 @@ def _own_chips(
     bound = _fraction(ENGINE_ALONE) if machine.platform == "gpu" else {}
     engines = [{**_visible(machine, [chip]), **bound} for chip in own]
     name = machine.platform.upper()
-    says = f"the trainer has {name} {', '.join(first)}, the embedded engine {name} {', '.join(own)}"
+    says = (
+        f"the trainer has {name} {', '.join(first)}, the embedded engine {name} {', '.join(own)}:"
+        " the mesh leaves it a chip of its own"
+    )
     trainer = {**flags, **_visible(machine, first)}
     return Division(trainer, engines, machine.platform, machine.platform, says)
 
@@ -180,8 +225,8 @@ def _shared_chips(
         chip = machine.chips[number % len(machine.chips)]
         engines.append({**_visible(machine, [chip]), **_fraction(engine_share)})
     says = (
-        f"trainer and embedded engine share the GPU: {trainer_share:.0%} and {engine_share:.0%} of"
-        " its memory"
+        f"trainer and embedded engine share the GPU, as two processes: {trainer_share:.0%} and"
+        f" {engine_share:.0%} of its memory"
     )
     return Division(trainer, engines, "gpu", "gpu", says)
 
@@ -267,24 +312,35 @@ def divide_for(
     )
 
 
-def engines_division(backend: str, num_engines: int) -> Division:
+def engines_division(
+    backend: str, device: EngineDevice, num_engines: int, is_alone: bool = True
+) -> Division:
     """Return the division that this process's engines start under, changes to its environment.
 
     Nothing that was set for the trainer reaches an engine. Where this process runs on an
     accelerator that it did not divide (it never called `claim_devices`, or the chip was not found),
-    it may hold all of it, so the engines run on the CPU.
+    it may hold all of it, so engines beside it run on the CPU.
 
     Args:
       backend: what JAX runs on in this process.
+      device: config.engine.device.
       num_engines: that are started.
+      is_alone: whether this process is the only one of its job.
+
+    Raises:
+      ValueError: the engine cannot run inside this process, as the config says.
     """
     claimed = _claim.division
+    platform: Platform = "cpu" if backend == "cpu" else "gpu" if backend == "gpu" else "tpu"
+    if device == "inside" and num_engines and claimed is None:
+        _require_one(num_engines, is_alone)
+        says = "the engine runs inside the trainer, in turn with the updates"
+        return Division({}, (), platform, platform, says, is_inside=True)
     if backend != "cpu" and (claimed is None or claimed.trainer_platform == "cpu"):
         says = f"the embedded engine runs on the CPU, since the {backend} was not divided"
-        platform: Platform = "gpu" if backend == "gpu" else "tpu"
         return Division({}, (ON_CPU,) * num_engines, platform, "cpu", says)
     if claimed is None:
-        says = "trainer and embedded engine run on the CPU"
+        says = "trainer and embedded engine run on the CPU, each in a process of its own"
         return Division({}, ({},) * num_engines, "cpu", "cpu", says)
     restored = [{**_claim.before, **variables} for variables in claimed.engines]
     return dataclasses.replace(claimed, engines=restored)

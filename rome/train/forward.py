@@ -15,6 +15,7 @@ import jax
 
 from rome.data.routes import route_dtype
 from rome.model.config import ModelConfig
+from rome.model.lora import Lora, with_adapters
 from rome.model.ops.kernels import Kernels
 from rome.model.ops.logprobs import chunked_logprobs
 from rome.model.qwen3 import Output, Qwen3, as_published, head_kernel
@@ -38,20 +39,26 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A model's scores. Its methods are pure functions of float32 parameters and rows.
+    """A model's scores. Its methods are pure functions of parameters and rows.
+
+    `params` are what is trained: the float32 parameters, and `base` is None; or with adapters
+    (`rome.model.lora`) the adapters, and `base` the frozen parameters.
 
     Args:
       config: of the model.
       kernels: by name, all chosen.
       temperature: of the sampling; logits are divided by it.
+      lora: which adapters there are; None: all parameters are trained.
     """
 
     config: ModelConfig
     kernels: Kernels
     temperature: float
+    lora: Lora | None = None
 
     def __call__(
         self,
+        base: dict | None,
         params: dict,
         tokens_BT: Any,
         positions_BT: Any,
@@ -62,6 +69,7 @@ class Forward:
         """Score the tokens of packed rows.
 
         Args:
+          base: the frozen parameters; None without adapters.
           params: float32; they are rounded as engines have them.
           tokens_BT: ids.
           positions_BT: within each segment.
@@ -69,6 +77,8 @@ class Forward:
           routes_BTLk: experts to replay, as in a batch; None: every token chooses its own.
           temperature: instead of that of the sampling.
         """
+        if base is not None and self.lora is not None:
+            params = with_adapters(base, params, self.lora)
         routes_LBTk = None if routes_BTLk is None else replayed_ids(routes_BTLk)
         model = Qwen3(
             self.config,
@@ -95,30 +105,43 @@ class Forward:
         return Scored(logp_BT, entropy_BT, output)
 
     def logprobs_and_counts(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
+        self,
+        base: dict | None,
+        params: dict,
+        tokens_BT: Any,
+        positions_BT: Any,
+        segments_BT: Any,
+        routes_BTLk: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """Return logp_BT, and how often each expert is chosen, [L, E]."""
-        scored = self(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        scored = self(base, params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
         return scored.logp_BT, scored.output.router.counts_LE
 
     def logprobs_at_temperature_1(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
+        self, base: dict | None, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
     ) -> jax.Array:
         """Return logp_BT of the model's own distribution."""
-        return self(params, tokens_BT, positions_BT, segments_BT, temperature=1.0).logp_BT
+        scored = self(base, params, tokens_BT, positions_BT, segments_BT, temperature=1.0)
+        return scored.logp_BT
 
     def logprobs_and_routes(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
+        self, base: dict | None, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return logp_BT, how often each expert is chosen, and the routes that tokens chose."""
-        scored = self(params, tokens_BT, positions_BT, segments_BT)
+        scored = self(base, params, tokens_BT, positions_BT, segments_BT)
         dtype = route_dtype(self.config)
         routes_BTLk = recorded_routes(scored.output.routes_LBTK, segments_BT > 0, dtype)
         return scored.logp_BT, scored.output.router.counts_LE, routes_BTLk
 
     def expert_counts(
-        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
+        self,
+        base: dict | None,
+        params: dict,
+        tokens_BT: Any,
+        positions_BT: Any,
+        segments_BT: Any,
+        routes_BTLk: Any,
     ) -> jax.Array:
         """Return how often each expert is chosen, [L, E]."""
-        scored = self(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        scored = self(base, params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
         return scored.output.router.counts_LE

@@ -46,5 +46,5 @@ def open_learner(
     function = build_loss(loss) if isinstance(loss, str) else loss
     mesh = make_mesh({"fsdp": -1}, config) if mesh is None else mesh
     learner = Learner(config, function, loss_config or LossConfig(), optimizer, mesh, temperature)
-    params, _ = load_hf(directory, shardings=param_shardings(mesh, config), **settings)
+    params, _ = load_hf(directory, shardings=param_shardings(mesh, config))
     return learner, learner.start(params)

@@ -34,7 +34,11 @@ class Updates(Protocol):
     """The part of a learner that the loop calls (rome.train.step.Learner)."""
 
     def update(
-        self, state: TrainState, microbatches: list[Batch], denominators: Denominators
+        self,
+        state: TrainState,
+        microbatches: list[Batch],
+        denominators: Denominators,
+        work: Work | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Apply one optimizer update over all micro-batches; return the new state and metrics."""
 
@@ -48,10 +52,12 @@ class Minibatch(NamedTuple):
     Attributes:
       microbatches: in fixed shapes; one or more.
       denominators: of the loss, over all of them together.
+      work: in all of them together; None: the micro-batches hold all rows, and tell it.
     """
 
     microbatches: list[Batch]
     denominators: Denominators
+    work: Work | None = None
 
 
 @dataclasses.dataclass
@@ -236,7 +242,7 @@ def run_stage(
                 data.metrics | {"seconds_collect": collected - started},
                 updates,
                 len(data.minibatches),
-                count_work(all_microbatches(data), stage.epochs),
+                work_of_step(data, stage.epochs),
                 seconds,
             )
             stage.profile.after(step, is_finite)
@@ -283,15 +289,16 @@ def train_on(
     """
     updates = []
     for _ in range(epochs):
-        for microbatches, denominators in data.minibatches:
-            state, metrics = learner.update(state, microbatches, denominators)
+        for minibatch in data.minibatches:
+            state, metrics = learner.update(state, *minibatch)
             updates.append(metrics)
     return state, updates
 
 
-def all_microbatches(data: StepData) -> list[Batch]:
-    """Return the micro-batches of a step, of one minibatch after the other."""
-    return [batch for minibatch in data.minibatches for batch in minibatch.microbatches]
+def work_of_step(data: StepData, epochs: int) -> Work:
+    """Return the work of a step's updates."""
+    works = [part.work or count_work(part.microbatches) for part in data.minibatches]
+    return Work(*(epochs * sum(column) for column in zip(Work(0, 0), *works, strict=True)))
 
 
 def where_to_resume(checkpoints: Checkpoints) -> str:

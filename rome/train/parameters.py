@@ -22,6 +22,8 @@ import tensorstore
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import Block
 from rome.model.hf.names import checkpoint_tensors, leaf_at
+from rome.model.hf.peft import HostAdapters
+from rome.model.lora import Lora, adapter_shapes
 from rome.model.params import parameter_shapes
 from rome.train.checkpoint import CheckpointError, first_line, save_options
 
@@ -55,32 +57,8 @@ class StoredParameters:
     def __init__(self, directory: pathlib.Path, step: int, config: ModelConfig) -> None:
         self.path = (directory / str(step) / "state").absolute()
         self.config = config
-        try:
-            tree = ocp.PyTreeCheckpointHandler().metadata(self.path).tree["params"]
-        except Exception as error:  # orbax raises many types; each means the same to the user
-            raise CheckpointError(
-                f"{self.path} holds no parameters that can be read ({first_line(error)}). Choose"
-                " another --step."
-            ) from error
-        self._tree = tree
-        self._check_shapes()
-        self.dtype = np.dtype(leaf_at(tree, ("embed", "embedding")).dtype)
-
-    def _check_shapes(self) -> None:
-        wanted = _shapes(parameter_shapes(self.config))
-        stored = _shapes(self._tree)
-        wrong = [
-            f"{'/'.join(path)} is {stored.get(path, 'missing')}, not"
-            f" {wanted.get(path, 'one of its parameters')}"
-            for path in sorted(wanted.keys() | stored.keys())
-            if wanted.get(path) != stored.get(path)
-        ]
-        if wrong:
-            more = "; ..." if len(wrong) > MAX_DIFFERENCES else ""
-            raise CheckpointError(
-                f"{self.path} is of another model than its config.json says:"
-                f" {'; '.join(wrong[:MAX_DIFFERENCES])}{more}"
-            )
+        self._tree = _stored_tree(self.path, parameter_shapes(config))
+        self.dtype = np.dtype(leaf_at(self._tree, ("embed", "embedding")).dtype)
 
     def restore(self, shardings: Any, dtype: Any) -> Any:
         """Return all parameters on a mesh; every process reads its own part.
@@ -96,18 +74,7 @@ class StoredParameters:
         def abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
-        like = {"params": jax.tree.map(abstract, dict(self._tree), shardings)}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-        try:
-            arguments = ocp.args.PyTreeRestore(
-                like, restore_args=restore_args, partial_restore=True
-            )
-            checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-            return checkpointer.restore(self.path, args=arguments)["params"]
-        except Exception as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read ({first_line(error)}). Choose another step."
-            ) from error
+        return _restore(self.path, jax.tree.map(abstract, dict(self._tree), shardings))
 
     def blocks(self) -> Iterator[Block]:
         """Yield every tensor of a Hugging Face checkpoint, as `write_checkpoint` takes them.
@@ -190,6 +157,86 @@ class _Box:
 def _read_tensor(box: _Box, index: Place, tensor: Any) -> Any:
     """Return one tensor of a box in the layout of a Hugging Face checkpoint."""
     return tensor.to_hf(box.read()[index])
+
+
+def stored_adapters(
+    directory: pathlib.Path, step: int, config: ModelConfig, lora: Lora
+) -> HostAdapters:
+    """Return the adapters of one checkpoint, in host memory.
+
+    Raises:
+      CheckpointError: they are missing, cannot be read, or are of another model.
+    """
+    path = (directory / str(step) / "state").absolute()
+    shapes = adapter_shapes(config, lora)
+    _stored_tree(path, shapes)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    adapters = _restore(path, jax.tree.map(abstract, shapes))
+    return HostAdapters.of(jax.device_get(adapters), config, lora)
+
+
+def stored_base(directory: pathlib.Path, step: int) -> dict[str, str]:
+    """Return what a checkpoint of adapters says of their base: from, digest, dtype.
+
+    Raises:
+      CheckpointError: it says nothing that can be read.
+    """
+    path = (directory / str(step) / "host").absolute()
+    try:
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)["base"]
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} does not say what its adapters belong to ({first_line(error)}). Choose another"
+            " --step."
+        ) from error
+
+
+def _stored_tree(path: pathlib.Path, shapes: Any) -> Any:
+    """Return the metadata of a checkpoint's parameters, after a check that they have these shapes.
+
+    Raises:
+      CheckpointError: they cannot be read, or have others.
+    """
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(path).tree["params"]
+    except Exception as error:  # orbax raises many types; each means the same to the user
+        raise CheckpointError(
+            f"{path} holds no parameters that can be read ({first_line(error)}). Choose another"
+            " --step."
+        ) from error
+    wanted = _shapes(shapes)
+    stored = _shapes(tree)
+    wrong = [
+        f"{'/'.join(name)} is {stored.get(name, 'missing')}, not"
+        f" {wanted.get(name, 'one of its parameters')}"
+        for name in sorted(wanted.keys() | stored.keys())
+        if wanted.get(name) != stored.get(name)
+    ]
+    if wrong:
+        more = "; ..." if len(wrong) > MAX_DIFFERENCES else ""
+        raise CheckpointError(
+            f"{path} is of another model than its config.json says:"
+            f" {'; '.join(wrong[:MAX_DIFFERENCES])}{more}"
+        )
+    return tree
+
+
+def _restore(path: pathlib.Path, params: Any) -> Any:
+    """Return the parameters of a checkpoint like these abstract arrays."""
+    like = {"params": params}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+    try:
+        arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        return checkpointer.restore(path, args=arguments)["params"]
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({first_line(error)}). Choose another step."
+        ) from error
 
 
 def save_parameters(directory: pathlib.Path, params: Any) -> None:

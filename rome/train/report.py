@@ -43,6 +43,8 @@ class EvalResult:
       unseen_by_family: the same split, as by_family.
       by_difficulty: difficulty -> (success, n), over the trained families.
       by_source: spec of the source -> (success, n), likewise.
+      bits_per_token: that the model needs for a learned token of held-out trajectories; None where
+        the stage does not learn from given ones.
     """
 
     stage: str
@@ -56,10 +58,19 @@ class EvalResult:
     unseen_by_family: dict[str, Rate]
     by_difficulty: dict[str, Rate] = dataclasses.field(default_factory=dict)
     by_source: dict[str, Rate] = dataclasses.field(default_factory=dict)
+    bits_per_token: float | None = None
 
     @classmethod
-    def from_tasks(cls, stage: str, step: int, tasks: Iterable[Task]) -> EvalResult:
+    def from_tasks(
+        cls, stage: str, step: int, tasks: Iterable[Task], bits_per_token: float | None = None
+    ) -> EvalResult:
         """Count the outcomes of tasks.
+
+        Args:
+          stage: name of the experiment.
+          step: that was evaluated.
+          tasks: their outcomes.
+          bits_per_token: of held-out trajectories, where there are any.
 
         Raises:
           ValueError: where a task is listed twice.
@@ -87,16 +98,13 @@ class EvalResult:
             unseen_by_family=_rates_by(unseen, "family"),
             by_difficulty=_rates_by(seen, "difficulty"),
             by_source=_rates_by(seen, "source"),
+            bits_per_token=bits_per_token,
         )
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvalResult:
         """Return the evaluation of an entry in report.json."""
-        fields = {
-            field.name: entry[field.name]
-            for field in dataclasses.fields(cls)
-            if field.name in entry
-        }
+        fields = {name: entry[name] for name in _names(cls) if name in entry}
         for name in ("by_family", "unseen_by_family", "by_difficulty", "by_source"):
             fields[name] = {group: (rate, n) for group, (rate, n) in entry.get(name, {}).items()}
         return cls(**fields)
@@ -109,9 +117,11 @@ class EvalResult:
         """Describe the result in one line, for the display."""
         interval = f"{percent(self.low)} to {percent(self.high)}"
         text = f"{percent(self.success)} % ({interval}) of {self.n} tasks"
-        if self.unseen_families is None:
-            return text
-        return f"{text}; {percent(self.unseen_families)} % in unseen families"
+        if self.unseen_families is not None:
+            text += f"; {percent(self.unseen_families)} % in unseen families"
+        if self.bits_per_token is not None:
+            text += f"; {self.bits_per_token:.3f} bits a token of held-out trajectories"
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +149,45 @@ class TextEval:
         return f"{self.bits_per_byte:.3f} bits a byte of {self.bytes:,} held-out bytes"
 
 
-Evaluation = EvalResult | TextEval
+@dataclasses.dataclass(frozen=True)
+class TrajectoryEval:
+    """One evaluation of a stage that learns from given trajectories: an entry of `evals`.
+
+    Attributes:
+      stage: name of the experiment.
+      step: at which it was evaluated.
+      bits_per_token: bits that the model needs for a learned token of held-out trajectories.
+      tokens: number of these tokens.
+    """
+
+    stage: str
+    step: int
+    bits_per_token: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry for report.json."""
+        return dataclasses.asdict(self)
+
+    def summary(self) -> str:
+        """Describe the result in one line, for the display."""
+        return f"{self.bits_per_token:.3f} bits a token of {self.tokens:,} held-out tokens"
+
+
+Evaluation = EvalResult | TextEval | TrajectoryEval
 
 
 def evaluation_of(stage: str, step: int, outcomes: Mapping[str, Any]) -> Evaluation:
     """Return the evaluation that these outcomes amount to."""
     if "tasks" in outcomes:
-        return EvalResult.from_tasks(stage, step, outcomes["tasks"])
-    return TextEval(stage, step, **outcomes)
+        bits_per_token = outcomes.get("bits_per_token")
+        return EvalResult.from_tasks(stage, step, outcomes["tasks"], bits_per_token)
+    kind = TrajectoryEval if "bits_per_token" in outcomes else TextEval
+    return kind(stage, step, **outcomes)
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def percent(rate: float) -> str:
@@ -201,11 +242,14 @@ def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
             " --workdir?"
         )
     report = read_json(path, "Run the same command again; a run writes it at each evaluation.")
-    report["evals"] = [
-        EvalResult.from_json(entry) if "success" in entry else TextEval(**entry)
-        for entry in report["evals"]
-    ]
+    report["evals"] = [_evaluation_of_entry(entry) for entry in report["evals"]]
     return report
+
+
+def _evaluation_of_entry(entry: Mapping[str, Any]) -> Evaluation:
+    if "success" in entry:
+        return EvalResult.from_json(entry)
+    return TextEval(**entry) if "bits_per_byte" in entry else TrajectoryEval(**entry)
 
 
 def outcomes_path(workdir: pathlib.Path | str, stage: str, step: int) -> pathlib.Path:
@@ -222,8 +266,8 @@ def write_outcomes(
       workdir: of the run.
       stage: name of the experiment.
       step: that was evaluated.
-      outcomes: {"tasks": the outcome of every task}, by which runs can be compared task by task, or
-        the fields of a TextEval.
+      outcomes: {"tasks": the outcome of every task}, by which runs can be compared task by task;
+        the fields of a TextEval; those of a TrajectoryEval; or tasks and these.
     """
     path = outcomes_path(workdir, stage, step)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,15 +306,16 @@ def before_and_after(evals: Iterable[Evaluation]) -> tuple[Evaluation, Evaluatio
 def print_table(before: Evaluation, after: Evaluation, console: Console | None = None) -> None:
     """Print success by family before and after, in percent with 95 % intervals.
 
-    Families that training never saw are listed apart. Evaluations of text are printed as one line.
+    Families that training never saw are listed apart. Evaluations of text or of trajectories are
+    printed as one line.
     """
     console = console or Console(highlight=False)
     if isinstance(before, EvalResult) and isinstance(after, EvalResult):
         console.print(_table(before, after))
-    elif isinstance(after, TextEval):
+    elif not isinstance(after, EvalResult):
         console.print(
-            f"{after.stage}: {before.summary()} at step {before.step}, {after.bits_per_byte:.3f} at"
-            f" step {after.step}"
+            f"{after.stage}: {before.summary()} at step {before.step}, {after.summary()} at step"
+            f" {after.step}"
         )
 
 

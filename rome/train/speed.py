@@ -20,14 +20,16 @@ class Work(NamedTuple):
     Attributes:
       tokens: of all sequences, prompts included.
       squares: sum of the squares of the sequences' lengths, which attention takes its time by.
+      replayed: pairs of a token and a layer whose experts are replayed.
     """
 
     tokens: int
     squares: int
+    replayed: int = 0
 
 
-def count_work(batches: Iterable[Batch], epochs: int = 1) -> Work:
-    """Count the work of passing these batches through the model so many times."""
+def count_work(batches: Iterable[Batch]) -> Work:
+    """Count the work of passing these batches through the model; replayed routes are left out."""
     tokens = 0
     squares = 0
     for batch in batches:
@@ -35,7 +37,7 @@ def count_work(batches: Iterable[Batch], epochs: int = 1) -> Work:
             lengths = np.bincount(segments_T)[1:]  # segment 0 is padding
             tokens += int(lengths.sum())
             squares += int(np.square(lengths.astype(np.int64)).sum())
-    return Work(epochs * tokens, epochs * squares)
+    return Work(tokens, squares)
 
 
 class UpdateSeconds:

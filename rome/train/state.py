@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 []; number of training steps, which is the version of the weights. A step may take
         several optimizer updates.
-      params: the float32 master copy.
+      params: the float32 master copy; with adapters (`rome.model.lora`) the adapters alone.
       opt_state: moments and schedule of the optimizer.
     """
 

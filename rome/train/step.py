@@ -26,15 +26,18 @@ from rome.data.batch import Batch
 from rome.losses import Denominators, Loss, LossConfig
 from rome.losses.chunks import policy_entropy
 from rome.model.config import ModelConfig
+from rome.model.hf.peft import HostAdapters
+from rome.model.lora import Lora, adapter_shardings, init_adapters, merge
 from rome.model.moe import load_metrics, router_loss, router_metrics, router_z_loss
 from rome.model.ops.kernels import Kernels, choose_kernels
-from rome.model.params import param_shardings
+from rome.model.params import param_shardings, parameter_shapes
 from rome.model.qwen3 import init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
-from rome.train.feed import feed, put
+from rome.train.feed import OwnRows, feed, own_rows, put
 from rome.train.forward import Forward
 from rome.train.replay import count_replayed, route_agreement
-from rome.train.state import TrainState, init_state
+from rome.train.speed import Work, count_work
+from rome.train.state import TrainState, init_state, start_state
 from rome.train.sums import Sums, WholeStep, add_to_sums, empty_sums
 from rome.train.trees import (
     abstract,
@@ -68,9 +71,13 @@ class Learner:
         update only.
       skip_nonfinite_updates: an update whose gradient is not finite leaves the state as it was, and
         is counted in the metric `skipped_updates`.
+      lora: the adapters that are trained in place of the parameters (`rome.model.lora`). A state
+        then holds adapters alone, and so does `params` below; `freeze` gives the learner its base.
 
     Attributes:
       state: shapes, dtypes and shardings of a TrainState; it holds no arrays.
+      base: the frozen parameters in the compute type, on the mesh; None without adapters.
+      base_shardings: of the model's parameters.
     """
 
     model_config: ModelConfig
@@ -82,6 +89,7 @@ class Learner:
     kernels: Kernels = dataclasses.field(default_factory=Kernels)
     offload_moments: bool = False
     skip_nonfinite_updates: bool = False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         platform = self.mesh.devices.flat[0].platform
@@ -89,11 +97,15 @@ class Learner:
         self.chosen_kernels = choose_kernels(
             platform, self.model_config, self.kernels, experts, extent(self.mesh, "expert")
         )
-        self._forward = Forward(self.model_config, self.chosen_kernels, self.temperature)
+        self._forward = Forward(self.model_config, self.chosen_kernels, self.temperature, self.lora)
         self._num_row_shards = row_shards(self.mesh)
         self._row_sharding = batch_sharding(self.mesh)
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
-        self._param_shardings = param_shardings(self.mesh, self.model_config)
+        self.base: dict | None = None
+        self.base_shardings = param_shardings(self.mesh, self.model_config)
+        self._param_shardings = self.base_shardings
+        if self.lora is not None:
+            self._param_shardings = adapter_shardings(self.mesh, self.model_config, self.lora)
         self.state = self._abstract_state()
         self._compile()
 
@@ -102,6 +114,7 @@ class Learner:
 
         Nothing is traced before the first call.
         """
+        base = None if self.lora is None else self.base_shardings
         params = self._param_shardings
         rows = self._row_sharding
         replicated = self._replicated
@@ -109,41 +122,46 @@ class Learner:
         forward = self._forward
         self._score = jax.jit(
             forward.logprobs_and_counts,
-            in_shardings=(params, rows, rows, rows, rows),
+            in_shardings=(base, params, rows, rows, rows, rows),
             out_shardings=replicated,
         )
         self._score_and_record = jax.jit(
             forward.logprobs_and_routes,
-            in_shardings=(params, rows, rows, rows),
+            in_shardings=(base, params, rows, rows, rows),
             out_shardings=replicated,
         )
         self._probe = jax.jit(
             forward.logprobs_at_temperature_1,
-            in_shardings=(params, rows, rows, rows),
+            in_shardings=(base, params, rows, rows, rows),
             out_shardings=replicated,
         )
         self._count_experts = jax.jit(
             forward.expert_counts,
-            in_shardings=(params, rows, rows, rows, rows),
+            in_shardings=(base, params, rows, rows, rows, rows),
             out_shardings=replicated,
         )
         self._cast = jax.jit(
             cast_tree, static_argnums=1, in_shardings=(params,), out_shardings=params
         )
+        if self.lora is not None:
+            dtype = jnp.dtype(self.model_config.dtype)
+            merging = functools.partial(merge, lora=self.lora, dtype=dtype)
+            self._merge = jax.jit(merging, out_shardings=self.base_shardings)
+        self._gather = jax.jit(lambda params: params, out_shardings=replicated)
         self._all_finite = jax.jit(all_finite, in_shardings=(params,), out_shardings=replicated)
         everywhere: Any = replicated
         sums = Sums(params, everywhere)
         self._differentiate = jax.jit(
-            self._gradients, in_shardings=(params, rows, None), out_shardings=sums
+            self._gradients, in_shardings=(params, base, rows, None), out_shardings=sums
         )
         self._begin = jax.jit(
-            self._begin_sums, in_shardings=(params, rows, None), out_shardings=sums
+            self._begin_sums, in_shardings=(params, base, rows, None), out_shardings=sums
         )
         self._accumulate = jax.jit(
             self._add_microbatch,
-            in_shardings=(params, sums, rows, None),
+            in_shardings=(params, base, sums, rows, None),
             out_shardings=sums,
-            donate_argnums=1,
+            donate_argnums=2,
         )
         self._apply = jax.jit(
             self._apply_sums,
@@ -156,12 +174,45 @@ class Learner:
     # ---------------------------------------------------------------------------------------------
 
     def init(self, seed: int) -> TrainState:
-        """Return a state with random parameters, the same for the same seed on every mesh."""
+        """Return a state with random parameters, the same for the same seed on every mesh.
 
-        def make_params() -> dict:
+        With adapters the base is random too.
+        """
+        params = self.random_params(seed)
+        if self.lora is None:
+            return self.start(params)
+        self.freeze(params)
+        return self.start_adapters(seed)
+
+    def random_params(self, seed: int) -> dict:
+        """Return random parameters of the model, float32, on the mesh."""
+
+        def make() -> dict:
             return init_params(self.model_config, jax.random.key(seed))
 
-        return self.start(jax.jit(make_params, out_shardings=self._param_shardings)())
+        return jax.jit(make, out_shardings=self.base_shardings)()
+
+    def freeze(self, params: dict) -> None:
+        """Take these parameters of the model as the base of the adapters, in the compute type.
+
+        Args:
+          params: on the host or on the mesh; those that have the compute type are not copied.
+        """
+        dtype = jnp.dtype(self.model_config.dtype)
+        on_mesh = jax.tree.map(put, params, self.base_shardings)
+        if any(leaf.dtype != dtype for leaf in jax.tree.leaves(on_mesh)):
+            cast = jax.jit(cast_tree, static_argnums=1, out_shardings=self.base_shardings)
+            on_mesh = cast(on_mesh, dtype)
+        self.base = on_mesh
+
+    def start_adapters(self, seed: int) -> TrainState:
+        """Return a state at step 0 with new adapters, which change nothing yet, and new moments."""
+
+        def make(lora: Lora) -> dict:
+            return init_adapters(self.model_config, lora, jax.random.key(seed))
+
+        makes = jax.jit(make, static_argnums=0, out_shardings=self._param_shardings)
+        return self.start(makes(self.lora))
 
     def start(self, params: dict) -> TrainState:
         """Return a state at step 0 with these parameters, new moments and a new schedule.
@@ -182,9 +233,10 @@ class Learner:
     def keep(self, params: dict) -> dict:
         """Return a copy of the parameters in host memory, in the compute type that engines get.
 
-        Samples of this version can be scored with it later; see `recall`.
+        Adapters stay in float32: what engines get is rounded after they are added. Samples of this
+        version can be scored with it later; see `recall`.
         """
-        dtype = jnp.dtype(self.model_config.dtype)
+        dtype = jnp.dtype(self.model_config.dtype if self.lora is None else jnp.float32)
         places = jax.tree.map(in_host_memory, self._param_shardings)
         return jax.device_put(self._cast(params, dtype), places)
 
@@ -192,6 +244,24 @@ class Learner:
         """Return parameters that `keep` has copied, in float32 on the mesh."""
         on_mesh = jax.device_put(kept, self._param_shardings)
         return self._cast(on_mesh, jnp.dtype(jnp.float32))
+
+    def to_publish(self, params: dict) -> tuple[dict, HostAdapters | None]:
+        """Return the model's parameters, and the adapters to add to them as they are written.
+
+        With adapters every process calls this, and each gets all of them in host memory.
+        """
+        if self.lora is None or self.base is None:
+            return params, None
+        gathered = self._gather(params)
+        on_host = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), gathered)
+        return self.base, HostAdapters.of(on_host, self.model_config, self.lora)
+
+    def merged(self, params: dict) -> dict:
+        """Return the model's parameters on the mesh, adapters added: what `to_publish` writes.
+
+        Arrays that no adapter changes are not copied.
+        """
+        return params if self.lora is None else self._merge(self.base, params)
 
     # -- scoring
     # ---------------------------------------------------------------------------------------------
@@ -212,7 +282,8 @@ class Learner:
         """
         with jax.set_mesh(self.mesh):
             return [
-                jax.device_get(self._score(params, *self._inputs(batch))) for batch in microbatches
+                jax.device_get(self._score(self.base, params, *self._inputs(batch)))
+                for batch in microbatches
             ]
 
     def score_and_record(
@@ -226,7 +297,9 @@ class Learner:
         with jax.set_mesh(self.mesh):
             for batch in microbatches:
                 tokens_BT, positions_BT, segments_BT, _ = self._inputs(batch)
-                found = self._score_and_record(params, tokens_BT, positions_BT, segments_BT)
+                found = self._score_and_record(
+                    self.base, params, tokens_BT, positions_BT, segments_BT
+                )
                 scored.append(jax.device_get(found))
         return scored
 
@@ -240,7 +313,7 @@ class Learner:
         """
         inputs = feed(self._one_sequence(ids), self._row_sharding)
         with jax.set_mesh(self.mesh):
-            logp_BT = np.asarray(self._probe(params, *inputs))
+            logp_BT = np.asarray(self._probe(self.base, params, *inputs))
         return logp_BT[0, : len(ids)]
 
     def _one_sequence(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -260,11 +333,21 @@ class Learner:
     # ---------------------------------------------------------------------------------------------
 
     def update(
-        self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators
+        self,
+        state: TrainState,
+        microbatches: Sequence[Batch],
+        denominators: Denominators,
+        work: Work | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Apply one optimizer update over all micro-batches.
 
         The old state is consumed. `state.step` does not change: a step may take several updates.
+
+        Args:
+          state: before the update.
+          microbatches: rows; those that this process does not feed may be zeros.
+          denominators: of the loss, over the rows of all processes.
+          work: over the rows of all processes; None: the micro-batches hold all of them.
 
         Returns:
           The new state, and metrics on the devices.
@@ -281,11 +364,11 @@ class Learner:
                 f" {self._num_row_shards} devices. Fill it up with"
                 f" rome.data.packing.microbatches(batch, {rows + -rows % self._num_row_shards})"
             )
-        tokens = float(sum(np.count_nonzero(batch.segments_BT) for batch in microbatches))
-        replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
+        if work is None:
+            work = self.count_work(microbatches)
         with jax.set_mesh(self.mesh):
             counts_LE = self._count_choices(state.params, microbatches)
-            whole = WholeStep(denominators, tokens, replayed, counts_LE)
+            whole = WholeStep(denominators, float(work.tokens), float(work.replayed), counts_LE)
             sums = self._sum_up(state.params, microbatches, whole)
             return self._apply(state, sums)
 
@@ -295,12 +378,21 @@ class Learner:
         for batch in microbatches:
             rows = feed(batch._replace(expert_counts_LE=None), self._row_sharding)
             if len(microbatches) == 1:
-                return self._differentiate(params, rows, whole)
+                return self._differentiate(params, self.base, rows, whole)
             if sums is None:
-                sums = self._begin(params, rows, whole)
-            sums = self._accumulate(params, sums, rows, whole)
+                sums = self._begin(params, self.base, rows, whole)
+            sums = self._accumulate(params, self.base, sums, rows, whole)
         assert sums is not None  # `update` refuses a step without micro-batches
         return sums
+
+    def own_rows(self, rows: int, rows_per_microbatch: int) -> OwnRows:
+        """Return which rows of a batch this process feeds."""
+        return own_rows(self._row_sharding, rows, rows_per_microbatch)
+
+    def count_work(self, microbatches: Sequence[Batch]) -> Work:
+        """Count the work of passing these rows through the model."""
+        replayed = sum(count_replayed(batch, self.model_config) for batch in microbatches)
+        return count_work(microbatches)._replace(replayed=replayed)
 
     def is_finite(self, params: dict) -> jax.Array:
         """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""
@@ -326,7 +418,8 @@ class Learner:
         if len(counted) == len(microbatches):
             return np.stack(counted).sum(axis=0)
         counts = (
-            in_turn(self._count_experts(params, *self._inputs(batch))) for batch in microbatches
+            in_turn(self._count_experts(self.base, params, *self._inputs(batch)))
+            for batch in microbatches
         )
         return functools.reduce(jnp.add, counts)
 
@@ -337,23 +430,30 @@ class Learner:
     # -- functions that are jitted
     # ---------------------------------------------------------------------------------------------
 
-    def _objective(self, params: dict, batch: Batch, whole: WholeStep) -> tuple[jax.Array, Metrics]:
+    def _objective(
+        self, params: dict, base: dict | None, batch: Batch, whole: WholeStep
+    ) -> tuple[jax.Array, Metrics]:
         """Return the loss of one micro-batch, router terms included, and its metrics.
 
         Args:
-          params: float32.
+          params: float32; gradients are theirs.
+          base: the frozen parameters; None without adapters.
           batch: one micro-batch.
           whole: counts of the whole step.
         """
         config = self.model_config
         denominators, tokens, replayed, counts_LE = whole
-        logp_BT, entropy_BT, output = self._forward(params, *_sequences(batch), batch.routes_BTLk)
+        logp_BT, entropy_BT, output = self._forward(
+            base, params, *_sequences(batch), batch.routes_BTLk
+        )
         value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
         entropy = policy_entropy(entropy_BT, batch, denominators)
         metrics = metrics | {"loss": value, "entropy": entropy}
         if batch.routes_BTLk is not None:
             agreement = route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
             metrics = metrics | agreement
+        if config.is_dense:
+            return value, metrics
         router = output.router
         if counts_LE is None:
             counts_LE = router.counts_LE
@@ -369,21 +469,23 @@ class Learner:
             metrics = metrics | {"router_z": z_loss}
         return value, metrics
 
-    def _gradients(self, params: dict, batch: Batch, whole: WholeStep) -> Sums:
+    def _gradients(self, params: dict, base: dict | None, batch: Batch, whole: WholeStep) -> Sums:
         """Return the gradients and the metrics of one micro-batch."""
-        return Sums(*jax.grad(self._objective, has_aux=True)(params, batch, whole))
+        return Sums(*jax.grad(self._objective, has_aux=True)(params, base, batch, whole))
 
-    def _begin_sums(self, params: dict, batch: Batch, whole: WholeStep) -> Sums:
+    def _begin_sums(self, params: dict, base: dict | None, batch: Batch, whole: WholeStep) -> Sums:
         """Return the sums that a step of several micro-batches begins with."""
-        _, metrics = jax.eval_shape(self._objective, params, batch, whole)
+        _, metrics = jax.eval_shape(self._objective, params, base, batch, whole)
         return empty_sums(params, metrics)
 
-    def _add_microbatch(self, params: dict, sums: Sums, batch: Batch, whole: WholeStep) -> Sums:
+    def _add_microbatch(
+        self, params: dict, base: dict | None, sums: Sums, batch: Batch, whole: WholeStep
+    ) -> Sums:
         """Add one micro-batch to those before it.
 
         `sums` are donated, so the devices never hold two sets of gradients.
         """
-        return add_to_sums(sums, *self._gradients(params, batch, whole))
+        return add_to_sums(sums, *self._gradients(params, base, batch, whole))
 
     def _apply_sums(self, state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         """Return the updated state, and the metrics of the update.
@@ -401,7 +503,8 @@ class Learner:
         params: Any = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradients)
         metrics = metrics | {"gradient_norm": norm}
-        metrics |= load_metrics(metrics.pop("router_counts"), self.model_config)
+        if not self.model_config.is_dense:
+            metrics |= load_metrics(metrics.pop("router_counts"), self.model_config)
         if self.skip_nonfinite_updates:
             is_finite = jnp.isfinite(norm)
             kept = functools.partial(jnp.where, is_finite)
@@ -428,7 +531,10 @@ class Learner:
             return self._replicated
 
         def make_state() -> TrainState:
-            return init_state(self.model_config, self.optimizer, seed=0)
+            if self.lora is None:
+                return init_state(self.model_config, self.optimizer, seed=0)
+            adapters = init_adapters(self.model_config, self.lora, jax.random.key(0))
+            return start_state(adapters, self.optimizer)
 
         state = jax.eval_shape(make_state)
         moments = optax.tree.map_params(
@@ -444,6 +550,16 @@ class Learner:
             opt_state=jax.tree.map(abstract, state.opt_state, moments),
         )
 
+    def abstract_base(self) -> dict | None:
+        """Return shape, dtype and sharding of every frozen parameter; None without adapters."""
+        if self.lora is None:
+            return None
+
+        def place(leaf: Any, sharding: NamedSharding) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, self.model_config.dtype, sharding=sharding)
+
+        return jax.tree.map(place, parameter_shapes(self.model_config), self.base_shardings)
+
     def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
         """Lower the programs of a step from shapes alone, for launch.compile.
 
@@ -458,15 +574,16 @@ class Learner:
         platform = self.mesh.devices.flat[0].platform
         platforms = ("cuda" if platform == "gpu" else platform,)  # lowering has a finer name
         state = self.state
+        base = self.abstract_base()
         params = state.params
         batch = jax.tree.map(lambda leaf: abstract(leaf, self._row_sharding), batch)
         number: Any = jax.ShapeDtypeStruct((), jnp.float32)
         denominators = Denominators(*(number for _ in Denominators._fields))
         whole = WholeStep(denominators, number, number)
         with jax.set_mesh(self.mesh):
-            score = self._score.trace(params, *_sequences(batch), batch.routes_BTLk)
-            sums = self._begin.eval_shape(params, batch, whole)
-            accumulate = self._accumulate.trace(params, sums, batch, whole)
+            score = self._score.trace(base, params, *_sequences(batch), batch.routes_BTLk)
+            sums = self._begin.eval_shape(params, base, batch, whole)
+            accumulate = self._accumulate.trace(params, base, sums, batch, whole)
             apply = self._apply.trace(state, sums)
             traced = {"score": score, "accumulate": accumulate, "apply": apply}
             return {

@@ -23,7 +23,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +42,7 @@ WAS_STOPPED = "was stopped before it had anything to save"
 TURNS = "rome/turns"
 NEWS = "rome/news"
 ARRIVALS = "rome/arrivals"
+PARTS = "rome/parts"
 STOPPED_STATUS = 130  # of a process that a signal stopped
 LEAVING_SECONDS = 3.0  # process 0 holds the store: it leaves last, after the others read the reason
 
@@ -150,6 +151,36 @@ class Team:
         arriving.start()
         self.share(what, lambda: self._wait_for_all(place, what, seconds, remedy))
 
+    def gather(self, what: str, document: Any) -> list[Any] | None:
+        """Return the documents of all processes, by their numbers, in process 0; None elsewhere.
+
+        Args:
+          what: the name of this turn.
+          document: of this process; JSON.
+        """
+        if self.count == 1:
+            return [document]
+        place = self._hand_in(document)
+        documents, _ = self.share_part(what, lambda: (self._take_parts(place), None))
+        return documents
+
+    def total(self, what: str, numbers: Sequence[float]) -> list[float]:
+        """Return the sums over all processes of each of the numbers.
+
+        Args:
+          what: the name of this turn.
+          numbers: of this process; as many in each.
+        """
+        if self.count == 1:
+            return list(numbers)
+        place = self._hand_in(list(numbers))
+
+        def add() -> list[float]:
+            columns = zip(*self._take_parts(place), strict=True)
+            return [sum(column) for column in columns]
+
+        return self.share(what, add)
+
     def require_same(self, what: str, value: str) -> None:
         """Raise LeaderError where this process has another value than process 0."""
         theirs = self.share(what, lambda: value)
@@ -163,11 +194,12 @@ class Team:
         """Raise LeaderError where processes have packed different rows for this step.
 
         Each process packs for itself and feeds only its own rows, so nothing else would notice.
+        Routes are left out: each process has those of its own rows only.
         """
         if self.count == 1:
             return
         digest = hashlib.sha256()
-        for field in batch:
+        for field in batch._replace(routes_BTLk=None):
             if field is not None:
                 digest.update(np.ascontiguousarray(field).tobytes())
         self.require_same(f"rows of step {step}", digest.hexdigest())
@@ -229,6 +261,18 @@ class Team:
             self._raised_by_all = self._error_of_leader(*document["error"])
             raise self._raised_by_all
         return document["value"]
+
+    def _hand_in(self, document: Any) -> str:
+        """Put this process's part of the next turn into the store, and return its place there."""
+        place = f"{PARTS}/{self._turn + 1:09d}"
+        self._client.key_value_set(f"{place}/{self.index}", json.dumps(document))
+        return place
+
+    def _take_parts(self, place: str) -> list[Any]:
+        """Wait in process 0 for the parts of all processes, and take them from the store."""
+        parts = [json.loads(self._wait_for(f"{place}/{index}")) for index in range(self.count)]
+        self._client.key_value_delete(place)
+        return parts
 
     def _arrive(self, place: str, is_ready: Callable[[], bool]) -> None:
         """Announce that this process is ready, as soon as it is."""

@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 import ml_collections
 
-from rome.files import read_json, write_atomically
+from rome.files import find_shipped, read_json, write_atomically
+from rome.model.config import PRESETS
+from rome.model.tokenizer import TINY
 
 KeyClass = Literal["identity", "schedule", "operation"]
 Change = dict[str, Any]  # {"step": of the newest checkpoint, "key", "before", "after"}
 MODEL = "model.json"  # file in the workdir with the model that it trains, as config.json has it
+RANDOM = "random"  # value of init_from: weights are drawn, also where a directory has some
 BROKEN = "Write it again, or give another --workdir."  # what to do about a damaged file
 MAX_DIFFERENCES = 300  # characters of the message that lists them
 
@@ -122,14 +125,47 @@ def read_changes(workdir: pathlib.Path) -> list[Change]:
     return read_json(path, BROKEN, list) if path.exists() else []
 
 
-def start_directory(init_from: str, workdir: pathlib.Path) -> pathlib.Path | None:
+def model_directory(config: Mapping[str, Any]) -> pathlib.Path | None:
+    """Return the directory that config.model names; None: it names a preset.
+
+    Raises:
+      ConfigError: it is neither a preset nor a directory with a config.json.
+    """
+    name = config["model"]
+    if name in PRESETS:
+        return None
+    directory = find_shipped(name)
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"config.model={name!r} is neither a directory with a config.json nor one of"
+            f" {', '.join(PRESETS)}."
+        )
+    return directory
+
+
+def start_directory(config: Mapping[str, Any], workdir: pathlib.Path) -> pathlib.Path | None:
     """Return the folder of the weights that a run starts from; None for random ones.
 
-    An experiment that a run starts from is run in WORKDIR/init.
+    An experiment that a run starts from is run in WORKDIR/init. Where nothing is said, the weights
+    are those of the model's directory.
     """
-    if not init_from:
+    init_from = config.get("init_from", "")
+    if init_from == RANDOM:
         return None
+    if not init_from:
+        return model_directory(config)
     return workdir / "init" / "final" if init_from.endswith(".py") else pathlib.Path(init_from)
+
+
+def tokenizer_directory(config: Mapping[str, Any], workdir: pathlib.Path) -> pathlib.Path:
+    """Return the folder of a run's tokenizer.
+
+    Where nothing is said, it is that of the weights that the run starts from, or of the model's
+    directory; a preset with random weights has the shipped one.
+    """
+    if config["tokenizer"]:
+        return find_shipped(config["tokenizer"])
+    return start_directory(config, workdir) or model_directory(config) or TINY
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rome.data.batch import Batch
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.sharding import make_mesh
 from rome.train.distributed import check_mesh_spans, choose, start
@@ -38,7 +39,9 @@ def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     ]
     batches = [batch._replace(logp_old_BT=old) for batch, old in zip(batches, off, strict=True)]
     everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    state, metrics = learner.update(state, batches, count_denominators(batches))
+    denominators, work = count_denominators(batches), learner.count_work(batches)
+    own = [only_own_rows(batch, learner) for batch in batches]
+    state, metrics = learner.update(state, own, denominators, work)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(everywhere(state.params)))
     flat = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
     return (
@@ -46,6 +49,18 @@ def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
         | {name: np.asarray(value) for name, value in metrics.items()}
         | flat
     )
+
+
+def only_own_rows(batch: Batch, learner: Learner) -> Batch:
+    """Return the batch with zeros in the rows that other processes feed."""
+    fed = learner.own_rows(batch.num_rows, batch.num_rows).fed
+
+    def keep(field: np.ndarray) -> np.ndarray:
+        kept = np.zeros_like(field)
+        kept[fed] = field[fed]
+        return kept
+
+    return batch.map(keep)
 
 
 def main() -> None:

@@ -108,6 +108,38 @@ def test_four_processes_give_the_losses_of_one(alone, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
 
 
+def test_own_trajectories_that_one_process_began_go_on_in_two(tmp_path):
+    data = tmp_path / "talk.jsonl"
+    lines = []
+    for number in range(200):
+        said = " ".join(str(number + word) for word in range(number % 9 + 1))
+        messages = [{"role": "user", "content": f"from {number}"}]
+        lines.append(json.dumps({"messages": [*messages, {"role": "assistant", "content": said}]}))
+    data.write_text("\n".join(lines))
+    flags = [
+        "--config=experiments/sft.py:smoke",
+        f"--config.trajectories={data}",
+        "--config.steps=8",
+        "--config.eval_tasks=0",
+        "--config.rows=16",  # in two micro-batches
+        *MESH,
+    ]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    train(1, flags, whole)
+    with job(1, flags, moved, "stopped") as run:
+        run.wait_until(lambda: len(metrics(moved)) >= 2, SECONDS)
+        run.signal(0)
+        assert run.wait(300) == [130], run.output()
+    assert 2 <= len(metrics(moved)) < 8
+    train(2, flags, moved)
+    assert [line["tokens"] for line in metrics(moved)] == [
+        line["tokens"] for line in metrics(whole)
+    ]
+    np.testing.assert_allclose(losses(moved), losses(whole), rtol=1e-5)
+    last = [json.loads((run / "report.json").read_text())["evals"][-1] for run in (whole, moved)]
+    assert last[0]["bits_per_token"] == pytest.approx(last[1]["bits_per_token"], rel=1e-5)
+
+
 def test_one_process_writes_what_a_run_leaves(two):
     assert [line["step"] for line in metrics(two)] == [1, 2, 3, 4, 5, 6]
     report = json.loads((two / "report.json").read_text())

@@ -17,6 +17,7 @@ PRINTS = {
     "03_task_family": ("reward: 1.0",),
     "04_loss": ("weights", "0.118", "-0.118"),
     "05_environment": ("Count down from 3.", "1."),
+    "sft_on_messages": ("1 set aside", "bits a token: 10.", "role 'wizard'"),
     "learner_library": ("update 0: log p(rewarded) -", "update 2: log p(rewarded) -"),
     "own_environment": ("reward: 1.0", "Reverse/1000000"),
     "06_evaluate_endpoint": ("delete_named/1000000: success", "count/1000000: failure"),

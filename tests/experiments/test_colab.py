@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 
 import nbclient
 import nbformat
 import pytest
 
+from rome.stages.config import check_config, load_config
+from rome.train.devices import Machine, divide_for
 from rome.train.metrics import MetricsWriter
 from rome.train.report import EvalResult, write_report
+from rome.train.workdir import flatten
 from tests.paths import ROOT
 
 NOTEBOOK = ROOT / "experiments" / "colab.ipynb"
@@ -72,6 +76,8 @@ def finished_run(workdir):
                 {
                     "task": f"find/{seed}",
                     "family": "find",
+                    "source": "terminal",
+                    "difficulty": "easy",
                     "success": seed < solved,
                     "unseen_family": False,
                 }
@@ -108,12 +114,46 @@ def test_the_notebook_is_valid_and_carries_no_output():
 def test_the_training_cell_asks_make_for_the_smoke_preset(environment):
     notebook = json.loads(NOTEBOOK.read_text())
     sources = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
-    assert "!make train CONFIG=$CONFIG WORKDIR=$WORKDIR" in sources["train"]
-    settings = {}
-    exec(sources["settings"], settings)
-    dry = ["make", "-n", "train", f"CONFIG={settings['CONFIG']}", f"WORKDIR={settings['WORKDIR']}"]
+    assert '!make train CONFIG=$CONFIG WORKDIR=$WORKDIR ARGS="$ARGS"' in sources["train"]
+    settings = settings_of(sources["settings"], "cpu")
+    dry = ["make", "-n", "train", *(f"{name}={settings[name]}" for name in MAKE_VARIABLES)]
     commands = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "-m launch.train --config='experiments/ipa.py:smoke' --workdir='runs/colab'" in commands
+
+
+MAKE_VARIABLES = ("CONFIG", "WORKDIR", "ARGS")
+
+
+def settings_of(source, runtime):
+    """What the first cell sets where its reader has named this runtime."""
+    assert 'RUNTIME = "cpu"' in source
+    settings = {}
+    exec(source.replace('RUNTIME = "cpu"', f"RUNTIME = {runtime!r}"), settings)
+    return settings
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "t4", "tpu"])
+def test_every_path_names_keys_that_there_are_and_values_of_their_type(runtime):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    source = next(cell.source for cell in notebook.cells if cell["id"] == "settings")
+    settings = settings_of(source, runtime)
+    path, _, preset = settings["CONFIG"].partition(":")
+    config = load_config(path, preset or "tiny")
+    for argument in settings["ARGS"].split():
+        name, value = re.fullmatch(r"--config\.([a-z_.]+)=(\S+)", argument).groups()
+        default = flatten(config.to_dict())[name]
+        config.update_from_flattened_dict({name: type(default)(value)})
+    if runtime != "t4":  # its model is a folder that is not here
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    "machine, is_inside",
+    [(Machine("cpu"), False), (Machine("gpu", ("0",)), True), (Machine("tpu", ("0",)), True)],
+)
+def test_on_colabs_one_device_the_engine_is_inside_the_trainer(machine, is_inside):
+    config = load_config("experiments/ipa.py", "tiny")
+    assert divide_for(config, machine, True, {}).is_inside == is_inside
 
 
 def test_a_finished_run_is_drawn_from_any_folder_of_the_checkout(environment, tmp_path):

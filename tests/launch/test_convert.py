@@ -14,7 +14,9 @@ import optax
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.hf.checkpoint import load_hf, read_config
+from rome.model.hf.checkpoint import load_hf, read_config, save_hf
+from rome.model.hf.digest import params_digest
+from rome.model.lora import Lora, adapter_shapes, find_targets
 from rome.model.params import param_shardings
 from rome.model.sharding import make_mesh
 from rome.stages.weights import load_start
@@ -25,7 +27,7 @@ from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.convert import convert
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
-from rome.train.workdir import ConfigError
+from rome.train.workdir import MODEL, ConfigError
 from tests.paths import ROOT
 from tests.processes import user_environment
 from tests.rome.model.small import random_params
@@ -58,6 +60,7 @@ def make_run(workdir, mesh_shape):
             }
         )
     )
+    (workdir / MODEL).write_text(json.dumps(CONFIG.to_hf()))
     return steps
 
 
@@ -167,7 +170,7 @@ def test_a_run_can_start_from_either_form_straight_on_its_mesh(exported, tmp_pat
     )
     for params in (one, other):
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == param_shardings(mesh, config)
-    with pytest.raises(ValueError, match="holds another model"):
+    with pytest.raises(ValueError, match="does not hold the model"):
         load_start(exported, PRESETS["small"], mesh)
 
 
@@ -265,6 +268,7 @@ def test_the_boxes_of_an_array_cover_it_once_along_chunks_where_they_fit(monkeyp
         (dict(directory="exported", step=1), "is a Hugging Face checkpoint and has no steps"),
         (dict(output="exported"), "--output=exported exists already"),
         (dict(directory="empty_run"), "is the workdir of a run without checkpoints"),
+        (dict(directory="no_model"), "no_model has no model.json; it is written when a run starts"),
         (
             dict(directory="other_model"),
             (
@@ -280,12 +284,15 @@ def test_what_cannot_be_converted_is_said_in_one_line_and_leaves_nothing(
     monkeypatch.chdir(run[0].parent)
     for name, document in (
         ("empty_run", {"experiment": "sft"}),
-        ("other_model", json.loads((run[0] / "config.json").read_text()) | {"model": "small"}),
+        ("other_model", json.loads((run[0] / "config.json").read_text())),
+        ("no_model", json.loads((run[0] / "config.json").read_text())),
     ):
         pathlib.Path(name).mkdir(exist_ok=True)
         pathlib.Path(name, "config.json").write_text(json.dumps(document))
-    if not pathlib.Path("other_model/checkpoints").exists():
-        pathlib.Path("other_model/checkpoints").symlink_to(run[0] / "checkpoints")
+    for name in ("other_model", "no_model"):
+        if not pathlib.Path(name, "checkpoints").exists():
+            pathlib.Path(name, "checkpoints").symlink_to(run[0] / "checkpoints")
+    pathlib.Path("other_model", MODEL).write_text(json.dumps(PRESETS["small"].to_hf()))
     arguments = dict(directory="run", output="out", step=None) | change
     before = sorted(pathlib.Path.cwd().iterdir())
     with pytest.raises((ValueError, OSError, CheckpointError), match=message) as error:
@@ -334,6 +341,101 @@ def test_a_torn_training_checkpoint_is_one_clear_line(tmp_path):
     ) as error:
         convert(tmp_path / "run", tmp_path / "out", None, None, None)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+LORA = Lora(4, 8.0, find_targets("all", CONFIG))
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A run that trained adapters, its base, and the adapters."""
+    base = tmp_path_factory.mktemp("lora") / "base"
+    save_hf(random_params(CONFIG, seed=7), CONFIG, base)
+    shutil.copy(ROOT / "rome/model/tokenizer/tiny/tokenizer.json", base)
+    random = np.random.RandomState(0)
+
+    def draw(leaf):
+        return (0.1 * random.standard_normal(leaf.shape)).astype(np.float32)
+
+    adapters = jax.tree.map(draw, adapter_shapes(CONFIG, LORA))
+    workdir = base.parent / "run"
+    noted = {
+        "from": str(base),
+        "digest": params_digest(random_params(CONFIG, seed=7), CONFIG),
+        "dtype": "float32",
+    }
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+    state = start_state(jax.tree.map(jnp.asarray, adapters), optax.sgd(0.1, momentum=0.9))
+    checkpoints.save(3, state._replace(step=jnp.int32(3)), {"seconds": 1.0, "base": noted})
+    checkpoints.close()
+    document = {
+        "experiment": "sft",
+        "model": "tiny",
+        "tokenizer": str(ROOT / "rome/model/tokenizer/tiny"),
+        "init_from": str(base),
+        "lora": {"rank": 4, "alpha": 8.0, "targets": "all"},
+    }
+    (workdir / "config.json").write_text(json.dumps(document))
+    return workdir, base, adapters
+
+
+def test_a_run_with_adapters_becomes_its_base_with_them_merged(adapted, tmp_path):
+    workdir, base, adapters = adapted
+    said = convert(workdir, tmp_path / "merged")
+    assert "Hugging Face checkpoint of step 3" in said
+    merged, _ = load_hf(tmp_path / "merged")
+    before, _ = load_hf(base)
+    pair = adapters["layers"]["attention"]["o_lora"]
+    product = np.einsum("LNHr,LrD->LNHD", pair["a"], pair["b"]) * LORA.scale
+    found = merged["layers"]["attention"]["o"] - before["layers"]["attention"]["o"]
+    np.testing.assert_allclose(found, product, atol=1e-6)
+    np.testing.assert_array_equal(
+        merged["layers"]["moe"]["router"], before["layers"]["moe"]["router"]
+    )
+    # PEFT's layout merged into the base is the same file
+    convert(workdir, tmp_path / "peft", to="peft")
+    convert(base, tmp_path / "again", adapter=tmp_path / "peft")
+    one, other = files(tmp_path / "merged"), files(tmp_path / "again")
+    assert one[pathlib.Path("model.safetensors")] == other[pathlib.Path("model.safetensors")]
+    small_type = convert(workdir, tmp_path / "rounded", dtype="bfloat16")
+    assert "with tokenizer.json" in small_type
+
+
+def test_adapters_are_not_merged_into_another_base(adapted, tmp_path):
+    workdir, _, _ = adapted
+    moved = tmp_path / "run"
+    shutil.copytree(workdir, moved)
+    other = tmp_path / "base"
+    save_hf(random_params(CONFIG, seed=8), CONFIG, other)
+    document = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(document | {"init_from": str(other)}))
+    with pytest.raises(ValueError, match=r"base has digest \w+, and the adapters of .* bring that"):
+        convert(moved, tmp_path / "out")
+    (moved / "config.json").write_text(json.dumps(document | {"init_from": str(tmp_path / "x")}))
+    with pytest.raises(FileNotFoundError, match="weights that they belong to are not there"):
+        convert(moved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_forms_that_adapters_do_not_have_are_refused(adapted, exported, tmp_path):
+    workdir, _, _ = adapted
+    with pytest.raises(ValueError, match="does not merge adapters; write --to=hf first"):
+        convert(workdir, tmp_path / "out", to="orbax")
+    with pytest.raises(ValueError, match=r"writes the adapters of a run, and .* has none"):
+        convert(exported, tmp_path / "out", to="peft")
+    convert(workdir, tmp_path / "peft", to="peft")
+    with pytest.raises(
+        ValueError, match=r"is merged into a Hugging Face directory, and .* is a run"
+    ):
+        convert(workdir, tmp_path / "out", adapter=tmp_path / "peft")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        convert(exported, tmp_path / "out", adapter=tmp_path)
+
+
+def test_a_start_in_bfloat16_has_float32_parameters_to_train(exported):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    params = load_start(exported, config, make_mesh({}, config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
 def test_the_command_converts_and_misspelt_flags_or_missing_input_are_one_line(exported, tmp_path):

@@ -245,6 +245,56 @@ def test_a_killed_run_of_ipa_ends_bitwise_as_the_run_that_was_left_alone(
     assert losses(workdir) == losses(ipa)
 
 
+def test_an_engine_inside_the_trainer_gives_bitwise_the_run_of_an_engine_beside_it(
+    sft, ipa, tmp_path
+):
+    workdir = tmp_path / "run"
+    train([*IPA, f"--config.init_from={sft / 'final'}", "--config.engine.device=inside"], workdir)
+    assert losses(workdir) == losses(ipa)
+    names = [path.name for path in sorted((ipa / "trajectories").glob("ipa_*_g*_e*.json"))]
+    assert len(names) == 12
+    for name in names:
+        theirs = load_trajectory(ipa / "trajectories" / name)
+        ours = load_trajectory(workdir / "trajectories" / name)
+        assert [sampled(chunk) for chunk in ours.chunks] == [
+            sampled(chunk) for chunk in theirs.chunks
+        ]
+    assert not list((workdir / "weights").glob("**/*.safetensors"))
+    final = [(run / "final" / "model.safetensors").read_bytes() for run in (workdir, ipa)]
+    assert final[0] == final[1]
+
+
+def sampled(chunk):
+    return chunk.prompt_ids, chunk.action_ids, chunk.logprobs, chunk.versions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("async_ratio", [0, 1])
+def test_a_killed_run_with_the_engine_inside_resumes_from_what_is_there(
+    sft, ipa, tmp_path, async_ratio
+):
+    """Killed with its engine; with stale samples it scores them by the versions it wrote."""
+    flags = [
+        *IPA,
+        f"--config.init_from={sft / 'final'}",
+        "--config.engine.device=inside",
+        f"--config.rollout.async_ratio={async_ratio}",
+    ]
+    workdir = tmp_path / "run"
+    assert train_and_interrupt(flags, workdir, signal.SIGINT, after_steps=1) in (130, 0)
+    status = train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=2)
+    assert status in (-signal.SIGKILL, 0)
+    train(flags, workdir)
+    lines, accounting = metrics(workdir), report(workdir)["accounting"]
+    assert [line["step"] for line in lines] == [1, 2, 3] and accounting["in_flight"] == 0
+    assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
+    assert all(line["max_mismatch"] < 1e-3 for line in lines if "max_mismatch" in line)
+    if async_ratio:
+        assert any(line["max_staleness"] == 1 for line in lines)
+    else:
+        assert losses(workdir) == losses(ipa)
+
+
 @pytest.mark.slow
 def test_killed_asynchronous_training_with_resampling_trains_on_nothing_twice_or_too_old(
     sft, tmp_path

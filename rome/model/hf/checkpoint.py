@@ -1,9 +1,10 @@
 """Hugging Face checkpoints, read and written: safetensors and config.json.
 
-A checkpoint directory is exactly what `transformers` writes for Qwen3MoeForCausalLM. Both
-directions move one block of one tensor at a time, on several threads: a range of its rows, at most
-BLOCK_BYTES, between files and arrays on any number of devices. So host memory holds some hundred
-megabytes whatever the model's size, and the stacked parameters exist on their devices only.
+A checkpoint directory is exactly what `transformers` writes for Qwen3ForCausalLM and
+Qwen3MoeForCausalLM. Both directions move one block of one tensor at a time, on several threads: a
+range of its rows, at most BLOCK_BYTES, between files and arrays on any number of devices. So host
+memory holds some hundred megabytes whatever the model's size, and the stacked parameters exist on
+their devices only.
 
 `rome.model.hf.names` says which tensor is which slice of a parameter, `files` and `writer` how
 bytes lie in the files, `assemble` and `slices` how devices are filled and read.
@@ -11,6 +12,7 @@ bytes lie in the files, `assemble` and `slices` how devices are filled and read.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from rome.model.hf import files
 from rome.model.hf.assemble import Read, partial_arrays, reads
 from rome.model.hf.files import CheckpointReader, in_threads
 from rome.model.hf.names import Tensor, checkpoint_tensors, expected_tensors
+from rome.model.hf.peft import HostAdapters
 from rome.model.hf.slices import check_parameters, start_cut
 from rome.model.hf.writer import MAX_SHARD_BYTES, CheckpointWriter, file_dtype
 
@@ -109,6 +112,7 @@ def save_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
     progress: Progress | None = None,
+    adapters: HostAdapters | None = None,
 ) -> None:
     """Write config.json and model.safetensors, or several shards and their index.
 
@@ -126,6 +130,7 @@ def save_hf(
       max_shard_bytes: tensors that exceed this together go to several files.
       progress: told the bytes written so far by this process, and how many it will write; called
         from several threads.
+      adapters: whose products are added to the tensors as they are written, in float32.
 
     Raises:
       ValueError: parameters do not fit the config, or dtype is another one.
@@ -143,7 +148,10 @@ def save_hf(
         jax.process_count(),
     )
     document = config.to_hf() | {"dtype": dtype.name, "torch_dtype": dtype.name}
-    write_checkpoint(writer, _cut_all(params, tensors, writer), document, progress)
+    blocks = _cut_all(params, tensors, writer)
+    if adapters is not None:
+        blocks = merged_blocks(blocks, adapters)
+    write_checkpoint(writer, blocks, document, progress)
 
 
 def write_checkpoint(
@@ -246,6 +254,17 @@ def _cut_all(params: Any, tensors: list[Tensor], writer: CheckpointWriter) -> It
             fetch = start_cut(params, tensor, start, stop)
             if writer.owns(tensor.name):
                 yield tensor.name, start * tensor.rows_each, fetch
+
+
+def merged_blocks(blocks: Iterator[Block], adapters: HostAdapters) -> Iterator[Block]:
+    """Yield the blocks of a checkpoint with the products of adapters added."""
+
+    def merge(block: Block) -> np.ndarray:
+        name, start, fetch = block
+        return adapters.add(name, start, fetch())
+
+    for block in blocks:
+        yield block[0], block[1], functools.partial(merge, block)
 
 
 def _wait_for_all(name: str) -> None:

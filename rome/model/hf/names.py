@@ -1,4 +1,4 @@
-"""One table of tensors: where each parameter lies in a checkpoint of Qwen3MoeForCausalLM.
+"""One table of tensors: where each parameter lies in a checkpoint of a Qwen3.
 
 A checkpoint holds one tensor per layer, expert and projection, linear weights as [out, in]. Our
 parameters are [in, ...], stacked over layers (and experts). Reading, writing and naming all go
@@ -195,7 +195,7 @@ def _tensors_of(row: Row, shape: tuple[int, ...], config: ModelConfig) -> list[T
     if row.path[1] == "moe":
         layers = config.sparse_layers
     elif row.path[1] == "mlp":
-        layers = config.dense_layers
+        layers = config.mlp_layers
     tensors = []
     for index in np.ndindex(shape[: row.stacked]):
         layer = layers[index[0]] if index else None

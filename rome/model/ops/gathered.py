@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from rome.model.sharding import RULES, is_split
 
 WIDE = RULES["embed_wide"]
-_BY_TOKEN = PartitionSpec(RULES["batch"], RULES["time"], None)
+BY_TOKEN = PartitionSpec(RULES["batch"], RULES["time"], None)
 _BY_HEAD = PartitionSpec(RULES["batch"], RULES["time"], "tensor", None)
 
 
@@ -49,7 +49,7 @@ def to_heads(x_BTD: Array, w_DNH: Array) -> Array:
 
     return jax.shard_map(
         on_each_device,
-        in_specs=(_BY_TOKEN, PartitionSpec(WIDE, "tensor", None)),
+        in_specs=(BY_TOKEN, PartitionSpec(WIDE, "tensor", None)),
         out_specs=_BY_HEAD,
         check_vma=False,
     )(x_BTD, w_DNH)
@@ -67,7 +67,7 @@ def from_heads(x_BTNH: Array, w_NHD: Array) -> Array:
     return jax.shard_map(
         on_each_device,
         in_specs=(_BY_HEAD, PartitionSpec("tensor", None, WIDE)),
-        out_specs=_BY_TOKEN,
+        out_specs=BY_TOKEN,
         check_vma=False,
     )(x_BTNH, w_NHD)
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rome.model.config import ModelConfig, RopeScaling
+from rome.model.config import ModelConfig
+from rome.model.rope import RopeScaling
 
 
 def rotary_angles(positions_BT: Array, config: ModelConfig) -> tuple[Array, Array]:

@@ -1,18 +1,18 @@
-"""Text to ids and back, and Qwen3's chat format built by appending ids.
+"""Text to ids and back.
 
 Two kinds of directory load: one with a tokenizer.json (Hugging Face `tokenizers`), or one with
 Qwen's own `qwen.tiktoken` (byte-pair ranks) and tokenizer_config.json (the added tokens).
 
-Control tokens (`<|im_start|>`, `<tool_call>`, ...) come from this file's templates, never from
-untrusted text: `encode` spells them out letter by letter unless the caller says that the text may
-hold them. They are the special tokens and the added ones in angle brackets. Everything else is
-encoded as transformers does, other added tokens included.
-A rollout is never rendered again: `Chat` gives the ids to append.
+Control tokens (`<|im_start|>`, `<tool_call>`, ...) come from chat templates, never from untrusted
+text: `encode` spells them out letter by letter unless the caller says that the text may hold them.
+They are the special tokens and the added ones in angle brackets. Everything else is encoded as
+transformers does, other added tokens included.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import json
 import os
@@ -24,6 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from rome.files import find_shipped, read_json
+from rome.model.tokenizer.template import DEFAULT, ChatTemplate
 
 BROKEN = "Fetch the tokenizer again."  # what to do about a damaged file
 TINY = pathlib.Path(__file__).parent / "tiny"  # ships with the tiny preset; made by train.py
@@ -32,21 +33,17 @@ QWEN_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Qwen3's template around the schemas of the tools.
-_TOOLS_HEAD = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are"
-    " provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-_TOOLS_TAIL = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
-    " within "
-)
-
 
 class Tokenizer:
-    """Byte-level BPE with added tokens. Ids below `vocab_size` decode; every text encodes."""
+    """Byte-level BPE with added tokens. Ids below `vocab_size` decode; every text encodes.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    Args:
+      backend: of the package tokenizers.
+      chat_template: of the model that it belongs to.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, chat_template: str = DEFAULT) -> None:
+        self._chat_template = chat_template
         # A tokenizer.json may keep the limits that its last user set; transformers ignores them.
         backend.no_truncation()
         backend.no_padding()
@@ -57,8 +54,10 @@ class Tokenizer:
         # for turns: no special token is found in a text
         self._turn = _without_special_tokens(document)
         # for untrusted text: no control token is
+        self._special = [one["content"] for one in document["added_tokens"] if one["special"]]
         for token in document["added_tokens"]:
             token["special"] = token["special"] or _is_in_brackets(token["content"])
+        self._control = [one["content"] for one in document["added_tokens"] if one["special"]]
         self._plain = _without_special_tokens(document)
         self.im_start = self.id_of("<|im_start|>")
         self.im_end = self.id_of("<|im_end|>")
@@ -71,7 +70,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Read tokenizer.json, or qwen.tiktoken with tokenizer_config.json.
+        """Read tokenizer.json, or qwen.tiktoken with tokenizer_config.json; and the chat template.
 
         Raises:
           FileNotFoundError: neither is there.
@@ -80,15 +79,21 @@ class Tokenizer:
         directory = find_shipped(directory)
         whole = directory / "tokenizer.json"
         if whole.is_file():
-            return cls(_from_file(whole))
+            return cls(_from_file(whole), _chat_template(directory))
         ranks = directory / "qwen.tiktoken"
         config = directory / "tokenizer_config.json"
         if ranks.is_file() and config.is_file():
-            return cls(_from_tiktoken(ranks, config))
+            return cls(_from_tiktoken(ranks, config), _chat_template(directory))
         raise FileNotFoundError(
             f"no tokenizer in {directory}; expected tokenizer.json, or qwen.tiktoken and"
             " tokenizer_config.json"
         )
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """Return the chat template of the model."""
+        control = {content: self._added[content] for content in self._control}
+        return ChatTemplate(self._chat_template, control, self._special)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, which `load` and Hugging Face read."""
@@ -160,97 +165,24 @@ class Tokenizer:
         return ids[:-1]
 
 
-class Chat:
-    """Qwen3's chat format: each method returns ids to append; nothing is rendered twice.
+def _chat_template(directory: pathlib.Path) -> str:
+    """Return a checkpoint's chat template: a file of its own, or a text of tokenizer_config.json.
 
-    Args:
-      tokenizer: of the model.
-      tools: schemas. The first turn tells them to the model with the form of a call, as Qwen3's
-        template does. Without tools and system text there is no system turn: a small model learns
-        the form from its training data instead.
-      system: system text.
+    Raises:
+      ValueError: it has several.
     """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        tools: Sequence[dict[str, Any]] | None = None,
-        system: str | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self._tools = tools
-        self._system = system
-
-    def begin(self) -> list[int]:
-        """Return the ids of the system turn; [] where there is none."""
-        return self.tokenizer.join(self._system_turn())
-
-    def open(self, user: str) -> list[int]:
-        """Return the ids of a new chat, up to `<|im_start|>assistant` and its newline.
-
-        There the model begins to write.
-        """
-        user_turn: list[str | int] = [self.tokenizer.im_start, "user\n", user]
-        return self.tokenizer.join([*self._system_turn(), *user_turn, *self._hand_over()])
-
-    def turn(self, text: str) -> list[int]:
-        """Return the ids of an assistant's turn that was not sampled, such as a demonstrator's.
-
-        With the `<|im_end|>` that the model would sample.
-        """
-        return [*self.tokenizer.encode_turn(text), self.tokenizer.im_end]
-
-    def observe(self, results: Sequence[str]) -> list[int]:
-        """Return the ids that follow a sampled `<|im_end|>`.
-
-        Its newline, the tool results in one user turn, the next assistant header.
-        """
-        opening = self.tokenizer.id_of("<tool_response>")
-        closing = self.tokenizer.id_of("</tool_response>")
-        parts: list[str | int] = ["\n", self.tokenizer.im_start, "user"]
-        for result in results:
-            parts += ["\n", opening, "\n", result, "\n", closing]
-        return self.tokenizer.join([*parts, *self._hand_over()])
-
-    def follow(self, turn_ids: Sequence[int], results: Sequence[str]) -> list[int]:
-        """Return the ids that follow a sampled turn: `observe`, after the end that it may lack.
-
-        Args:
-          turn_ids: the sampled ids. A turn that an engine ended at another token of the generation
-            config, such as `<|endoftext|>`, gets the template's end as context.
-          results: of the turn's tool calls.
-        """
-        im_end = self.tokenizer.im_end
-        has_end = bool(turn_ids) and turn_ids[-1] == im_end
-        observed = self.observe(results)
-        return observed if has_end else [im_end, *observed]
-
-    def _hand_over(self) -> list[str | int]:
-        return [self.tokenizer.im_end, "\n", self.tokenizer.im_start, "assistant\n"]
-
-    def _system_turn(self) -> list[str | int]:
-        im_start = self.tokenizer.im_start
-        im_end = self.tokenizer.im_end
-        if not self._tools:
-            if self._system is None:
-                return []
-            return [im_start, "system\n", self._system, im_end, "\n"]
-        begin = self.tokenizer.id_of("<tool_call>")
-        end = self.tokenizer.id_of("</tool_call>")
-        system = "" if self._system is None else f"{self._system}\n\n"
-        schemas = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in self._tools)
-        return [
-            im_start,
-            f"system\n{system}{_TOOLS_HEAD}{schemas}{_TOOLS_TAIL}",
-            begin,
-            end,
-            " XML tags:\n",
-            begin,
-            '\n{"name": <function-name>, "arguments": <args-json-object>}\n',
-            end,
-            im_end,
-            "\n",
-        ]
+    alone = directory / "chat_template.jinja"
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8")
+    config = directory / "tokenizer_config.json"
+    document = read_json(config, BROKEN) if config.is_file() else {}
+    template = document.get("chat_template") or DEFAULT
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{config} has several chat templates. Write the one that is meant into"
+            f" {directory / 'chat_template.jinja'}."
+        )
+    return template
 
 
 def _from_file(path: pathlib.Path) -> tokenizers.Tokenizer:

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 import tokenizers
 from tokenizers import decoders, models, normalizers, trainers
 
-from rome.model.tokenizer.tokenizer import Chat, Tokenizer, byte_level
+from rome.model.tokenizer.chat import Chat
+from rome.model.tokenizer.tokenizer import Tokenizer, byte_level
 
 VOCAB_SIZE = 768
 ADDED = {

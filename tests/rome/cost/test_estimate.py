@@ -5,6 +5,7 @@ import json
 import math
 import types
 
+import jax
 import pytest
 
 from rome.cost.compile import batch_shapes, visited_rows
@@ -12,15 +13,18 @@ from rome.cost.estimate import Program, find_chip, report, state_bytes, too_larg
 from rome.cost.roofline import CHIPS, GIB, Sent
 from rome.losses import LOSSES, LossConfig
 from rome.model.config import PRESETS
+from rome.model.lora import Lora, adapter_shapes, find_targets
 from rome.model.ops.kernels import Kernels
+from rome.model.params import parameter_shapes
 from rome.model.sharding import make_mesh
-from rome.stages.config import load_config, passes_of_step
+from rome.stages.config import load_config
+from rome.stages.settings import passes_of_step
 from rome.train.state import make_optimizer
 from rome.train.step import Learner
 
 CONFIG = PRESETS["qwen3_30b_a3b"]
 MESH = {"replica": 1, "fsdp": 8, "expert": 8, "sequence": 1, "tensor": 1}
-STATE = {"params": 2.0 * GIB, "optimizer": 4.0 * GIB, "gradients": 2.0 * GIB}
+STATE = {"base": 0.0, "params": 2.0 * GIB, "optimizer": 4.0 * GIB, "gradients": 2.0 * GIB}
 
 
 def programs(
@@ -232,7 +236,7 @@ def test_state_bytes_are_a_devices_share():
         config, LOSSES["ipa"], LossConfig(), optimizer, make_mesh({"fsdp": 4, "expert": 2}, config)
     )
     found, weights = (
-        state_bytes(learner.state),
+        state_bytes(learner),
         sum(4 * math.prod(leaf.shape) for leaf in learner.state.params["layers"]["moe"].values()),
     )
     assert (
@@ -240,6 +244,23 @@ def test_state_bytes_are_a_devices_share():
         and found["gradients"] == found["params"]
     )
     assert weights / 8 < found["params"] < weights / 6
+
+
+def test_adapters_leave_the_optimizer_small_and_the_base_in_its_own_type():
+    config = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16")
+    lora = Lora(4, 8.0, find_targets("all", config))
+    optimizer = make_optimizer(
+        learning_rate=1e-3, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0
+    )
+    learner = Learner(
+        config, LOSSES["ipa"], LossConfig(), optimizer, make_mesh({}, config), lora=lora
+    )
+    found = state_bytes(learner)
+    whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
+    adapters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapter_shapes(config, lora)))
+    assert found["base"] == 2 * whole
+    assert found["params"] == found["gradients"] == 4 * adapters < found["base"] / 5
+    assert found["optimizer"] == pytest.approx(8 * adapters, rel=1e-4)
 
 
 def test_an_unknown_chip_is_refused_by_name():

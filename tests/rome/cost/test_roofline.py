@@ -17,6 +17,9 @@ MB = 1e6
 CUBE = np.array([(0, 0, x, y, z) for z in range(4) for y in range(4) for x in range(4)])
 
 
+NORMS_8B = 36 * (2 * 4096 + 2 * 128) + 4096
+
+
 def collective(kind: str, groups) -> Collective:
     return Collective(kind, MB, np.array(groups), 1.0, "op")
 
@@ -125,6 +128,9 @@ def test_a_ring_that_goes_both_ways_takes_as_long_as_one_way():
 def test_active_weights_and_attention_of_qwen3_are_those_of_the_published_model():
     config = PRESETS["qwen3_30b_a3b"]
     assert active_matmul_params(config) == pytest.approx(3.042e9, rel=1e-3)
+    # all but the embedding and the norms, which multiply nothing; a tied one is the head too
+    assert active_matmul_params(PRESETS["qwen3_8b"]) == 8_190_735_360 - 151936 * 4096 - NORMS_8B
+    assert active_matmul_params(PRESETS["qwen3_4b"]) == pytest.approx(4_022_468_096, rel=1e-4)
     assert (
         forward_flops(config, 8192) == 2 * active_matmul_params(config) + 2 * 8192 * 32 * 128 * 48
     )

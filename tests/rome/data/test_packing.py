@@ -150,6 +150,33 @@ def test_routes_lie_where_their_tokens_lie_and_padding_has_none(made, rows):
         np.testing.assert_array_equal(field, plain)
 
 
+@given(steps(), st.integers(1, 3), st.integers(0, 2))
+@quickly
+def test_routes_are_fetched_for_own_rows_only(made, processes, process):
+    whole = packed(routed(made), routes_for=MODEL)
+    bare = [dataclasses.replace(one, chunks=[*one.chunks]) for one in made]
+    for one in bare:
+        one.chunks[:] = [dataclasses.replace(chunk, routes=None) for chunk in one.chunks]
+    with_routes = {id(one): routed_one for one, routed_one in zip(bare, made, strict=True)}
+    fetched = []
+
+    def load(trajectory):
+        fetched.append(trajectory)
+        return with_routes[id(trajectory)]
+
+    part = packed(
+        bare,
+        routes_for=MODEL,
+        is_own_row=lambda row: row % processes == process,
+        load_routes=load,
+    )
+    own_B = np.arange(part.num_rows) % processes == process
+    expected = np.where(own_B[:, None, None, None], whole.routes_BTLk, 0)
+    np.testing.assert_array_equal(part.routes_BTLk, expected)
+    segments = part.segments_BT[own_B].max(axis=1, initial=0).sum()
+    assert len(fetched) == len({id(one) for one in fetched}) == segments
+
+
 def test_tokens_that_no_engine_was_asked_about_have_no_routes():
     sampled, expert = routed([trajectory((1, 2), (3, 0), (1, 1), (2, 0))])[0], trajectory((1, 1))
     expert.chunks[0].versions = []

@@ -7,8 +7,18 @@ import json
 import numpy as np
 import pytest
 
-from rome.data.sources import TrajectoryFiles, sft_batches
-from rome.data.trajectory import Chunk, Trajectory, save_trajectory
+from rome.data import sources
+from rome.data.batch import IMITATION
+from rome.data.sources import endless_order, sft_batches
+from rome.data.trajectory import Chunk, Trajectory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_open_rows():
+    """Fill two rows at a time, so that streams come to their rhythm soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "ROWS_OPEN", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +35,9 @@ def _chunk(n, acted):
     return Chunk([n, 500], [501] * int(acted), [0.0] * int(acted))
 
 
-def stream(trajectories, seed=0, rows=2):
-    return iter(sft_batches(trajectories, rows=rows, row_length=24, chunks_per_row=4, seed=seed))
+def stream(trajectories, seed=0, rows=2, own=None):
+    order = endless_order([(trajectories, 1.0)], seed)
+    return sft_batches(order, rows=rows, row_length=24, chunks_per_row=4, own=own)
 
 
 def first_tokens(batch):
@@ -42,11 +53,48 @@ def take(iterator, count):
 
 
 def test_batches_have_one_shape_and_each_epoch_has_every_trajectory_once(experts):
-    batches = take(stream(experts), 12)
-    assert {batch.tokens_BT.shape for batch in batches} == {(2, 24)}
+    batches = take(stream(experts, rows=1), 40)
+    assert {batch.tokens_BT.shape for batch in batches} == {(1, 24)}
     seen = [n for batch in batches for n in first_tokens(batch)]
     counts = collections.Counter(seen)
     assert set(counts) == set(range(1, 14)) and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_a_row_has_its_own_share_of_the_order_each_item_once(experts):
+    batches = take(stream(experts, rows=3), 20)
+    order = endless_order([(experts, 1.0)], seed=0)
+    for row in range(3):
+        seen = [n for batch in batches for n in first_tokens(batch.map(lambda f: f[[row]]))]  # noqa: B023
+        due = [order[place].chunks[0].prompt_ids[0] for place in range(row, 600, 3)]
+        open_rows = len(seen) - len(seen) % 13
+        assert collections.Counter(seen[:open_rows]) == collections.Counter(due[:open_rows])
+
+
+@pytest.mark.parametrize("split", [[[0, 1], [2, 3]], [[3], [0, 2], [1]], [[0], [1], [2], [3]]])
+def test_rows_do_not_depend_on_how_many_processes_read_them(experts, split):
+    whole = take(stream(experts, rows=4), 12)
+    streams = [stream(experts, rows=4, own=own) for own in split]
+    for number in range(12):
+        for own, part in zip(split, [next(one) for one in streams], strict=True):
+            assert same(part.map(lambda f: f[own]), whole[number].map(lambda f: f[own]))  # noqa: B023
+            others = [row for row in range(4) if row not in own]
+            assert not part.tokens_BT[others].any() and not part.action_mask_BT[others].any()
+
+
+@pytest.mark.parametrize("consumed", [1, 4, 9])
+def test_a_position_of_some_processes_is_resumed_by_another_number_of_them(experts, consumed):
+    position = {}
+    for own in ([0, 3], [1, 2]):
+        one = stream(experts, rows=4, own=own)
+        take(one, consumed)
+        position |= one.get_state()
+    position = json.loads(json.dumps(position))
+    whole = take(stream(experts, rows=4), consumed + 6)[consumed:]
+    for own in ([0, 1, 2, 3], [2], [0, 1]):
+        resumed = stream(experts, rows=4, own=own)
+        resumed.set_state(position)
+        for expected, batch in zip(whole, take(resumed, 6), strict=True):
+            assert same(batch.map(lambda f: f[own]), expected.map(lambda f: f[own]))  # noqa: B023
 
 
 def test_the_seed_decides_the_order(experts):
@@ -71,30 +119,35 @@ def test_a_stream_resumes_from_a_json_position(experts, consumed):
     assert all(map(same, rest, take(resumed, 8)))
 
 
-def test_files_give_what_was_saved_in_the_order_of_their_names(experts, tmp_path):
-    for trajectory in experts:
-        save_trajectory(trajectory, tmp_path / f"{trajectory.task}.json")
-    files = TrajectoryFiles(tmp_path)
-    assert len(files) == len(experts) and list(files) == sorted(
-        experts, key=lambda t: f"{t.task}.json"
-    )
-    assert same(next(stream(files)), next(stream(list(files))))
+def test_parts_are_drawn_by_their_shares_each_item_once_an_epoch(experts):
+    order = endless_order([(experts[:3], 0.75), (experts[3:], 0.25)], seed=0)
+    drawn = [order[place].chunks[0].prompt_ids[0] for place in range(40)]
+    of_first = [n for n in drawn if n <= 3]
+    assert len(of_first) == 30
+    assert all(set(of_first[place : place + 3]) == {1, 2, 3} for place in range(0, 30, 3))
+    assert len({n for n in drawn if n > 3}) == 10
 
 
-def test_an_empty_directory_and_an_empty_list_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no trajectory"):
-        TrajectoryFiles(tmp_path)
+def test_an_empty_part_is_refused():
     with pytest.raises(ValueError, match="at least one"):
-        sft_batches([], rows=1, row_length=8, chunks_per_row=1, seed=0)
-
-
-def test_a_broken_file_is_named(tmp_path):
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match=r"broken.json"):
-        TrajectoryFiles(tmp_path)[0]
+        endless_order([([], 1.0)], seed=0)
 
 
 def test_an_untrainable_trajectory_is_refused_by_name(experts):
     lost = Trajectory("lost", "f", [_chunk(1, 2)], 0.0, "infra_engine")
     with pytest.raises(ValueError, match=r"trajectory lost .* ended as infra_engine"):
         next(stream([lost]))
+
+
+def test_a_trajectory_with_branches_is_learned_line_by_line_each_turn_once():
+    stem = Chunk([7, 500], [501, 502], [0.0, 0.0])
+    leaves = [Chunk([8], [503], [0.0]), Chunk([9], [504], [0.0], parent=0, edge="rewind")]
+    tree = Trajectory("t", "f", [stem, *leaves], 1.0, "success")
+    batches = take(stream([tree], rows=1), 12)
+    learned = collections.Counter()
+    for batch in batches:
+        assert batch.lines_BC is None
+        is_learned_BT = batch.kind_BT() == IMITATION
+        learned.update(batch.tokens_BT[is_learned_BT].tolist())
+    assert set(learned) == {501, 502, 503, 504}
+    assert max(learned.values()) - min(learned.values()) <= 1

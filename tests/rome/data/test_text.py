@@ -42,6 +42,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_open_rows():
+    """Fill one row at a time, so that streams come in the order of their documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "ROWS_OPEN", 1)
+        yield
+
+
 def all_of(documents):
     return [documents[number] for number in range(len(documents))]
 

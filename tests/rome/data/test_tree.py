@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rome.data import lines as lines_module
 from rome.data.advantages import anchor_states
 from rome.data.batch import CONTEXT, RL
-from rome.data.lines import ExampleOptions, fits_row, to_example, to_examples
+from rome.data.lines import ExampleOptions, fits_row, to_examples
 from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.data.tree import LAST, ROOT, credits_of, parse_credit, resolve_parents
@@ -162,21 +162,14 @@ def test_each_line_must_fit_a_row_and_not_their_sum():
         packed([branching()], row_length=3)
 
 
-def test_one_example_is_refused_of_an_episode_with_branches():
-    options = ExampleOptions(**ROW, gamma=GAMMA, failure_reward=-1.0)
-    with pytest.raises(ValueError, match="has 2 lines to train where one is expected"):
-        to_example(branching(), 0.0, options)
-
-
 def test_routes_of_a_shared_prefix_lie_in_each_of_its_lines():
     trajectory = branching()
     for number, chunk in enumerate(trajectory.chunks):
         chunk.routes = np.full((2, 1, 1), number + 1, np.uint8)
     config = dataclasses.replace(PRESETS["tiny"], num_layers=1, num_experts=9, experts_per_token=1)
-    options = ExampleOptions(**ROW, gamma=GAMMA, failure_reward=-1.0, routes_for=config)
-    first, second = to_examples(trajectory, 0.0, options)
-    assert first["routes"].ravel().tolist() == [1, 1, 2, 2]
-    assert second["routes"].ravel().tolist() == [1, 1, 3, 3]
+    batch = packed([trajectory], row_length=4, routes_for=config)
+    first, second = batch.routes_BTLk[..., 0, 0].tolist()
+    assert [first, second] == [[1, 1, 2, 2], [1, 1, 3, 3]]
 
 
 def test_the_state_of_a_turn_is_what_its_own_line_has_seen():

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 from rome.engine import proof
-from rome.engine.proof import Proof, Weights, changed_tensors, disagreement, fused_name, judge_probe
+from rome.engine.proof import Proof, changed_tensors, disagreement, fused_name, judge_probe
+from rome.engine.weights import Weights
 from rome.model.hf.checkpoint import save_hf
 from tests.rome.serve.tiny import make_config, make_params
 

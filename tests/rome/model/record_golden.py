@@ -1,5 +1,5 @@
-"""Records what transformers' Qwen3MoeForCausalLM computes for a few small random models, into
-golden_qwen3_moe.npz beside this file.
+"""Records what Qwen3MoeForCausalLM and Qwen3ForCausalLM of transformers compute for a few small
+random models, into golden_qwen3.npz beside this file.
 
     pip install torch transformers && python -m tests.rome.model.record_golden
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-GOLDEN = pathlib.Path(__file__).with_name("golden_qwen3_moe.npz")
+GOLDEN = pathlib.Path(__file__).with_name("golden_qwen3.npz")
 AUX_COEFFICIENT = 0.1  # large, so that the gradient of the router loss shows
 COMMON = dict(
     model_type="qwen3_moe",
@@ -35,6 +35,27 @@ COMMON = dict(
     mlp_only_layers=[],
     eos_token_id=1,
     pad_token_id=0,
+)
+DENSE = dict(
+    model_type="qwen3",
+    architectures=["Qwen3ForCausalLM"],
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=24,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+    attention_bias=False,
+    use_sliding_window=False,
+    sliding_window=None,
+    max_window_layers=3,
+    eos_token_id=1,
+    pad_token_id=0,
+    rope_theta=1e6,
 )
 CASES: dict[str, dict[str, Any]] = {
     "grouped": (
@@ -117,6 +138,33 @@ CASES: dict[str, dict[str, Any]] = {
             ),
         )
     ),
+    "dense": DENSE | dict(tie_word_embeddings=False, attention_bias=True),
+    "dense_tied": (
+        DENSE
+        | dict(
+            tie_word_embeddings=True,
+            max_position_embeddings=8,
+            rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
+        )
+    ),
+    "coder": (
+        COMMON
+        | dict(
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            head_dim=8,
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=8,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+            rope_theta=1e7,
+            use_qk_norm=True,
+            qkv_bias=False,
+            shared_expert_intermediate_size=0,
+            max_position_embeddings=262144,
+        )
+    ),
 }
 
 
@@ -135,7 +183,7 @@ def hf_weights(hf: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     routing are far from uniform.
     """
     random = np.random.RandomState(seed)
-    D, H, F = hf["hidden_size"], hf["head_dim"], hf["moe_intermediate_size"]
+    D, H, F = hf["hidden_size"], hf["head_dim"], hf.get("moe_intermediate_size", 0)
     q, kv = hf["num_attention_heads"] * H, hf["num_key_value_heads"] * H
     matrices, norms, biases = (
         {"model.embed_tokens.weight": (hf["vocab_size"], D)},
@@ -150,7 +198,8 @@ def hf_weights(hf: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             layer + f"self_attn.{name}_proj.weight": shape
             for name, shape in (("q", (q, D)), ("k", (kv, D)), ("v", (kv, D)), ("o", (D, q)))
         }
-        if i in hf["mlp_only_layers"] or (i + 1) % hf["decoder_sparse_step"]:
+        is_dense = hf["model_type"] == "qwen3"
+        if is_dense or i in hf["mlp_only_layers"] or (i + 1) % hf["decoder_sparse_step"]:
             dense = hf["intermediate_size"]
             matrices |= {
                 layer + f"mlp.{name}_proj.weight": shape
@@ -194,25 +243,27 @@ def write_checkpoint(
 
 
 def run_transformers(directory: pathlib.Path, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits, router loss, and gradients of (mean next-token cross entropy + AUX_COEFFICIENT *
-    router loss) by checkpoint name.
+    """Logits, router loss (0 without a router), and gradients of (mean next-token cross entropy +
+    AUX_COEFFICIENT * router loss) by checkpoint name.
     """
     import torch
     import transformers
 
-    model = transformers.Qwen3MoeForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tokens = torch.tensor(tokens_BT)
-    out = model(tokens, output_router_logits=True)
+    has_router = hasattr(model, "num_experts")
+    out = model(tokens, output_router_logits=True) if has_router else model(tokens)
+    aux_loss = out.aux_loss if has_router else torch.zeros(())
     loss = torch.nn.functional.cross_entropy(
         out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     )
-    (loss + AUX_COEFFICIENT * out.aux_loss).backward()
+    (loss + AUX_COEFFICIENT * aux_loss).backward()
     record = {
         "logits": out.logits.detach().numpy(),
         "loss": loss.detach().numpy(),
-        "aux_loss": out.aux_loss.detach().numpy(),
+        "aux_loss": aux_loss.detach().numpy(),
     }
     for name, parameter in model.named_parameters():
         record |= {

@@ -20,6 +20,21 @@ CONFIG = dataclasses.replace(
     eos_token_id=1,
     pad_token_id=0,
 )
+DENSE = dataclasses.replace(
+    PRESETS["qwen3_0_6b"],
+    vocab_size=40,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=24,
+    rope_theta=1e4,
+    dtype="float32",
+    remat="none",
+    eos_token_id=1,
+    pad_token_id=0,
+)
 MIXED = dataclasses.replace(
     CONFIG,
     num_layers=4,

@@ -64,6 +64,7 @@ def test_the_first_of_several_end_tokens_is_taken():
         ("hidden_act", "gelu"),
         ("attention_dropout", 0.1),
         ("model_type", "qwen2_moe"),
+        ("layer_types", ["full_attention", "sliding_attention"]),
         ("shared_expert_intermediate_size", 64),
         ("use_qk_norm", False),
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}),
@@ -90,7 +91,7 @@ def test_dense_layers_follow_transformers_rule_and_survive_a_config_json(switche
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
-def test_a_model_without_any_experts_is_refused():
+def test_a_mixture_of_experts_without_any_experts_is_refused():
     with pytest.raises(ValueError, match="at least one layer needs experts"):
         ModelConfig.from_hf(TINY.to_hf() | {"mlp_only_layers": [0, 1, 2, 3]})
 
@@ -157,6 +158,8 @@ def test_a_config_json_that_contradicts_itself_or_lacks_a_size_is_an_error_that_
         ({"dtype": "float16"}, "float16"),
         ({"remat": "half"}, "half"),
         ({"num_layers": 0}, "num_layers=0"),
+        ({"num_experts": 0}, "all are positive, or all 0 for a dense model"),
+        ({"num_experts": 0, "experts_per_token": 0, "moe_intermediate_size": 0}, "about experts"),
     ],
 )
 def test_impossible_sizes_are_refused_with_their_value(change, named):

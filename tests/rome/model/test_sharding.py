@@ -35,6 +35,7 @@ SWITCHES = dataclasses.replace(
     attention_bias=True,
     scan_layers=False,
 )
+DENSE = dataclasses.replace(small.DENSE, vocab_size=48, remat="full")
 QWEN3 = PRESETS["qwen3_30b_a3b"]
 
 
@@ -81,6 +82,7 @@ def on_one_device(config):
         pytest.param(
             SWITCHES, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True, marks=pytest.mark.slow
         ),
+        (DENSE, {"fsdp": 2, "sequence": 2, "tensor": 2}, "dense", True),
     ],
 )
 def test_forward_and_gradients_on_a_mesh_equal_one_device(config, shape, experts, current):
@@ -239,6 +241,14 @@ def test_a_dense_layers_hidden_size_must_divide_too():
     check_mesh(SWITCHES, {"tensor": 2})
     with pytest.raises(ValueError, match="does not divide the dense layers' hidden size 13"):
         check_mesh(dataclasses.replace(SWITCHES, intermediate_size=13), {"tensor": 2})
+
+
+def test_a_dense_model_has_nothing_to_split_over_the_expert_axis():
+    check_mesh(PRESETS["qwen3_8b"], {"fsdp": 8, "tensor": 8})
+    with pytest.raises(
+        ValueError, match=r"a model without experts needs. Set --config.mesh.expert to 1"
+    ):
+        check_mesh(PRESETS["qwen3_8b"], {"expert": 2})
 
 
 def test_check_mesh_names_everything_that_does_not_divide():

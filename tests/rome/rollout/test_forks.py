@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from envs.games import Sokoban
 from envs.gem import format_tool_call
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal.env import TerminalEnv
@@ -170,6 +171,35 @@ def test_an_environment_that_cannot_be_kept_is_replayed_by_each_episode():
         "context",
         "rl",
     ] and trajectory.ending == "success"
+
+
+def test_an_environment_that_spawns_copies_is_copied_with_the_rewards_of_its_prefix():
+    """A copy plays on as a replay does; neither changes the other."""
+    moves = [f"<answer>{move}</answer>" for move in ("Right", "Left", "Right", "Left")]
+    engine = ScriptedEngine([*moves, *moves, *moves])
+    limits = Limits(max_context=4000, max_new_tokens=40, episode_seconds=20.0)
+
+    def make_game():
+        return Sokoban(seed=4, max_turns=6)
+
+    source = asyncio.run(run_episode(engine, make_game(), CHAT, limits, seed=1))
+    assert source.ending == "truncated_turns" and source.reward < 0
+
+    async def play():
+        prefixes = [source.chunks[:2], source.chunks[:5]]
+        forks = Forks(make_game, prefixes)
+        envs = [await forks.env_at(prefix) for prefix in prefixes * 2]
+        assert all(isinstance(env, Forked) for env in envs)
+        told = [
+            await run_episode(engine, env, CHAT, limits, seed=1, prefix=prefix)
+            for env, prefix in zip(envs, prefixes * 2, strict=True)
+        ]
+        await forks.aclose()
+        return told
+
+    for trajectory in asyncio.run(play()):
+        assert tokens_of(trajectory) == tokens_of(source)
+        assert trajectory.reward == pytest.approx(source.reward)
 
 
 def test_a_spawned_environment_goes_on_in_the_same_state():

@@ -23,6 +23,7 @@ from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.collect import Collector, split_groups
 from rome.stages.config import load_config
 from rome.stages.old_logprobs import OldLogprobs
+from rome.train.feed import OwnRows
 from rome.train.team import Team
 
 
@@ -105,6 +106,7 @@ def make(workdir, players=None, **changes):
         players=players or Players(),
         old_logprobs=make_old_logprobs(workdir),
         model_config=None,
+        own_rows=OwnRows(fed=list(range(config.rows_per_microbatch)), counted=[]),
         team=Team(),
     )
 
@@ -361,7 +363,7 @@ def collected(workdir, **changes):
 
 def test_a_step_of_equal_groups_learns_from_its_demonstrations_alone(tmp_path):
     data, accounting = collected(tmp_path, filter_groups=True)
-    ((_, denominators),) = data.minibatches
+    ((_, denominators, _),) = data.minibatches
     assert denominators.rl_tokens == 0 and denominators.trained_trajectories == 2
     assert (accounting.trained, accounting.dropped["equal_group"]) == (0, 4)
 
@@ -402,3 +404,46 @@ def test_groups_are_dealt_whole_evenly_and_in_order(groups, parts):
     sizes = [len(kind) for kind in kinds]
     assert not sizes or max(sizes) - min(sizes) <= 1
     assert all([one.place for one in part] == sorted(one.place for one in part) for part in dealt)
+
+
+class WithoutDemonstrator(Players):
+    """Episodes succeed at first and then no more; nothing can show a solution."""
+
+    def __init__(self):
+        super().__init__()
+        self.reward = 1.0
+
+    def can_show(self, task):
+        return False
+
+    def demonstrate(self, tasks, **_):
+        return [None] * len(tasks)
+
+    async def play_one(self, episode, *, path, **options):
+        trajectory = await super().play_one(episode, path=path, **options)
+        solved = dataclasses.replace(trajectory, reward=self.reward, ending="success")
+        save_trajectory(solved, path)
+        return solved
+
+
+def test_the_own_earlier_success_is_shown_where_no_demonstrator_is(tmp_path):
+    players = WithoutDemonstrator()
+    collector = make(
+        tmp_path, players, groups=1, task="terminal:count:1", stale_samples="keep"
+    )  # one task alone
+    collector.begin(STATE)
+    assert collector.collect(0, STATE).metrics["demonstrations"] == 0
+    saved = json.loads(json.dumps(collector.get_state(1)))
+    assert list(saved["solutions"]) == ["count/0"]
+    collector.close()
+
+    players.reward = 0.0
+    resumed = make(tmp_path, players, groups=1, task="terminal:count:1", stale_samples="keep")
+    resumed.set_state(saved)
+    later = types.SimpleNamespace(step=1, params=None)
+    resumed.begin(later)
+    assert resumed.collect(1, later).metrics["demonstrations"] == 1
+    resumed.close()
+    shown = load_trajectory(tmp_path / "trajectories" / "ipa_000001_earlier_000.json")
+    assert (shown.task, shown.reward) == ("count/0", 1.0)
+    assert [chunk.kind for chunk in shown.chunks] == ["imitation"]

@@ -16,15 +16,13 @@ from rome.stages.config import (
     MAY_BE_MINUS_ONE,
     MAY_BE_NEGATIVE,
     MAY_BE_ZERO,
-    TOKEN,
     check_config,
     init_config,
     key_rules,
     load_config,
-    loss_config,
-    sandbox_config,
 )
 from rome.stages.schema import schema_of_kind
+from rome.stages.settings import TOKEN, loss_config, sandbox_config
 from rome.train.workdir import (
     MODEL,
     ConfigError,
@@ -171,6 +169,10 @@ def change_config(config, change):
         ({"task": "nowhere"}, "config.task='nowhere': dataset 'nowhere' is neither a folder"),
         ({"eval_task": "worlds:x"}, "config.eval_task='worlds:x': worlds has nothing named 'x'"),
         ({"task": "worlds:shop"}, "chunks_per_row=16 is less than the 50 turns of shop/easy/0"),
+        (
+            {"task": "games:frozen_lake", "max_turns": 8},
+            "config.task='games:frozen_lake': max_turns",
+        ),
         ({"task": "tests.envs.sources.own:Endless"}, "does not say how many turns"),
         (
             {"routing_replay": "on"},

@@ -8,10 +8,11 @@ import pytest
 from rome import own_code
 from rome.data.trajectory import load_trajectory, rewards_differ, save_trajectory
 from rome.losses import PUBLISHED, LossConfig, build_loss
-from rome.stages.config import check_config, key_class, key_rules, load_config, loss_config
+from rome.stages.config import check_config, key_class, key_rules, load_config
 from rome.stages.dry_run import episodes, tiny_step, try_loss, try_own_code
 from rome.stages.own_code import own_advantage, own_filter, own_loss, own_reward
 from rome.stages.schema import fill_own_keys, kind_of
+from rome.stages.settings import loss_config
 from rome.train.workdir import ConfigError, claim_workdir, default_workdir
 
 OWN = "tests.rome.stages.own"

@@ -15,6 +15,8 @@ FLAG = re.compile(rf"--config\.([a-z_][a-z_0-9.{GAP}]*)(?:=([^\s`'\"),;]+))?")
 ADVICE = re.compile(rf"\b(?:[Ss]et|[Oo]r|[Ww]ith|and) ([a-z_][a-z_0-9.]*)=([^\s`'\"),;{GAP}]+)")
 MAY_ADVISE = re.compile(r"--config\.|\"[^\"\n]*\b[a-z_]+=[\w-][^\"\n]*\"")
 GIVEN_WITH = {  # what the same page says to give besides
+    "eval_tasks=0": {"trajectories": "DIR", "until_success": 0.0},
+    "max_context=8192": {"row_length": 8192},
     "sandbox.backend=docker": {"sandbox.image": "python:3.12"},
     "max_context=320": {"row_length": 320},
     "sandbox.backend=remote": {"sandbox.url": "http://127.0.0.1:9"},

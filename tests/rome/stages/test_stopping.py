@@ -44,8 +44,8 @@ def at_the_publication(wish, monkeypatch):
 
 
 def at_an_evaluation(wish, monkeypatch):
-    async def publish(path, *_, **__):
-        return Published(path, 0.0, 0.0, 1, ())
+    async def publish(*_, **__):
+        return Published(0.0, 0.0, 1, ())
 
     monkeypatch.setattr(engines, "publish_weights", publish)
     monkeypatch.setattr(EpisodePlayer, "play_attempt", wish.hang)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.data.sources import sft_batches
+from rome.data import sources, text
+from rome.data.sources import endless_order, sft_batches
 from rome.data.text import read_corpus, text_batches
 from rome.data.trajectory import Chunk, Trajectory
 from rome.model.tokenizer import TINY, Tokenizer
@@ -23,6 +24,15 @@ SHAPE = {"rows": 2, "row_length": 24, "chunks_per_row": 4}
 BATCHES = 13  # several epochs
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_open_rows():
+    """Fill two rows at a time, so that a few batches end some of them and begin others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "ROWS_OPEN", 2)
+        patch.setattr(text, "ROWS_OPEN", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Documents whose held-out share is not empty."""
@@ -35,13 +45,13 @@ def folder(tmp_path_factory):
 
 def open_text(folder):
     corpus = read_corpus(str(folder), 0.2)
-    return iter(text_batches(corpus.training, Tokenizer.load(TINY), seed=0, **SHAPE))
+    return text_batches(corpus.training, Tokenizer.load(TINY), seed=0, **SHAPE)
 
 
 def open_demonstrations(folder):
     chunks = [Chunk([n, 500], [501] * (n % 7 + 1), [0.0] * (n % 7 + 1)) for n in range(1, 14)]
     trajectories = [Trajectory(f"t{n}", "f", [one], 1.0, "success") for n, one in enumerate(chunks)]
-    return iter(sft_batches(trajectories, seed=0, **SHAPE))
+    return sft_batches(endless_order([(trajectories, 1.0)], seed=0), **SHAPE)
 
 
 @pytest.fixture(scope="module", params=[open_text, open_demonstrations])
@@ -91,7 +101,7 @@ class Updates:
         monkeypatch.setattr(Learner, "update", self.update)
         monkeypatch.setattr(cpt.CPTStage, "write_evaluation", self.write_evaluation)
 
-    def update(self, state, microbatches, denominators):
+    def update(self, state, microbatches, denominators, work):
         if len(self.trained) == self.fails_at:
             raise Interrupted
         rows = np.concatenate([batch.tokens_BT for batch in microbatches])

@@ -12,7 +12,7 @@ from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Trajectory
 from rome.data.tree import ROOT
 from rome.losses import count_denominators
-from rome.train.feed import feed
+from rome.train.sums import WholeStep
 from tests.rome.data.trees import leaf_paths
 from tests.rome.train.test_step import make_learner, random_trajectories
 
@@ -65,11 +65,8 @@ def scored(batches):
 def gradient(learner, params, batches, counts):
     """The gradient of a step, as an update adds it up."""
     with jax.set_mesh(learner.mesh):
-        total = learner._zeros_like(params)
-        for batch in batches:
-            rows = feed(batch, learner._row_sharding)
-            total, _ = learner._accumulate(params, total, rows, counts, 1.0, 1.0, None)
-    return jax.device_get(total)
+        sums = learner._sum_up(params, batches, WholeStep(counts, 1.0, 1.0, None))
+    return jax.device_get(sums.gradients)
 
 
 def test_packed_lines_have_the_gradient_of_separate_rows():

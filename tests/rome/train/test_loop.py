@@ -48,7 +48,7 @@ class Around:
         self.updates = 0
         self.has_ended = None
 
-    def update(self, state, microbatches, denominators):
+    def update(self, state, microbatches, denominators, work=None):
         self.updates += 1
         self.called.append(("update", int(state.step)))
         return state, {"kl_old": jnp.float32(self.kl)}
@@ -182,7 +182,7 @@ class Diverging(Around):
         self.skips = skips
         self.started = 0
 
-    def update(self, state, microbatches, denominators):
+    def update(self, state, microbatches, denominators, work=None):
         state, metrics = super().update(state, microbatches, denominators)
         self.started = int(state.step) + 1
         has_diverged = self.started >= self.first
@@ -269,7 +269,7 @@ def test_a_checkpoint_carries_the_host_state_of_its_own_step():
 class Counting(Around):
     """Every update has metrics of its own: the n-th one n, from 0."""
 
-    def update(self, state, microbatches, denominators):
+    def update(self, state, microbatches, denominators, work=None):
         number = self.updates
         state, _ = super().update(state, microbatches, denominators)
         self.called[-1] = ("update", denominators)

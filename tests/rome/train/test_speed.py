@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rome.cost.flops import active_matmul_params, forward_flops, peak_flops, step_flops
 from rome.cost.roofline import CHIPS
 from rome.model.config import PRESETS
+from rome.train.loop import Minibatch, StepData, work_of_step
 from rome.train.speed import UpdateSeconds, count_work
 from tests.rome.train.test_loop import rows_of
 
@@ -65,9 +66,12 @@ def test_a_result_that_fails_is_raised_by_its_reader_and_not_here(clock):
 @given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=4), st.integers(1, 3))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_work_counts_sequences_and_no_padding(rows, epochs):
-    work = count_work([rows_of(lengths) for lengths in rows], epochs)
+    parts = [
+        Minibatch([rows_of(lengths) for lengths in some], None) for some in (rows[:1], rows[1:])
+    ]
+    work = work_of_step(StepData(parts, {}), epochs)
     lengths = [length for row in rows for length in row]
-    assert work == (epochs * sum(lengths), epochs * sum(length**2 for length in lengths))
+    assert work == (epochs * sum(lengths), epochs * sum(length**2 for length in lengths), 0)
 
 
 def test_the_operations_of_a_step_are_those_of_its_tokens_and_no_row_is_credited_whole():
@@ -79,7 +83,7 @@ def test_the_operations_of_a_step_are_those_of_its_tokens_and_no_row_is_credited
     by_hand = 6 * 3.042e9 + 6 * length * 32 * 128 * 48  # a token, with causal attention
     assert one_sequence / tokens == pytest.approx(by_hand, rel=1e-3)
     packed = count_work([rows_of([1024] * 4)])
-    assert step_flops(config, *packed) < 4096 * one_sequence / tokens
+    assert step_flops(config, packed.tokens, packed.squares) < 4096 * one_sequence / tokens
 
 
 def test_the_peak_is_that_of_one_jax_device_and_unknown_devices_have_none():

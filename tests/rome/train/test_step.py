@@ -30,6 +30,16 @@ MODEL = dataclasses.replace(
 )
 
 
+DENSE = {
+    "num_experts": 0,
+    "experts_per_token": 0,
+    "moe_intermediate_size": 0,
+    "intermediate_size": 48,
+    "tie_embeddings": True,
+    "scan_layers": True,
+}
+
+
 def random_trajectories(count: int, seed: int = 0) -> list[Trajectory]:
     rng = random.Random(seed)
 
@@ -155,15 +165,18 @@ def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router)
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    "mesh, model",
     [
-        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
-        pytest.param({"replica": 2, "fsdp": 2, "expert": 2}, marks=pytest.mark.slow),
-        {"fsdp": 2, "expert": 2, "tensor": 2},
+        pytest.param({"fsdp": 8}, {}, marks=pytest.mark.slow),
+        pytest.param({"replica": 2, "fsdp": 2, "expert": 2}, {}, marks=pytest.mark.slow),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, DENSE),
     ],
 )
-def test_the_mesh_does_not_change_gradient_or_metrics(mesh):
-    single, sharded = (one_update(make_learner("ipa", shape), packed(8)) for shape in ({}, mesh))
+def test_the_mesh_does_not_change_gradient_or_metrics(mesh, model):
+    single, sharded = (
+        one_update(make_learner("ipa", shape, **model), packed(8)) for shape in ({}, mesh)
+    )
     for name in single[1]:
         np.testing.assert_allclose(
             sharded[1][name], single[1][name], rtol=2e-4, atol=1e-6, err_msg=name
@@ -188,6 +201,11 @@ def test_moments_lie_as_their_parameters_before_and_after_an_update():
 def test_the_step_reports_a_router_balance_near_k_at_the_start():
     _, metrics = one_update(make_learner("ipa", router_aux_loss_coef=0.01), packed(2))
     assert MODEL.experts_per_token <= metrics["router_balance"] < 1.5 * MODEL.experts_per_token
+
+
+def test_a_dense_model_reports_nothing_about_routers():
+    _, metrics = one_update(make_learner("ipa", **DENSE), packed(2))
+    assert metrics["loss"] and not [name for name in metrics if name.startswith("router")]
 
 
 def test_a_step_whose_scoring_counted_the_experts_makes_no_pass_to_count_them():

@@ -31,6 +31,11 @@ class Store:
                 raise RuntimeError("DEADLINE_EXCEEDED: nobody has set it")
             return self.values[key]
 
+    def key_value_delete(self, key):
+        with self.changed:
+            for name in [name for name in self.values if f"{name}/".startswith(f"{key}/")]:
+                del self.values[name]
+
     def key_value_dir_get(self, prefix):
         with self.changed:
             return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
@@ -241,3 +246,16 @@ def test_an_error_of_one_process_alone_ends_all_with_its_name(teams):
     while len(teams.left) < 3 and time.monotonic() < ends:
         time.sleep(0.01)
     assert len(teams.left) >= 3 and set(teams.left) == {"process 1 of 3 failed: OSError: disk full"}
+
+
+def test_what_each_process_has_is_gathered_by_the_leader_and_added_up_for_all(teams):
+    made = teams(3)
+    gathered = in_each(made, lambda team: team.gather("position", {"row": team.index}))
+    assert gathered == [[{"row": 0}, {"row": 1}, {"row": 2}], None, None]
+    totals = in_each(made, lambda team: team.total("counts", [1, team.index, 0.5]))
+    assert totals == [[3, 3, 1.5]] * 3
+    assert in_each(made, lambda team: team.total("counts", [team.index])) == [[3]] * 3
+    store = made[0]._client
+    assert not store.key_value_dir_get(team_module.PARTS)  # the leader took them
+    assert in_each(teams(1), lambda team: team.gather("x", 7))[-1] == [7]
+    assert Team().total("x", [1, 2]) == [1, 2]

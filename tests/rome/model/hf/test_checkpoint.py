@@ -134,7 +134,7 @@ def test_transformers_loads_what_we_write_and_we_load_what_transformers_writes(p
     import transformers
 
     save_hf(params, SMALL, tmp_path / "ours", max_shard_bytes=8_000)
-    model, report = transformers.Qwen3MoeForCausalLM.from_pretrained(
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, output_loading_info=True
     )
     assert (
@@ -163,7 +163,7 @@ def test_transformers_has_our_names_and_gives_our_logits_for_every_switch(case, 
     config = ModelConfig.from_hf(record_golden.CASES[case], remat="none")
     params, tokens_BT = small.random_params(config), record_golden.tokens_of(case)
     save_hf(params, config, tmp_path / "ours", max_shard_bytes=8_000)
-    model, report = transformers.Qwen3MoeForCausalLM.from_pretrained(
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours",
         dtype=torch.float32,
         attn_implementation="eager",
@@ -314,6 +314,12 @@ def test_a_checkpoint_config_is_read_by_a_plain_dict_reader(params, tmp_path):
         ("qwen3_coder_30b_a3b", 30_532_122_624),
         ("qwen3_235b_a22b", 235_093_634_560),
         ("qwen3_coder_480b_a35b", 480_154_875_392),
+        ("qwen3_0_6b", 596_049_920),
+        ("qwen3_1_7b", 1_720_574_976),
+        ("qwen3_4b", 4_022_468_096),
+        ("qwen3_8b", 8_190_735_360),
+        ("qwen3_14b", 14_768_307_200),
+        ("qwen3_32b", 32_762_123_264),
     ],
 )
 def test_published_models_have_exactly_their_published_parameters(preset, parameters):
@@ -324,12 +330,17 @@ def test_published_models_have_exactly_their_published_parameters(preset, parame
         == parameters
         == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
     )
-    assert len(shapes) == 3 + config.num_layers * (9 + 3 * config.num_experts)
+    in_mlp = 3 if config.is_dense else 1 + 3 * config.num_experts
+    outside = 2 if config.tie_embeddings else 3
+    assert len(shapes) == outside + config.num_layers * (8 + in_mlp)
     layer, expert = config.num_layers - 1, config.num_experts - 1
     last = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
-    assert shapes[last] == (config.hidden_size, config.moe_intermediate_size) and shapes[
-        "lm_head.weight"
-    ] == (151936, config.hidden_size)
+    if config.is_dense:
+        last = f"model.layers.{layer}.mlp.down_proj.weight"
+    hidden = config.intermediate_size or config.moe_intermediate_size
+    assert shapes[last] == (config.hidden_size, hidden)
+    head = None if config.tie_embeddings else (151936, config.hidden_size)
+    assert shapes.get("lm_head.weight") == head
     assert shapes["model.layers.0.self_attn.q_norm.weight"] == (128,) and not any(
         "bias" in name for name in shapes
     )
@@ -346,6 +357,14 @@ def configs(draw):
 
     layers, heads = pick(1, 2, 3), pick(1, 2, 4)
     dense = tuple(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1)))
+    if draw(st.booleans()):
+        return dataclasses.replace(
+            small.DENSE,
+            num_layers=layers,
+            intermediate_size=pick(3, 24),
+            tie_embeddings=pick(True, False),
+            attention_bias=pick(True, False),
+        )
     return dataclasses.replace(
         SMALL,
         vocab_size=pick(7, 40),

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.model.config import RopeScaling
 from rome.model.ops import native
 from rome.model.ops.kernels import Kernels
 from rome.model.ops.paged import Pages, make_pages
 from rome.model.qwen3 import Qwen3
+from rome.model.rope import RopeScaling
 from rome.model.stacking import unstack_layers
+from tests.rome.model import small
 from tests.rome.model.small import random_params
 from tests.rome.serve.tiny import make_config
 
@@ -30,6 +31,7 @@ SWITCHES = dataclasses.replace(
     scan_layers=False,
     rope_scaling=RopeScaling("yarn", 4.0, 16, 1.1),
 )
+DENSE = dataclasses.replace(small.DENSE, vocab_size=CONFIG.vocab_size, head_dim=16)
 LENGTH, ROWS, POSITIONS = 40, 4, 8
 SIZES = (4, 16, 32)  # of calls
 PER_ROW = LENGTH // POSITIONS
@@ -42,7 +44,9 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[CONFIG, SWITCHES], ids=["plain", "switches"])
+@pytest.fixture(
+    scope="module", params=[CONFIG, SWITCHES, DENSE], ids=["plain", "switches", "dense"]
+)
 def config(request):
     return request.param
 

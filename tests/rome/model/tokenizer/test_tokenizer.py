@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from envs.gem import format_tool_call
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, WORDS, make_task
-from rome.model.tokenizer.tokenizer import TINY, Chat, Tokenizer
+from rome.model.tokenizer import TINY, Chat, Tokenizer
 from rome.model.tokenizer.train import ADDED, train
 from tests.paths import shared_data
 
