@@ -83,8 +83,11 @@ def engine() -> ml_collections.ConfigDict:
     # inside: keep the engine's memory during updates; False frees it for them (its cache and its
     # copy of the weights)
     block.keep_memory = False
-    # requests that an embedded engine runs at once; fewer than `concurrency` evicts cached prefixes
+    # requests that an embedded engine runs at once
     block.slots = 64
+    # tokens whose keys and values an embedded engine keeps, of running requests and of the prefixes
+    # that later ones find; 0: slots * max_context
+    block.cache_tokens = 0
     # for one answer of an engine, its queue included and publications of weights apart
     block.completion_seconds = 600.0
     # what a publication does to running requests: abort them, retract them (their caches are

@@ -44,17 +44,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="token ids in, token ids out; no text and no stop strings",
     )
     add("--weight_version", "--weight-version", default="0", help="of the first weights")
-    add("--slots", type=int, default=64, help="sequences whose cache is kept")
+    add("--slots", type=int, default=64, help="requests that run at once")
     add("--max_context", type=int, default=384, help="tokens of prompt and answer together")
-    add("--prefill_rows", type=int, default=8, help="prompts prefilled at once")
     add(
-        "--prefill_chunk",
+        "--cache_tokens",
+        type=int,
+        default=0,
+        help="tokens whose keys and values are kept; 0: slots times max_context",
+    )
+    add("--page_tokens", type=int, default=16, help="tokens of a page, the unit that is shared")
+    add(
+        "--call_tokens",
         type=int,
         default=32,
-        help="prompt tokens of a row and call; prefixes are cached in such chunks",
+        help="tokens that are computed at once, at most; more than 32 are faster for long prompts,"
+        " and results may then differ in their last bits with what else is computed",
     )
-    add("--decode_rows", type=int, default=16, help="sequences decoded at once")
-    add("--decode_steps", type=int, default=4, help="tokens of a request and decode call")
     add(
         "--max_queued_requests",
         "--max-queued-requests",
@@ -89,10 +94,9 @@ def main() -> None:
         shapes = Shapes(
             slots=arguments.slots,
             max_context=arguments.max_context,
-            prefill_rows=arguments.prefill_rows,
-            prefill_chunk=arguments.prefill_chunk,
-            decode_rows=min(arguments.decode_rows, arguments.slots),
-            decode_steps=arguments.decode_steps,
+            cache_tokens=arguments.cache_tokens,
+            page_tokens=arguments.page_tokens,
+            call_tokens=arguments.call_tokens,
         )
     except ValueError as error:
         sys.exit(f"launch.serve: {error}")

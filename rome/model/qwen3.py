@@ -3,7 +3,7 @@
 The head is not applied: training computes logprobs in blocks (`rome.model.ops.logprobs`), an engine
 logits of the last token.
 
-B rows, T time, S cache slots, D model, N query heads, K key heads, H head dim, h = H / 2, L layers,
+B rows, T time, D model, N query heads, K key heads, H head dim, h = H / 2, L layers,
 k experts a token (0 in a dense model), V vocabulary.
 
 Parameters are an explicit pytree of float32 arrays; layers are stacked on a leading L axis:
@@ -41,6 +41,7 @@ from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.ops.embedding import embed
 from rome.model.ops.gathered import from_heads, to_heads
 from rome.model.ops.low_rank import adapted
+from rome.model.ops.paged import NO_POSITION, LayerPages, Pages, paged_attention
 from rome.model.ops.rotary import rotary_angles, rotate
 from rome.model.ops.rounding import round_straight_through
 from rome.model.stacking import Params, unstack_layers
@@ -52,29 +53,19 @@ _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 _FLOAT32 = ("router", "scale")
 
 
-class Cache(NamedTuple):
-    """Keys and values by position.
-
-    Scanned: arrays [L, B, S, K, H]. Unrolled: tuples of L arrays [B, S, K, H].
-    """
-
-    k: Any
-    v: Any
-
-
 class Output(NamedTuple):
     """What the model returns.
 
     Attributes:
       hidden_BTD: after the final norm: logits are hidden_BTD @ head_kernel(params, config).
-      cache: extended by these tokens; None without a cache.
+      pages: with the keys and values of these tokens, a layer each; None without pages.
       routes_LBTK: the expert ids that each router chooses by itself. Where others were replayed,
         comparing the two shows how far it is from them.
       router: sums of the routers of all layers.
     """
 
     hidden_BTD: Array
-    cache: Cache | None
+    pages: tuple[Array, ...] | None
     routes_LBTK: Array
     router: RouterStats
 
@@ -106,7 +97,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys.
 
-    Over the row itself, or over a cache that it extends.
+    Over the row itself, or over the pages of a cache that it extends.
     """
 
     config: ModelConfig
@@ -114,9 +105,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, places: Places, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
-        """Return the output [B, T, D] and the extended cache of this layer."""
+        self, x_BTD: Array, places: Places, pages: LayerPages | None
+    ) -> tuple[Array, Array | None]:
+        """Return the output [B, T, D] and this layer's pages with these tokens in them."""
         config = self.config
         D = config.hidden_size
         N = config.num_heads
@@ -137,12 +128,17 @@ class Attention(nn.Module):
         v_BTKH = to_heads(x_BTD, v_DKH) + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
-        if cache is None:
+        new_pages = None
+        if pages is None:
             out_BTNH = _attend_row(q_BTNH, k_BTKH, v_BTKH, places, self.form)
         else:
-            out_BTNH, cache = _attend_cache(q_BTNH, k_BTKH, v_BTKH, places, cache)
+            position_T = jnp.where(places.segments_BT[0] != 0, places.positions_BT[0], NO_POSITION)
+            out_TNH, new_pages = paged_attention(
+                q_BTNH[0], k_BTKH[0], v_BTKH[0], position_T, pages, self.form
+            )
+            out_BTNH = out_TNH[None]
         out_BTNH = checkpoint_name(out_BTNH, SAVED_OUTPUT)
-        return from_heads(out_BTNH, o_NHD) + o_D, cache
+        return from_heads(out_BTNH, o_NHD) + o_D, new_pages
 
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -169,31 +165,6 @@ def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, for
     )
 
 
-def _attend_cache(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, cache: Cache
-) -> tuple[Array, Cache]:
-    B, S = cache.k.shape[:2]
-    real_BT = places.segments_BT != 0
-    # S is past the end: the scatter drops padding
-    slot_BT = jnp.where(real_BT, places.positions_BT, S)
-    row_B1 = jnp.arange(B)[:, None]
-    cache = Cache(
-        k=cache.k.at[row_B1, slot_BT].set(k_BTKH.astype(cache.k.dtype), mode="drop"),
-        v=cache.v.at[row_B1, slot_BT].set(v_BTKH.astype(cache.v.dtype), mode="drop"),
-    )
-    slots_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-    out_BTNH = attention(
-        q_BTNH,
-        cache.k.astype(q_BTNH.dtype),
-        cache.v.astype(q_BTNH.dtype),
-        q_places_BT=places.positions_BT,
-        k_places_BS=slots_BS,
-        q_segments_BT=real_BT.astype(jnp.int32),
-        k_segments_BS=jnp.ones_like(slots_BS),
-    )
-    return out_BTNH, cache
-
-
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + experts(norm(x)), or x + mlp(norm(x)).
 
@@ -208,24 +179,24 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, places: Places, cache: Cache | None, forced_BTk: Array | None
-    ) -> tuple[Array, tuple[Cache | None, Array, LayerRouter]]:
+        self, x_BTD: Array, places: Places, pages: LayerPages | None, forced_BTk: Array | None
+    ) -> tuple[Array, tuple[Array | None, Array, LayerRouter]]:
         """Return scan's form: the carry x_BTD, then what is stacked over layers."""
         config = self.config
         epsilon = config.rms_norm_eps
         x_BTD = checkpoint_name(sharding.constrain(x_BTD, "batch", "time", None), BLOCK_INPUT)
         attention_layer = Attention(config, self.attention_form, name="attention")
         normed_BTD = RMSNorm(epsilon, name="attention_norm")(x_BTD)
-        attended_BTD, cache = attention_layer(normed_BTD, places, cache)
+        attended_BTD, new_pages = attention_layer(normed_BTD, places, pages)
         x_BTD = x_BTD + attended_BTD
         normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
         if self.dense:
             ids_BTk = jnp.full((*x_BTD.shape[:2], config.experts_per_token), -1, jnp.int32)
             out_BTD = MLP(config, name="mlp")(normed_BTD)
-            return x_BTD + out_BTD, (cache, ids_BTk, LayerRouter.zeros(config.num_experts))
+            return x_BTD + out_BTD, (new_pages, ids_BTk, LayerRouter.zeros(config.num_experts))
         moe = MoE(config, self.experts, self.exchange, name="moe")
         out_BTD, ids_BTk, router = moe(normed_BTD, places.segments_BT != 0, forced_BTk)
-        return x_BTD + out_BTD, (cache, ids_BTk, router)
+        return x_BTD + out_BTD, (new_pages, ids_BTk, router)
 
 
 class Qwen3(nn.Module):
@@ -234,7 +205,8 @@ class Qwen3(nn.Module):
     Attributes:
       scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
       experts: form of the experts, as in `rome.model.ops.experts.experts`.
-      attention_form: form of attention over whole rows, as in `rome.model.ops.attention.attention`.
+      attention_form: form of attention over whole rows, as in `rome.model.ops.attention.attention`,
+        or over pages, as in `rome.model.ops.paged.paged_attention`.
       exchange: how tokens reach their experts on a mesh, as in
         `rome.model.ops.experts_on_mesh.experts_on_mesh`.
     """
@@ -251,19 +223,18 @@ class Qwen3(nn.Module):
         tokens_BT: Array,
         positions_BT: Array,
         segments_BT: Array,
-        cache: Cache | None = None,
+        pages: Pages | None = None,
         routes_LBTK: Array | None = None,
     ) -> Output:
         """Run the model.
 
         Args:
           tokens_BT: ids.
-          positions_BT: rotary positions; with a cache also the slot that a token is written to,
-            below the cache's length.
-          segments_BT: 0 is padding; tokens of one number attend causally to each other. With a
-            cache a row is one sequence and only zero or not matters: padding is not written, and a
-            query sees the slots up to its position.
-          cache: keys and values of earlier tokens (`init_cache`); None: each row is complete.
+          positions_BT: rotary positions; with pages also the place in the token's sequence.
+          segments_BT: 0 is padding; tokens of one number attend causally to each other. With pages
+            only zero or not matters.
+          pages: keys and values of earlier tokens, and which sequence each token belongs to; B is
+            then 1, and scan False. None: each row is complete.
           routes_LBTK: expert ids to replay; gate weights still come from the router. Negative where
             a token chooses for itself.
 
@@ -271,7 +242,7 @@ class Qwen3(nn.Module):
           ValueError: shapes, parameters and form of the loop do not fit each other.
         """
         config = self.config
-        self._check(tokens_BT, positions_BT, segments_BT, cache, routes_LBTK)
+        self._check(tokens_BT, positions_BT, segments_BT, pages, routes_LBTK)
         embedding_VD = self._matrix("embed", "embedding", (config.vocab_size, config.hidden_size))
         if not config.tie_embeddings:
             # Made here, applied by users of the hidden states: training never builds [B, T, V].
@@ -280,18 +251,18 @@ class Qwen3(nn.Module):
         cos_BT1h, sin_BT1h = rotary_angles(positions_BT, config)
         places = Places(cos_BT1h, sin_BT1h, positions_BT, segments_BT)
         run = self._scanned if self.scan else self._unrolled
-        x_BTD, (cache, routes_LBTK, router_L) = run(x_BTD, places, cache, routes_LBTK)
+        x_BTD, (new_pages, routes_LBTK, router_L) = run(x_BTD, places, pages, routes_LBTK)
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
         hidden_BTD = RMSNorm(config.rms_norm_eps, name="norm")(x_BTD)
         tokens = jnp.sum(segments_BT != 0).astype(jnp.float32)
-        return Output(hidden_BTD, cache, routes_LBTK, RouterStats(*router_L, tokens))
+        return Output(hidden_BTD, new_pages, routes_LBTK, RouterStats(*router_L, tokens))
 
     def _matrix(self, name: str, leaf: str, shape: tuple[int, int]) -> Array:
         return _Matrix(leaf, shape, self.config.initializer_range, name=name)()
 
     def _scanned(
-        self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None
-    ) -> tuple[Array, tuple[Cache | None, Array, LayerRouter]]:
+        self, x_BTD: Array, places: Places, pages: Pages | None, forced_LBTk: Array | None
+    ) -> tuple[Array, tuple[tuple[Array, ...] | None, Array, LayerRouter]]:
         block = Block
         if self.config.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_remat_policy(self.config))
@@ -310,27 +281,25 @@ class Qwen3(nn.Module):
             self.config.is_dense,
             name="layers",
         )
-        return layers(x_BTD, places, cache, forced_LBTk)
+        return layers(x_BTD, places, None, forced_LBTk)
 
     def _unrolled(
-        self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None
-    ) -> tuple[Array, tuple[Cache | None, Array, LayerRouter]]:
+        self, x_BTD: Array, places: Places, pages: Pages | None, forced_LBTk: Array | None
+    ) -> tuple[Array, tuple[tuple[Array, ...] | None, Array, LayerRouter]]:
         layers: Any = self.get_variable("params", "layers")
         if not isinstance(layers, tuple):
             layers = unstack_layers({"layers": layers}, self.config)["layers"]
         outs = []
         for number, layer in enumerate(layers):
             run = self._layer_function(number)
-            layer_cache = None if cache is None else Cache(cache.k[number], cache.v[number])
+            layer_pages = None if pages is None else pages.of_layer(number)
             forced_BTk = None if forced_LBTk is None else forced_LBTk[number]
-            x_BTD, out = run(layer, x_BTD, places, layer_cache, forced_BTk)
+            x_BTD, out = run(layer, x_BTD, places, layer_pages, forced_BTk)
             outs.append(out)
-        caches, routes, routers = zip(*outs, strict=True)
-        if cache is not None:
-            cache = Cache(tuple(one.k for one in caches), tuple(one.v for one in caches))
+        new_pages, routes, routers = zip(*outs, strict=True)
         routes_LBTk = jnp.stack(routes)
         router_L = jax.tree.map(lambda *layers: jnp.stack(layers), *routers)
-        return x_BTD, (cache, routes_LBTk, router_L)
+        return x_BTD, (None if pages is None else new_pages, routes_LBTk, router_L)
 
     def _layer_function(self, number: int) -> Any:
         """Return a function (params of the layer, *arguments of Block) -> Block's results."""
@@ -351,7 +320,7 @@ class Qwen3(nn.Module):
         tokens_BT: Array,
         positions_BT: Array,
         segments_BT: Array,
-        cache: Cache | None,
+        pages: Pages | None,
         routes_LBTK: Array | None,
     ) -> None:
         config = self.config
@@ -367,10 +336,10 @@ class Qwen3(nn.Module):
                 f"routes have shape {tuple(routes_LBTK.shape)}; these tokens need [layers, B, T, k]"
                 f" = {routes_shape}"
             )
-        if cache is not None and isinstance(cache.k, tuple) == self.scan:
+        if pages is not None and (self.scan or shape[0] != 1):
             raise ValueError(
-                f"this cache is not for scan={self.scan}; make it with init_cache(config, batch,"
-                f" length, scan={self.scan})"
+                f"pages take one row of tokens and Qwen3(config, scan=False), not {shape[0]} rows"
+                f" and scan={self.scan}"
             )
         if self.scan and config.dense_layers:
             raise ValueError(
@@ -439,25 +408,6 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     keys = jax.random.split(jax.random.fold_in(key, 1), len(config.dense_layers))
     layers["mlp"] = jax.vmap(init_mlp)(keys)
     return params
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, scan: bool = True) -> Cache:
-    """Return an empty cache in the compute dtype.
-
-    Args:
-      config: the model.
-      batch: B, rows.
-      length: S, slots a row.
-      scan: of the Qwen3 that is to use it.
-    """
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-    if scan:
-        stacked = (config.num_layers, *shape)
-        return Cache(jnp.zeros(stacked, config.dtype), jnp.zeros(stacked, config.dtype))
-    layers = range(config.num_layers)
-    k = tuple(jnp.zeros(shape, config.dtype) for _ in layers)
-    v = tuple(jnp.zeros(shape, config.dtype) for _ in layers)
-    return Cache(k, v)
 
 
 def as_published(params: Params, config: ModelConfig) -> Params:

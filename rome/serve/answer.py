@@ -47,7 +47,7 @@ def make_answer(request: Request, version: str, tokenizer: TextCodec | None) -> 
             # A request that was aborted early has fewer scores than prompt tokens.
             entries = _entries(scores, request.prompt_ids[: len(scores)])
             meta["input_token_logprobs"] = entries[request.score_from :]
-    if request.return_routes and finish is not None and request.routes:
+    if request.return_routes and finish is not None and request.routes is not None:
         meta["routed_experts"] = _encode_routes(request, count)
     answer: dict[str, Any] = {}
     if tokenizer is not None:
@@ -67,8 +67,9 @@ def _encode_routes(request: Request, count: int) -> str:
 
     The last token has none: nothing was sampled after it.
     """
-    end = len(request.prompt_ids) + count - 1
-    routes = np.concatenate(request.routes)[request.routes_from : end]
+    assert request.routes is not None
+    end = min(len(request.prompt_ids) + count - 1, request.computed)
+    routes = request.routes[request.routes_from : end]
     return base64.b64encode(np.ascontiguousarray(routes, np.int32).tobytes()).decode()
 
 

@@ -9,18 +9,32 @@ import collections
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from rome.model.config import ModelConfig
+from rome.model.ops.kernels import choose_serving_kernels
+from rome.model.ops.paged import make_pages
 from rome.model.qwen3 import Params
-from rome.serve.forward import Cache, make_cache
-from rome.serve.programs import Chunks, Decoded, Next, Prefilled, Shapes, make_programs
+from rome.serve.programs import Call, PageArrays, Result, Shapes, empty_call, make_program
 from rome.serve.request import Request
 from rome.serve.sampling import RowSampling
 
 MEMORY_TAGS = ("weights", "kv_cache")
+
+
+class Piece(NamedTuple):
+    """Tokens of one request for a call: ids[computed : computed + length]."""
+
+    request: Request
+    length: int
+
+    @property
+    def draws(self) -> bool:
+        """Whether a token follows these."""
+        return self.request.computed + self.length == len(self.request.ids)
 
 
 class Device:
@@ -28,7 +42,7 @@ class Device:
 
     Args:
       load: returns the parameters (layers unstacked) and their config; called once, by `prepare`.
-      shapes: of the programs.
+      shapes: of the calls.
 
     Attributes:
       params: None before `prepare`, and while the weights are released.
@@ -44,16 +58,17 @@ class Device:
         self.missing: dict[str, str] = {}
         self.stats: collections.defaultdict[str, float] = collections.defaultdict(int)
         self._load = load
-        self._cache: Cache | None = None
+        self._pages: PageArrays | None = None
 
     def prepare(self) -> None:
-        """Load the weights, and compile both programs by running them on no request."""
+        """Load the weights, and compile the program for each size of a call by running it."""
         self.params, self.config = self._load()
-        self._cache = self._make_cache()
-        self._prefill, self._decode = make_programs(self.config, self.shapes)
+        self._pages = self._make_pages()
+        kernels = choose_serving_kernels(jax.default_backend(), self.config)
+        self._program = make_program(self.config, kernels)
         started = time.monotonic()
-        self.prefill([], [])
-        self.decode([])
+        for size in self.shapes.call_sizes:
+            self._run_program(empty_call(self.shapes, size), wants_routes=False)
         logging.info("compiled in %.1f s", time.monotonic() - started)
 
     def swap(self, params: Params) -> None:
@@ -61,48 +76,31 @@ class Device:
         self.missing.pop("weights", None)
         self.params = params
 
-    # -- calls
-    # ---------------------------------------------------------------------------------------------
+    def run(self, batch: Sequence[Piece], size: int) -> Result:
+        """Compute pieces of at most `size` tokens together, at most `shapes.rows(size)` of them.
 
-    def prefill(self, batch: Sequence[Request], sources: Sequence[int]) -> Prefilled:
-        """Compute the next chunk of each request.
-
-        Args:
-          batch: at most `prefill_rows` requests, each with a slot.
-          sources: for each, the slot whose cache its row starts from.
+        The tokens that are drawn are in the order of the pieces that draw.
         """
-        chunks = _prefill_inputs(batch, sources, self.shapes)
-        scores = np.asarray(any(request.score_from is not None for request in batch))
-        sampling = _row_sampling(batch, self.shapes.prefill_rows)
+        call = make_call(batch, self.shapes, size)
         started = time.monotonic()
-        assert self.params is not None and self._cache is not None
-        self._cache, result = self._prefill(self.params, self._cache, chunks, sampling, scores)
-        if not _want_routes(batch):
-            result = result._replace(routes_LRPk=None)  # stays on the device
-        result = jax.tree.map(np.asarray, result)
+        wants_routes = any(piece.request.return_routes for piece in batch)
+        result = self._run_program(call, wants_routes)
+        tokens = int(call.starts_R[-1])
         self._count(
-            prefill_calls=1,
-            prefill_tokens=int(chunks.length_R.sum()),
-            prefill_ms=1000 * (time.monotonic() - started),
+            calls=1,
+            call_tokens=tokens,
+            call_room=size,
+            prefill_tokens=tokens - sum(piece.request.is_decoding for piece in batch),
+            call_ms=1000 * (time.monotonic() - started),
         )
         return result
 
-    def decode(self, batch: Sequence[Request]) -> Decoded:
-        """Draw `decode_steps` tokens for each of at most `decode_rows` requests."""
-        inputs = _decode_inputs(batch, self.shapes)
-        sampling = _row_sampling(batch, self.shapes.decode_rows)
-        started = time.monotonic()
-        assert self.params is not None and self._cache is not None
-        self._cache, result = self._decode(self.params, self._cache, inputs, sampling)
-        if not _want_routes(batch):
-            result = result._replace(routes_QLRk=None)  # stays on the device
-        result = jax.tree.map(np.asarray, result)
-        self._count(
-            decode_calls=1,
-            decode_rows=len(batch),
-            decode_ms=1000 * (time.monotonic() - started),
-        )
-        return result
+    def _run_program(self, call: Call, wants_routes: bool) -> Result:
+        assert self.params is not None and self._pages is not None
+        self._pages, result = self._program(self.params, self._pages, call)
+        if not wants_routes:
+            result = result._replace(routes_LTk=None)  # stays on the device
+        return jax.tree.map(np.asarray, result)
 
     def _count(self, **amounts: float) -> None:
         for name, amount in amounts.items():
@@ -119,18 +117,18 @@ class Device:
             self.missing[tag] = (
                 f"the memory of {tag} is released; call /resume_memory_occupation first"
             )
-            arrays = self.params if tag == "weights" else self._cache
+            arrays = self.params if tag == "weights" else self._pages
             for array in jax.tree.leaves(arrays):
                 array.delete()
         if "weights" in tags:
             self.params = None
         if "kv_cache" in tags:
-            self._cache = None
+            self._pages = None
 
     def take_back(self, tags: Sequence[str]) -> None:
         """Allocate an empty cache again; weights must be loaded anew, by `swap`."""
-        if "kv_cache" in tags and self._cache is None:
-            self._cache = jax.block_until_ready(self._make_cache())
+        if "kv_cache" in tags and self._pages is None:
+            self._pages = jax.block_until_ready(self._make_pages())
             del self.missing["kv_cache"]
         if "weights" in tags and self.params is None:
             self.missing["weights"] = (
@@ -139,77 +137,50 @@ class Device:
 
     def allocated_bytes(self) -> int:
         """Return the size of weights and cache."""
-        arrays = jax.tree.leaves((self.params, self._cache))
+        arrays = jax.tree.leaves((self.params, self._pages))
         return sum(array.nbytes for array in arrays if not array.is_deleted())
 
-    def _make_cache(self) -> Cache:
-        return make_cache(self.config, self.shapes.slots, self.shapes.max_context)
-
-
-def _want_routes(batch: Sequence[Request]) -> bool:
-    return any(request.return_routes for request in batch)
+    def _make_pages(self) -> PageArrays:
+        return make_pages(self.config, self.shapes.pages, self.shapes.page_tokens)
 
 
 # -- inputs of calls
 # -------------------------------------------------------------------------------------------------
 
 
-def _prefill_inputs(batch: Sequence[Request], sources: Sequence[int], shapes: Shapes) -> Chunks:
-    """Return the next chunk of each request; rows without a request have length 0."""
-    R, P = shapes.prefill_rows, shapes.prefill_chunk
-    inputs = Chunks(
-        token_RP=np.zeros((R, P), np.int32),
-        target_RP=np.zeros((R, P), np.int32),
-        start_R=np.zeros(R, np.int32),
-        length_R=np.zeros(R, np.int32),
-        source_R=np.zeros(R, np.int32),
-        slot_R=np.full(R, shapes.slots, np.int32),
-    )
-    for row, (request, source) in enumerate(zip(batch, sources, strict=True)):
-        start = request.prefilled
-        chunk = request.ids[start : start + P]
-        targets = request.ids[start + 1 : start + P + 1]
-        inputs.token_RP[row, : len(chunk)] = chunk
-        inputs.target_RP[row, : len(targets)] = targets
-        inputs.start_R[row] = start
-        inputs.length_R[row] = len(chunk)
-        inputs.source_R[row] = source
-        inputs.slot_R[row] = request.slot
-    return inputs
+def make_call(batch: Sequence[Piece], shapes: Shapes, size: int) -> Call:
+    """Return the inputs of a call of `size` tokens for these pieces."""
+    call = empty_call(shapes, size)
+    at = 0
+    draws = 0
+    scores = False
+    for row, piece in enumerate(batch):
+        request = piece.request
+        start = request.computed
+        end = start + piece.length
+        own = slice(at, at + piece.length)
+        call.token_T[own] = request.ids[start:end]
+        targets = request.ids[start + 1 : end + 1]
+        call.target_T[at : at + len(targets)] = targets
+        call.position_T[own] = np.arange(start, end)
+        call.row_T[own] = row
+        call.table_RM[row, : len(request.pages)] = request.pages
+        call.lengths_R[row] = end
+        call.starts_R[row] = at
+        at += piece.length
+        scores = scores or request.wants_scores
+        if piece.draws:
+            call.last_R[draws] = at - 1
+            _set_sampling(call.sampling, draws, request)
+            draws += 1
+    call.starts_R[len(batch) :] = at
+    return call._replace(draws=np.asarray(draws, np.int32), scores=np.asarray(scores))
 
 
-def _decode_inputs(batch: Sequence[Request], shapes: Shapes) -> Next:
-    """Return the last token of each request; rows without a request have no slot."""
-    R = shapes.decode_rows
-    inputs = Next(
-        token_R=np.zeros(R, np.int32),
-        position_R=np.zeros(R, np.int32),
-        slot_R=np.full(R, shapes.slots, np.int32),
-    )
-    for row, request in enumerate(batch):
-        inputs.token_R[row] = request.output_ids[-1]
-        inputs.position_R[row] = len(request.prompt_ids) + len(request.output_ids) - 1
-        inputs.slot_R[row] = request.slot
-    return inputs
-
-
-def _row_sampling(batch: Sequence[Request], rows: int) -> RowSampling:
-    """Return how each row of a call is sampled.
-
-    Rows without a request ask for no filter, since one filter costs all rows a sort.
-    """
-    sampling = RowSampling(
-        seed_B2=np.zeros((rows, 2), np.uint32),
-        temperature_B=np.ones(rows, np.float32),
-        top_p_B=np.ones(rows, np.float32),
-        top_k_B=np.zeros(rows, np.int32),
-        min_p_B=np.zeros(rows, np.float32),
-    )
-    for row, request in enumerate(batch):
-        params = request.sampling
-        sampling.seed_B2[row] = (params.seed >> 32, params.seed & 0xFFFFFFFF)
-        sampling.temperature_B[row] = params.temperature
-        sampling.top_p_B[row] = params.top_p
-        sampling.top_k_B[row] = max(params.top_k, 0)
-        sampling.min_p_B[row] = params.min_p
-    return sampling
+def _set_sampling(sampling: RowSampling, row: int, request: Request) -> None:
+    params = request.sampling
+    sampling.seed_B2[row] = (params.seed >> 32, params.seed & 0xFFFFFFFF)
+    sampling.temperature_B[row] = params.temperature
+    sampling.top_p_B[row] = params.top_p
+    sampling.top_k_B[row] = max(params.top_k, 0)
+    sampling.min_p_B[row] = params.min_p

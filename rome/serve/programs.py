@@ -1,12 +1,14 @@
-"""The two compiled programs of the engine, prefill and decode.
+"""The compiled program of the engine: some tokens of some sequences, and the tokens that follow.
 
-S slots, T context length, R rows of a call, P tokens of a chunk, Q decode steps of a call, V
-vocabulary, L layers, k experts per token.
+T tokens of a call, R rows (sequences of a call), M pages of a row, D model, V vocabulary, L layers,
+k experts a token.
 
-Shapes never vary. A row's numbers depend on that row only: the forms of the experts that are used
-here compute each row by itself, and the requests' options choose a branch, not another program. A
-slot is a place in the cache, not a row of a call: an episode keeps its slot while its command runs,
-and at any moment most slots wait for that, so a call takes the few that have work.
+A call takes any mixture of tokens: the last one of a sequence that is decoded, a piece of a prompt.
+It is compiled for a few T, and a call takes the smallest that holds its tokens. A token's numbers
+do not depend on what else is in the call, nor on T: the layers are the trainer's own
+(`rome.model.qwen3`), in forms that treat each token by itself, and what requests ask for chooses a
+branch, not another program. For float32 on a CPU that is proven bitwise up to 32 tokens
+(tests/rome/model/ops/test_paged.py): in larger products XLA sums in another order.
 """
 
 from __future__ import annotations
@@ -14,205 +16,199 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.qwen3 import Params, head_kernel
-from rome.serve.forward import Cache, LayerCache, forward
+from rome.model.ops.kernels import Kernels
+from rome.model.ops.paged import Pages
+from rome.model.qwen3 import Params, Qwen3, head_kernel
 from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
+
+CALL_SIZES = (4, 16)  # tokens of the calls that are smaller than the largest
+FEW_SAMPLES = 4  # rows of the smaller head
+PageArrays = tuple[Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The fixed shapes of one server.
+    """The bounds of one server, from which the shapes of its arrays follow.
 
     Attributes:
-      slots: sequences whose cache is kept.
+      slots: requests that run at once.
       max_context: tokens of prompt and answer together.
-      prefill_rows: prompts of a prefill call.
-      prefill_chunk: prompt tokens of a row and prefill call; prefixes are cached in such chunks.
-      decode_rows: sequences of a decode call.
-      decode_steps: tokens of a row and decode call.
+      cache_tokens: tokens whose keys and values are kept, of running requests and of prefixes; 0:
+        slots * max_context.
+      page_tokens: tokens of a page, the unit in which prefixes are shared.
+      call_tokens: tokens that are computed at once, at most.
     """
 
     slots: int = 64
     max_context: int = 384
-    prefill_rows: int = 8
-    prefill_chunk: int = 32
-    decode_rows: int = 16
-    decode_steps: int = 4
+    cache_tokens: int = 0
+    page_tokens: int = 16
+    call_tokens: int = 32
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+            least = 0 if name == "cache_tokens" else 1
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if 0 < self.cache_tokens < self.pages_per_row * self.page_tokens:
+            raise ValueError(
+                f"--cache_tokens {self.cache_tokens} does not hold one request of --max_context"
+                f" {self.max_context} in pages of {self.page_tokens}; give at least"
+                f" {self.pages_per_row * self.page_tokens}, or 0 for room for all slots"
+            )
+
+    @property
+    def pages_per_row(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_context // self.page_tokens)
+
+    @property
+    def pages(self) -> int:
+        """Pages of the cache."""
+        if self.cache_tokens:
+            return self.cache_tokens // self.page_tokens
+        return self.slots * self.pages_per_row
+
+    @property
+    def call_sizes(self) -> list[int]:
+        """The T of all compiled calls, smallest first."""
+        return [size for size in CALL_SIZES if size < self.call_tokens] + [self.call_tokens]
+
+    def rows(self, size: int) -> int:
+        """Return the rows of a call of `size` tokens."""
+        return min(size, self.slots)
 
 
-class Chunks(NamedTuple):
-    """Inputs of one prefill call.
-
-    A row without work has slot S, which no write reaches, and length 0.
+class Call(NamedTuple):
+    """Inputs of one call. Tokens of a row lie together, rows follow each other.
 
     Attributes:
-      token_RP: tokens of each row's chunk.
-      target_RP: the token after each token, for scoring; arbitrary where there is none.
-      start_R: position of the chunk's first token.
-      length_R: tokens of the chunk.
-      source_R: slot whose cache the row starts from (its own, or one that holds the same prefix).
-      slot_R: slot that the row's cache is written to.
+      token_T: ids.
+      target_T: the token after each token, for scoring; arbitrary where there is none.
+      position_T: place in the sequence; negative for padding.
+      row_T: row of each token.
+      table_RM: pages of each row's sequence.
+      lengths_R: positions of each row's sequence, this call's included; 0 without one.
+      starts_R: [R + 1] first token of each row; the last entry is the number of tokens.
+      last_R: the token after which a row draws one; the rows that draw come first.
+      draws: number of rows that draw, a scalar.
+      scores: whether the logprobs of target_T are wanted, a scalar.
+      sampling: how each row is sampled, in the order of last_R.
     """
 
-    token_RP: AnyArray
-    target_RP: AnyArray
-    start_R: AnyArray
-    length_R: AnyArray
-    source_R: AnyArray
-    slot_R: AnyArray
+    token_T: AnyArray
+    target_T: AnyArray
+    position_T: AnyArray
+    row_T: AnyArray
+    table_RM: AnyArray
+    lengths_R: AnyArray
+    starts_R: AnyArray
+    last_R: AnyArray
+    draws: AnyArray
+    scores: AnyArray
+    sampling: RowSampling
 
 
-class Prefilled(NamedTuple):
-    """Outputs of one prefill call.
+class Result(NamedTuple):
+    """Outputs of one call.
 
     Attributes:
-      token_R: drawn after the last token of each row.
+      token_R: drawn, in the order of Call.last_R.
       logprob_R: of token_R.
-      target_logprob_RP: of Chunks.target_RP; all 0 unless scores were asked for.
-      routes_LRPk: experts of each token; None once it is on the host, if no row asked for them.
+      target_logprob_T: of Call.target_T; all 0 unless scores were asked for.
+      routes_LTk: experts of each token; None once it is on the host, if no request asked for them.
     """
 
     token_R: AnyArray
     logprob_R: AnyArray
-    target_logprob_RP: AnyArray
-    routes_LRPk: AnyArray | None
+    target_logprob_T: AnyArray
+    routes_LTk: AnyArray | None
 
 
-class Next(NamedTuple):
-    """Inputs of one decode call.
-
-    Attributes:
-      token_R: the token that each row has drawn last.
-      position_R: its position.
-      slot_R: slot of the row's cache; S for a row without work.
-    """
-
-    token_R: AnyArray
-    position_R: AnyArray
-    slot_R: AnyArray
+Program = Callable[[Params, PageArrays, Call], tuple[PageArrays, Result]]
 
 
-class Decoded(NamedTuple):
-    """Outputs of one decode call: tokens of Q steps, and the experts of the token before each.
-
-    The experts are None once it is on the host, if no row asked for them.
-    """
-
-    token_QR: AnyArray
-    logprob_QR: AnyArray
-    routes_QLRk: AnyArray | None
+def make_program(config: ModelConfig, kernels: Kernels) -> Program:
+    """Return the jitted program; it donates the pages that it is given."""
+    run = functools.partial(_run, config, kernels)
+    return jax.jit(run, donate_argnums=1)
 
 
-Prefill = Callable[[Params, Cache, Chunks, RowSampling, Any], tuple[Cache, Prefilled]]
-Decode = Callable[[Params, Cache, Next, RowSampling], tuple[Cache, Decoded]]
+def empty_call(shapes: Shapes, size: int) -> Call:
+    """Return the NumPy inputs of a call of `size` tokens without any."""
+    R = shapes.rows(size)
+    return Call(
+        token_T=np.zeros(size, np.int32),
+        target_T=np.zeros(size, np.int32),
+        position_T=np.full(size, -1, np.int32),
+        row_T=np.zeros(size, np.int32),
+        table_RM=np.zeros((R, shapes.pages_per_row), np.int32),
+        lengths_R=np.zeros(R, np.int32),
+        starts_R=np.zeros(R + 1, np.int32),
+        last_R=np.zeros(R, np.int32),
+        draws=np.asarray(0, np.int32),
+        scores=np.asarray(False),
+        sampling=RowSampling(
+            seed_B2=np.zeros((R, 2), np.uint32),
+            temperature_B=np.ones(R, np.float32),
+            top_p_B=np.ones(R, np.float32),
+            top_k_B=np.zeros(R, np.int32),
+            min_p_B=np.zeros(R, np.float32),
+        ),
+    )
 
 
-def make_programs(config: ModelConfig, shapes: Shapes) -> tuple[Prefill, Decode]:
-    """Return the jitted programs; both donate the cache that they are given."""
-    prefill = functools.partial(_prefill, config)
-    decode = functools.partial(_decode, config, shapes.decode_steps)
-    return jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
-
-
-def _prefill(
+def _run(
     config: ModelConfig,
+    kernels: Kernels,
     params: Params,
-    cache: Cache,
-    chunks: Chunks,
-    rows: RowSampling,
-    scores: Array,
-) -> tuple[Cache, Prefilled]:
-    """Compute a chunk of each row's prompt, and draw the token after it.
-
-    Args:
-      config: of the model.
-      params: layers unstacked.
-      cache: of all slots.
-      chunks: the rows' inputs.
-      rows: how each row is sampled.
-      scores: scalar bool, whether target logprobs are wanted.
-    """
-    R, P = chunks.token_RP.shape
-    column_P = jnp.arange(P)
-    real_RP = column_P[None] < chunks.length_R[:, None]
-    position_RP = chunks.start_R[:, None] + column_P[None]
-    own = jax.tree.map(lambda slots: slots[chunks.source_R], cache)
-    hidden_RPD, own, routes_LRPk = forward(
-        params, config, chunks.token_RP, position_RP, real_RP, own, experts="sorted"
-    )
-
-    def write_back(slots: Array, rows: Array) -> Array:
-        return slots.at[chunks.slot_R].set(rows, mode="drop")
-
-    cache = jax.tree.map(write_back, cache, own)
+    kv: PageArrays,
+    call: Call,
+) -> tuple[PageArrays, Result]:
+    """Compute the tokens of a call, draw the ones that follow, and score targets if asked."""
+    model = Qwen3(config, scan=False, experts=kernels.experts, attention_form=kernels.attention)
+    pages = Pages(kv, call.table_RM, call.row_T, call.lengths_R, call.starts_R)
+    position_T = jnp.maximum(call.position_T, 0)
+    real_T = (call.position_T >= 0).astype(jnp.int32)
+    out = model.apply({"params": params}, call.token_T[None], position_T[None], real_T[None], pages)
+    hidden_TD = out.hidden_BTD[0]
     kernel_DV = head_kernel(params, config)
-    last_R = jnp.maximum(chunks.length_R - 1, 0)
-    last_hidden_RD = hidden_RPD[jnp.arange(R), last_R]
-    next_position_R = chunks.start_R + chunks.length_R
-    token_R, logprob_R = sample(_logits(last_hidden_RD, kernel_DV), next_position_R, rows)
+    token_R, logprob_R = _draw(hidden_TD, kernel_DV, call)
+    target_logprob_T = _score(hidden_TD, kernel_DV, call)
+    return out.pages, Result(token_R, logprob_R, target_logprob_T, out.routes_LBTK[:, 0])
 
+
+def _draw(hidden_TD: Array, kernel_DV: Array, call: Call) -> tuple[Array, Array]:
+    """Draw a token after each row's last one; only a few logits are computed for a few rows."""
+    R = call.last_R.size
+
+    def draw(rows: int) -> tuple[Array, Array]:
+        last_r = call.last_R[:rows]
+        sampling = jax.tree.map(lambda values: values[:rows], call.sampling)
+        logits_rV = _logits(hidden_TD[last_r], kernel_DV)
+        token_r, logprob_r = sample(logits_rV, call.position_T[last_r] + 1, sampling)
+        return jnp.pad(token_r, (0, R - rows)), jnp.pad(logprob_r, (0, R - rows))
+
+    if R <= FEW_SAMPLES:
+        return draw(R)
+    is_few = call.draws <= FEW_SAMPLES
+    return jax.lax.cond(is_few, lambda: draw(FEW_SAMPLES), lambda: draw(R))
+
+
+def _score(hidden_TD: Array, kernel_DV: Array, call: Call) -> Array:
     def score() -> Array:
-        logits_NV = _logits(hidden_RPD.reshape(R * P, -1), kernel_DV)
-        return token_logprobs(logits_NV, chunks.target_RP.reshape(-1)).reshape(R, P)
+        return token_logprobs(_logits(hidden_TD, kernel_DV), call.target_T)
 
-    target_logprob_RP = jax.lax.cond(scores, score, lambda: jnp.zeros((R, P), jnp.float32))
-    return cache, Prefilled(token_R, logprob_R, target_logprob_RP, routes_LRPk)
-
-
-def _decode(
-    config: ModelConfig, steps: int, params: Params, cache: Cache, inputs: Next, rows: RowSampling
-) -> tuple[Cache, Decoded]:
-    """Draw a few tokens for each row on a copy of its slot's cache, then write the new part back.
-
-    A row that meets its end continues to the last step; the caller cuts the surplus. Writes past
-    the context are dropped.
-    """
-    kernel_DV = head_kernel(params, config)
-    num_slots = cache[0].k_BKHS.shape[0]
-    works_R1 = inputs.slot_R[:, None] < num_slots
-
-    def step(
-        carry: tuple[Cache, Array, Array], _: None
-    ) -> tuple[tuple[Cache, Array, Array], Decoded]:
-        own, token_R, position_R = carry
-        hidden_R1D, own, routes_LR1k = forward(
-            params, config, token_R[:, None], position_R[:, None], works_R1, own, experts="dense"
-        )
-        logits_RV = _logits(hidden_R1D[:, 0], kernel_DV)
-        position_R = position_R + 1
-        token_R, logprob_R = sample(logits_RV, position_R, rows)
-        return (own, token_R, position_R), Decoded(token_R, logprob_R, routes_LR1k[:, :, 0])
-
-    own = jax.tree.map(lambda slots: slots[inputs.slot_R], cache)
-    start = (own, inputs.token_R, inputs.position_R)
-    (own, _, _), decoded = jax.lax.scan(step, start, length=steps)
-    layers = [_write_back(layer, new, inputs, steps) for layer, new in zip(cache, own, strict=True)]
-    return tuple(layers), decoded
-
-
-def _write_back(layer: LayerCache, rows: LayerCache, inputs: Next, steps: int) -> LayerCache:
-    """Copy the positions that a decode call wrote from the rows' caches to their slots."""
-    row_R1 = jnp.arange(inputs.slot_R.size)[:, None]
-    slot_R1 = inputs.slot_R[:, None]
-    at_RQ = inputs.position_R[:, None] + jnp.arange(steps)
-    k_RQKH = rows.k_BKHS[row_R1, :, :, at_RQ]
-    v_RQKH = rows.v_BKSH[row_R1, :, at_RQ]
-    return LayerCache(
-        layer.k_BKHS.at[slot_R1, :, :, at_RQ].set(k_RQKH, mode="drop"),
-        layer.v_BKSH.at[slot_R1, :, at_RQ].set(v_RQKH, mode="drop"),
-    )
+    T = call.token_T.size
+    return jax.lax.cond(call.scores, score, lambda: jnp.zeros(T, jnp.float32))
 
 
 def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-NO_SLOT = -1
+from rome.serve.pages import Node
 
 
 class TextCodec(Protocol):
@@ -72,18 +72,20 @@ class Request:
       logprobs: of output_ids.
       prompt_logprobs: of prompt_ids[1:].
       versions: [weight version, start, end] over output_ids.
-      routes: arrays [tokens, layers, k] of the tokens computed so far, if return_routes.
+      routes: experts [tokens, layers, k] of the tokens computed so far, if return_routes; as long
+        as the request may become, so what lies beyond them means nothing.
       cached_tokens: prompt tokens that were taken from the cache.
       finish: SGLang's finish_reason; None while the request runs.
       created: time.monotonic() of its arrival.
       text_end: where a matched stop string begins in the text.
       tail_ids: the last tokens, in which a stop string may have begun.
 
-      slot: its place in the cache, or NO_SLOT. The fields below have a meaning while it has one.
-      ids: tokens to prefill: the prompt, and the output so far if it starts over.
-      keys: prefix keys of the complete chunks of ids.
-      prefilled: how many of ids are in the cache.
-      owns_prefix: whether its slot is known to hold this request's prefix, and nothing else.
+      ids: prompt and output; those before `computed` are in the cache. The fields below have a
+        meaning while it runs.
+      computed: number of tokens that are in the cache.
+      root: of the tree that it shares prefixes in; None if it shares none.
+      path: the pages of the tree that it holds, in order.
+      pages: numbers of all its pages, in order: those of the path, then its own.
     """
 
     rid: str
@@ -101,15 +103,33 @@ class Request:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[list[Any]] = dataclasses.field(default_factory=list)
-    routes: list[np.ndarray] = dataclasses.field(default_factory=list)
+    routes: np.ndarray | None = None
     cached_tokens: int = 0
     finish: dict[str, Any] | None = None
     created: float = dataclasses.field(default_factory=time.monotonic)
     text_end: int | None = None
     tail_ids: list[int] = dataclasses.field(default_factory=list)
 
-    slot: int = NO_SLOT
     ids: list[int] = dataclasses.field(default_factory=list)
-    keys: list[bytes] = dataclasses.field(default_factory=list)
-    prefilled: int = 0
-    owns_prefix: bool = False
+    computed: int = 0
+    root: Node | None = None
+    path: list[Node] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the token that was drawn last are computed."""
+        return bool(self.output_ids) and self.computed == len(self.ids) - 1
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether logprobs of the prompt are still to be computed."""
+        return self.score_from is not None and self.computed < len(self.prompt_ids)
+
+    def note_routes(self, routes_NLk: np.ndarray) -> None:
+        """Record the experts of the tokens from `computed` on."""
+        count, *rest = routes_NLk.shape
+        if self.routes is None:
+            length = len(self.prompt_ids) + self.sampling.max_new_tokens
+            self.routes = np.zeros((length, *rest), np.int32)
+        self.routes[self.computed : self.computed + count] = routes_NLk

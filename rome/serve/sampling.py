@@ -1,12 +1,14 @@
-"""Sampling on the device.
+"""Sampling on the device, by inverse transform.
 
-Each row is sampled by itself: its noise depends on its seed and the token's position only.
+Each row is sampled by itself: its one random number depends on its seed and the token's position
+only, and every sum over the vocabulary runs in an order that depends on the row only.
 
-B rows, V vocabulary.
+B rows, V vocabulary, n blocks of BLOCK tokens, C candidates of a filter.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 
 AnyArray = Any  # of NumPy where a call is prepared or read, traced by JAX inside the programs
+BLOCK = 64  # tokens whose probabilities are summed before blocks are
+CANDIDATES = 1024  # likeliest tokens among which filters look first
 
 
 class RowSampling(NamedTuple):
@@ -48,53 +52,119 @@ def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Arra
     """
     greedy_B = rows.temperature_B <= 0
     scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, rows.temperature_B)[:, None]
-
-    def noise(seed_2: Array, position: Array) -> Array:
-        return _gumbel_noise(seed_2, position, logits_BV.shape[-1])
-
-    noise_BV = jax.vmap(noise)(rows.seed_B2, position_B)
-    noisy_BV = jnp.where(greedy_B[:, None], scaled_BV, scaled_BV + noise_BV)
-    filtered_B = (rows.top_p_B < 1) | (rows.top_k_B > 0) | (rows.min_p_B > 0)
-    # One program with a branch, not two programs: the layers before it must not depend on what the
+    top_B1 = scaled_BV.max(axis=-1, keepdims=True)
+    weights_BV = jnp.exp(scaled_BV - top_B1)
+    total_B = _in_blocks(weights_BV)[2]
+    uniform_B = jax.vmap(_uniform)(rows.seed_B2, position_B)
+    # Branches of one program, not several programs: the layers before must not depend on what the
     # other rows of the batch ask for.
-    noisy_BV = jax.lax.cond(
-        jnp.any(filtered_B),
-        lambda: jnp.where(_allowed_tokens(scaled_BV, rows), noisy_BV, -jnp.inf),
-        lambda: noisy_BV,
+    kept_BV = jax.lax.cond(
+        jnp.any(_is_filtered(rows) & ~greedy_B),
+        lambda: _filtered(weights_BV, total_B, rows),
+        lambda: weights_BV,
     )
-    tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
-    return tokens_B, token_logprobs(scaled_BV, tokens_B)
+    drawn_B = _draw(kept_BV, uniform_B)
+    likeliest_B = jnp.argmax(scaled_BV, axis=-1)
+    tokens_B = jnp.where(greedy_B, likeliest_B, drawn_B).astype(jnp.int32)
+    chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return tokens_B, chosen_B - top_B1[:, 0] - jnp.log(total_B)
 
 
 def token_logprobs(logits_BV: Array, tokens_B: Array) -> Array:
-    """Return log softmax(logits)[token] for each row, without another [B, V] array."""
+    """Return log softmax(logits)[token] for each row, summed as `sample` does."""
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    top_B1 = logits_BV.max(axis=-1, keepdims=True)
+    total_B = _in_blocks(jnp.exp(logits_BV - top_B1))[2]
+    return chosen_B - top_B1[:, 0] - jnp.log(total_B)
 
 
-def _gumbel_noise(seed_2: Array, position: Array, size: int) -> Array:
-    """Return Gumbel noise: the maximum of logits + noise is a sample from their softmax."""
+def _uniform(seed_2: Array, position: Array) -> Array:
+    """Return a number in [0, 1) that depends on seed and position."""
     key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
-    return jax.random.gumbel(jax.random.fold_in(key, position), (size,))
+    return jax.random.uniform(jax.random.fold_in(key, position))
 
 
-def _allowed_tokens(scaled_BV: Array, rows: RowSampling) -> Array:
-    """Return which tokens top_k, top_p and min_p keep, [B, V] bool.
+def _draw(weights_BV: Array, uniform_B: Array) -> Array:
+    """Return the first token whose running sum of weights exceeds uniform * total.
 
-    All three are judged on the full distribution; the most likely token is always kept.
+    A token of weight 0 is never drawn: the sum does not grow there.
     """
-    B, V = scaled_BV.shape
-    order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
-    probs_BV = jnp.take_along_axis(jax.nn.softmax(scaled_BV, axis=-1), order_BV, axis=-1)
-    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # probability of all likelier tokens
-    rank_V = jnp.arange(V)
-    top_k_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, V)
+    blocks_BnX, before_Bn, total_B = _in_blocks(weights_BV)
+    # below the total also where the product rounds up to it
+    wanted_B = jnp.minimum(uniform_B * total_B, jnp.nextafter(total_B, 0.0))
+    block_B = jnp.sum(before_Bn <= wanted_B[:, None], axis=-1) - 1
+    # blocks without weight begin where the one before them ends: go back to the one that has some
+    is_empty_Bn = jnp.append(before_Bn[:, 1:], total_B[:, None], axis=1) == before_Bn
+    filled_Bn = jnp.where(is_empty_Bn, -1, jnp.arange(before_Bn.shape[1]))
+    block_B1 = jnp.take_along_axis(jax.lax.cummax(filled_Bn, axis=1), block_B[:, None], axis=1)
+    own_BX = jnp.take_along_axis(blocks_BnX, block_B1[:, :, None], axis=1)[:, 0]
+    sums_BX = jnp.take_along_axis(before_Bn, block_B1, axis=1) + jnp.cumsum(own_BX, axis=1)
+    has_weight_BX = own_BX > 0
+    exceeds_BX = (sums_BX > wanted_B[:, None]) & has_weight_BX
+    last_B = BLOCK - 1 - jnp.argmax(has_weight_BX[:, ::-1], axis=1)  # where sums round below
+    inner_B = jnp.where(exceeds_BX.any(axis=1), jnp.argmax(exceeds_BX, axis=1), last_B)
+    return block_B1[:, 0] * BLOCK + inner_B
+
+
+def _in_blocks(weights_BV: Array) -> tuple[Array, Array, Array]:
+    """Return weights in blocks [B, n, X], the sum before each block [B, n], and the total [B].
+
+    The additions are spelled out: a row is summed in the same order in every call.
+    """
+    B, V = weights_BV.shape
+    filled_BV = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK)))
+    blocks_BnX = filled_BV.reshape(B, -1, BLOCK)
+    sum_Bn = functools.reduce(jnp.add, (blocks_BnX[:, :, i] for i in range(BLOCK)))
+
+    def add(sum_B: Array, block_B: Array) -> tuple[Array, Array]:
+        return sum_B + block_B, sum_B
+
+    total_B, before_nB = jax.lax.scan(add, jnp.zeros(B), sum_Bn.T)
+    return blocks_BnX, before_nB.T, total_B
+
+
+def _filtered(weights_BV: Array, total_B: Array, rows: RowSampling) -> Array:
+    """Return the weights with 0 for tokens that top_k, top_p or min_p leaves out.
+
+    All three are judged on the full distribution; the most likely token is always kept. The
+    likeliest CANDIDATES are looked at; where a row may keep more, the whole vocabulary is.
+    """
+    V = weights_BV.shape[-1]
+    few = min(CANDIDATES, V)
+    ranked_BC, ids_BC = jax.lax.top_k(weights_BV, few)
+    may_keep_more_B = _kept(ranked_BC, total_B, rows)[:, -1] & _is_filtered(rows)
+
+    def last_kept(ranked_BC: Array, ids_BC: Array) -> tuple[Array, Array]:
+        last_B1 = jnp.sum(_kept(ranked_BC, total_B, rows), axis=-1, keepdims=True) - 1
+        weight_B1 = jnp.take_along_axis(ranked_BC, last_B1, axis=-1)
+        return weight_B1, jnp.take_along_axis(ids_BC, last_B1, axis=-1)
+
+    weight_B1, id_B1 = jax.lax.cond(
+        jnp.any(may_keep_more_B) & (few < V),
+        lambda: last_kept(*jax.lax.top_k(weights_BV, V)),
+        lambda: last_kept(ranked_BC, ids_BC),
+    )
+    # equal weights are ranked by their ids
+    is_tie_BV = (weights_BV == weight_B1) & (jnp.arange(V) <= id_B1)
+    kept_BV = (weights_BV > weight_B1) | is_tie_BV | ~_is_filtered(rows)[:, None]
+    return jnp.where(kept_BV, weights_BV, 0.0)
+
+
+def _is_filtered(rows: RowSampling) -> Array:
+    return (rows.top_p_B < 1) | (rows.top_k_B > 0) | (rows.min_p_B > 0)
+
+
+def _kept(ranked_BC: Array, total_B: Array, rows: RowSampling) -> Array:
+    """Return which of the likeliest tokens, in order, the filters keep, [B, C] bool."""
+    C = ranked_BC.shape[-1]
+    blocks_BnX, sum_Bn, _ = _in_blocks(ranked_BC)
+    sums_BnX = sum_Bn[:, :, None] + jnp.cumsum(blocks_BnX, axis=-1)
+    sums_BC = sums_BnX.reshape(len(total_B), -1)[:, :C]
+    before_BC = (sums_BC - ranked_BC) / total_B[:, None]  # probability of all likelier tokens
+    rank_C = jnp.arange(C)
+    top_k_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, jnp.iinfo(jnp.int32).max)
     top_p_B1 = rows.top_p_B[:, None]
-    min_p_B1 = rows.min_p_B[:, None]
-    keep_BV = rank_V[None] < top_k_B[:, None]
-    keep_BV &= (before_BV <= top_p_B1) | (top_p_B1 >= 1)
-    keep_BV &= probs_BV >= probs_BV[:, :1] * min_p_B1
-    keep_BV |= rank_V[None] == 0
-    row_B1 = jnp.arange(B)[:, None]
-    nothing_BV = jnp.zeros((B, V), bool)
-    return nothing_BV.at[row_B1, order_BV].set(keep_BV)  # from ranks back to token ids
+    kept_BC = rank_C[None] < top_k_B[:, None]
+    kept_BC &= (before_BC <= top_p_B1) | (top_p_B1 >= 1)
+    kept_BC &= ranked_BC >= ranked_BC[:, :1] * rows.min_p_B[:, None]
+    return kept_BC | (rank_C[None] == 0)

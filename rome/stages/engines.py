@@ -259,7 +259,8 @@ class Engines:
         self._display.note("starting the engine inside the trainer")
         if self._division.trainer_platform != "cpu":
             self._display.note(self._division.says)
-        shapes = Shapes(slots=self.config.engine.slots, max_context=self.config.max_context)
+        engine = self.config.engine
+        shapes = Shapes(engine.slots, self.config.max_context, engine.cache_tokens)
         self._inside = InsideEngine(self._hand_over(state), shapes)
         self._inside.start(should_stop=self._team.wants_to_stop)
         self._pool = EnginePool([self._inside])
@@ -276,6 +277,7 @@ class Engines:
         flags = [
             "--skip_tokenizer_init",
             f"--slots={self.config.engine.slots}",
+            f"--cache_tokens={self.config.engine.cache_tokens}",
             f"--max_context={self.config.max_context}",
             f"--dtype={self._model_config.dtype}",
         ]

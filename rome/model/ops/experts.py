@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rome.model.ops.experts_cpu import absent_last, experts_sorted
+from rome.model.ops.experts_cpu import absent_last, experts_sorted, experts_tiled
+from rome.model.ops.native import experts_native
 from rome.model.ops.tokamax_library import load_tokamax
 
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
+WITHOUT_GRADIENT = ("tiled", "native")  # for engines on CPU
 GROUPED = ("ragged", "megablox", "tokamax")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
 # Tiles of the kernel; both operands and the float32 sum stay in a core's memory. Each expert but
@@ -109,7 +111,9 @@ def experts(
       weights_Nk: gate weights.
       ids_Nk: an id outside 0..E-1 names an expert that is not here and adds nothing.
       implementation: "dense" runs every expert on every token; "sorted" is the fast one for many
-        tokens on CPU, where `lax.ragged_dot` ("ragged") costs as much as dense; "megablox" is the
+        tokens on CPU, where `lax.ragged_dot` ("ragged") costs as much as dense; "tiled" and
+        "native" (C++) are those of an engine on CPU: for few tokens, row by row, without a
+        gradient; "megablox" is the
         kernel of TPUs, "tokamax" of GPUs; "auto" chooses by the number of tokens and the platform.
       rows: of one pass, for the forms with a grouped matmul, where fewer than N * k choices are
         likely to be here. It bounds memory; more choices take more passes.
@@ -120,10 +124,10 @@ def experts(
     Raises:
       ValueError: the implementation is unknown.
     """
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in IMPLEMENTATIONS + WITHOUT_GRADIENT:
         raise ValueError(
             f"experts implementation {implementation!r} is unknown; choose one of"
-            f" {', '.join(IMPLEMENTATIONS)}"
+            f" {', '.join(IMPLEMENTATIONS + WITHOUT_GRADIENT)}"
         )
     if implementation == "auto":
         implementation = _best_here(x_ND.shape[0])
@@ -131,6 +135,10 @@ def experts(
         return experts_dense(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
     if implementation == "sorted":
         return experts_sorted(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    if implementation == "tiled":
+        return experts_tiled(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    if implementation == "native":
+        return experts_native(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
     forms = {"ragged": experts_ragged, "megablox": experts_megablox, "tokamax": experts_tokamax}
     grouped = forms[implementation]
     return grouped(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, rows)
@@ -141,8 +149,7 @@ def experts_dense(
 ) -> Array:
     """Run every expert on every token, times 0 where not chosen.
 
-    The reference for the other forms, and the form that the engine decodes with: a row's result
-    does not depend on the other rows.
+    The reference for the other forms.
     """
     E = gate_EDF.shape[0]
     chosen_NkE = jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype)

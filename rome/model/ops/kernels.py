@@ -6,10 +6,11 @@ Chosen by measurement, overridden by name; a form that cannot run is refused wit
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import NamedTuple
 
 from rome.model.config import ModelConfig
-from rome.model.ops import attention, experts, experts_on_mesh
+from rome.model.ops import attention, experts, experts_on_mesh, native
 from rome.model.ops.expert_exchange import is_worthwhile
 
 ONLY_ON = {
@@ -78,6 +79,24 @@ def choose_kernels(
         f" learner.experts={chosen.experts!r} has none. Set that to one of"
         f" {', '.join(experts.GROUPED)}, or the exchange to 'ring'."
     )
+
+
+def choose_serving_kernels(platform: str, config: ModelConfig) -> Kernels:
+    """Return the forms that an engine runs: attention over pages, experts of few tokens.
+
+    `attention` is then a name of `rome.model.ops.paged.paged_attention`.
+    """
+    if platform == "cpu":
+        widths = (config.hidden_size, config.moe_intermediate_size, config.head_dim)
+        if native.fits(config.dtype, *widths):
+            reason = native.reason_missing()
+            if reason is None:
+                return Kernels("native", "native", "ring")
+            logging.warning("slower: the engine runs without its C++ forms: %s", reason)
+        return Kernels("gather", "tiled", "ring")
+    experts_form = _best(platform, config, group=1, extent=()).experts
+    has_kernel = platform == "tpu" and config.head_dim % LANES == 0
+    return Kernels("ragged_paged" if has_kernel else "gather", experts_form, "ring")
 
 
 def _check_runs(kind: str, name: str, names: tuple[str, ...], platform: str) -> None:

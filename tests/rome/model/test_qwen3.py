@@ -1,4 +1,4 @@
-"""The model as a whole: who sees whom, the cache, the two loops, remat, replayed routes."""
+"""The model as a whole: who sees whom, the two loops, remat, replayed routes."""
 
 import dataclasses
 import functools
@@ -10,10 +10,10 @@ import pytest
 
 from rome.model.ops import attention_cpu
 from rome.model.ops.attention import attention
+from rome.model.ops.paged import Pages
 from rome.model.qwen3 import (
     Qwen3,
     head_kernel,
-    init_cache,
     init_params,
 )
 from rome.model.stacking import stack_layers, unstack_layers
@@ -120,56 +120,6 @@ def test_a_packed_row_equals_its_segments_alone(params):
         counts, start = counts + alone.router.counts_LE, start + n
     np.testing.assert_array_equal(packed.router.counts_LE, counts)
     assert packed.router.tokens == sum(lengths)
-
-
-@pytest.mark.parametrize("scan", [True, False])
-def test_prefill_and_decode_through_a_cache_equal_one_full_forward(params, scan):
-    tokens_BT = random_tokens(2, 9)
-    full = apply(params, tokens_BT)
-    cache, steps = init_cache(CONFIG, 2, 12, scan), [(0, 3), (3, 6), (6, 7), (7, 8), (8, 9)]
-    hidden, routes = [], []
-    for start, end in steps:
-        positions_BT = np.broadcast_to(np.arange(start, end), (2, end - start))
-        out = apply(params, tokens_BT[:, start:end], positions_BT, cache=cache, scan=scan)
-        cache = out.cache
-        hidden.append(out.hidden_BTD)
-        routes.append(out.routes_LBTK)
-    assert_close(jnp.concatenate(hidden, axis=1), full.hidden_BTD)
-    np.testing.assert_array_equal(jnp.concatenate(routes, axis=2), full.routes_LBTK)
-
-
-def test_rows_of_different_length_share_a_cache_and_their_padding_is_not_written(params):
-    tokens_BT = random_tokens(2, 9)
-    real_BT = np.arange(9)[None] < np.array([[5], [8]])
-    positions_BT = np.broadcast_to(np.arange(9), (2, 9))
-    cache = apply(
-        params,
-        tokens_BT,
-        positions_BT,
-        real_BT.astype(int),
-        cache=init_cache(CONFIG, 2, 12, False),
-        scan=False,
-    ).cache
-    assert all(
-        (np.asarray(layer)[0, 5:] == 0).all()
-        and (np.asarray(layer)[1, :8] != 0).any(axis=(1, 2)).all()
-        for layer in (*cache.k, *cache.v)
-    )
-    next_B1 = random_tokens(2, 1, seed=2)
-    decoded = apply(params, next_B1, np.array([[5], [8]]), cache=cache, scan=False)
-    both = jnp.stack([tokens_BT[0].at[5].set(next_B1[0, 0]), tokens_BT[1].at[8].set(next_B1[1, 0])])
-    full = apply(params, both)
-    assert_close(
-        decoded.hidden_BTD[:, 0], jnp.stack([full.hidden_BTD[0, 5], full.hidden_BTD[1, 8]])
-    )
-
-
-def test_what_an_earlier_sequence_left_in_a_cache_is_not_seen(params):
-    tokens_BT = random_tokens(2, 9)
-    dirty = jax.tree.map(lambda x: x + 100.0, init_cache(CONFIG, 2, 12, True))
-    assert_close(
-        apply(params, tokens_BT, cache=dirty).hidden_BTD, apply(params, tokens_BT).hidden_BTD
-    )
 
 
 @pytest.mark.parametrize("layers", ["stacked", "tuple"])
@@ -335,8 +285,8 @@ def test_inputs_of_a_wrong_shape_are_refused_with_the_shape_that_fits(params):
         apply(params, tokens_BT, routes_LBTK=jnp.zeros((2, 2, 8, 2), jnp.int32))
     with pytest.raises(ValueError, match=r"\[B, T\]"):
         apply(params, tokens_BT, segments_BT=np.ones((2, 8), int))
-    with pytest.raises(ValueError, match="init_cache"):
-        apply(params, tokens_BT, cache=init_cache(CONFIG, 2, 16, False), scan=True)
+    with pytest.raises(ValueError, match="pages take one row"):
+        apply(params, tokens_BT, pages=Pages((), *[np.zeros(1, int)] * 4), scan=False)
     with pytest.raises(ValueError, match="scan=False"):
         apply(unstack_layers(params, CONFIG), tokens_BT, scan=True)
     with pytest.raises(ValueError, match="init_params"):

@@ -72,7 +72,7 @@ def test_routes_equal_the_plain_forward_pass_also_for_cached_tokens(server, orac
             base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32
         ).reshape(len(ids) - 1, LAYERS, TOP_K)
         assert np.array_equal(routes, oracle.logits_and_routes(ids)[1][:-1])
-    assert answer["meta_info"]["cached_tokens"] == 2 * CHUNK
+    assert answer["meta_info"]["cached_tokens"] >= 2 * CHUNK
     rest = talk(
         server,
         lambda http: http.generate(
@@ -120,7 +120,7 @@ def test_a_seeded_request_gives_the_same_bits_alone_in_a_crowd_and_with_a_warm_c
     answers = talk(server, conversation)
     assert (
         answers[0]["meta_info"]["cached_tokens"] == 0
-        and answers[1]["meta_info"]["cached_tokens"] == 2 * CHUNK
+        and answers[1]["meta_info"]["cached_tokens"] >= 2 * CHUNK
     )
     for answer in answers[1:]:
         assert answer["output_ids"] == answers[0]["output_ids"]
@@ -138,16 +138,22 @@ def test_seeds_differ_and_requests_without_a_seed_differ(server):
     assert len(set(outputs)) == 4
 
 
-def test_a_later_turn_reuses_the_prefix_that_was_prefilled_and_nothing_that_was_decoded(
+def test_a_later_turn_takes_all_of_the_earlier_one_from_the_cache_and_gets_the_same_bits(
     server, oracle
 ):
     async def conversation(http):
         first = await http.generate(max_new_tokens=50, sampling_seed=3)
         turn = PROMPT + first["output_ids"] + [9, 10, 11]
-        return turn, await http.generate(turn, sampling_seed=4)
+        answer = await http.generate(turn, sampling_seed=4)
+        await http.post("/flush_cache")
+        return turn, answer, await http.generate(turn, sampling_seed=4)
 
-    turn, answer = talk(server, conversation)
-    assert answer["meta_info"]["cached_tokens"] == 2 * CHUNK
+    turn, answer, fresh = talk(server, conversation)
+    assert fresh["meta_info"]["cached_tokens"] == 0
+    # All but the last token that was drawn, whose keys nobody needed.
+    assert answer["meta_info"]["cached_tokens"] == len(turn) - 4
+    assert answer["output_ids"] == fresh["output_ids"]
+    assert logprobs_of(answer) == logprobs_of(fresh)
     np.testing.assert_allclose(
         logprobs_of(answer),
         oracle.logprobs(turn + answer["output_ids"])[len(turn) - 1 :],

@@ -4,23 +4,24 @@ The HTTP server and the scheduler are the real ones; the device answers without 
 """
 
 import asyncio
+import collections
 import contextlib
 import json
+import random
 
 import aiohttp
 import numpy as np
+import pytest
 from aiohttp import web
 
 from rome.serve.answer import make_answer
-from rome.serve.programs import Decoded, Prefilled, Shapes
+from rome.serve.programs import Result, Shapes
 from rome.serve.protocol import Bounds
 from rome.serve.request import Request, SamplingParams
 from rome.serve.scheduler import Scheduler
 from rome.serve.server import Server
 
-SHAPES = Shapes(
-    slots=2, max_context=4096, prefill_rows=2, prefill_chunk=4, decode_rows=2, decode_steps=4
-)
+SHAPES = Shapes(slots=2, max_context=4096, page_tokens=4, call_tokens=16)
 LAYERS, TOP_K = 2, 1
 
 
@@ -29,7 +30,7 @@ class IdleDevice:
 
     def __init__(self):
         self.missing = {}
-        self.stats = {"generated_tokens": 0}
+        self.stats = collections.Counter()
 
     def prepare(self):
         pass
@@ -37,19 +38,15 @@ class IdleDevice:
     def allocated_bytes(self):
         return 0
 
-    def prefill(self, batch, sources):
-        R, P = SHAPES.prefill_rows, SHAPES.prefill_chunk
-        routes = np.zeros((LAYERS, R, P, TOP_K), np.int32)
-        return Prefilled(np.full(R, 5), np.zeros(R), np.zeros((R, P)), routes)
-
-    def decode(self, batch):
-        Q, R = SHAPES.decode_steps, SHAPES.decode_rows
-        routes = np.zeros((Q, LAYERS, R, TOP_K), np.int32)
-        return Decoded(np.full((Q, R), 5), np.zeros((Q, R)), routes)
+    def run(self, batch, size):
+        assert sum(piece.length for piece in batch) <= size
+        self.stats["calls"] += 1
+        routes = np.zeros((LAYERS, size, TOP_K), np.int32)
+        return Result(np.full(size, 5), np.zeros(size), np.zeros(size), routes)
 
 
-def make_scheduler():
-    scheduler = Scheduler(None, SHAPES, None, "0")
+def make_scheduler(shapes=SHAPES):
+    scheduler = Scheduler(None, shapes, None, "0")
     scheduler.device = IdleDevice()
     return scheduler
 
@@ -129,49 +126,76 @@ def test_a_request_that_a_pause_holds_for_too_long_is_dropped_and_told_so():
     asyncio.run(conversation())
 
 
-def run_alone(scheduler, request):
-    """Take one request through the scheduler, in this thread."""
-    scheduler.submit(request)
-    scheduler._commands.popleft()()
+def run_alone(scheduler, *requests):
+    """Take requests through the scheduler, in this thread."""
+    for request in requests:
+        scheduler.submit(request)
+        scheduler._commands.popleft()()
     while scheduler.busy():
-        scheduler._admit()
-        scheduler._prefill_some()
-        scheduler._decode_once()
+        scheduler._step()
 
 
-def prompt_of(chunks):
-    return [number % 97 for number in range(chunks * SHAPES.prefill_chunk + 1)]
+def prompt_of(pages):
+    return [number % 97 for number in range(pages * SHAPES.page_tokens + 1)]
 
 
-def test_a_prompts_prefix_is_recorded_once_not_again_for_every_chunk():
-    recorded = []
-
-    class Counted(set):
-        def add(self, slot):
-            recorded.append(slot)
-            super().add(slot)
-
-    scheduler = make_scheduler()
-    scheduler._slots._holders.default_factory = Counted
-    for chunks in (50, 100):
-        before = len(recorded)
-        run_alone(scheduler, Request("a", prompt_of(chunks), SamplingParams(1), salt=str(chunks)))
-        assert len(recorded) - before == chunks
+def nodes_of(scheduler):
+    """The pages of the tree, in any order."""
+    found = []
+    nodes = list(scheduler._batcher._pages._roots.values())
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children.values()
+        found += [node] if node.parent is not None else []
+    return found
 
 
 def test_routes_are_kept_for_requests_that_want_them_and_for_no_others():
     def kept_after(request):
         scheduler = make_scheduler()
         run_alone(scheduler, request)
-        return [note for notes in scheduler._slots._notes for note in notes]
+        return [node.routes for node in nodes_of(scheduler)]
 
     asked, silent = (
         Request("a", prompt_of(3), SamplingParams(9), return_routes=wanted)
         for wanted in (True, False)
     )
-    assert [len(routes) for routes in kept_after(asked)] == [4, 4, 4]
-    assert sum(len(routes) for routes in asked.routes) == len(asked.prompt_ids) + 9 - 1
-    assert kept_after(silent) == [None, None, None] and silent.routes == []
+    assert sorted(len(routes) for routes in kept_after(asked)) == [1, 4, 4, 4, 4, 4]
+    assert asked.computed == len(asked.prompt_ids) + 9 - 1
+    assert kept_after(silent) == [None] * 6 and silent.routes is None
+
+
+def test_requests_of_any_kind_end_with_fewer_pages_than_they_would_like():
+    """Where pages run out, the youngest start over, and nothing waits for ever or leaks."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        shapes = Shapes(slots=6, max_context=32, cache_tokens=40, page_tokens=4, call_tokens=16)
+        scheduler = make_scheduler(shapes)
+        requests = []
+        for number in range(20):
+            prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 20))]
+            params = SamplingParams(rng.randrange(1, 13))
+            scored = 0 if rng.random() < 0.2 else None
+            routed = rng.random() < 0.5
+            requests.append(
+                Request(str(number), prompt, params, score_from=scored, return_routes=routed)
+            )
+        run_alone(scheduler, *requests)
+        for request in requests:
+            assert request.output_ids == [5] * request.sampling.max_new_tokens
+            if request.score_from is not None:
+                assert len(request.prompt_logprobs) == len(request.prompt_ids) - 1
+        metrics = scheduler.load_metrics()
+        assert metrics["pages_available"] == metrics["pages"] == 10
+        retracted = metrics["retractions"]
+        assert retracted < 200
+        scheduler.flush()
+        assert not nodes_of(scheduler)
+
+
+def test_a_cache_that_does_not_hold_one_request_is_refused():
+    with pytest.raises(ValueError, match="--cache_tokens 30 does not hold one request"):
+        Shapes(max_context=32, cache_tokens=30, page_tokens=4)
 
 
 def test_a_request_that_wants_routes_takes_no_prefix_from_one_that_did_not():
@@ -183,8 +207,6 @@ def test_a_request_that_wants_routes_takes_no_prefix_from_one_that_did_not():
     for request in requests:
         run_alone(scheduler, request)
     assert [request.cached_tokens for request in requests] == [0, 0, 12, 12]
-    for request in requests[1:3]:
-        assert sum(len(routes) for routes in request.routes) == len(request.prompt_ids)
 
 
 def test_an_answer_at_any_moment_has_a_logprob_and_a_version_for_every_token():

@@ -20,12 +20,10 @@ FLAGS = (
     str(SLOTS),
     "--max_context",
     str(CONTEXT),
-    "--prefill_rows",
-    "4",
-    "--prefill_chunk",
+    "--page_tokens",
     str(CHUNK),
-    "--decode_rows",
-    "3",  # fewer than slots: running requests take turns
+    "--call_tokens",
+    "32",
 )
 
 

@@ -58,8 +58,6 @@ def serve(params: dict, config: ModelConfig, directory: pathlib.Path) -> ServerP
             "--skip_tokenizer_init",
             "--slots=8",
             f"--max_context={CONTEXT}",
-            "--prefill_rows=4",
-            "--prefill_chunk=16",
             f"--dtype={config.dtype}",
         ],
         deadline_seconds=300,

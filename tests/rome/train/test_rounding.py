@@ -12,9 +12,9 @@ from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.model.hf.checkpoint import save_hf
 from rome.model.ops.logprobs import chunked_logprobs
+from rome.model.ops.paged import Pages, make_pages
 from rome.model.ops.rounding import round_straight_through
-from rome.model.qwen3 import head_kernel
-from rome.serve.forward import forward, make_cache
+from rome.model.qwen3 import Qwen3, head_kernel
 from rome.serve.weights import load_weights
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.weights import load_published
@@ -55,13 +55,22 @@ def engine_logprobs(params, config, tokens_BT) -> tuple[np.ndarray, np.ndarray]:
     @jax.jit
     def run(params):
         positions_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
-        real_BT = jnp.ones(tokens_BT.shape, bool)
-        cache = make_cache(config, len(tokens_BT), T)
-        hidden_BTD, _, routes = forward(
-            params, config, tokens_BT, positions_BT, real_BT, cache, "sorted"
+        segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        rows = len(tokens_BT)
+        pages = Pages(
+            kv=make_pages(config, rows, T),
+            table_RM=jnp.arange(rows)[:, None],
+            row_T=jnp.repeat(jnp.arange(rows), T),
+            lengths_R=jnp.full(rows, T),
+            starts_R=T * jnp.arange(rows + 1),
         )
+        model = Qwen3(config, scan=False, experts="tiled", attention_form="gather")
+        inputs = (array_BT.reshape(1, -1) for array_BT in (tokens_BT, positions_BT, segments_BT))
+        out = model.apply({"params": params}, *inputs, pages)
+        hidden_BTD = out.hidden_BTD.reshape(rows, T, -1)
+        routes_LBTk = out.routes_LBTK.reshape(config.num_layers, rows, T, -1)
         kernel_DV = head_kernel(params, config)
-        return chunked_logprobs(hidden_BTD, kernel_DV, tokens_BT, real_BT.astype(jnp.int32)), routes
+        return chunked_logprobs(hidden_BTD, kernel_DV, tokens_BT, segments_BT), routes_LBTk
 
     return jax.device_get(run(params))
 
