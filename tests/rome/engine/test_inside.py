@@ -25,9 +25,7 @@ from rome.stopping import Stopped
 from tests.rome.serve.tiny import CHUNK, CONTEXT, SLOTS, Oracle, make_config, make_params, serve
 
 PROBE = list(range(20, 50))
-SHAPES = Shapes(
-    slots=SLOTS, max_context=CONTEXT, prefill_rows=4, prefill_chunk=CHUNK, decode_rows=3
-)
+SHAPES = Shapes(slots=SLOTS, max_context=CONTEXT)
 MODES = ["abort", "retract", "in_place"]
 
 
