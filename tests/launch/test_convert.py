@@ -376,6 +376,7 @@ def adapted(tmp_path_factory):
         "lora": {"rank": 4, "alpha": 8.0, "targets": "all"},
     }
     (workdir / "config.json").write_text(json.dumps(document))
+    (workdir / MODEL).write_text(json.dumps(CONFIG.to_hf()))
     return workdir, base, adapters
 
 

@@ -41,8 +41,7 @@ def trained(monkeypatch):
             (workdir / "final").mkdir()
             return True
 
-    monkeypatch.setattr(experiment, "STAGES", {"sft": Stage})
-    monkeypatch.setattr(experiment, "RLStage", Stage)
+    monkeypatch.setattr(experiment, "STAGES", {"sft": Stage, "rl": Stage})
     return done
 
 

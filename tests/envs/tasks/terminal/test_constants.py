@@ -228,6 +228,9 @@ async def leave(name, seed):
 
         task = env.task
 
+        def demonstration(self, rng, error_rate=0.0):
+            return env.demonstration(rng, error_rate)
+
         async def areset(self, seed=None):
             return await env.areset()
 
