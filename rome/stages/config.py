@@ -117,6 +117,7 @@ MAY_BE_ZERO = {
     "learner.router_z_loss_coef",
     "learner.router_aux_loss_coef",
     "learner.yarn_factor",
+    "engine.cache_tokens",
     "rollout.async_ratio",
     "rollout.redundancy",
     "rollout.lend_engines",
