@@ -36,7 +36,7 @@ from envs.rock import Sandbox, SandboxConfig, probe
 from envs.rock.docker.probe import probe_docker
 from envs.tasks.harbor import EXAMPLES, load_dataset
 from envs.tasks.harbor.build import build
-from envs.tasks.harbor.env import sandbox_for
+from envs.tasks.harbor.environment import sandbox_for
 from envs.tasks.harbor.task import HarborTask
 from envs.tasks.terminal.env import TerminalEnv
 

@@ -61,8 +61,8 @@ def compile_experiment(
     from rome.cost.compile import batch_shapes, compile_programs, topology_devices
     from rome.cost.estimate import find_chip, report, state_bytes
     from rome.model.sharding import check_mesh
-    from rome.stages.base import make_learner
     from rome.stages.config import ConfigError, check_config
+    from rome.stages.learner import make_learner
     from rome.stages.settings import passes_of_step
     from rome.stages.weights import model_of
 

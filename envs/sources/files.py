@@ -20,7 +20,7 @@ from envs.sources.task import (
 )
 from envs.tasks.datasets import SUFFIXES, load_files
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
-from envs.tasks.harbor.env import is_one_command, reference_seconds
+from envs.tasks.harbor.solution import is_one_command, reference_seconds
 from envs.tasks.repair import repair_tasks, shipped
 from envs.tasks.terminal.shell import BASH_TOOL, SYSTEM
 from envs.worlds import bfcl

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import shutil
 import time
@@ -27,26 +26,23 @@ from rome.cost.flops import peak_flops, step_flops
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
 from rome.files import read_json, sync, write_atomically
-from rome.losses import Denominators, count_denominators, find_loss
+from rome.losses import Denominators, count_denominators
 from rome.model.config import ModelConfig
 from rome.model.hf import peft
 from rome.model.hf.checkpoint import save_hf
 from rome.model.hf.companions import copy_companions
 from rome.model.hf.digest import params_digest
 from rome.model.hf.peft import save_peft
-from rome.model.ops.kernels import Kernels
 from rome.model.precision import use_full_precision
-from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Accounting
-from rome.stages.own_code import own_loss
-from rome.stages.settings import lora_of, loss_config, profiled_steps, updates_of_step
+from rome.stages.learner import make_learner
+from rome.stages.settings import profiled_steps, updates_of_step
 from rome.stages.stream import BatchStream
 from rome.stages.tasks import tasks_of
 from rome.stages.weights import check_start, from_document, load_start, model_of, to_document
 from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.display import Display
-from rome.train.distributed import check_mesh_spans
 from rome.train.feed import OwnRows
 from rome.train.loop import Minibatch, Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
@@ -60,8 +56,7 @@ from rome.train.report import (
     write_report,
 )
 from rome.train.speed import Work
-from rome.train.state import TrainState, make_optimizer
-from rome.train.step import Learner
+from rome.train.state import TrainState
 from rome.train.team import Team
 from rome.train.workdir import MODEL, mark_complete, read_changes, tokenizer_directory
 from rome.version import describe
@@ -483,45 +478,4 @@ def with_tokenizer(
         )
     return dataclasses.replace(
         model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
-    )
-
-
-def make_learner(
-    config: ml_collections.ConfigDict,
-    model_config: ModelConfig,
-    devices: Sequence[Any] | None = None,
-) -> Learner:
-    """Return the learner of a config.
-
-    Args:
-      config: of the experiment.
-      model_config: of the model that is trained.
-      devices: of the mesh; None: all devices of this job.
-    """
-    decay_updates = config.steps * math.prod(updates_of_step(config)) if config.decay else 0
-    optimizer = make_optimizer(
-        learning_rate=config.learning_rate,
-        warmup_updates=config.warmup_updates,
-        decay_updates=decay_updates,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-    )
-    # A likelihood is maximised as it is; a policy's logprobs are those of its sampling temperature.
-    temperature = 1.0 if find_loss(config.loss).likelihood else config.temperature
-    mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
-    if devices is None:
-        check_mesh_spans(mesh)
-    lora = lora_of(config, model_config)
-    kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
-    return Learner(
-        model_config,
-        own_loss(config),
-        loss_config(config),
-        optimizer,
-        mesh,
-        temperature,
-        kernels,
-        config.learner.offload_moments,
-        config.skip_nonfinite_updates,
-        lora,
     )

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import itertools
 import pathlib
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import ml_collections
 
 from envs.rock.sync import run as run_async
-from envs.sources import TRAIN_SEEDS
 from rome.data.batch import Batch
 from rome.data.lines import fits_row
 from rome.data.packing import microbatches, pack
@@ -29,10 +27,9 @@ from rome.data.trajectory import Trajectory, load_trajectory
 from rome.data.tree import parse_credit
 from rome.losses import count_denominators
 from rome.model.config import ModelConfig
-from rome.rollout.anchors import Anchors, anchor_of
-from rome.rollout.curriculum import Curriculum
-from rome.rollout.forks import REPLAY_SECONDS, Forks
-from rome.rollout.group import GroupPlan, Taken
+from rome.rollout.anchors import anchor_of
+from rome.rollout.forks import REPLAY_SECONDS
+from rome.rollout.group import Taken
 from rome.rollout.outcomes import chosen_episodes, mixed_groups, rollout_metrics, staleness
 from rome.rollout.player import Accounting, Episode
 from rome.rollout.rules import Rules
@@ -40,10 +37,10 @@ from rome.rollout.scheduler import RolloutScheduler
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.own_code import own_advantage, own_filter, own_reward
+from rome.stages.planner import Planner
 from rome.stages.players import Players, wait_until_visible
 from rome.stages.prune import Pruner, sources_of
 from rome.stages.settings import imitation_weight
-from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
 from rome.train.feed import OwnRows
@@ -87,10 +84,8 @@ class Collector:
         self.config = config
         self.files = workdir / "trajectories"
         self.accounting = Accounting()
-        self._source = tasks_of(config).train
-        self.curriculum = self._make_curriculum()
         self._solutions: dict[str, str] = {}  # by task without a demonstrator: file of a success
-        self.anchors = Anchors(config.rollout.resampling, config.group_size)
+        self.planner = Planner(config, players, self.files)
         self._journal = workdir / "steps.jsonl"
         self._players = players
         self._old_logprobs = old_logprobs
@@ -132,8 +127,8 @@ class Collector:
         return RolloutScheduler(
             rules,
             self._play,
-            self._plan_wave,
-            self._plan_replacement,
+            self.planner.plan_wave,
+            self.planner.plan_replacement,
             accounting=self.accounting,
             should_stop=self._team.wants_to_stop,
             forget=self._forget,
@@ -269,22 +264,17 @@ class Collector:
     def set_state(self, document: dict[str, Any]) -> None:
         """Continue from a state that `get_state` returned; call it before `begin`."""
         self.accounting = Accounting.from_json(document["accounting"])
-        self.curriculum = self._make_curriculum(document["success_rates"])
+        self.planner.set_state(document["success_rates"], document["anchors"])
         self._solutions = dict(document.get("solutions", {}))
-        self.anchors.load(document["anchors"])
         self._pruner.set_state(document.get("sources", {}))
         if self._team.leads:
-            self.rollouts.set_state(document["rollouts"], self._plan_of_entry)
+            self.rollouts.set_state(document["rollouts"], self.planner.plan_of_entry)
 
     def close(self) -> None:
         """Cancel the running episodes and wait until their sandboxes are gone."""
         has_started = "rollouts" in self.__dict__  # a cached property: reading it would start them
         if self._team.leads and has_started:
             wait_for_episodes(self.rollouts.close(), CONTROL_SECONDS, "the end of open episodes")
-
-    def _make_curriculum(self, rates: dict[str, float] | None = None) -> Curriculum:
-        shares = [(share.weight, share.families) for share in self._source.shares]
-        return Curriculum(self._source.families, rates, shares)
 
     def _current_state(self) -> dict[str, Any]:
         if self._team.leads:
@@ -294,8 +284,8 @@ class Collector:
             rollouts = {"accounting": self.accounting.to_json()}
         return {
             "accounting": rollouts.pop("accounting"),
-            "success_rates": dict(self.curriculum.rates),
-            "anchors": self.anchors.to_json(),
+            "success_rates": dict(self.planner.curriculum.rates),
+            "anchors": self.planner.anchors.to_json(),
             "solutions": dict(self._solutions),
             "sources": self._pruner.get_state(),
             "rollouts": rollouts,
@@ -327,49 +317,6 @@ class Collector:
             self._untimed.add(episode.name)
         return trajectory
 
-    def _plan_wave(self, wave: int) -> list[GroupPlan]:
-        """Plan the groups of one step.
-
-        Hard tasks are resampled from their anchors, up to `resample_share` of the groups; the
-        curriculum draws the others.
-        """
-        config = self.config
-        rollout = config.rollout
-        rng = random.Random(f"tasks/{config.seed}/{wave}")
-        resampled = []
-        if rollout.resampling != "off":
-            budget = round(rollout.resample_share * config.groups)
-            anchor_rng = random.Random(f"anchors/{config.seed}/{wave}")
-            resampled = self.anchors.choose(budget, anchor_rng)
-        plans = [self._plan_resampled(*chosen) for chosen in resampled]
-        for family in self.curriculum.draw(config.groups - len(resampled), rng):
-            plans.append(self._plan_new_task(family, rng))
-        if rollout.whole_groups:
-            return plans
-        return [plan for plan in plans for _ in range(config.group_size)]
-
-    def _plan_replacement(self, number: int, attempt: int) -> GroupPlan:
-        """Plan the group that takes the place of one without spread, or of a spoiled task."""
-        rng = random.Random(f"tasks/{self.config.seed}/{number}/{attempt}")
-        family = self.curriculum.draw(1, rng)[0]
-        return self._plan_new_task(family, rng)
-
-    def _plan_new_task(self, family: str, rng: random.Random) -> GroupPlan:
-        """Plan a group of a task of this family that is drawn at random."""
-        return GroupPlan(self._source.train(family, rng.randrange(TRAIN_SEEDS)).name)
-
-    def _plan_of_entry(self, entry: dict[str, Any]) -> GroupPlan:
-        return self._plan_resampled(entry["task"], entry["source"], entry["prefixes"])
-
-    def _plan_resampled(self, task: str, source: str, anchors: Sequence[int]) -> GroupPlan:
-        """Plan a group of a task whose episodes start after so many chunks of a source."""
-        if not source:
-            return GroupPlan(task)
-        chunks = load_trajectory(self.files / source, routes=False).chunks
-        prefixes = tuple(tuple(chunks[:anchor]) for anchor in anchors)
-        forks = Forks(functools.partial(self._players.make_env, task), prefixes)
-        return GroupPlan(task, prefixes, source, forks)
-
     # -- one step, in the leader
     # ---------------------------------------------------------------------------------------------
 
@@ -389,7 +336,7 @@ class Collector:
             for trajectory, name in zip(sampled, names, strict=True)
         }
         from_start = [one for one in taken.replaced + sampled if anchor_of(one) == 0]
-        self.curriculum.observe(from_start)
+        self.planner.curriculum.observe(from_start)
         groups = by_task_group(taken)
         shown: dict[int, Shown] = {}
         if imitation_weight(config):
@@ -442,14 +389,14 @@ class Collector:
     ) -> None:
         """Tell the anchors how the groups ended, and which tasks have a demonstration now."""
         for group in groups:
-            self.anchors.observe(
+            self.planner.anchors.observe(
                 group.members, group.source, lambda trajectory: files[id(trajectory)]
             )
             demonstration = shown.get(group.number)
             if self.config.rollout.resampling == "off" or demonstration is None or group.source:
                 continue
             trajectory = demonstration.trajectory
-            self.anchors.enter(trajectory.task, demonstration.file, len(trajectory.chunks))
+            self.planner.anchors.enter(trajectory.task, demonstration.file, len(trajectory.chunks))
 
     def _note_solutions(self, groups: Sequence[TaskGroup], files: dict[int, str]) -> None:
         """Remember a success of each solved task that no demonstrator can show."""
@@ -481,8 +428,8 @@ class Collector:
             return metrics
         resampled = [trajectory.succeeded for trajectory in sampled if anchor_of(trajectory)]
         metrics["resampled"] = len(resampled)
-        metrics["hard_tasks"] = len(self.anchors.tasks)
-        metrics["crucial_chunks"] = self.anchors.crucial()
+        metrics["hard_tasks"] = len(self.planner.anchors.tasks)
+        metrics["crucial_chunks"] = self.planner.anchors.crucial()
         if resampled:
             metrics["success_resampled"] = sum(resampled) / len(resampled)
         return metrics

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
+
+# A single scored sequence is padded to a multiple of this many tokens, as attention kernels and a
+# sharded time axis need.
+PROBE_MULTIPLE = 128
 
 
 class OwnRows(NamedTuple):
@@ -70,3 +75,24 @@ def put(array: Any, sharding: Sharding) -> jax.Array:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def one_sequence(
+    ids: Sequence[int], copies: int, multiple: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens, positions and segments of one sequence, repeated in so many rows.
+
+    Args:
+      ids: of the sequence.
+      copies: rows; every row shard needs one.
+      multiple: the padded length is a multiple of this.
+    """
+    length = len(ids)
+    padded = length + -length % multiple
+    shape = (copies, padded)
+    tokens_BT = np.zeros(shape, np.int32)
+    tokens_BT[:, :length] = ids
+    segments_BT = np.zeros(shape, np.int32)
+    segments_BT[:, :length] = 1
+    positions_BT = np.broadcast_to(np.arange(padded, dtype=np.int32), shape)
+    return tokens_BT, positions_BT, segments_BT

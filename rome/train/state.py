@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from rome.model.config import ModelConfig
+from rome.model.lora import Lora, init_adapters
 from rome.model.qwen3 import init_params
+from rome.train.trees import abstract, in_host_memory
 
 
 class TrainState(NamedTuple):
@@ -88,3 +91,51 @@ def init_state(
 def start_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """Return a state at step 0 with these parameters, new moments and a new schedule."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    lora: Lora | None,
+    param_shardings: dict,
+    replicated: NamedSharding,
+    *,
+    moments_on_host: bool,
+) -> TrainState:
+    """Return shape, dtype and sharding of every array of a state.
+
+    Moments are sharded as the parameters that they belong to; the rest is replicated.
+
+    Args:
+      config: of the model.
+      optimizer: that the moments belong to.
+      lora: which adapters the state holds in place of the parameters; None: none.
+      param_shardings: of what is trained.
+      replicated: of what no parameter has a sharding for.
+      moments_on_host: keep the moments in host memory.
+    """
+
+    def place_moment(_: Any, sharding: NamedSharding) -> NamedSharding:
+        return in_host_memory(sharding) if moments_on_host else sharding
+
+    def replicate(_: Any) -> NamedSharding:
+        return replicated
+
+    def make_state() -> TrainState:
+        if lora is None:
+            return init_state(config, optimizer, seed=0)
+        return start_state(init_adapters(config, lora, jax.random.key(0)), optimizer)
+
+    state = jax.eval_shape(make_state)
+    moments = optax.tree.map_params(
+        optimizer,
+        place_moment,
+        state.opt_state,
+        param_shardings,
+        transform_non_params=replicate,
+    )
+    return TrainState(
+        step=abstract(state.step, replicated),
+        params=jax.tree.map(abstract, state.params, param_shardings),
+        opt_state=jax.tree.map(abstract, state.opt_state, moments),
+    )

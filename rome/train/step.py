@@ -24,21 +24,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rome.data.batch import Batch
 from rome.losses import Denominators, Loss, LossConfig
-from rome.losses.chunks import policy_entropy
+from rome.losses.types import Metrics
 from rome.model.config import ModelConfig
 from rome.model.hf.peft import HostAdapters
 from rome.model.lora import Lora, adapter_shardings, init_adapters, merge
-from rome.model.moe import load_metrics, router_loss, router_metrics, router_z_loss
+from rome.model.moe import load_metrics
 from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.params import param_shardings, parameter_shapes
 from rome.model.qwen3 import init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
-from rome.train.feed import OwnRows, feed, own_rows, put
+from rome.train.feed import PROBE_MULTIPLE, OwnRows, feed, one_sequence, own_rows, put
 from rome.train.forward import Forward
-from rome.train.replay import count_replayed, route_agreement
+from rome.train.objective import Objective, sequences
+from rome.train.replay import count_replayed
 from rome.train.speed import Work, count_work
-from rome.train.state import TrainState, init_state, start_state
-from rome.train.sums import Sums, WholeStep, add_to_sums, empty_sums
+from rome.train.state import TrainState, abstract_state
+from rome.train.sums import Sums, WholeStep
 from rome.train.trees import (
     abstract,
     all_finite,
@@ -47,12 +48,6 @@ from rome.train.trees import (
     in_host_memory,
     shardings_of,
 )
-
-# A single scored sequence is padded to a multiple of this many tokens, as attention kernels and a
-# sharded time axis need.
-PROBE_MULTIPLE = 128
-
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass
@@ -106,7 +101,14 @@ class Learner:
         self._param_shardings = self.base_shardings
         if self.lora is not None:
             self._param_shardings = adapter_shardings(self.mesh, self.model_config, self.lora)
-        self.state = self._abstract_state()
+        self.state = abstract_state(
+            self.model_config,
+            self.optimizer,
+            self.lora,
+            self._param_shardings,
+            self._replicated,
+            moments_on_host=self.offload_moments,
+        )
         self._compile()
 
     def _compile(self) -> None:
@@ -120,6 +122,7 @@ class Learner:
         replicated = self._replicated
         state = shardings_of(self.state)
         forward = self._forward
+        objective = Objective(forward, self.loss, self.loss_config)
         self._score = jax.jit(
             forward.logprobs_and_counts,
             in_shardings=(base, params, rows, rows, rows, rows),
@@ -152,13 +155,13 @@ class Learner:
         everywhere: Any = replicated
         sums = Sums(params, everywhere)
         self._differentiate = jax.jit(
-            self._gradients, in_shardings=(params, base, rows, None), out_shardings=sums
+            objective.gradients, in_shardings=(params, base, rows, None), out_shardings=sums
         )
         self._begin = jax.jit(
-            self._begin_sums, in_shardings=(params, base, rows, None), out_shardings=sums
+            objective.begin_sums, in_shardings=(params, base, rows, None), out_shardings=sums
         )
         self._accumulate = jax.jit(
-            self._add_microbatch,
+            objective.add_microbatch,
             in_shardings=(params, base, sums, rows, None),
             out_shardings=sums,
             donate_argnums=2,
@@ -311,23 +314,12 @@ class Learner:
         Returns:
           [tokens] float32; 0 for the first token.
         """
-        inputs = feed(self._one_sequence(ids), self._row_sharding)
+        multiple = PROBE_MULTIPLE * self.mesh.shape["sequence"]
+        repeated = one_sequence(ids, self._num_row_shards, multiple)
+        inputs = feed(repeated, self._row_sharding)
         with jax.set_mesh(self.mesh):
             logp_BT = np.asarray(self._probe(self.base, params, *inputs))
         return logp_BT[0, : len(ids)]
-
-    def _one_sequence(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens, positions and segments of one sequence, repeated for every row shard."""
-        length = len(ids)
-        multiple = PROBE_MULTIPLE * self.mesh.shape["sequence"]
-        padded = length + -length % multiple
-        shape = (self._num_row_shards, padded)
-        tokens_BT = np.zeros(shape, np.int32)
-        tokens_BT[:, :length] = ids
-        segments_BT = np.zeros(shape, np.int32)
-        segments_BT[:, :length] = 1
-        positions_BT = np.broadcast_to(np.arange(padded, dtype=np.int32), shape)
-        return tokens_BT, positions_BT, segments_BT
 
     # -- the update
     # ---------------------------------------------------------------------------------------------
@@ -425,67 +417,7 @@ class Learner:
 
     def _inputs(self, batch: Batch) -> tuple[Any, Any, Any, Any]:
         """Return tokens, positions, segments and routes (or None) of a batch, on the mesh."""
-        return feed((*_sequences(batch), batch.routes_BTLk), self._row_sharding)
-
-    # -- functions that are jitted
-    # ---------------------------------------------------------------------------------------------
-
-    def _objective(
-        self, params: dict, base: dict | None, batch: Batch, whole: WholeStep
-    ) -> tuple[jax.Array, Metrics]:
-        """Return the loss of one micro-batch, router terms included, and its metrics.
-
-        Args:
-          params: float32; gradients are theirs.
-          base: the frozen parameters; None without adapters.
-          batch: one micro-batch.
-          whole: counts of the whole step.
-        """
-        config = self.model_config
-        denominators, tokens, replayed, counts_LE = whole
-        logp_BT, entropy_BT, output = self._forward(
-            base, params, *_sequences(batch), batch.routes_BTLk
-        )
-        value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
-        entropy = policy_entropy(entropy_BT, batch, denominators)
-        metrics = metrics | {"loss": value, "entropy": entropy}
-        if batch.routes_BTLk is not None:
-            agreement = route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
-            metrics = metrics | agreement
-        if config.is_dense:
-            return value, metrics
-        router = output.router
-        if counts_LE is None:
-            counts_LE = router.counts_LE
-        metrics = metrics | router_metrics(router, config, tokens)
-        metrics = metrics | {"router_counts": router.counts_LE}
-        if config.router_aux_loss_coef:
-            balance = router_loss(router, config, counts_LE, tokens)
-            value = value + config.router_aux_loss_coef * balance
-            metrics = metrics | {"router_balance": balance}
-        if config.router_z_loss_coef:
-            z_loss = router_z_loss(router, config, tokens)
-            value = value + config.router_z_loss_coef * z_loss
-            metrics = metrics | {"router_z": z_loss}
-        return value, metrics
-
-    def _gradients(self, params: dict, base: dict | None, batch: Batch, whole: WholeStep) -> Sums:
-        """Return the gradients and the metrics of one micro-batch."""
-        return Sums(*jax.grad(self._objective, has_aux=True)(params, base, batch, whole))
-
-    def _begin_sums(self, params: dict, base: dict | None, batch: Batch, whole: WholeStep) -> Sums:
-        """Return the sums that a step of several micro-batches begins with."""
-        _, metrics = jax.eval_shape(self._objective, params, base, batch, whole)
-        return empty_sums(params, metrics)
-
-    def _add_microbatch(
-        self, params: dict, base: dict | None, sums: Sums, batch: Batch, whole: WholeStep
-    ) -> Sums:
-        """Add one micro-batch to those before it.
-
-        `sums` are donated, so the devices never hold two sets of gradients.
-        """
-        return add_to_sums(sums, *self._gradients(params, base, batch, whole))
+        return feed((*sequences(batch), batch.routes_BTLk), self._row_sharding)
 
     def _apply_sums(self, state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         """Return the updated state, and the metrics of the update.
@@ -518,38 +450,6 @@ class Learner:
     # -- shapes without arrays
     # ---------------------------------------------------------------------------------------------
 
-    def _abstract_state(self) -> TrainState:
-        """Return shape, dtype and sharding of every array of a state.
-
-        Moments are sharded as the parameters that they belong to; the rest is replicated.
-        """
-
-        def place_moment(_: Any, sharding: NamedSharding) -> NamedSharding:
-            return in_host_memory(sharding) if self.offload_moments else sharding
-
-        def replicate(_: Any) -> NamedSharding:
-            return self._replicated
-
-        def make_state() -> TrainState:
-            if self.lora is None:
-                return init_state(self.model_config, self.optimizer, seed=0)
-            adapters = init_adapters(self.model_config, self.lora, jax.random.key(0))
-            return start_state(adapters, self.optimizer)
-
-        state = jax.eval_shape(make_state)
-        moments = optax.tree.map_params(
-            self.optimizer,
-            place_moment,
-            state.opt_state,
-            self._param_shardings,
-            transform_non_params=replicate,
-        )
-        return TrainState(
-            step=abstract(state.step, self._replicated),
-            params=jax.tree.map(abstract, state.params, self._param_shardings),
-            opt_state=jax.tree.map(abstract, state.opt_state, moments),
-        )
-
     def abstract_base(self) -> dict | None:
         """Return shape, dtype and sharding of every frozen parameter; None without adapters."""
         if self.lora is None:
@@ -581,7 +481,7 @@ class Learner:
         denominators = Denominators(*(number for _ in Denominators._fields))
         whole = WholeStep(denominators, number, number)
         with jax.set_mesh(self.mesh):
-            score = self._score.trace(base, params, *_sequences(batch), batch.routes_BTLk)
+            score = self._score.trace(base, params, *sequences(batch), batch.routes_BTLk)
             sums = self._begin.eval_shape(params, base, batch, whole)
             accumulate = self._accumulate.trace(params, base, sums, batch, whole)
             apply = self._apply.trace(state, sums)
@@ -590,7 +490,3 @@ class Learner:
                 name: program.lower(lowering_platforms=platforms)
                 for name, program in traced.items()
             }
-
-
-def _sequences(batch: Batch) -> tuple[Any, Any, Any]:
-    return batch.tokens_BT, batch.positions_BT, batch.segments_BT

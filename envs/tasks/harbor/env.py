@@ -16,8 +16,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from envs.gem import Info, StepResult, format_tool_call
-from envs.gem.episode import Line, Script
+from envs.gem import Info, StepResult
+from envs.gem.episode import Script
 from envs.rock import (
     CommandResult,
     Job,
@@ -30,7 +30,7 @@ from envs.rock.sync import run
 from envs.tasks.harbor import toolchain
 from envs.tasks.harbor.build_cache import start_built
 from envs.tasks.harbor.containers import build_image, enter
-from envs.tasks.harbor.environment import Built, egress_of, execution, limit_notes
+from envs.tasks.harbor.environment import Built, execution, limit_notes, sandbox_for
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
 from envs.tasks.harbor.installs import needs_of
@@ -38,13 +38,15 @@ from envs.tasks.harbor.load import line_of, load_task
 from envs.tasks.harbor.preflight import refuse_tests_that_fetch, refuse_tests_without_tools
 from envs.tasks.harbor.reference import fault_of, find_reference, is_doubtful
 from envs.tasks.harbor.separate import grade_apart
+from envs.tasks.harbor.solution import (
+    FINAL_TURN,
+    SOLVE_TIMEOUT_SECONDS,
+    is_one_command,
+    reference_seconds,
+    say_solution,
+)
 from envs.tasks.harbor.task import Files, HarborTask, Healthcheck, Step
-from envs.tasks.terminal.shell import MAX_COMMAND_BYTES, ShellEnv
-
-DEFAULT_MEMORY_MB = 1024
-DEFAULT_DISK_MB = 256
-SOLVE_TIMEOUT_SECONDS = 600.0  # of a reference solution where the agent has no time limit
-FINAL_TURN = "done"
+from envs.tasks.terminal.shell import ShellEnv
 
 
 class HarborEnv(ShellEnv):
@@ -195,7 +197,7 @@ class HarborEnv(ShellEnv):
         """
         if not is_one_command(self.task):
             raise NotImplementedError(f"the solution of {self.name} is no single command a step")
-        return _say_solution(self.task)
+        return say_solution(self.task)
 
     async def asolve(self) -> StepResult:
         """Play the reference solution to the end, as the oracle.
@@ -466,63 +468,6 @@ class HarborEnv(ShellEnv):
                 missing.need.line,
                 toolchain.explain(missing, "the solution", "", is_container),
             )
-
-
-def is_one_command(task: HarborTask) -> bool:
-    """Return whether each step's reference solution is one script that needs no other file."""
-    for step in task.steps:
-        if step.solve_script is None or set(step.solution) != {step.solve_script}:
-            return False
-        script = step.solution[step.solve_script][0]
-        is_short = len(script) <= MAX_COMMAND_BYTES and b"\0" not in script
-        if step.solution_env or step.parser != "reward" or not is_short:
-            return False
-    return True
-
-
-def _say_solution(task: HarborTask) -> Script:
-    for step in task.steps:
-        script = step.solution[step.solve_script][0].decode(errors="replace").strip()
-        yield Line(format_tool_call("bash", {"command": script}))
-        yield Line(FINAL_TURN)
-
-
-def reference_seconds(task: HarborTask) -> float:
-    """Return the time that a reference solution may take: its environment, its work, its tests."""
-    seconds = task.environment.build_timeout + SandboxConfig().start_timeout
-    for step in task.steps:
-        seconds += step.agent_timeout or SOLVE_TIMEOUT_SECONDS
-        seconds += step.verifier_timeout
-        if step.verifier_environment:
-            seconds += step.verifier_environment.build_timeout
-    return seconds
-
-
-def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:
-    """Return the config with the limits that the task asks for.
-
-    A config that sets a limit of its own keeps it. Egress is what the task may reach.
-    """
-    config = config or SandboxConfig()
-    environment = task.environment
-    memory = max(environment.memory_mb or DEFAULT_MEMORY_MB, 128)
-    if _is_set(config, "memory_mb"):
-        memory = config.memory_mb
-    wanted = {
-        "memory_mb": memory,
-        # Files are kept in memory.
-        "disk_mb": min(environment.storage_mb or DEFAULT_DISK_MB, memory // 2),
-        "cpus": environment.cpus or config.cpus,
-        "pids": 256,
-        "inodes": 32_768,
-    }
-    changes = {name: value for name, value in wanted.items() if not _is_set(config, name)}
-    return dataclasses.replace(config, egress=egress_of(task, config.egress), **changes)
-
-
-def _is_set(config: SandboxConfig, name: str) -> bool:
-    """Return whether a config's limit is not the default."""
-    return getattr(config, name) != getattr(SandboxConfig(), name)
 
 
 def reaches(graded: Grade, least: float | Mapping[str, float] | None) -> bool:

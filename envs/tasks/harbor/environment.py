@@ -21,6 +21,8 @@ CONVENTIONAL = tuple(_CONVENTIONAL.split())
 UNREACHED_NETWORK = (
     "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts"
 )
+DEFAULT_MEMORY_MB = 1024
+DEFAULT_DISK_MB = 256
 
 
 @dataclasses.dataclass
@@ -45,6 +47,33 @@ class Built:
         """Return an agent's command as it runs in the sandbox, in the working directory."""
         place = shlex.quote(self.paths.place(self.workdir))
         return f"cd -- {place} 2> /dev/null\n{self.paths.inward(text)}"
+
+
+def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:
+    """Return the config with the limits that the task asks for.
+
+    A config that sets a limit of its own keeps it. Egress is what the task may reach.
+    """
+    config = config or SandboxConfig()
+    environment = task.environment
+    memory = max(environment.memory_mb or DEFAULT_MEMORY_MB, 128)
+    if _is_set(config, "memory_mb"):
+        memory = config.memory_mb
+    wanted = {
+        "memory_mb": memory,
+        # Files are kept in memory.
+        "disk_mb": min(environment.storage_mb or DEFAULT_DISK_MB, memory // 2),
+        "cpus": environment.cpus or config.cpus,
+        "pids": 256,
+        "inodes": 32_768,
+    }
+    changes = {name: value for name, value in wanted.items() if not _is_set(config, name)}
+    return dataclasses.replace(config, egress=egress_of(task, config.egress), **changes)
+
+
+def _is_set(config: SandboxConfig, name: str) -> bool:
+    """Return whether a config's limit is not the default."""
+    return getattr(config, name) != getattr(SandboxConfig(), name)
 
 
 def limit_notes(task: HarborTask, config: SandboxConfig) -> list[str]:

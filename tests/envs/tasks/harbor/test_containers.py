@@ -13,8 +13,7 @@ from envs.rock import SandboxConfig
 from envs.rock.images import local
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError, load_task
 from envs.tasks.harbor.containers import build_image
-from envs.tasks.harbor.env import sandbox_for
-from envs.tasks.harbor.environment import egress_of
+from envs.tasks.harbor.environment import egress_of, sandbox_for
 from tests.envs.tasks.harbor.conftest import CONFIG, PASSES
 from tests.envs.tasks.harbor.playing import bash, oracle, play, with_links
 

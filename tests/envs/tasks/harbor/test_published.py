@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.harbor import HarborEnv, RewardError, TaskError, UnsupportedError, load_task
-from envs.tasks.harbor.env import limit_notes, sandbox_for
+from envs.tasks.harbor.environment import limit_notes, sandbox_for
 from envs.tasks.harbor.grade import terminal_bench_1_passed
 from envs.tasks.harbor.installs import needs_of
 from tests.envs.tasks.harbor.conftest import CONFIG, TB1, write
