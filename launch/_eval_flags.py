@@ -100,9 +100,12 @@ EPISODE_SECONDS = flags.DEFINE_float(
     "episode_seconds", 600.0, "Limit for one attempt of an agent with a model.", lower_bound=1.0
 )
 ENDPOINT = flags.DEFINE_string(
-    "endpoint", "", "endpoint: URL of an OpenAI-compatible server, up to and with /v1."
+    "endpoint",
+    "",
+    "endpoint, command: URL of an OpenAI-compatible server, up to and with /v1. With a command it"
+    " answers in the place of the policy, and the checkpoint's tokenizer writes the record.",
 )
-MODEL = flags.DEFINE_string("model", "", "endpoint: name of the model.")
+MODEL = flags.DEFINE_string("model", "", "endpoint, command: name of the model.")
 API_KEY_ENV = flags.DEFINE_string(
     "api_key_env", "OPENAI_API_KEY", "endpoint: the environment variable that holds the key."
 )
@@ -185,7 +188,7 @@ def check_flags() -> None:
     readers = {
         (COMMAND,): (AGENT_FILES, AGENT_IDLE_SECONDS),
         ("policy", COMMAND): (CHECKPOINT, ENGINES, MAX_CONTEXT),
-        ("endpoint",): (ENDPOINT, MODEL),
+        ("endpoint", COMMAND): (ENDPOINT, MODEL),
         ("policy", COMMAND, "endpoint"): (MAX_TOKENS, TEMPERATURE),
     }
     for agents, read_flags in readers.items():
@@ -198,8 +201,14 @@ def check_flags() -> None:
             f"--agent {player} needs --checkpoint, a Hugging Face directory; with --engines its"
             " tokenizer is read"
         )
-    if player == "endpoint" and not (ENDPOINT.value and MODEL.value):
-        raise ValueError("--agent endpoint needs --endpoint URL and --model NAME")
+    if player == "endpoint" or ENDPOINT.value or MODEL.value:
+        if not (ENDPOINT.value and MODEL.value):
+            raise ValueError(f"--agent {player} needs both --endpoint URL and --model NAME")
+        for flag in (ENGINES, MAX_CONTEXT):
+            if flag.value:
+                raise ValueError(
+                    f"--{flag.name} is not read where --endpoint answers; leave it out"
+                )
 
     command_agent()
 
@@ -323,6 +332,7 @@ def agent_settings() -> dict[str, Any]:
         folder = pathlib.Path(CHECKPOINT.value)
         return {
             **command_settings(),
+            **({"endpoint": ENDPOINT.value, "model": MODEL.value} if ENDPOINT.value else {}),
             "checkpoint": str(folder.resolve()),
             "checkpoint_files": checkpoint_digest(folder),
             "engines": ENGINES.value,

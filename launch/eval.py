@@ -42,6 +42,7 @@ from launch._main import reject_arguments, run_command, use_compilation_cache
 if TYPE_CHECKING:  # heavy modules are imported once the flags are checked
     from envs.sources import Task
     from envs.tasks.harbor import TaskError
+    from rome.agent.command import CommandAgent
     from rome.evals.agents import Agent
 
 flags.adopt_module_key_flags(given)  # --help shows them
@@ -177,7 +178,9 @@ def open_agent(out: pathlib.Path) -> Iterator[Agent]:
             max_tokens=given.MAX_TOKENS.value,
             episode_seconds=given.EPISODE_SECONDS.value,
         )
-    elif given.playing_agent() in ("policy", "command"):
+    elif (command := given.command_agent()) is not None and given.ENDPOINT.value:
+        yield make_forwarded(command)
+    elif given.playing_agent() in ("policy", given.COMMAND):
         from rome.evals.policy import open_policy
 
         urls = [url.strip() for url in given.ENGINES.value.split(",") if url.strip()]
@@ -193,13 +196,32 @@ def open_agent(out: pathlib.Path) -> Iterator[Agent]:
             temperature=given.TEMPERATURE.value,
             episode_seconds=given.EPISODE_SECONDS.value,
             slots=given.CONCURRENCY.value,
-            command=given.command_agent(),
+            command=command,
         ) as policy:
             yield policy
     else:
         from rome.evals.agents import Scripted
 
         yield Scripted(given.AGENT.value, config)
+
+
+def make_forwarded(command: CommandAgent) -> Agent:
+    """Return a command whose calls the endpoint of the flags answers."""
+    from rome.agent.endpoint import ChatEndpoint
+    from rome.agent.loop import Limits
+    from rome.evals.command import ForwardedCommand
+    from rome.model.tokenizer import Chat, Tokenizer
+
+    api_key = os.environ.get(given.API_KEY_ENV.value) or None
+    return ForwardedCommand(
+        ChatEndpoint(given.ENDPOINT.value, given.MODEL.value, api_key),
+        Chat(Tokenizer.load(given.CHECKPOINT.value)),
+        command,
+        Limits(0, 0, given.EPISODE_SECONDS.value),
+        given.sandbox_config(),
+        temperature=given.TEMPERATURE.value,
+        max_tokens=given.MAX_TOKENS.value,
+    )
 
 
 # -- starting

@@ -27,6 +27,7 @@ from rome.agent.loop import Limits, close_env
 from rome.agent.proxy import Budget, ModelProxy, ProxiedEpisode
 from rome.agent.session import Generator, Session
 from rome.data.trajectory import Trajectory
+from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
 DOOR = "model:80"
@@ -83,45 +84,29 @@ class CommandEpisode:
     """One episode that a command plays. It is made before its environment, which needs its door.
 
     Args:
-      engine: samples the answers.
-      chat: of the model.
-      limits: of tokens and time; `episode_seconds` is the agent's own work.
+      dialogue: answers the agent's calls; new, and ended here.
+      limits: of time; `episode_seconds` is the agent's own work.
       agent: what plays.
-      seed: of the episode.
-      temperature: of sampling, whatever the agent asks for.
-      routes: whether to keep the experts of each token.
+      seed: of the episode, which its trajectory names.
 
     Attributes:
       doors: for the sandbox of the environment.
     """
 
     def __init__(
-        self,
-        engine: Generator,
-        chat: Chat,
-        limits: Limits,
-        agent: CommandAgent,
-        *,
-        seed: int,
-        temperature: float = 1.0,
-        routes: bool = False,
+        self, dialogue: Dialogue, limits: Limits, agent: CommandAgent, *, seed: int
     ) -> None:
+        self._dialogue = dialogue
         self._limits = limits
         self._agent = agent
         self._seed = seed
-        self._session = Session(
-            engine,
-            chat.tokenizer,
-            seed=seed,
-            max_context=limits.max_context,
-            max_new_tokens=limits.max_new_tokens,
-            completion_seconds=limits.completion_seconds,
-            temperature=temperature,
-            routes=routes,
-        )
-        self._dialogue = Dialogue(self._session, chat)
-        self._proxied = ProxiedEpisode(self._dialogue, budget=agent.budget)
+        self._proxied = ProxiedEpisode(dialogue, budget=agent.budget)
         self.doors: Mapping[str, Door] = {DOOR: ModelProxy().door(self._proxied)}
+
+    @property
+    def fault(self) -> EngineError | None:
+        """Return the first error of the engine or the endpoint; None where there was none."""
+        return self._proxied.fault
 
     async def play(
         self, env: Env, *, shell: Env | None = None, group: int = 0, episode: int = 0
@@ -152,13 +137,12 @@ class CommandEpisode:
         finally:
             await self._dialogue.aclose()
             await close_env(env)
-        fault = self._proxied.fault
-        if fault is not None:  # what came after it says nothing about the agent
-            result = Turn("", ending="infra_engine", note=str(fault))
+        if self.fault is not None:  # what came after it says nothing about the agent
+            result = Turn("", ending="infra_engine", note=str(self.fault))
         return Trajectory(
             task=played.name,
             family=played.family,
-            chunks=self._session.chunks,
+            chunks=self._dialogue.session.chunks,
             reward=0.0 if result.ending.startswith("infra_") else played.reward,
             ending=result.ending,
             group=group,
@@ -198,10 +182,34 @@ async def run_command_episode(
       episode: recorded in the trajectory.
       routes: whether to keep the experts of each token.
     """
-    playing = CommandEpisode(
-        engine, chat, limits, agent, seed=seed, temperature=temperature, routes=routes
+    dialogue = sampling_dialogue(
+        engine, chat, limits, seed=seed, temperature=temperature, routes=routes
     )
+    playing = CommandEpisode(dialogue, limits, agent, seed=seed)
     return await playing.play(make_env(playing.doors), group=group, episode=episode)
+
+
+def sampling_dialogue(
+    engine: Generator,
+    chat: Chat,
+    limits: Limits,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    routes: bool = False,
+) -> Dialogue:
+    """Return a new dialogue whose answers an engine samples; see `Session`."""
+    session = Session(
+        engine,
+        chat.tokenizer,
+        seed=seed,
+        max_context=limits.max_context,
+        max_new_tokens=limits.max_new_tokens,
+        completion_seconds=limits.completion_seconds,
+        temperature=temperature,
+        routes=routes,
+    )
+    return Dialogue(session, chat)
 
 
 def runs_commands(env: Env) -> bool:

@@ -34,13 +34,24 @@ class ForwardedDialogue(Dialogue):
     Args:
       endpoint: answers; it belongs to the caller, who closes it.
       chat: writes the record.
+      temperature: of sampling, whatever the agent asks for; not sent if None.
+      max_tokens: of one answer, at most; None for no limit but the agent's.
       max_nodes: messages that the episode may have, over all branches.
 
     Attributes:
+      endpoint: as given.
       usage: tokens as the endpoint bills them, "prompt" and "completion".
     """
 
-    def __init__(self, endpoint: ChatEndpoint, chat: Chat, *, max_nodes: int = MAX_NODES) -> None:
+    def __init__(
+        self,
+        endpoint: ChatEndpoint,
+        chat: Chat,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        max_nodes: int = MAX_NODES,
+    ) -> None:
         session = Session(
             _NoEngine(),
             chat.tokenizer,
@@ -51,9 +62,11 @@ class ForwardedDialogue(Dialogue):
             kind="context",
         )
         super().__init__(session, chat, max_nodes=max_nodes)
+        self.endpoint = endpoint
         self.usage: collections.Counter[str] = collections.Counter()
-        self._endpoint = endpoint
         self._chat = chat
+        self._temperature = temperature
+        self._max_tokens = max_tokens
 
     async def answer(self, question: Question) -> Answered:
         """Forward a question, and record the answer.
@@ -62,12 +75,14 @@ class ForwardedDialogue(Dialogue):
           SessionError: the endpoint refused it.
           EndpointError: the endpoint gave no answer.
         """
+        limits = [limit for limit in (question.max_new_tokens, self._max_tokens) if limit]
+        temperature = self._temperature if question.temperature is None else question.temperature
         try:
-            choice, usage = await self._endpoint.ask(
+            choice, usage = await self.endpoint.ask(
                 [write_message(message) for message in question.messages],
                 question.tools,
-                max_tokens=question.max_new_tokens,
-                temperature=question.temperature,
+                max_tokens=min(limits, default=None),
+                temperature=temperature,
             )
         except EndpointError as error:
             if error.status in BAD_REQUEST_STATUS:

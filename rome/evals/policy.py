@@ -18,14 +18,14 @@ from typing import Protocol
 
 from envs.rock import SandboxConfig
 from envs.sources import Task
-from rome.agent.command import CommandAgent, CommandEpisode
+from rome.agent.command import CommandAgent, sampling_dialogue
 from rome.agent.loop import Limits, run_episode
 from rome.agent.session import Generator
-from rome.data.trajectory import Trajectory
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment
+from rome.evals.command import outcome_of, play_command
 from rome.model.hf.checkpoint import read_config
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 
@@ -85,37 +85,19 @@ class Policy:
             episode=attempt,
             tell_tools=self.tell_tools,
         )
-        return _outcome(started, trajectory)
+        return outcome_of(started, trajectory)
 
     async def _play_command(
         self, command: CommandAgent, task: Task, attempt: int, seed: int
     ) -> Outcome:
-        playing = CommandEpisode(
-            self.engine, self.chat, self.limits, command, seed=seed, temperature=self.temperature
+        dialogue = sampling_dialogue(
+            self.engine, self.chat, self.limits, seed=seed, temperature=self.temperature
         )
-        config = dataclasses.replace(self.config, doors=playing.doors)
-
-        async def play_episode(started: StartedEnv) -> Outcome:
-            trajectory = await playing.play(started, shell=started.env, episode=attempt)
-            return _outcome(started, trajectory)
-
-        return await play_in_environment(task, config, play_episode, math.inf)
+        return await play_command(dialogue, command, self.limits, self.config, task, attempt, seed)
 
     async def close(self) -> None:
         """Close the connections to the engines."""
         await self.engine.close()
-
-
-def _outcome(started: StartedEnv, trajectory: Trajectory) -> Outcome:
-    """Return the outcome of an attempt with its record."""
-    trajectory.task, trajectory.family = started.task.name, started.task.family
-    tokens = {
-        "prompt": sum(len(chunk.prompt_ids) for chunk in trajectory.chunks),
-        "completion": trajectory.num_action_tokens,
-    }
-    outcome = started.outcome(trajectory.reward, trajectory.ending, trajectory.note)
-    turns = len(trajectory.chunks)
-    return dataclasses.replace(outcome, tokens=tokens, turns=turns, transcript=trajectory)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,18 @@
 wrong command is one clear line.
 """
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from envs.rock import probe
 from tests.paths import ROOT
 from tests.rome.evals.tasks import GUARDED, write_task
 
@@ -179,6 +182,10 @@ def test_contamination_is_an_exit_status(tmp_path):
             *[("--dataset=games:all:9", "--agent=command:x", "--checkpoint", ".", "--out", "OUT")],
             "needs tasks with a sandbox",
         ),
+        (
+            *[("--dataset=harbor", "--agent=command:x", "--checkpoint=.", "--model=m", "--out=x")],
+            "needs both --endpoint URL and --model NAME",
+        ),
     ],
 )
 def test_a_wrong_command_is_one_line_and_leaves_nothing(tmp_path, arguments, said):
@@ -227,6 +234,52 @@ def test_a_command_is_refused_where_a_sandbox_has_no_door(monkeypatch):
     with pytest.raises(ValueError, match="landlock tier"):
         given.check_command("landlock", [])
     given.check_command("namespaces", [])
+
+
+class OutsideModel(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server: writes the file of the task, then says that it is done."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        call = {"name": "bash", "arguments": '{"command": "echo hello > out.txt"}'}
+        message = {"role": "assistant", "content": "done"}
+        if body["messages"][-1]["role"] == "user":
+            message["tool_calls"] = [{"id": "c", "type": "function", "function": call}]
+        answer = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_an_outside_model_plays_behind_an_outside_agent(tmp_path):
+    from rome.model.tokenizer import TINY
+
+    if probe(tier="namespaces").tier is None:
+        pytest.skip("no namespaces tier here")
+    write_task(tmp_path / "tasks", "a")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OutsideModel) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = (
+            *("--dataset", tmp_path / "tasks", "--checkpoint", TINY, "--model", "big"),
+            *("--agent_files", ROOT / "examples" / "agents"),
+            *("--agent", "command:python3 $AGENT_FILES/outside_agent.py"),
+            *("--endpoint", f"http://127.0.0.1:{server.server_port}/v1"),
+        )
+        status, _, error = run(*command, "--out", tmp_path / "out")
+        assert status == 0, error
+        run(*command, "--max_turns", 1, "--out", tmp_path / "once")
+        server.shutdown()
+    (record,) = records(tmp_path / "out")
+    assert (record["reward"], record["turns"]) == (1.0, 2)
+    (once,) = records(tmp_path / "once")
+    assert (once["reward"], once["turns"]) == (1.0, 1)
+    assert "used up" in once["note"] or "status 1" in once["note"]  # whichever comes first
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (settings["agent"], settings["model"]) == ("command", "big")
 
 
 @pytest.mark.slow

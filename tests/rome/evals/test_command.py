@@ -1,4 +1,4 @@
-"""A policy behind an agent that knows nothing of it: a command in the sandbox of each task."""
+"""A model behind an agent that knows nothing of it: a command in the sandbox of each task."""
 
 import asyncio
 import dataclasses
@@ -12,10 +12,12 @@ from rome.agent.command import CommandAgent
 from rome.agent.loop import Limits
 from rome.data.trajectory import load_trajectory
 from rome.engine.errors import EngineError
+from rome.evals.command import ForwardedCommand
 from rome.evals.policy import Policy, files_digest
 from rome.evals.runner import Job, play
 from tests.paths import ROOT
 from tests.rome.agent.test_dialogue import CHAT, Scripted
+from tests.rome.agent.test_forward import Outside, forwarding, says
 from tests.rome.evals.tasks import write_task
 
 CONFIG = SandboxConfig(isolation="best_available", tier="namespaces", disk_mb=16)
@@ -91,6 +93,37 @@ def test_the_agents_own_time_ends_it_and_its_work_is_judged(task):
     outcome = asyncio.run(asyncio.wait_for(agent.play(task, 0, seed=5), 120))
     assert (outcome.reward, outcome.ending) == (1.0, "timeout")
     assert "its time is over" in outcome.note
+
+
+def play_forwarded(task, *answers, kept=None):
+    """The record of an attempt whose calls an outside API answers, and that API."""
+    outside = Outside(*answers)
+
+    async def steps():
+        async with forwarding(outside) as dialogue:
+            endpoint = dialogue.endpoint
+            agent = ForwardedCommand(endpoint, CHAT, OUTSIDE, LIMITS, CONFIG, temperature=0.5)
+            return await play(Job(agent, task, attempt=0), 5, kept)
+
+    return asyncio.run(asyncio.wait_for(steps(), 120)), outside
+
+
+def test_an_outside_model_behind_an_outside_agent_leaves_the_same_kind_of_record(task, tmp_path):
+    call = ("bash", '{"command": "echo hello > out.txt"}')
+    answers = (says(None, call, reason="tool_calls"), says("done"))
+    record, outside = play_forwarded(task, *answers, kept=tmp_path / "attempts")
+    assert (record["reward"], record["ending"], record["turns"]) == (1.0, "success", 2), record
+    assert record["tokens"] == {"prompt": 20, "completion": 6}  # as it bills them
+    assert [body["temperature"] for body in outside.bodies] == [0.5, 0.5]
+    kept = load_trajectory(tmp_path / record["transcript"])
+    assert [chunk.kind for chunk in kept.chunks] == ["context", "context"]
+    assert kept.chunks[0].tool_call["arguments"] == {"command": "echo hello > out.txt"}
+
+
+def test_a_key_that_is_refused_spoils_the_attempt_for_good(task):
+    record, outside = play_forwarded(task, (401, {"error": "no such key"}))
+    assert (record["reward"], record["ending"], record["tries"]) == (None, "infra_engine", 1)
+    assert record["permanent"] and len(outside.bodies) == 1
 
 
 def test_a_digest_of_files_follows_their_names_modes_and_content(tmp_path):
