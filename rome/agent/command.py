@@ -27,6 +27,7 @@ from rome.agent.loop import Limits, close_env
 from rome.agent.proxy import Budget, ModelProxy, ProxiedEpisode
 from rome.agent.session import Generator, Session
 from rome.data.trajectory import Trajectory
+from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
 DOOR = "model:80"
@@ -79,6 +80,81 @@ class ShellLike(Protocol):
     async def awrite(self, path: str, text: str) -> None: ...
 
 
+class CommandEpisode:
+    """One episode that a command plays. It is made before its environment, which needs its door.
+
+    Args:
+      dialogue: answers the agent's calls; new, and ended here.
+      limits: of time; `episode_seconds` is the agent's own work.
+      agent: what plays.
+      seed: of the episode, which its trajectory names.
+
+    Attributes:
+      doors: for the sandbox of the environment.
+    """
+
+    def __init__(
+        self, dialogue: Dialogue, limits: Limits, agent: CommandAgent, *, seed: int
+    ) -> None:
+        self._dialogue = dialogue
+        self._limits = limits
+        self._agent = agent
+        self._seed = seed
+        self._proxied = ProxiedEpisode(dialogue, budget=agent.budget)
+        self.doors: Mapping[str, Door] = {DOOR: ModelProxy().door(self._proxied)}
+
+    @property
+    def fault(self) -> EngineError | None:
+        """Return the first error of the engine or the endpoint; None where there was none."""
+        return self._proxied.fault
+
+    async def play(
+        self, env: Env, *, shell: Env | None = None, group: int = 0, episode: int = 0
+    ) -> Trajectory:
+        """Play the episode to its typed ending.
+
+        Faults of the agent, a tool or a server become an ending; they are not raised.
+
+        Args:
+          env: the task's environment, with `doors` in its sandbox; closed here.
+          shell: the environment whose sandbox runs the command; None: `env` itself.
+          group: recorded in the trajectory.
+          episode: recorded in the trajectory.
+        """
+        started = time.monotonic()
+        limits = self._limits
+        played = PlayedEnv(env, limits.episode_seconds, limits.start_seconds)
+        instruction = ""
+        result = Turn("", ending="cancelled")
+        try:
+            instruction, _ = await played.start()
+            played.hand_over()
+            shell = env if shell is None else shell
+            seconds = limits.episode_seconds
+            result = await _play(played, shell, self._proxied, self._agent, instruction, seconds)
+        except EnvironmentFault as error:
+            result = Turn("", ending="infra_sandbox", note=str(error))
+        finally:
+            await self._dialogue.aclose()
+            await close_env(env)
+        if self.fault is not None:  # what came after it says nothing about the agent
+            result = Turn("", ending="infra_engine", note=str(self.fault))
+        return Trajectory(
+            task=played.name,
+            family=played.family,
+            chunks=self._dialogue.session.chunks,
+            reward=0.0 if result.ending.startswith("infra_") else played.reward,
+            ending=result.ending,
+            group=group,
+            episode=episode,
+            seed=self._seed,
+            instruction=instruction,
+            seconds=round(time.monotonic() - started, 4),
+            note=result.note,
+            success_reward=played.success_reward,
+        )
+
+
 async def run_command_episode(
     engine: Generator,
     make_env: MakeEnv,
@@ -92,23 +168,37 @@ async def run_command_episode(
     episode: int = 0,
     routes: bool = False,
 ) -> Trajectory:
-    """Play one episode to its typed ending.
-
-    Faults of the agent, a tool or a server become an ending; they are not raised.
+    """Play one episode in a new environment; see `CommandEpisode`.
 
     Args:
       engine: samples the answers.
       make_env: the doors of a sandbox -> the task's environment, which is closed here.
       chat: of the model.
-      limits: of tokens and time; `episode_seconds` is the agent's own work.
+      limits: of tokens and time.
       agent: what plays.
       seed: of the episode.
-      temperature: of sampling, whatever the agent asks for.
+      temperature: of sampling.
       group: recorded in the trajectory.
       episode: recorded in the trajectory.
       routes: whether to keep the experts of each token.
     """
-    started = time.monotonic()
+    dialogue = sampling_dialogue(
+        engine, chat, limits, seed=seed, temperature=temperature, routes=routes
+    )
+    playing = CommandEpisode(dialogue, limits, agent, seed=seed)
+    return await playing.play(make_env(playing.doors), group=group, episode=episode)
+
+
+def sampling_dialogue(
+    engine: Generator,
+    chat: Chat,
+    limits: Limits,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    routes: bool = False,
+) -> Dialogue:
+    """Return a new dialogue whose answers an engine samples; see `Session`."""
     session = Session(
         engine,
         chat.tokenizer,
@@ -119,53 +209,29 @@ async def run_command_episode(
         temperature=temperature,
         routes=routes,
     )
-    dialogue = Dialogue(session, chat)
-    proxied = ProxiedEpisode(dialogue, budget=agent.budget)
-    env = make_env({DOOR: ModelProxy().door(proxied)})
-    played = PlayedEnv(env, limits.episode_seconds, limits.start_seconds)
-    instruction = ""
-    result = Turn("", ending="cancelled")
-    try:
-        instruction, _ = await played.start()
-        played.hand_over()
-        result = await _play(played, proxied, agent, instruction, limits.episode_seconds)
-    except EnvironmentFault as error:
-        result = Turn("", ending="infra_sandbox", note=str(error))
-    finally:
-        await dialogue.aclose()
-        await close_env(env)
-    if proxied.fault is not None:  # what came after it says nothing about the agent
-        result = Turn("", ending="infra_engine", note=str(proxied.fault))
-    return Trajectory(
-        task=played.name,
-        family=played.family,
-        chunks=session.chunks,
-        reward=0.0 if result.ending.startswith("infra_") else played.reward,
-        ending=result.ending,
-        group=group,
-        episode=episode,
-        seed=seed,
-        instruction=instruction,
-        seconds=round(time.monotonic() - started, 4),
-        note=result.note,
-        success_reward=played.success_reward,
-    )
+    return Dialogue(session, chat)
+
+
+def runs_commands(env: Env) -> bool:
+    """Return whether an environment has a sandbox in which a command can play."""
+    return hasattr(env, "aspawn")
 
 
 async def _play(
     played: PlayedEnv,
+    env: Env,
     proxied: ProxiedEpisode,
     agent: CommandAgent,
     instruction: str,
     seconds: float,
 ) -> Turn:
     """Run the command for each step of the task, until the environment ends the episode."""
-    shell: Any = played.env
-    if not hasattr(shell, "aspawn"):
+    if not runs_commands(env):
         raise EnvironmentFault(
             f"{played.name} has no sandbox in which a command can run; agent=command needs a task"
             " of terminal, harbor, repair or SWE-bench"
         )
+    shell: Any = env
     clock = _Clock(seconds)
     while True:
         try:

@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rome.agent.messages import (
     Call,
@@ -75,6 +75,37 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A call whose place in the tree is known.
+
+    Attributes:
+      messages: the whole conversation, as the agent sent it.
+      tools: their schemas.
+      parent: number of the chunk that it goes on from, or ROOT.
+      prompt_ids: of the messages since then, up to where the model begins to write.
+      edge: how the answer follows.
+      max_new_tokens: of the answer; None for no limit of its own.
+      temperature: of the answer; None for none of its own.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool]
+    parent: int
+    prompt_ids: list[int]
+    edge: Edge
+    max_new_tokens: int | None
+    temperature: float | None
+
+
+class Answered(NamedTuple):
+    """An answer: the number of its chunk, what it says, and whether a call in it is malformed."""
+
+    chunk: int
+    message: Message
+    is_malformed: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -177,10 +208,26 @@ class Dialogue:
         call = None if retry is False else _call_to_join(node, limits, retry)
         if call is None:
             self.counts["calls"] += 1
-            call = self._begin(node, limits, edge)
+            call = self._begin(node, messages, tools, limits, edge)
         else:
             self.counts["retries"] += 1
         return await _wait(call)
+
+    async def answer(self, question: Question) -> Answered:
+        """Sample the answer to a question, and read it; a subclass may get it elsewhere.
+
+        Raises:
+          SessionError: the question cannot be answered.
+          EngineError: the engine did not answer.
+        """
+        number = await self.session.sample(
+            question.parent,
+            question.prompt_ids,
+            edge=question.edge,
+            max_new_tokens=question.max_new_tokens,
+            temperature=question.temperature,
+        )
+        return Answered(number, *read_answer(self.session.chunks[number].text, number))
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Return how many tokens a conversation has that nobody sampled; it is not recorded."""
@@ -274,15 +321,23 @@ class Dialogue:
     # -- one call
     # ---------------------------------------------------------------------------------------------
 
-    def _begin(self, node: _Node, limits: _Limits, edge: Edge | None) -> _OpenCall:
-        """Start to sample an answer below a node."""
+    def _begin(
+        self,
+        node: _Node,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        limits: _Limits,
+        edge: Edge | None,
+    ) -> _OpenCall:
+        """Start to get an answer below a node."""
         parent, prompt_ids = self._prompt(node)
         if edge is None:
             edge = self._edge(node, parent)
         self._first_root = self._first_root or _root_of(node)
         self._followers[parent] += 1
-        sampling = self._sample(node, parent, prompt_ids, limits, edge)
-        call = _OpenCall(asyncio.get_running_loop().create_task(sampling), limits)
+        question = Question(messages, tools, parent, prompt_ids, edge, *limits)
+        answering = self._reply_to(question, node)
+        call = _OpenCall(asyncio.get_running_loop().create_task(answering), limits)
         node.open.append(call)
         self._tasks.add(call.task)
         call.task.add_done_callback(self._tasks.discard)
@@ -290,30 +345,22 @@ class Dialogue:
         call.task.add_done_callback(_retrieve)
         return call
 
-    async def _sample(
-        self, node: _Node, parent: int, prompt_ids: list[int], limits: _Limits, edge: Edge
-    ) -> Reply:
-        max_new_tokens, temperature = limits
+    async def _reply_to(self, question: Question, node: _Node) -> Reply:
         try:
-            number = await self.session.sample(
-                parent,
-                prompt_ids,
-                edge=edge,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            )
+            answered = await self.answer(question)
         except BaseException as error:
-            self._followers[parent] -= 1
+            self._followers[question.parent] -= 1
             if isinstance(error, SessionError):
                 reason: Reason = "context_full" if isinstance(error, ContextFull) else "messages"
                 raise DialogueError(reason, str(error)) from error
             raise
-        return self._record(node, number, limits)
+        limits = (question.max_new_tokens, question.temperature)
+        return self._record(node, answered, limits)
 
-    def _record(self, node: _Node, number: int, limits: _Limits) -> Reply:
-        """Put an answer into the tree, and what its text says into its chunk."""
+    def _record(self, node: _Node, answered: Answered, limits: _Limits) -> Reply:
+        """Put an answer into the tree, and what it says into its chunk."""
+        number, message, is_malformed = answered
         chunk = self.session.chunks[number]
-        message, is_malformed = read_answer(chunk.text, number)
         is_truncated = self.session.is_truncated(number)
         if is_malformed:
             chunk.status = "malformed"

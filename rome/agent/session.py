@@ -172,6 +172,43 @@ class Session:
             _check_spans(completion)
         return self._record(parent, prompt_ids, edge, completion)
 
+    def add(
+        self,
+        parent: int,
+        prompt_ids: Sequence[int],
+        action_ids: Sequence[int],
+        *,
+        edge: str = "continuation",
+        is_truncated: bool = False,
+    ) -> int:
+        """Record an answer that was not sampled here as a chunk of kind "context".
+
+        Args:
+          parent: number of the chunk to go on from, or ROOT.
+          prompt_ids: what was appended since.
+          action_ids: of the answer.
+          edge: how the chunk follows its parent.
+          is_truncated: whether the answer was cut before its end.
+
+        Returns:
+          The number of the new chunk.
+
+        Raises:
+          TruncatedParent: the parent's answer was cut.
+          SessionError: there is no such parent, nothing to read, or the session's chunks are to be
+            trained.
+        """
+        if self._kind != "context":
+            raise SessionError(
+                f"a session of kind {self._kind!r} samples all its answers; make one of kind"
+                " 'context'"
+            )
+        prompt_ids = list(prompt_ids)
+        self._check_parent(parent, prompt_ids, edge)
+        reason = "length" if is_truncated else "stop"
+        answer = Completion(list(action_ids), [0.0] * len(action_ids), reason, [])
+        return self._record(parent, prompt_ids, edge, answer)
+
     def _check_parent(self, parent: int, prompt_ids: list[int], edge: str) -> None:
         if edge not in EDGES or (edge == "rewind" and parent == ROOT):
             raise SessionError(

@@ -1,4 +1,7 @@
-"""A model behind SGLang's protocol as an agent, played by `rome.agent.loop`."""
+"""A model behind SGLang's protocol as an agent.
+
+`rome.agent.loop` plays it, or a command in the sandbox of each task (`rome.agent.command`).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,22 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
+import stat
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from envs.rock import SandboxConfig
 from envs.sources import Task
+from rome.agent.command import CommandAgent, sampling_dialogue
 from rome.agent.loop import Limits, run_episode
 from rome.agent.session import Generator
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment
+from rome.evals.command import outcome_of, play_command
 from rome.model.hf.checkpoint import read_config
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 
@@ -44,6 +51,7 @@ class Policy:
       temperature: of sampling.
       tell_tools: whether the prompt has the tools and the system text of each environment; False
         leaves it to `chat`.
+      command: plays in the place of the loop.
       name: recorded with each attempt.
     """
 
@@ -53,10 +61,13 @@ class Policy:
     config: SandboxConfig
     temperature: float = 1.0
     tell_tools: bool = False
+    command: CommandAgent | None = None
     name: str = "policy"
 
     async def play(self, task: Task, attempt: int, seed: int) -> Outcome:
         """Play one attempt; every turn is sampled with a seed that derives from `seed`."""
+        if self.command is not None:
+            return await self._play_command(self.command, task, attempt, seed)
 
         async def play_episode(started: StartedEnv) -> Outcome:
             return await self._play_episode(started, attempt, seed)
@@ -74,14 +85,15 @@ class Policy:
             episode=attempt,
             tell_tools=self.tell_tools,
         )
-        trajectory.task, trajectory.family = started.task.name, started.task.family
-        tokens = {
-            "prompt": sum(len(chunk.prompt_ids) for chunk in trajectory.chunks),
-            "completion": trajectory.num_action_tokens,
-        }
-        outcome = started.outcome(trajectory.reward, trajectory.ending, trajectory.note)
-        turns = len(trajectory.chunks)
-        return dataclasses.replace(outcome, tokens=tokens, turns=turns, transcript=trajectory)
+        return outcome_of(started, trajectory)
+
+    async def _play_command(
+        self, command: CommandAgent, task: Task, attempt: int, seed: int
+    ) -> Outcome:
+        dialogue = sampling_dialogue(
+            self.engine, self.chat, self.limits, seed=seed, temperature=self.temperature
+        )
+        return await play_command(dialogue, command, self.limits, self.config, task, attempt, seed)
 
     async def close(self) -> None:
         """Close the connections to the engines."""
@@ -100,6 +112,7 @@ def open_policy(
     temperature: float | None = None,
     episode_seconds: float = 600.0,
     slots: int = 4,
+    command: CommandAgent | None = None,
 ) -> Iterator[Policy]:
     """Yield the policy of a checkpoint; an engine that it needs runs as long as the context.
 
@@ -114,6 +127,7 @@ def open_policy(
       temperature: of sampling; None for 1.
       episode_seconds: for which the environment may work in one attempt.
       slots: attempts that the embedded engine keeps in its cache.
+      command: plays in the place of the loop.
 
     Raises:
       EngineError: the embedded engine did not start.
@@ -143,6 +157,8 @@ def open_policy(
             config,
             1.0 if temperature is None else temperature,
             tell_tools,
+            command,
+            "policy" if command is None else "command",
         )
 
 
@@ -166,3 +182,19 @@ def checkpoint_digest(folder: pathlib.Path) -> str:
             entries.append((path.name, about.st_size, about.st_mtime_ns))
     entries.sort()
     return hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
+
+
+def files_digest(folder: pathlib.Path) -> str:
+    """Return a hash over the names, the modes and the content of all files below a folder."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            content = os.readlink(path).encode(errors="surrogateescape")
+        elif path.is_file():
+            content = path.read_bytes()
+        else:
+            continue
+        name = str(path.relative_to(folder))
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        found.update(json.dumps([name, mode, len(content)]).encode() + content)
+    return found.hexdigest()

@@ -64,6 +64,8 @@ def flags_of(module: str) -> frozenset[str]:
             names.update(_flags_of_call(node))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("launch", "rome")):
             names.update(_flags_of_import(node.module))
+        if isinstance(node, ast.ImportFrom) and node.module == "launch":
+            names.update(*(_flags_of_import(f"launch.{alias.name}") for alias in node.names))
     return frozenset(names)
 
 

@@ -11,11 +11,10 @@ import pytest
 from envs.gem.remote import RemoteEnv, RemoteEnvError
 from envs.gem.tools.mcp import MCPTool
 from envs.proxies import environment_proxy, is_loopback, open_directly
-from envs.rock import SandboxConfig
+from rome.agent.endpoint import ChatEndpoint
 from rome.engine.client import Engine
 from rome.engine.errors import EngineError
 from rome.engine.mirror import MirrorClient
-from rome.evals.endpoint import Endpoint
 
 OUTSIDE = "http://engine.example:30000"
 
@@ -59,7 +58,7 @@ async def ask_mirror(url):
 
 
 async def ask_endpoint(url):
-    endpoint = Endpoint(url, "m", SandboxConfig())
+    endpoint = ChatEndpoint(url, "m")
     try:
         assert (await endpoint._post({})).status == 200
     finally:

@@ -2,15 +2,18 @@
 wrong command is one clear line.
 """
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from envs.rock import probe
 from tests.paths import ROOT
 from tests.rome.evals.tasks import GUARDED, write_task
 
@@ -165,6 +168,24 @@ def test_contamination_is_an_exit_status(tmp_path):
             ("--dataset", "harbor", "--temperature", "1", "--out", "OUT"),
             "--temperature is not read by --agent oracle",
         ),
+        (("--dataset", "harbor", "--agent", "anyone", "--out", "OUT"), "'anyone' is unknown"),
+        (("--dataset", "harbor", "--agent", "command:x", "--out", "OUT"), "needs --checkpoint"),
+        (
+            ("--dataset", "harbor", "--agent_files", ".", "--out", "OUT"),
+            "--agent_files is not read by --agent oracle",
+        ),
+        (
+            *[("--dataset", "harbor", "--agent", "command: ", "--checkpoint", ".", "--out", "OUT")],
+            "names no command",
+        ),
+        (
+            *[("--dataset=games:all:9", "--agent=command:x", "--checkpoint", ".", "--out", "OUT")],
+            "needs tasks with a sandbox",
+        ),
+        (
+            *[("--dataset=harbor", "--agent=command:x", "--checkpoint=.", "--model=m", "--out=x")],
+            "needs both --endpoint URL and --model NAME",
+        ),
     ],
 )
 def test_a_wrong_command_is_one_line_and_leaves_nothing(tmp_path, arguments, said):
@@ -204,6 +225,85 @@ def test_a_checkpoint_plays_through_the_engine_that_is_started_for_it(tmp_path):
         and results["cost"]["tokens"]["completion"] > 0
     )
     assert "pass@2 0.000" in said
+
+
+def test_a_command_is_refused_where_a_sandbox_has_no_door(monkeypatch):
+    from launch import _eval_flags as given
+
+    monkeypatch.setattr(given, "playing_agent", lambda: given.COMMAND)
+    with pytest.raises(ValueError, match="landlock tier"):
+        given.check_command("landlock", [])
+    given.check_command("namespaces", [])
+
+
+class OutsideModel(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server: writes the file of the task, then says that it is done."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        call = {"name": "bash", "arguments": '{"command": "echo hello > out.txt"}'}
+        message = {"role": "assistant", "content": "done"}
+        if body["messages"][-1]["role"] == "user":
+            message["tool_calls"] = [{"id": "c", "type": "function", "function": call}]
+        answer = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_an_outside_model_plays_behind_an_outside_agent(tmp_path):
+    from rome.model.tokenizer import TINY
+
+    if probe(tier="namespaces").tier is None:
+        pytest.skip("no namespaces tier here")
+    write_task(tmp_path / "tasks", "a")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OutsideModel) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = (
+            *("--dataset", tmp_path / "tasks", "--checkpoint", TINY, "--model", "big"),
+            *("--agent_files", ROOT / "examples" / "agents"),
+            *("--agent", "command:python3 $AGENT_FILES/outside_agent.py"),
+            *("--endpoint", f"http://127.0.0.1:{server.server_port}/v1"),
+        )
+        status, _, error = run(*command, "--out", tmp_path / "out")
+        assert status == 0, error
+        run(*command, "--max_turns", 1, "--out", tmp_path / "once")
+        server.shutdown()
+    (record,) = records(tmp_path / "out")
+    assert (record["reward"], record["turns"]) == (1.0, 2)
+    (once,) = records(tmp_path / "once")
+    assert (once["reward"], once["turns"]) == (1.0, 1)
+    assert "used up" in once["note"] or "status 1" in once["note"]  # whichever comes first
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (settings["agent"], settings["model"]) == ("command", "big")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_plays_behind_an_agent_that_knows_nothing_of_it(tmp_path):
+    """A model of random weights: what it says reaches the agent, and is kept as it was sampled."""
+    from rome.data.trajectory import load_trajectory
+    from tests.rome.serve.tiny import make_checkpoint
+
+    command = (
+        *("--dataset", "terminal:count:2", "--max_tokens", 20, "--out", tmp_path / "out"),
+        *("--agent_files", ROOT / "examples" / "agents"),
+        *("--checkpoint", make_checkpoint(tmp_path / "model")),
+        *("--agent", "command:TELL_TOOLS=0 python3 $AGENT_FILES/outside_agent.py"),
+    )
+    status, said, error = run(*command, JAX_PLATFORMS="cpu")
+    assert status == 0 and "command on terminal:count:2" in said, error
+    for record in records(tmp_path / "out"):
+        assert record["agent"] == "command" and record["turns"] > 0
+        kept = load_trajectory(tmp_path / "out" / record["transcript"])
+        assert kept.num_action_tokens == record["tokens"]["completion"] > 0
+    status, said, _ = run(*command, JAX_PLATFORMS="cpu")
+    assert status == 0 and "0 attempts played" in said
+    status, _, error = run(*command[:-1], "command:true", JAX_PLATFORMS="cpu")
+    assert status == 2 and "belongs to another evaluation: command is" in error
 
 
 def test_a_base_image_that_cannot_be_had_is_stood_for_by_this_system(tmp_path):

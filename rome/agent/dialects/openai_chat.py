@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rome.agent.dialects.base import (
@@ -43,7 +43,10 @@ def read(body: Mapping[str, Any]) -> Request:
     options = member(body, "stream_options", Mapping, {})
     return Request(
         model=member(body, "model", str, "policy"),
-        messages=[_message(one, place) for place, one in enumerate(objects(body, "messages"))],
+        messages=[
+            read_message(one, f"messages[{place}]")
+            for place, one in enumerate(objects(body, "messages"))
+        ],
         tools=_tools(body),
         max_new_tokens=tokens_asked(body, "max_completion_tokens", "max_tokens"),
         stream=member(body, "stream", bool, False),
@@ -96,8 +99,16 @@ def error(status: int, code: str, message: str) -> dict[str, Any]:
 DIALECT = Dialect("/v1/chat/completions", read, answer, events, error)
 
 
-def _message(one: Mapping[str, Any], place: int) -> Message:
-    where = f"messages[{place}]"
+def read_message(one: Mapping[str, Any], where: str) -> Message:
+    """Read one message.
+
+    Args:
+      one: as OpenAI's API has it.
+      where: it stands, for errors.
+
+    Raises:
+      BadRequest: it is none.
+    """
     role = member(one, "role", str, "")
     calls = [_call(call, where) for call in objects(one, "tool_calls")]
     try:
@@ -110,6 +121,18 @@ def _message(one: Mapping[str, Any], place: int) -> Message:
         )
     except ValueError as error:
         raise BadRequest(f"{where}: {error}") from error
+
+
+def write_message(message: Message) -> dict[str, Any]:
+    """Return a message as OpenAI's API has it; thoughts only where its agent sent them back."""
+    written: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        written["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        written["tool_calls"] = _write_calls(message.tool_calls)
+    if message.role == "tool":
+        written["tool_call_id"] = message.tool_call_id
+    return written
 
 
 def _call(call: Mapping[str, Any], where: str) -> Call:
@@ -152,15 +175,19 @@ def _content(reply: Reply) -> dict[str, Any]:
     if reply.reasoning:
         content["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
-        content["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in reply.tool_calls
-        ]
+        content["tool_calls"] = _write_calls(reply.tool_calls)
     return content
+
+
+def _write_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in calls
+    ]
 
 
 def _usage(reply: Reply) -> dict[str, int]:

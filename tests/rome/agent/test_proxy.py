@@ -95,9 +95,9 @@ def responses_bodies(answer):
 WRITERS = {CHAT: chat_bodies, MESSAGES: messages_bodies, RESPONSES: responses_bodies}
 
 
-def converse(path):
+def converse(path, said=f"look {CALL}"):
     """The record of a conversation of two calls in one dialect, and its answers."""
-    turns = (f"<think>\nhm\n</think>\n\nlook {CALL}", "done")
+    turns = (f"<think>\nhm\n</think>\n\n{said}", "done")
 
     async def work(place, episode, key):
         answer = {}

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from envs.gem import parse_tool_calls
 from envs.gem.tool_call import ToolCallError
 from envs.sources import load_tasks
+from rome.agent.endpoint import MAX_WAIT_SECONDS, retry_after
 from rome.agent.loop import Limits
-from rome.evals.endpoint import MAX_WAIT_SECONDS, Endpoint, action_of, retry_after
+from rome.evals.endpoint import Endpoint, action_of
 from rome.evals.policy import Policy
 from tests.rome.evals.tasks import CONFIG, write_task
 from tests.rome.rollout.worlds import CHAT, ScriptedEngine
@@ -155,7 +156,7 @@ def test_back_pressure_is_waited_out_as_asked(task, status):
 
 
 def test_back_pressure_without_end_spoils_the_attempt_in_bounded_requests(task, monkeypatch):
-    monkeypatch.setattr("rome.evals.endpoint.MAX_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr("rome.agent.endpoint.MAX_WAIT_SECONDS", 0.02)
     answers = Answers(lambda: fails(429, "busy"))
     outcome = play(task, answers)
     assert (outcome.reward, outcome.ending, outcome.permanent, len(answers.bodies)) == (
