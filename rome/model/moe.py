@@ -15,9 +15,10 @@ import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.ops.experts import NO_EXPERT, experts_within
+from rome.model.ops.experts import NO_EXPERT, WITHOUT_GRADIENT, experts_within
 from rome.model.ops.experts_on_mesh import experts_on_mesh
 from rome.model.ops.low_rank import adapted
+from rome.model.ops.row_sums import softmax_of_rows
 from rome.model.sharding import is_split
 
 
@@ -119,7 +120,10 @@ def load_metrics(counts_LE: Array, config: ModelConfig) -> dict[str, Array]:
 
 
 def route(
-    logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None
+    logits_NE: Array,
+    config: ModelConfig,
+    forced_Nk: Array | None = None,
+    by_row: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     """Choose experts for each token and weigh them.
 
@@ -128,12 +132,14 @@ def route(
       config: the model.
       forced_Nk: expert ids to replay. Their weights come from the same logits, so the router still
         learns. A token whose ids are negative has no recorded route and chooses for itself.
+      by_row: sum each row in an order of its own, as an engine must (`rome.model.ops.row_sums`).
 
     Returns:
       ids_Nk int32, weights_Nk float32, probs_NE float32, and own_Nk int32: what the router would
       choose. It is ids_Nk where nothing is replayed.
     """
-    probs_NE = jax.nn.softmax(logits_NE, axis=-1)
+    softmax = softmax_of_rows if by_row else jax.nn.softmax
+    probs_NE = softmax(logits_NE)
     _, own_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
     ids_Nk = own_Nk if forced_Nk is None else jnp.where(forced_Nk[:, :1] < 0, own_Nk, forced_Nk)
     # an id out of range gives NaN, which cannot go unnoticed
@@ -192,7 +198,8 @@ class MoE(nn.Module):
             x_ND.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest"
         )
         forced_Nk = None if forced_BTk is None else forced_BTk.reshape(B * T, k)
-        ids_Nk, weights_Nk, probs_NE, own_Nk = route(logits_NE, config, forced_Nk)
+        by_row = self.experts in WITHOUT_GRADIENT
+        ids_Nk, weights_Nk, probs_NE, own_Nk = route(logits_NE, config, forced_Nk, by_row)
         real_N = real_BT.reshape(-1)
         chosen_Nk = jnp.where(real_N[:, None], ids_Nk, NO_EXPERT)
 

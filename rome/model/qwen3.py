@@ -44,6 +44,7 @@ from rome.model.ops.low_rank import adapted
 from rome.model.ops.paged import NO_POSITION, LayerPages, Pages, paged_attention
 from rome.model.ops.rotary import rotary_angles, rotate
 from rome.model.ops.rounding import round_straight_through
+from rome.model.ops.row_sums import sum_of_rows
 from rome.model.stacking import Params, unstack_layers
 
 BLOCK_INPUT = "block_input"  # name of a block's input for remat policies
@@ -80,16 +81,26 @@ class Places(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32."""
+    """x / rms(x) * scale over the last axis, in float32.
+
+    Attributes:
+      epsilon: added to the mean square.
+      by_row: sum each row in an order of its own, as an engine must (`rome.model.ops.row_sums`).
+    """
 
     epsilon: float
+    by_row: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise x; the result has x's dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        squares = jnp.square(x32)
+        if self.by_row:
+            mean_square = sum_of_rows(squares)[..., None] / x.shape[-1]
+        else:
+            mean_square = jnp.mean(squares, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
         return (x32 * scale).astype(x.dtype)
 
@@ -123,8 +134,9 @@ class Attention(nn.Module):
         v_KH = self._bias("v_bias", (K, H), dtype)
         o_D = self._bias("o_bias", (D,), dtype)
 
-        q_BTNH = RMSNorm(config.rms_norm_eps, name="q_norm")(to_heads(x_BTD, q_DNH) + q_NH)
-        k_BTKH = RMSNorm(config.rms_norm_eps, name="k_norm")(to_heads(x_BTD, k_DKH) + k_KH)
+        norm = functools.partial(RMSNorm, config.rms_norm_eps, pages is not None)
+        q_BTNH = norm(name="q_norm")(to_heads(x_BTD, q_DNH) + q_NH)
+        k_BTKH = norm(name="k_norm")(to_heads(x_BTD, k_DKH) + k_KH)
         v_BTKH = to_heads(x_BTD, v_DKH) + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
@@ -186,10 +198,10 @@ class Block(nn.Module):
         epsilon = config.rms_norm_eps
         x_BTD = checkpoint_name(sharding.constrain(x_BTD, "batch", "time", None), BLOCK_INPUT)
         attention_layer = Attention(config, self.attention_form, name="attention")
-        normed_BTD = RMSNorm(epsilon, name="attention_norm")(x_BTD)
+        normed_BTD = RMSNorm(epsilon, pages is not None, name="attention_norm")(x_BTD)
         attended_BTD, new_pages = attention_layer(normed_BTD, places, pages)
         x_BTD = x_BTD + attended_BTD
-        normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
+        normed_BTD = RMSNorm(epsilon, pages is not None, name="moe_norm")(x_BTD)
         if self.dense:
             ids_BTk = jnp.full((*x_BTD.shape[:2], config.experts_per_token), -1, jnp.int32)
             out_BTD = MLP(config, name="mlp")(normed_BTD)
@@ -253,7 +265,7 @@ class Qwen3(nn.Module):
         run = self._scanned if self.scan else self._unrolled
         x_BTD, (new_pages, routes_LBTK, router_L) = run(x_BTD, places, pages, routes_LBTK)
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
-        hidden_BTD = RMSNorm(config.rms_norm_eps, name="norm")(x_BTD)
+        hidden_BTD = RMSNorm(config.rms_norm_eps, pages is not None, name="norm")(x_BTD)
         tokens = jnp.sum(segments_BT != 0).astype(jnp.float32)
         return Output(hidden_BTD, new_pages, routes_LBTK, RouterStats(*router_L, tokens))
 
