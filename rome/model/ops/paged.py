@@ -20,6 +20,7 @@ from jax import Array
 
 from rome.model.config import ModelConfig
 from rome.model.ops.native import attention_native
+from rome.model.ops.row_sums import sum_of_rows
 
 IMPLEMENTATIONS = ("auto", "gather", "native", "ragged_paged")
 HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN
@@ -142,7 +143,7 @@ def _gather_blocks(q_TNH: Array, position_T: Array, pages: LayerPages) -> Array:
         # of a page that lies behind the token, every weight is exactly 0
         weights_TKGP = jnp.exp(scores_TKGP - new_top_TKG1)
         kept_TKG1 = jnp.exp(top_TKG1 - new_top_TKG1)
-        total_TKG1 = total_TKG1 * kept_TKG1 + weights_TKGP.sum(axis=-1, keepdims=True)
+        total_TKG1 = total_TKG1 * kept_TKG1 + sum_of_rows(weights_TKGP)[..., None]
         new_TKGH = jnp.einsum(
             "TKGP,TKPH->TKGH",
             weights_TKGP.astype(v_TKPH.dtype),
