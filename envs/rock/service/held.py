@@ -69,6 +69,7 @@ class HeldSandbox:
         self.calls: dict[str, Call] = {}
         self.ports: dict[int, Address] = {}  # port in the sandbox -> where it is forwarded from
         self.restoring = False
+        self._given_up: dict[str, None] = {}  # calls cancelled before they came, oldest first
         self._jobs: dict[str, _HeldJob] = {}
         self._names_given = 0
 
@@ -123,8 +124,10 @@ class HeldSandbox:
         """Return the call of this key, begun with `work` if there is none.
 
         Raises:
-          Refusal: MAX_CALLS are running.
+          Refusal: MAX_CALLS are running, or the caller has cancelled it already.
         """
+        if key in self._given_up:
+            raise Refusal("conflict", f"the call {key!r} was cancelled before it came")
         if key not in self.calls:
             self.tidy()
             running = sum(not call.task.done() for call in self.calls.values())
@@ -152,10 +155,14 @@ class HeldSandbox:
         return self.calls[key]
 
     def cancel(self, key: str) -> None:
-        """Cancel the call of this key, if there is one."""
+        """Cancel the call of this key; one that comes later, on a slower connection, is refused."""
         call = self.calls.get(key)
         if call:
             call.task.cancel()
+            return
+        self._given_up[key] = None
+        while len(self._given_up) > MAX_KEPT_CALLS:
+            del self._given_up[next(iter(self._given_up))]
 
     async def cancel_all(self) -> None:
         """Cancel all calls and wait for their end."""

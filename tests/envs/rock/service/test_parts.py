@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from envs.rock import (
     AgentFault,
     CommandResult,
+    Sandbox,
     SandboxClosedError,
     SandboxConfig,
     SandboxError,
@@ -24,6 +25,7 @@ from envs.rock import (
 from envs.rock.images.hub import EnvHub
 from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fair import FairQueue
+from envs.rock.service.held import MAX_KEPT_CALLS, HeldSandbox
 from envs.rock.service.metrics import Metrics
 from envs.rock.wire import archive
 from envs.rock.wire.codec import (
@@ -340,3 +342,16 @@ def test_a_config_travels_without_our_secrets():
         "embedded",
     )
     assert "http" not in str(wire)
+
+
+def test_a_call_that_was_cancelled_before_it_came_is_not_begun():
+    """The cancellation travels on a connection of its own, which may be the faster one."""
+    held = HeldSandbox(Sandbox(SandboxConfig()), {})
+    held.cancel("early")
+    begun = []
+    with pytest.raises(Refusal, match="was cancelled before it came"):
+        held.join("early", lambda: begun.append("work"))
+    assert not begun
+    for number in range(1000):  # what nobody sends stays bounded
+        held.cancel(str(number))
+    assert len(held._given_up) <= MAX_KEPT_CALLS
