@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from envs.gem.core import Env
 from envs.gem.episode import EnvironmentFault, OutOfTime, PlayedEnv, Turn
-from envs.rock import Job, SandboxError
+from envs.rock import AgentFault, Job, SandboxError
 from envs.rock.config import MAX_SECONDS
 from envs.rock.doors import Door
 from rome.agent.dialogue import Dialogue
@@ -237,7 +237,11 @@ async def _play(
         try:
             note = await _run(shell, proxied, agent, instruction, clock)
         except SandboxError as error:
-            raise EnvironmentFault(f"{type(error).__name__}: {error}") from error
+            said = f"{type(error).__name__}: {error}"
+            # Before the command has begun, its own files did not fit, which is not its doing.
+            if clock.has_begun and isinstance(error, AgentFault):
+                return Turn("", ending="failure", status="tool_error", note=said)
+            raise EnvironmentFault(said) from error
         try:
             if clock.is_over:
                 return await played.judge("timeout", note)
@@ -254,9 +258,13 @@ class _Clock:
 
     Args:
       seconds: that it may.
+
+    Attributes:
+      has_begun: whether a command of the agent was started.
     """
 
     def __init__(self, seconds: float) -> None:
+        self.has_begun = False
         self._left = seconds
         self._last = time.monotonic()
 
@@ -287,6 +295,7 @@ async def _run(
     arrival = shlex.quote(f"{shell.workspace}/{ARRIVAL}")
     command = f"rm -rf {FILES} && mv -T {arrival} {FILES} || exit 125\n{agent.command}"
     job = await shell.aspawn(command, _variables(instruction), MAX_SECONDS)
+    clock.has_begun = True
     clock.pass_time(counts=False)
     ending = asyncio.ensure_future(job.wait())
     reason = ""

@@ -6,7 +6,7 @@ import pytest
 
 from envs.games.frozen_lake import FrozenLake
 from envs.gem import format_tool_call
-from envs.rock import SandboxConfig, probe
+from envs.rock import AgentFault, SandboxConfig, probe
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.command import CommandAgent, CommandError, run_command_episode
@@ -114,3 +114,24 @@ def test_what_has_no_sandbox_is_refused_by_name():
 def test_an_agent_that_cannot_be_is_refused(fields, words):
     with pytest.raises(CommandError, match=words):
         CommandAgent(**fields)
+
+
+@pytest.mark.parametrize(("where", "ending"), [("aspawn", "infra_sandbox"), ("wait", "failure")])
+def test_what_the_agents_programs_bring_about_is_its_failure(where, ending):
+    """If it were masked, an agent could choose which of its failures count."""
+
+    class Job:
+        async def wait(self):
+            raise AgentFault("the workspace is full")
+
+    class Full(TerminalEnv):
+        async def aspawn(self, command, env, timeout):
+            if where == "aspawn":  # nobody has acted yet
+                raise AgentFault("the workspace is full")
+            return Job()
+
+    def make_env(doors):
+        return Full("count/3", SandboxConfig(isolation="best_available", doors=doors))
+
+    episode, _ = play(CommandAgent("true"), make_env=make_env)
+    assert episode.ending == ending and "the workspace is full" in episode.note
