@@ -36,6 +36,8 @@ COPY_SECONDS = 120.0
 _FROM = re.compile(
     r"^(\s*FROM\s+(?:--platform=\S+\s+)?)([^\s$]+)(?=\s|$)", re.IGNORECASE | re.MULTILINE
 )
+# Lists that a RUN line clears: they belong to the system, and nobody else may read them whole.
+_OF_APT = ("/var/lib/apt", "/var/cache/apt")
 _STEP = re.compile(r"^Step (\d+)/\d+ :", re.MULTILINE)  # output of the classic builder
 _PATHS = re.compile(r"(?<![\w./:$}-])/[\w./-]+")
 _COPY = """\
@@ -169,7 +171,8 @@ async def enter(
     settings = (await host.call(host.client.inspect_image, sandbox.config.image))["Config"]
     variables = dict(entry.partition("=")[::2] for entry in settings.get("Env") or ())
     workdir = environment.workdir or settings.get("WorkingDir") or "/app"
-    mentioned = [workdir, *_PATHS.findall(environment.dockerfile or "")]
+    in_dockerfile = _PATHS.findall(environment.dockerfile or "")
+    mentioned = [workdir, *(path for path in in_dockerfile if not path.startswith(_OF_APT))]
     for step in task.steps:
         mentioned += step.artifacts
     roots = {root_of(path) for path in mentioned} | conventional_roots(task.steps)

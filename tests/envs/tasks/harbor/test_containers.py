@@ -245,7 +245,11 @@ def test_the_engine_copies_links_as_the_embedded_build_does(harbor, run, engine)
     files = {
         f"environment/{name}": pathlib.Path(f"/usr/bin/{name}").read_bytes() for name in programs
     }
-    lines = "COPY mktemp base64 /usr/bin/\nRUN chmod 755 /usr/bin/mktemp /usr/bin/base64\n"
+    # The lists of apt are the system's: parts of them nobody else may read.
+    lines = (
+        "COPY mktemp base64 /usr/bin/\nRUN chmod 755 /usr/bin/mktemp /usr/bin/base64 && mkdir -p"
+        " /var/lib/apt/lists && mkdir -m 700 /var/lib/apt/lists/partial\n"
+    )
     folder = with_links(harbor, engine.image, files, lines)
     assert run(play(folder, "true", config=config))[0] == 1.0
 
