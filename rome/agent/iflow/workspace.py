@@ -1,0 +1,96 @@
+"""Where the agent's tools work: a ROCK sandbox, or this machine where the user says so by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+
+class WorkspaceError(RuntimeError):
+    """The place where tools work failed; `is_infrastructure` says that no agent can cause it."""
+
+    def __init__(self, message: str, *, is_infrastructure: bool = False) -> None:
+        super().__init__(message)
+        self.is_infrastructure = is_infrastructure
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandOutput:
+    """The result of a command.
+
+    Attributes:
+      output: standard output and error, as they came; head and tail where it was too long.
+      exit_code: None where it was ended at its time limit.
+      seconds: that it took.
+      denials: tries of the network that were denied.
+      file: that holds the whole output; "" where `output` is whole.
+    """
+
+    output: str
+    exit_code: int | None
+    seconds: float = 0.0
+    denials: int = 0
+    file: str = ""
+
+
+class BackgroundJob(Protocol):
+    """A command that runs on its own."""
+
+    id: str
+    command: str
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its status; None while it runs, or where it was killed."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still runs."""
+
+    async def read(self, limit: int = 30_000) -> str:
+        """Return the output since the last reading, at most so many characters of its end."""
+
+    async def kill(self) -> None:
+        """End it and all that it started."""
+
+
+class Workspace(Protocol):
+    """A place with files and a shell that keeps its state (directory, variables) between commands.
+
+    Attributes:
+      root: directory of the project; relative paths are below it.
+      is_isolated: whether what runs there can harm only itself.
+    """
+
+    root: str
+    is_isolated: bool
+
+    async def execute(
+        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+    ) -> CommandOutput:
+        """Run a command in the persistent shell; its background is `spawn`."""
+
+    async def spawn(self, command: str) -> BackgroundJob:
+        """Start a command in the background."""
+
+    def stream(self, command: str, *, timeout: float) -> AsyncIterator[str]:
+        """Run a command apart from the persistent shell and yield its output as it comes."""
+
+    async def read(self, path: str, limit: int = 4 << 20) -> bytes:
+        """Return a file's content; WorkspaceError where there is none, or it is longer."""
+
+    async def write(self, path: str, content: bytes) -> None:
+        """Write a file whole, with the folders above it; keep the mode of one that is there."""
+
+    async def stat(self, path: str) -> tuple[int, float] | None:
+        """Return the size and the time of change of a file; None where there is none."""
+
+    async def snapshot(self) -> str:
+        """Keep the files as they are; return the name by which `restore` finds them."""
+
+    async def restore(self, snapshot: str) -> None:
+        """Bring the files back to a snapshot."""
+
+    async def aclose(self) -> None:
+        """End the shell and all jobs."""
