@@ -416,6 +416,7 @@ class ContextCompacted(Event):
       tokens_before: of the context.
       tokens_after: of the new one, estimated.
       fallback: why no model wrote the summary; "" where one did.
+      usage: of the model that was asked for it.
     """
 
     summary: str
@@ -423,6 +424,7 @@ class ContextCompacted(Event):
     tokens_before: int
     tokens_after: int
     fallback: str = ""
+    usage: Usage = NO_USAGE
 
 
 @event("subagent_started")
