@@ -419,6 +419,7 @@ class ContextCompacted(Event):
       tokens_after: of the new one, estimated.
       fallback: why no model wrote the summary; "" where one did.
       usage: of the model that was asked for it.
+      history: file that holds what left the context, whole; "" for none.
     """
 
     summary: str
@@ -427,6 +428,7 @@ class ContextCompacted(Event):
     tokens_after: int
     fallback: str = ""
     usage: Usage = NO_USAGE
+    history: str = ""
 
 
 @event("subagent_started")
