@@ -68,7 +68,7 @@ def test_a_broken_stream_and_a_busy_server_are_asked_again():
 
 
 def test_a_server_that_stays_broken_is_one_clear_line():
-    with pytest.raises(ModelError, match="no answer in 3 requests; last: .*busy") as raised:
+    with pytest.raises(ModelError, match=r"no answer in 3 requests; last: .*busy") as raised:
         ask([Fail(503, "busy")] * 3)
     assert "\n" not in str(raised.value) and "key" not in str(raised.value).lower()
 
@@ -109,7 +109,8 @@ def test_another_refusal_is_an_error_at_once():
 
 
 QWEN3 = '<tool_call>\n{"name": "shell", "arguments": {"command": "ls"}}\n</tool_call>'
-CODER = "<tool_call>\n<function=shell>\n<parameter=command>\nls\n</parameter>\n</function>\n</tool_call>"
+CODER = "<tool_call>\n<function=shell>\n<parameter=command>\nls\n</parameter>\n</function>\n"
+CODER += "</tool_call>"
 GEM = '<tool_call><tool_name>shell</tool_name><arguments>{"command": "ls"}</arguments></tool_call>'
 
 
