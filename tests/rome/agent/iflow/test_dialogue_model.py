@@ -7,6 +7,7 @@ from rome.agent.iflow.dialogue_model import DialogueModel
 from rome.agent.iflow.events import AssistantMessage, EventLog
 from rome.agent.iflow.loop import Agent
 from rome.agent.session import Session
+from rome.data.tree import ROOT
 from rome.engine.completion import Completion
 from rome.engine.errors import EngineFailed
 from rome.model.tokenizer import TINY, Chat, Tokenizer
@@ -84,11 +85,8 @@ def test_a_full_context_is_compacted_into_a_branch():
     long = f"{'x ' * 100}\n{CALL}"
     _, session, [ending], _, _ = play(long, long, "done", max_context=640, context=Shortener())
     assert ending.outcome == "finished"
-    assert [chunk.edge for chunk in session.chunks] == [
-        "continuation",
-        "continuation",
-        "compaction",
-    ]
+    assert [chunk.edge for chunk in session.chunks] == ["continuation", "compaction", "compaction"]
+    assert all(chunk.parent == ROOT for chunk in session.chunks[1:])
 
 
 def test_a_fault_of_the_engine_is_kept():
