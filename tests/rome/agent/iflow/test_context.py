@@ -392,9 +392,7 @@ def check_kept(session, messages):
     if todo and todo[-1].number < compacted:
         facts += [item.text for item in state.todo if item.status != "done"]
     facts += [
-        e.name
-        for e in session.of(ev.SkillLoaded)
-        if e.number < compacted and e.name in keep.skills
+        e.name for e in session.of(ev.SkillLoaded) if e.number < compacted and e.name in keep.skills
     ]
     facts += [one.id for one in keep.subagents.values() if one.number < compacted]
     changes = [e for e in session.of(ev.ToolFinished) if e.number < compacted]
