@@ -78,6 +78,7 @@ class ContextManager:
       workspace: whose files are watched for changes; None watches none.
       read_files: path -> (size, time of change) of the files that the agent has seen, shared with
         its tools.
+      keep: the keep-list; None makes one.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class ContextManager:
         writer: Model | None = None,
         workspace: Workspace | None = None,
         read_files: Mapping[str, tuple[int, float]] | None = None,
+        keep: KeepList | None = None,
     ) -> None:
         self.settings = settings or ContextSettings()
         self.read_files: Mapping[str, tuple[int, float]] = {} if read_files is None else read_files
@@ -96,7 +98,7 @@ class ContextManager:
         self._hooks = hooks
         self._writer = writer
         self._workspace = workspace
-        self._keep = KeepList()
+        self._keep = keep or KeepList()
         self._noticed: dict[str, tuple[int, float] | None] = {}
         self._ratio = 1.0  # the model's own count of tokens, by the estimate
         self._floor = 0  # tokens that the last shortening left
