@@ -24,6 +24,7 @@ METHOD_NOT_FOUND = -32601
 RETRY_SECONDS = 30.0  # after which a server that could not be reached is tried again
 # The package gives a process 4 s to end before it kills it, and 2 s more to be gone.
 CLOSE_SECONDS = 10.0
+ALIVE_SECONDS = 2.0  # in which a server that is not stuck lists its tools
 MAX_LISTED = 1_000  # tools, resources or prompts of one server; the rest is passed over
 MAX_PAGES = 50  # in which it lists them
 
@@ -82,7 +83,7 @@ class MCPConnection:
         self._stop = asyncio.Event()
         self._failure: MCPServerError | None = None
         self._failed_at = 0.0
-        self._ending: asyncio.Task[None] | None = None  # of a session that failed
+        self._endings: set[asyncio.Task[None]] = set()  # of sessions that failed
 
     async def tools(self, *, fresh: bool = False) -> list[dict[str, Any]]:
         """Return {"name", "description", "parameters": JSON schema} of each of the server's tools.
@@ -102,8 +103,7 @@ class MCPConnection:
             async with asyncio.timeout(self._opening_seconds):
                 listed = await _all_pages(session.list_tools, "tools")
         except Exception as error:
-            # It may take long, and the other servers' calls do not wait for it.
-            self._ending = asyncio.ensure_future(self.close())
+            self._end_behind()
             self._failure = self._unreachable(error)
             self._failed_at = time.monotonic()
             raise self._failure from error
@@ -151,18 +151,39 @@ class MCPConnection:
         result = await self._ask(lambda session: session.get_prompt(name, dict(arguments)))
         return "\n\n".join(_part_text(message["content"]) for message in result["messages"])
 
+    async def end_if_stuck(self) -> None:
+        """End the session unless the server still answers; to be called after a call in vain.
+
+        A server that does one thing after another would let all later calls wait for that one.
+        """
+        session = self._session
+        try:
+            async with asyncio.timeout(ALIVE_SECONDS):
+                await (await self._open()).list_tools()
+        except Exception:
+            if self._session is session:
+                self._end_behind()
+
     async def close(self) -> None:
         """End the session and the server's process, if there are any; takes CLOSE_SECONDS at most.
 
         A session that is still being opened is given up.
         """
+        self._end_behind()
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=CLOSE_SECONDS + 1)
+
+    def _end_behind(self) -> None:
+        """End the session while others go on: it may take seconds, and the next one is opened."""
         task = self._task
         self._forget_session()
-        if self._ending and self._ending is not asyncio.current_task():
-            await asyncio.wait([self._ending], timeout=CLOSE_SECONDS)
-        if task is None:
-            return
-        self._stop.set()
+        if task is not None:
+            ending = asyncio.create_task(self._end(task, self._stop))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+
+    async def _end(self, task: asyncio.Task[None], stop: asyncio.Event) -> None:
+        stop.set()
         _, pending = await asyncio.wait([task], timeout=CLOSE_SECONDS)
         if pending:
             task.cancel()
@@ -176,7 +197,7 @@ class MCPConnection:
         except Exception as error:
             if _code(error) == METHOD_NOT_FOUND:
                 return []
-            raise await self._broken(error) from error
+            raise self._broken(error) from error
 
     async def _ask(self, request: Callable[[Any], Awaitable[Any]]) -> dict[str, Any]:
         """Return the answer of a request in the protocol's names, whatever the package calls it."""
@@ -184,7 +205,7 @@ class MCPConnection:
         try:
             answer = await request(session)
         except Exception as error:
-            raise await self._broken(error) from error
+            raise self._broken(error) from error
         result: dict[str, Any] = answer.model_dump(mode="json", by_alias=True)
         return result
 
@@ -194,10 +215,10 @@ class MCPConnection:
         except Exception as error:
             raise self._unreachable(error) from error
 
-    async def _broken(self, error: Exception) -> MCPServerError:
+    def _broken(self, error: Exception) -> MCPServerError:
         """Return the error of a request; unless the server answered it, the session ends."""
         if not _is_answer(error):
-            await self.close()  # the next request opens another session
+            self._end_behind()  # the next request opens another session
         return MCPServerError(f"MCP server {self.name!r}: {causes(error)}")
 
     def _unreachable(self, error: Exception) -> MCPServerError:
