@@ -15,13 +15,12 @@ import pathlib
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import IO, Any, TypeVar
 
-from envs.gem.tools.mcp_connection import MCPConnection, MCPServerError, check_server_config
+from envs.gem.tools.mcp_connection import MCPConnection, MCPServerError
 from rome.agent.iflow.events import Notice
 from rome.agent.iflow.mcp_tools import (
-    CALL_SECONDS,
     Server,
     ServerTool,
     digest_of,
@@ -30,10 +29,12 @@ from rome.agent.iflow.mcp_tools import (
     shorten,
     tool_name,
 )
+from rome.agent.iflow.settings_values import McpServer
 from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
 from rome.files import write_atomically
 
-OPENING_SECONDS = 15.0  # for a server without `timeout`
+OPENING_SECONDS = 20.0  # at most, in which a server lists its tools
+REQUEST_SECONDS = 60.0  # for a resource or a prompt
 RELIST_SECONDS = 60.0  # after which a server is asked again for its tools before a call
 MAX_TOOLS = 200  # of one server: more fill the context before the task begins
 Answered = TypeVar("Answered")
@@ -97,19 +98,15 @@ class MCPServers:
     """The servers of a session.
 
     Args:
-      configs: of the servers by name: {"url", "headers"?} or {"command", "args"?, "env"?, "cwd"?},
-        and for both "timeout" (milliseconds), "trust", "includeTools", "excludeTools", "disabled".
+      configs: of the servers, as the settings have them.
       notify: tells people of failures and changes.
       folder: receives what servers write to their standard errors; None drops it.
       approved: file of the approved tools' digests, which spans sessions; None for this one only.
-
-    Raises:
-      ValueError: a server has both or neither of url and command.
     """
 
     def __init__(
         self,
-        configs: Mapping[str, Mapping[str, Any]],
+        configs: Iterable[McpServer],
         notify: Callable[[Notice], Any],
         folder: pathlib.Path | None = None,
         approved: pathlib.Path | None = None,
@@ -120,34 +117,30 @@ class MCPServers:
         self._approved = self._read_digests()
         self._is_saved = True
         self._errors: list[IO[str]] = []
-        for name, config in configs.items():
-            check_server_config(name, config)
-            self.servers[name] = self._server(name, config, folder)
+        for config in configs:
+            self.servers[config.name] = self._server(config, folder)
 
-    def _server(self, name: str, config: Mapping[str, Any], folder: pathlib.Path | None) -> Server:
-        milliseconds = config.get("timeout")
-        opening = milliseconds / 1000 if milliseconds else OPENING_SECONDS
+    def _server(self, config: McpServer, folder: pathlib.Path | None) -> Server:
+        name = config.name
         path = pathlib.Path("/dev/null") if folder is None else folder / f"mcp-{safe(name)}.log"
         errors = open(path, "a")  # noqa: SIM115 - open for as long as the server
         self._errors.append(errors)
+        how: dict[str, Any] = {"url": config.url, "headers": config.headers}
+        if config.command:
+            how = {"command": config.command, "args": config.args, "env": config.env}
+            how["cwd"] = config.cwd or None
         server = Server(
             name,
-            MCPConnection(name, config, opening, errors),
-            seconds=milliseconds / 1000 if milliseconds else CALL_SECONDS,
-            is_trusted=bool(config.get("trust")),
-            only=tuple(config.get("includeTools", ())),
-            without=tuple(config.get("excludeTools", ())),
+            MCPConnection(name, how, min(config.timeout, OPENING_SECONDS), errors),
+            seconds=config.timeout,
+            is_trusted=config.is_trusted,
         )
-        if config.get("disabled"):
-            server.state = "disabled"
-            server.reason = "disabled in the settings"
         server.connection.on_tools_changed = lambda: self._hear_change(server)
         return server
 
     async def start(self) -> None:
         """Open all servers at once; those that fail are told of, and stay without tools."""
-        wanted = [server for server in self.servers.values() if server.state != "disabled"]
-        await asyncio.gather(*(self._start(server) for server in wanted))
+        await asyncio.gather(*(self._start(server) for server in self.servers.values()))
 
     async def restart(self, name: str) -> None:
         """Open one server again, such as one that failed; its new tools are in `tools`.
@@ -179,12 +172,11 @@ class MCPServers:
         """Offer the tools that a server lists when it is opened."""
         server.listed_at = time.monotonic()
         server.tools = {}
-        chosen = [tool for tool in listed if _is_chosen(server, tool["name"])]
-        if len(chosen) > MAX_TOOLS:
-            text = f"MCP server {server.name} lists {len(chosen)} tools; {MAX_TOOLS} are offered"
+        if len(listed) > MAX_TOOLS:
+            text = f"MCP server {server.name} lists {len(listed)} tools; {MAX_TOOLS} are offered"
             self._notify(Notice(text=text, level="warning"))
         taken = {tool.name for tool in self.tools}
-        for described in chosen[:MAX_TOOLS]:
+        for described in listed[:MAX_TOOLS]:
             full_name = tool_name(server.name, described["name"])
             if full_name in taken:
                 text = f"MCP tool {full_name} is there twice; that of {server.name} is left out"
@@ -361,10 +353,6 @@ class MCPServers:
             errors.close()
 
 
-def _is_chosen(server: Server, name: str) -> bool:
-    return name not in server.without and (not server.only or name in server.only)
-
-
 async def _agreed(tool: ServerTool, described: Mapping[str, Any], context: ToolContext) -> bool:
     """Ask the user whether a changed tool may be used; without an answer it may not."""
     question = (
@@ -378,10 +366,10 @@ async def _agreed(tool: ServerTool, described: Mapping[str, Any], context: ToolC
 async def _deadlined(request: Awaitable[Answered], server: str) -> Answered:
     """Return the answer of a request, in time; ToolError for its failure."""
     try:
-        async with asyncio.timeout(CALL_SECONDS):
+        async with asyncio.timeout(REQUEST_SECONDS):
             return await request
     except TimeoutError as error:
-        raise ToolError(f"MCP server {server} did not answer in {CALL_SECONDS:g} s") from error
+        raise ToolError(f"MCP server {server} did not answer in {REQUEST_SECONDS:g} s") from error
     except MCPServerError as error:
         raise ToolError(str(error)) from error
 

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from envs.gem.tools.mcp_connection import MCPConnection, MCPServerError
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 
-CALL_SECONDS = 120.0
 MAX_NAME = 64  # characters of a tool's name that endpoints take
 MAX_DESCRIPTION = 8_000
 MAX_OUTPUT = 30_000  # characters; the whole of a longer one is in a file
@@ -24,7 +23,7 @@ WITHHELD = (
     " once the user agrees: a call asks for that."
 )
 
-State = Literal["ready", "failed", "disabled"]
+State = Literal["ready", "failed"]
 
 
 @dataclasses.dataclass
@@ -36,8 +35,6 @@ class Server:
       connection: to it.
       seconds: for a call.
       is_trusted: its calls and its changes are not asked about.
-      only: names of the tools that are offered; empty for all.
-      without: names of tools that are not.
       state: whether it can be used.
       reason: why it cannot be; "" where it can.
       tools: that it offers, by its own names for them.
@@ -48,10 +45,8 @@ class Server:
 
     name: str
     connection: MCPConnection
-    seconds: float = CALL_SECONDS
+    seconds: float = 60.0
     is_trusted: bool = False
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
     state: State = "failed"
     reason: str = "not started"
     tools: dict[str, ServerTool] = dataclasses.field(default_factory=dict)

@@ -12,6 +12,7 @@ import pytest
 from rome.agent.iflow.events import ToolCall
 from rome.agent.iflow.mcp_client import MCPServers
 from rome.agent.iflow.mcp_tools import MAX_NAME, WITHHELD, tool_name
+from rome.agent.iflow.settings_values import McpServer
 from rome.agent.iflow.tools.base import ToolContext, ToolError, read_arguments, schema_of
 
 SERVER = pathlib.Path(__file__).with_name("mcp_test_server.py")
@@ -37,9 +38,9 @@ class Place:
     def set(self, **manners):
         self.manners.write_text(json.dumps(manners))
 
-    def config(self, **more):
-        arguments = [str(SERVER), str(self.manners)]
-        return {"command": sys.executable, "args": arguments, "timeout": 5000, **more}
+    def config(self, name="test", **more):
+        arguments = (str(SERVER), str(self.manners))
+        return McpServer(name, command=sys.executable, args=arguments, **{"timeout": 5.0, **more})
 
     async def question(self, question, choices=()):
         self.questions.append(question)
@@ -52,7 +53,7 @@ class Place:
     @contextlib.asynccontextmanager
     async def servers(self, configs=None, **options):
         servers = MCPServers(
-            configs or {"test": self.config()}, self.notices.append, self.folder, **options
+            configs or [self.config()], self.notices.append, self.folder, **options
         )
         try:
             await servers.start()
@@ -89,22 +90,21 @@ def test_tools_of_a_server_are_offered_under_its_name_and_called(place):
 
 def test_a_dead_a_hanging_and_a_missing_server_cost_their_own_tools_only(place):
     place.set(tools=[tool(name) for name in ("echo", "fail", "die", "hang", "long", "picture")])
-    configs = {
-        "good": place.config(timeout=1500),
-        "dead": {"command": "false"},
-        "hangs": {"command": "sleep", "args": ["3600"], "timeout": 300},
-        "missing": {"command": "/no/such/program"},
-        "off": {"command": "/no/such/program", "disabled": True},
-    }
+    configs = [
+        place.config("good", timeout=1.5),
+        McpServer("dead", command="false"),
+        McpServer("hangs", command="sleep", args=("3600",), timeout=0.3),
+        McpServer("missing", command="/no/such/program"),
+        McpServer("far", url="http://127.0.0.1:9/mcp"),
+    ]
 
     async def play():
         started = time.monotonic()
         async with place.servers(configs) as servers:
             assert time.monotonic() - started < 10
             assert {one.name.partition("__")[0] for one in servers.tools} == {"good"}
-            for name in ("dead", "hangs", "missing"):
+            for name in ("dead", "hangs", "missing", "far"):
                 assert servers.servers[name].state == "failed" and f"'{name}'" in place.told()
-            assert "'off'" not in place.told()
             failed = await place.call(servers, "good__fail")
             assert (failed.status, failed.output) == ("error", "it broke")
             long = await place.call(servers, "good__long")
@@ -151,14 +151,14 @@ def test_a_change_between_two_sessions_is_noticed_and_a_trusted_server_is_not_as
 
     async def play(description, **config):
         place.set(tools=[tool("echo", description)])
-        async with place.servers({"test": place.config(**config)}, approved=approved) as servers:
+        async with place.servers([place.config(**config)], approved=approved) as servers:
             return servers.tools[0].description
 
     assert asyncio.run(play("Echoes.")) == "Echoes."
     assert asyncio.run(play("Echoes.")) == "Echoes." and not place.notices
     assert asyncio.run(play("Sends.")) == WITHHELD and "changed its tool" in place.told()
     assert asyncio.run(play("Echoes.")) == "Echoes."
-    assert asyncio.run(play("Sends.", trust=True)) == "Sends."
+    assert asyncio.run(play("Sends.", is_trusted=True)) == "Sends."
     assert asyncio.run(play("Sends.")) == "Sends."
     approved.write_text("{")
     assert asyncio.run(play("Sends.")) == "Sends." and "cannot be read" in place.told()
@@ -194,16 +194,6 @@ def test_hostile_listings_are_bounded_and_what_people_cannot_see_is_dropped(plac
             assert (await place.call(servers, first.name)).output.startswith("ttt")
 
     asyncio.run(play())
-
-
-def test_included_and_excluded_tools_are_the_users_choice(place):
-    place.set(tools=[tool("a"), tool("b"), tool("c")])
-
-    async def play(**config):
-        async with place.servers({"test": place.config(**config)}) as servers:
-            return [one.name for one in servers.tools]
-
-    assert asyncio.run(play(includeTools=["a", "c"], excludeTools=["c"])) == ["test__a"]
 
 
 def test_resources_are_listed_read_and_mentioned_and_prompts_are_commands(place):
@@ -244,11 +234,6 @@ def test_a_failed_server_can_be_started_again(place):
             assert [one.name for one in servers.tools] == ["test__echo"]
 
     asyncio.run(play())
-
-
-def test_a_server_needs_one_way_to_reach_it():
-    with pytest.raises(ValueError, match="either url or command"):
-        MCPServers({"bad": {}}, print)
 
 
 def test_long_names_stay_apart():
