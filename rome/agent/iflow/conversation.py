@@ -222,9 +222,14 @@ class Conversation:
 
     def _compact(self, event: events.ContextCompacted) -> None:
         summary = Entry(event.number, Message("user", event.summary), source="summary")
-        kept = [entry for entry in self.entries if entry.number >= event.kept_from]
+        kept = [
+            entry
+            for entry in self.entries
+            if entry.number >= event.kept_from and entry.source != "summary"
+        ]
         self._views.append(_View(event.number, [summary, *kept]))
         self.context_tokens = event.tokens_after
+        self._spend(event.usage)
 
     def _rewind(self, event: events.Rewound) -> None:
         if not event.conversation:
