@@ -216,7 +216,7 @@ class Conversation:
 
     def _move(self, event: events.OutputMoved) -> None:
         entry = self._results.get(event.call_id)
-        if entry is not None:
+        if entry is not None and entry.moved is None:
             entry.moved = event
             entry.message = _result_message(event.call_id, moved_text(event))
 

@@ -245,6 +245,10 @@ class Agent:
         """Tell the agent of something that the program noticed, such as a job that ended."""
         self._inbox.put(text, "notification")
 
+    def remind(self, text: str) -> None:
+        """Tell the model something that holds from now on, such as instructions of a folder."""
+        self._inbox.put(text, "reminder")
+
     @property
     def has_unread(self) -> bool:
         """Return whether something waits for the model; `run("")` lets it read that."""
