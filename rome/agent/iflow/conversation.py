@@ -216,15 +216,20 @@ class Conversation:
 
     def _move(self, event: events.OutputMoved) -> None:
         entry = self._results.get(event.call_id)
-        if entry is not None:
+        if entry is not None and entry.moved is None:
             entry.moved = event
             entry.message = _result_message(event.call_id, moved_text(event))
 
     def _compact(self, event: events.ContextCompacted) -> None:
         summary = Entry(event.number, Message("user", event.summary), source="summary")
-        kept = [entry for entry in self.entries if entry.number >= event.kept_from]
+        kept = [
+            entry
+            for entry in self.entries
+            if entry.number >= event.kept_from and entry.source != "summary"
+        ]
         self._views.append(_View(event.number, [summary, *kept]))
         self.context_tokens = event.tokens_after
+        self._spend(event.usage)
 
     def _rewind(self, event: events.Rewound) -> None:
         if not event.conversation:

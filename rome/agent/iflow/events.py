@@ -418,6 +418,8 @@ class ContextCompacted(Event):
       tokens_before: of the context.
       tokens_after: of the new one, estimated.
       fallback: why no model wrote the summary; "" where one did.
+      usage: of the model that was asked for it.
+      history: file that holds what left the context, whole; "" for none.
     """
 
     summary: str
@@ -425,6 +427,8 @@ class ContextCompacted(Event):
     tokens_before: int
     tokens_after: int
     fallback: str = ""
+    usage: Usage = NO_USAGE
+    history: str = ""
 
 
 @event("subagent_started")

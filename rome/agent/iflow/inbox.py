@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.events import EventLog, UserMessage
+from rome.agent.iflow.events import EventLog, HookRan, UserMessage
 from rome.agent.iflow.parts import HookOutcome, Hooks
 
 Source = Literal["steer", "hook", "reminder", "notification"]
@@ -91,7 +91,15 @@ class LoggedHooks:
         }
         outcome = await self._hooks.run(event, about | dict(payload), matcher=matcher)
         for ran in outcome.ran:
-            self._log.append(ran)
+            self._log.append(
+                HookRan(
+                    event=event,
+                    command=ran.command,
+                    exit_code=ran.exit_code,
+                    decision=ran.decision,
+                    message=ran.message,
+                )
+            )
         text = outcome.context
         if event == "PostToolUse" and outcome.decision == "block":
             text = "\n".join(filter(None, [outcome.message, text]))

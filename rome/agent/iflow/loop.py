@@ -339,7 +339,7 @@ class Agent:
         self.conversation.add(event)
         if isinstance(event, events.ModeChanged):
             self._parts.policy.mode = event.mode
-        elif isinstance(event, events.ContextCompacted):
+        elif isinstance(event, events.ContextCompacted | events.OutputMoved):
             self._parts.edge = "compaction"
         elif isinstance(event, events.SubagentFinished):
             self._inbox.wake()

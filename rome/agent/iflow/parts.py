@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.events import AssistantMessage, EventLog, HookRan
+from rome.agent.iflow.events import AssistantMessage, EventLog
 from rome.agent.iflow.model import Model
 from rome.agent.iflow.tools.base import Tool, ToolResult
 from rome.agent.messages import Message
@@ -42,6 +42,19 @@ class Policy(Protocol):
         """Allow what a rule names from now on."""
 
 
+class HookRun(Protocol):
+    """One hook that ran; the members are those of `events.HookRan`."""
+
+    @property
+    def command(self) -> str: ...
+    @property
+    def exit_code(self) -> int: ...
+    @property
+    def decision(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+
+
 class HookOutcome(Protocol):
     """What the hooks of an event said together.
 
@@ -65,7 +78,7 @@ class HookOutcome(Protocol):
     @property
     def stop(self) -> bool: ...
     @property
-    def ran(self) -> Sequence[HookRan]: ...
+    def ran(self) -> Sequence[HookRun]: ...
 
 
 class Hooks(Protocol):
@@ -160,7 +173,7 @@ class _Outcome:
     context: str = ""
     arguments: Mapping[str, Any] | None = None
     stop: bool = False
-    ran: tuple[HookRan, ...] = ()
+    ran: tuple[HookRun, ...] = ()
 
 
 class NoHooks:

@@ -190,9 +190,11 @@ class Policy:
         """Return whether a command needs no approval, its variables and redirections included."""
         if not all(name in HARMLESS_VARIABLES for name, _ in command.assignments):
             return False
-        if command.runs_as or not command.is_static:
+        if command.runs_as:
             return False
         written = [redirect.target.text for redirect in command.redirects if redirect.writes]
+        if not all(word.target.is_certain for word in command.redirects if word.operator != "<<"):
+            return False
         if not all(self._may_redirect(path) for path in written):
             return False
         read = [one.target.text for one in command.redirects if one.operator == "<"]
@@ -310,11 +312,9 @@ def _fit(rule: Rule, line: Line) -> Fit:
 
 
 def _paths_in(command: SimpleCommand) -> list[str]:
-    """Return what may be a path outside the directory: with a slash at its start, `~` or `..`."""
+    """Return what of a command may be a path to read."""
     found = [one.target.text for one in command.redirects if one.operator == "<"]
-    for text in command.texts[1:]:
-        found += [part for part in _path_parts(text) if part[:1] in "/~" or ".." in part]
-    return found
+    return found + [part for text in command.texts[1:] for part in _path_parts(text)]
 
 
 def _path_parts(text: str) -> list[str]:

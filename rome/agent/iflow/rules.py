@@ -155,7 +155,7 @@ def _search_words(pattern: Sequence[str], words: Sequence[Word]) -> Fit:
         if not rest:
             return Fit.NO
         word = rest.pop(0)
-        if not word.is_static:
+        if not word.is_certain:
             best = Fit.MAYBE
             wanted.pop(0)
         elif fnmatch.fnmatchcase(word.text, wanted[0]):

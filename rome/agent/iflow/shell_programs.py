@@ -31,7 +31,6 @@ WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "command": (),
     "builtin": (),
     "exec": ("-a",),
-    "coproc": (),
     "busybox": (),
     "toybox": (),
     "strace": ("-o", "-e", "-p", "-s"),
@@ -68,7 +67,7 @@ def _inside(command: SimpleCommand, nesting: int) -> Line:
     """Return a command, or what it runs in its place."""
     if nesting > MAX_NESTING:
         return Line((command,), ("commands nested too deeply",))
-    if command.words and not command.words[0].is_static:
+    if command.words and (not command.words[0].is_static or command.words[0].has_pattern):
         return Line((command,), ("a program whose name only the shell knows",))
     name = base_name(command)
     if name in SHELLS:
@@ -80,6 +79,8 @@ def _inside(command: SimpleCommand, nesting: int) -> Line:
         return _of_find(command, nesting)
     if name in ("alias", "enable", "hash", "shopt", "complete", "bind"):
         return Line((command,), (f"{name} changes what a name means",))
+    if name in ("coproc", "function", "select"):
+        return Line((command,), (f"{name} is not understood",))
     if name in ("source", "."):
         return Line((command,), (f"{name} runs a file in this shell",))
     if name in WRAPPERS:
@@ -91,7 +92,7 @@ def _inside(command: SimpleCommand, nesting: int) -> Line:
 
 def _of_script(command: SimpleCommand, script: str, words: Sequence[Word], nesting: int) -> Line:
     """Return a command whose words are a script, and what the script runs."""
-    if not all(word.is_static for word in words):
+    if not all(word.is_static and not word.has_pattern for word in words):
         return Line((command,), ("a script that only the shell knows",))
     inner = commands_of(script, nesting + 1)
     inside = (dataclasses.replace(one, runs_as=command.runs_as) for one in inner.commands)
@@ -130,22 +131,23 @@ def _of_shell(command: SimpleCommand, nesting: int) -> Line:
 
 def _of_find(command: SimpleCommand, nesting: int) -> Line:
     """Take `find ... -exec COMMAND ;`: find itself, and each command of it."""
-    found = [command]
+    found: list[SimpleCommand] = []
     problems: list[str] = []
-    words = list(command.words)
-    for place, word in enumerate(words):
+    own = []
+    rest = list(command.words)
+    while rest:
+        word = rest.pop(0)
         if word.text not in _FIND_RUNS:
+            own.append(word)
             continue
         inner = []
-        for part in words[place + 1 :]:
-            if part.text in (";", "+"):
-                break
+        while rest and (part := rest.pop(0)).text not in (";", "+"):
             inner.append(Word(part.text, part.is_static and "{}" not in part.text))
         made = dataclasses.replace(command, words=tuple(inner), redirects=(), assignments=())
         line = _inside(made, nesting + 1)
         found += line.commands
         problems += line.problems
-    return Line(tuple(found), tuple(problems))
+    return Line((dataclasses.replace(command, words=tuple(own)), *found), tuple(problems))
 
 
 def _of_wrapper(command: SimpleCommand, name: str, nesting: int) -> Line:
@@ -173,7 +175,7 @@ def _of_wrapper(command: SimpleCommand, name: str, nesting: int) -> Line:
             if not _FLAGS.fullmatch(text):
                 problems.append(f"an option of {name} that is not understood")
             rest.pop(0)
-        elif name in ("env", "sudo") and re.match(r"\w+=", text):
+        elif name in ("env", "sudo", "time") and re.match(r"\w+=", text):
             variable, _, value = text.partition("=")
             assignments.append((variable, Word(value)))
             rest.pop(0)
@@ -257,7 +259,12 @@ def is_read_only(command: SimpleCommand) -> bool:
 
     All its words must be known. Where it reads is for the caller to judge.
     """
-    if not command.words or not command.is_static or command.runs_as or command.assignments:
+    if not command.words or command.runs_as or command.assignments:
+        return False
+    # A pattern that becomes an option does no harm where no option does.
+    if not command.is_static and READ_ONLY.get(command.name, ("",)):
+        return False
+    if not all(word.is_static for word in command.words):
         return False
     if any(redirect.writes for redirect in command.redirects):
         return False

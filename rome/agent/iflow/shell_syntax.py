@@ -19,6 +19,7 @@ import tree_sitter_bash
 MAX_LENGTH = 64_000  # of a line that is parsed
 MAX_DEPTH = 200  # of the tree
 _GAP = re.compile(r"(?:[ \t\n]|\\\n)*")
+_BEFORE_COMMENT = (b" ", b"\t", b"\n", b";", b"&", b"|", b"(", b")")
 _ESCAPES = {"a": "\a", "b": "\b", "e": "\x1b", "E": "\x1b", "f": "\f", "n": "\n", "r": "\r"}
 _ESCAPES |= {"t": "\t", "v": "\v", "\\": "\\", "'": "'", '"': '"', "?": "?"}
 _ANSI = re.compile(
@@ -41,15 +42,23 @@ class Word:
     """A word of a command.
 
     Attributes:
-      text: as the program gets it; as it is written where it is not static.
-      is_static: whether the text is known before the shell runs. A word that begins with a pattern
-        is not: `*` may become an option.
+      text: as the program gets it, patterns left as they are; as it is written where it is not
+        static.
+      is_static: whether the text is known before the shell runs.
       has_pattern: whether the shell may put names of files in its place.
+      may_be_option: whether it begins with a pattern: `*` becomes an option where a file is named
+        like one.
     """
 
     text: str
     is_static: bool = True
     has_pattern: bool = False
+    may_be_option: bool = False
+
+    @property
+    def is_certain(self) -> bool:
+        """Return whether nothing about it depends on the running shell but names of files."""
+        return self.is_static and not self.may_be_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +110,7 @@ class SimpleCommand:
     def is_static(self) -> bool:
         """Return whether all words and files are known."""
         values = (*(value for _, value in self.assignments), *(r.target for r in self.redirects))
-        return all(word.is_static for word in (*self.words, *values))
+        return all(word.is_certain for word in (*self.words, *values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +174,9 @@ class _Walker:
                 self.problems.append("its syntax is not complete")
             if not _GAP.fullmatch(self._source[end : leaf.start_byte].decode(errors="replace")):
                 self.problems.append("a part of it is not understood")
+            before = self._source[leaf.start_byte - 1 : leaf.start_byte]
+            if leaf.type == "comment" and before not in (b"", *_BEFORE_COMMENT):
+                self.problems.append("a word that looks like a comment")
             end = max(end, leaf.end_byte)
         if not _GAP.fullmatch(self._source[end:].decode(errors="replace")):
             self.problems.append("a part of it is not understood")
@@ -257,7 +269,7 @@ class _Walker:
         place: int,
     ) -> None:
         words, assignments, redirects = [], [], list(outer)
-        for child in node.named_children:
+        for child in node.children:  # == is an argument, and not a named node
             if child.type == "variable_assignment":
                 assignments.append(child)
             elif child.type.endswith("_redirect"):
@@ -269,6 +281,9 @@ class _Walker:
                 self.statement(child, -1, 0)
             else:
                 words.append(self._word(child))
+        self._check_words(node)
+        if words and words[0].has_pattern:
+            words[0] = dataclasses.replace(words[0], is_static=False)
         made = SimpleCommand(
             words=tuple(words),
             assignments=self._assignments(assignments),
@@ -279,6 +294,16 @@ class _Walker:
         self.commands.append(made)  # before what its redirections hold, as pipelines follow them
         taken = self._redirects(redirects, pipe, place)
         self.commands[number] = dataclasses.replace(made, redirects=taken)
+
+    def _check_words(self, node: tree_sitter.Node) -> None:
+        """Note words that touch each other: the shell reads them as one."""
+        before = None
+        for child in node.children:
+            if before is not None and not child.type.endswith("_redirect"):
+                gap = self._source[before.end_byte : child.start_byte]
+                if not gap.replace(b"\\\n", b""):
+                    self.problems.append("words that touch")
+            before = child
 
     def _declaration(self, node: tree_sitter.Node) -> None:
         """Take export, declare, local, readonly, typeset and unset."""
@@ -313,6 +338,8 @@ class _Walker:
             if name is None or name.type != "variable_name":  # a[i]=x evaluates i
                 self.problems.append("an assignment to a part of an array")
                 self._nested(node)
+            elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", _text(name)):
+                self.problems.append("an assignment to what is no name of a variable")
             word = Word("") if value is None else self._word(value)
             taken.append((_text(name) if name is not None else "", word))
         return tuple(taken)
@@ -362,8 +389,7 @@ class _Walker:
         if not is_static:
             self._nested(node)
             return Word(_text(node), False, has_pattern)
-        starts_as_option = has_pattern and _text(node)[:1] in "*?[{@!+"
-        return Word(text, not starts_as_option, has_pattern)
+        return Word(text, True, has_pattern, has_pattern and _text(node)[:1] in "*?[{@!+")
 
     def _value(self, node: tree_sitter.Node) -> tuple[str, bool, bool]:
         """Return (text, whether it is static, whether it has a pattern) of a part of a word."""
@@ -386,6 +412,10 @@ class _Walker:
                 r"\\(\n|.)", lambda match: "" if match[1] == "\n" else match[1], raw, flags=re.S
             )
             bare = re.sub(r"\\.", "", raw, flags=re.S)
+            if re.search(r"\s", bare):
+                self.problems.append("a word with blanks")
+            if raw == "$":  # $"...", which a locale changes
+                return raw, False, False
             return text, not node.named_child_count, bool(re.search(r"[*?\[{]", bare))
         if kind == "raw_string":
             return raw[1:-1], True, False
