@@ -29,7 +29,7 @@ from rome.agent.iflow.acp_forms import (
 from rome.agent.iflow.acp_updates import Translator, diff_contents
 from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
-from rome.agent.iflow.interfaces import MODES, Opener, OpenSession
+from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
 from rome.agent.iflow.user_input import InputError, expand
 from rome.version import VERSION
 
@@ -47,7 +47,7 @@ class Held:
       tasks: the sender, and requests to the client that wait for an answer.
     """
 
-    session: OpenSession
+    session: InterfaceSession
     translator: Translator
     updates: asyncio.Queue[Any]
     tasks: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
@@ -255,7 +255,7 @@ class ProtocolAgent:
             editor.session = session.agent.session
         return self._hold(session, is_replayed)
 
-    def _hold(self, session: OpenSession, is_replayed: bool) -> Held:
+    def _hold(self, session: InterfaceSession, is_replayed: bool) -> Held:
         updates: asyncio.Queue[Any] = asyncio.Queue()
         held = Held(session, Translator(session, updates.put_nowait), updates)
         self._held[session.agent.session] = held

@@ -7,13 +7,13 @@ from typing import Any
 from acp import RequestError
 from acp import schema as protocol
 
-from rome.agent.iflow.interfaces import MODES, OpenSession
+from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.settings_values import McpServer
 
 ALLOW, ALWAYS, DENY, STOP = "allow", "always", "deny", "stop"
 
 
-def settings_of(session: OpenSession) -> dict[str, Any]:
+def settings_of(session: InterfaceSession) -> dict[str, Any]:
     """Return the modes and options of a session, as all its openings answer them."""
     modes = [
         protocol.SessionMode(id=mode, name=mode.replace("_", " "), description=text)
@@ -51,7 +51,7 @@ def permissions(rule: str) -> list[protocol.PermissionOption]:
     ]
 
 
-def commands(session: OpenSession) -> list[protocol.AvailableCommand]:
+def commands(session: InterfaceSession) -> list[protocol.AvailableCommand]:
     """Return the slash commands of a session."""
     found = []
     for command in session.commands.values():

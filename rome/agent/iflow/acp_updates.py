@@ -14,7 +14,7 @@ from acp.schema import Cost, SessionInfoUpdate, ToolCallLocation, UsageUpdate
 
 from rome.agent.iflow import events
 from rome.agent.iflow.events import Event
-from rome.agent.iflow.interfaces import OpenSession
+from rome.agent.iflow.interfaces import InterfaceSession
 
 MAX_SHOWN = 20_000  # characters of an output that an editor is sent
 OUTPUT_SECONDS = 0.3  # between two updates of a running call
@@ -38,7 +38,7 @@ class Translator:
       send: is given each update.
     """
 
-    def __init__(self, session: OpenSession, send: Callable[[Any], None]) -> None:
+    def __init__(self, session: InterfaceSession, send: Callable[[Any], None]) -> None:
         self._session = session
         self._send = send
         self._is_streamed = False  # the answer that comes was sent in pieces
@@ -236,7 +236,7 @@ def _arguments(call: events.ToolCall) -> Any:
         return call.arguments
 
 
-def _call_of(session: OpenSession, call_id: str) -> events.ToolCall | None:
+def _call_of(session: InterfaceSession, call_id: str) -> events.ToolCall | None:
     """Return a call by its id, looked for from the end."""
     for event in reversed(session.agent.log.events):
         if isinstance(event, events.AssistantMessage):

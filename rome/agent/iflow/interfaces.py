@@ -29,7 +29,7 @@ MODES: Mapping[str, str] = {
 
 
 @dataclasses.dataclass(kw_only=True)
-class OpenSession:
+class InterfaceSession:
     """An agent and what is around it.
 
     Attributes:
@@ -83,7 +83,7 @@ class Opener(Protocol):
         is_fork: bool = False,
         servers: Sequence[McpServer] = (),
         wrap: Callable[[Workspace], Workspace] | None = None,
-    ) -> OpenSession:
+    ) -> InterfaceSession:
         """Open a session whose desk is attended.
 
         Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from rome.agent.iflow.interfaces import OpenSession
+from rome.agent.iflow.interfaces import InterfaceSession
 from rome.agent.iflow.spec_files import SpecError
 from rome.agent.iflow.tools.base import ToolError
 from rome.agent.iflow.workspace import WorkspaceError
@@ -26,7 +26,7 @@ class InputError(ValueError):
     """What the user wrote cannot be read; the message says why."""
 
 
-async def expand(text: str, session: OpenSession) -> str:
+async def expand(text: str, session: InterfaceSession) -> str:
     """Return what a user wrote as the agent reads it.
 
     Raises:
@@ -43,7 +43,7 @@ async def expand(text: str, session: OpenSession) -> str:
     return await session.servers.expand(text) if session.servers is not None else text
 
 
-async def _expand_command(name: str, words: str, session: OpenSession) -> str:
+async def _expand_command(name: str, words: str, session: InterfaceSession) -> str:
     try:
         if name in session.commands:
 
@@ -63,7 +63,7 @@ async def _expand_command(name: str, words: str, session: OpenSession) -> str:
     raise InputError(f"there is no command /{name}; /help lists them")
 
 
-async def _run(name: str, command: str, session: OpenSession) -> str:
+async def _run(name: str, command: str, session: InterfaceSession) -> str:
     """Run a line that stands in a command's text, if the rules allow it without asking."""
     tool = session.agent.tools.get("shell")
     if tool is None:
@@ -77,7 +77,7 @@ async def _run(name: str, command: str, session: OpenSession) -> str:
     return (await session.workspace.execute(command, timeout=COMMAND_SECONDS)).output
 
 
-async def _with_files(text: str, session: OpenSession) -> str:
+async def _with_files(text: str, session: InterfaceSession) -> str:
     """Return a text with the files that it mentions below it; what is no file is only text."""
     parts = [text]
     for path in dict.fromkeys(match["braced"] or match["plain"] for match in _FILE.finditer(text)):

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.events import EventLog, TodoChanged, TodoItem, ToolCall, ToolOutput, Usage
-from rome.agent.iflow.interfaces import OpenSession, SessionSummary
+from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.mcp_client import MCPServers
 from rome.agent.iflow.model import Answer, ModelError
@@ -228,7 +228,7 @@ class FolderOpener:
 
     Args:
       folder: for the sessions.
-      more: for `OpenSession`, such as commands and skills.
+      more: for `InterfaceSession`, such as commands and skills.
     """
 
     def __init__(self, folder, **more):
@@ -274,7 +274,7 @@ class FolderOpener:
             log.close()
 
         await agent.start()
-        return OpenSession(
+        return InterfaceSession(
             agent=agent,
             workspace=workspace,
             folder=path.parent,
