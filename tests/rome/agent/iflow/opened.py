@@ -45,7 +45,11 @@ class Obedient:
         self.name = name
 
     async def ask(self, messages, tools, *, edge=None, max_tokens=None, on_text=None):
-        place = max(i for i, one in enumerate(messages) if one.role == "user")
+        place = max(
+            place
+            for place, one in enumerate(messages)
+            if one.role == "user" and not one.content.startswith("<system-reminder>")
+        )
         asked = messages[place].content
         lines = [line for line in asked.splitlines() if line.split(" ")[0] in _ORDERS]
         done = sum(one.role == "assistant" for one in messages[place:])
@@ -301,7 +305,21 @@ class FolderOpener:
         return Obedient(name)
 
 
-if __name__ == "__main__":  # an agent of the Agent Client Protocol on stdio
-    from rome.agent.iflow.acp_agent import serve
+async def talk(folder, first=""):
+    """Run the terminal interface here."""
+    from rome.agent.iflow.commands import Command
+    from rome.agent.iflow.tui.terminal import Terminal
 
-    asyncio.run(serve(FolderOpener(sys.argv[1])))
+    commands = {"greet": Command("greet", "Greets.", "say hello $ARGUMENTS")}
+    opener = FolderOpener(folder, commands=commands)
+    session = await opener.open(os.getcwd())
+    await Terminal(opener, session, os.getcwd()).run(first)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "acp":  # an agent of the Agent Client Protocol on stdio
+        from rome.agent.iflow.acp_agent import serve
+
+        asyncio.run(serve(FolderOpener(sys.argv[2])))
+    else:
+        asyncio.run(talk(*sys.argv[2:]))

@@ -65,7 +65,7 @@ class Editor:
 @contextlib.asynccontextmanager
 async def connected(folder, **can):
     editor = Editor()
-    arguments = ("-m", "tests.rome.agent.iflow.opened", str(folder / "sessions"))
+    arguments = ("-m", "tests.rome.agent.iflow.opened", "acp", str(folder / "sessions"))
     async with acp.spawn_agent_process(
         editor,
         sys.executable,
