@@ -191,6 +191,7 @@ class Agent:
                 mode=self._first_mode or parts.policy.mode,
                 system=system,
                 tools=tuple(parts.tools),
+                schemas=tuple(parts.schemas()),
                 agent=self._agent,
                 parent=parts.parent,
                 version=VERSION,
