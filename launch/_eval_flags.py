@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # heavy modules are imported once the flags are checked
     from envs.sources import Settings, Task
     from rome.agent.command import CommandAgent
 
-AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
+AGENTS = ("oracle", "noop", "cheat", "attacker", "refuse", "policy", "endpoint")
 COMMAND = "command"  # and a colon: the command of an agent that plays the policy's episodes
 
 DATASET = flags.DEFINE_string(
