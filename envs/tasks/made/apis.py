@@ -28,7 +28,7 @@ SCHEMAS = {
     "hotel": ("guest", "stay", "state", ("booked", "current", "past"), "nights", "memo"),
 }
 LEVELS = ("basic", "gold", "staff")
-NAMES = "ash birch cedar elm fir hazel larch maple".split()
+NAMES = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple"]
 CASES = 5
 State = dict[str, Any]
 

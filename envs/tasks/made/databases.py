@@ -17,8 +17,8 @@ THEMES = {
     "school": ("pupils", "tests", "points", ("set", "marked", "void"), "form"),
     "farm": ("fields", "jobs", "hours", ("due", "doing", "finished"), "estate"),
 }
-NAMES = "ash birch cedar elm fir hazel larch maple oak pine".split()
-REGIONS = "north south east west".split()
+NAMES = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine"]
+REGIONS = ["north", "south", "east", "west"]
 FIGURES = {
     "COUNT": "the number of those {children}",
     "SUM": "the sum of their `{number}`",

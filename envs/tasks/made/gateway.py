@@ -2,7 +2,7 @@
 
     python3 gateway.py gateway.ini < requests
 
-A request is a line `CLIENT METHOD PATH [ROLE]`; the answer is `200 TARGET PATH`, or an error status.
+A request is a line `CLIENT METHOD PATH [ROLE]`; its answer is `200 TARGET PATH` or an error status.
 
 Settings (INI):
 
@@ -38,7 +38,7 @@ def answer_all(settings, lines):
 
 def answer(settings, words, counts):
     """Return the answer to one request; `counts` has the requests of each client so far."""
-    gateway = settings["gateway"] if "gateway" in settings else {}
+    gateway = settings["gateway"] if settings.has_section("gateway") else {}
     client, method, path = words[:3]
     role = words[3] if len(words) > 3 else ""
     if client in gateway.get("block", "").split():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import NamedTuple
 
 from envs.tasks.made.draft import Case, Draft, run_program
 
-SERVICES = "auth billing cart mailer queue search stock".split()
-USERS = "ann ben cai dee eli fay gus hal".split()
+SERVICES = ["auth", "billing", "cart", "mailer", "queue", "search", "stock"]
+USERS = ["ann", "ben", "cai", "dee", "eli", "fay", "gus", "hal"]
 LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
 LINES = 60  # of a hidden log
 CASES = 8
@@ -242,7 +243,7 @@ def _silences(rng: random.Random) -> Question:
 
     def answer(log: list[Entry]) -> list[str]:
         seen = [entry.second for entry in log if entry.level != level]
-        gaps = [(old - new, old) for old, new in zip(seen, seen[1:], strict=False)]
+        gaps = [(old - new, old) for old, new in itertools.pairwise(seen)]
         rows = sorted(gap for gap in gaps if -gap[0] >= least)[:top]
         return [
             f"{-gap} {start // 3600:02}:{start % 3600 // 60:02}:{start % 60:02}"

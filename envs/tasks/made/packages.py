@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from envs.rock import Sandbox, SandboxConfig, SandboxError
+from envs.rock import Sandbox, SandboxConfig
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import read_folder
 from envs.tasks.made.draft import Case, Draft

@@ -133,6 +133,37 @@ async def judge_programs(
     return [json.loads(line) for line in content.splitlines()]
 
 
+async def outputs_of(draft: Draft, isolation: str = "best_available") -> list[str]:
+    """Return what the oracle prints for each case; "" where it fails or is too slow.
+
+    Raises:
+      SandboxError: a fault of the machine.
+    """
+    verify = pathlib.Path(__file__).with_name("verify.py").read_bytes()
+    driver = (
+        "import json, pathlib, tempfile, verify\n"
+        'order = json.loads(pathlib.Path("order.json").read_text())\n'
+        'pathlib.Path("app").mkdir()\n'
+        'pathlib.Path("app", order["program"]).write_text(order["oracle"])\n'
+        'app = str(pathlib.Path("app").resolve())\n'
+        "found = []\n"
+        'for case in order["cases"]:\n'
+        '    argv = [part.replace("{app}", app) for part in case["argv"]]\n'
+        "    with tempfile.TemporaryDirectory() as work:\n"
+        '        code, output = verify.run(argv, pathlib.Path(work), case["stdin"], 10.0)\n'
+        '    found.append(output if code == 0 else "")\n'
+        'pathlib.Path("outputs.json").write_text(json.dumps(found))\n'
+    )
+    order = {**draft.order, "oracle": draft.oracle}
+    async with Sandbox(SandboxConfig(isolation=isolation, **_SANDBOX)) as sandbox:
+        files = {"verify.py": verify, "driver.py": driver.encode()}
+        await sandbox.write_files({**files, "order.json": json.dumps(order).encode()})
+        result = await sandbox.execute("exec python3 -B driver.py", timeout=PROOF_SECONDS)
+        if result.exit_code != 0:
+            raise SandboxError(f"{draft.name} could not be run: {result.stderr[-300:]}")
+        return json.loads(await sandbox.read_file("outputs.json"))
+
+
 async def score_mutants(
     draft: Draft, count: int, seed: int, isolation: str = "best_available"
 ) -> Mutants:

@@ -14,9 +14,9 @@ from envs.tasks.made import gateway
 from envs.tasks.made.draft import Case, Draft
 
 SERVICE = pathlib.Path(gateway.__file__).read_text()
-PATHS = "/api /static /admin /health /reports /files /login /metrics".split()
-TARGETS = "core assets backoffice probe ledger disk identity gauge".split()
-CLIENTS = "10.0.0.5 10.0.0.9 10.0.1.7 192.168.2.2 192.168.2.30".split()
+PATHS = ["/api", "/static", "/admin", "/health", "/reports", "/files", "/login", "/metrics"]
+TARGETS = ["core", "assets", "backoffice", "probe", "ledger", "disk", "identity", "gauge"]
+CLIENTS = ["10.0.0.5", "10.0.0.9", "10.0.1.7", "192.168.2.2", "192.168.2.30"]
 CASES = 5
 REQUESTS = 40
 

@@ -17,8 +17,21 @@ THEMES = {
     "loans": ("branch", "reader", "days", "renewals"),
     "harvests": ("field", "crop", "crates", "workers"),
 }
-NAMES = "ash birch cedar elm fir hazel larch maple oak pine rowan willow".split()
-PLACES = "north south east west centre harbour".split()
+NAMES = [
+    "ash",
+    "birch",
+    "cedar",
+    "elm",
+    "fir",
+    "hazel",
+    "larch",
+    "maple",
+    "oak",
+    "pine",
+    "rowan",
+    "willow",
+]
+PLACES = ["north", "south", "east", "west", "centre", "harbour"]
 COMPARED = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
 AGGREGATES = {
     "count": "the number of rows",

@@ -8,7 +8,23 @@ from typing import NamedTuple
 
 from envs.tasks.made.draft import Case, Draft, run_program
 
-WORDS = "amber blue coral Dune ember fern Grey hazel iris jade khaki lime Mint navy olive".split()
+WORDS = [
+    "amber",
+    "blue",
+    "coral",
+    "Dune",
+    "ember",
+    "fern",
+    "Grey",
+    "hazel",
+    "iris",
+    "jade",
+    "khaki",
+    "lime",
+    "Mint",
+    "navy",
+    "olive",
+]
 CASES = 8
 ROWS = 30
 

@@ -10,6 +10,7 @@ Only the standard library. `passes` is also used by the proof of mutants (prove.
 programs are judged in one sandbox.
 """
 
+import contextlib
 import ctypes
 import gzip
 import json
@@ -153,10 +154,8 @@ def run(argv, work, stdin, seconds):
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         child.wait()
         out.seek(0)
         return code, out.read(MAX_OUTPUT_BYTES).decode(errors="replace")
@@ -172,10 +171,8 @@ def end_all():
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
         for pid in children():
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -10,10 +10,18 @@ from typing import NamedTuple
 
 from envs.tasks.made.draft import Case, Draft, run_program
 
-AUTHORS = "Ann Ben Cai Dee Eli Fay".split()
-FILES = "README.md src/core.py src/cli.py src/web.py docs/guide.md docs/faq.md setup.cfg".split()
-VERBS = "Add Fix Move Drop Speed Tidy".split()
-THINGS = "parser cache login export search menu".split()
+AUTHORS = ["Ann", "Ben", "Cai", "Dee", "Eli", "Fay"]
+FILES = [
+    "README.md",
+    "src/core.py",
+    "src/cli.py",
+    "src/web.py",
+    "docs/guide.md",
+    "docs/faq.md",
+    "setup.cfg",
+]
+VERBS = ["Add", "Fix", "Move", "Drop", "Speed", "Tidy"]
+THINGS = ["parser", "cache", "login", "export", "search", "menu"]
 CASES = 5
 # Makes the repository `repo` from the file `history`, a stream of git fast-import.
 _SETUP = (
