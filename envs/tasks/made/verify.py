@@ -121,7 +121,7 @@ def difference(case, code, output, work):
 def run(argv, work, stdin, seconds):
     """Run a command in a folder; return (exit status or None where it was too slow, output)."""
     environment = {
-        "PATH": os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin"),
+        **os.environ,
         "HOME": str(work),
         "LC_ALL": "C.UTF-8",
         "TZ": "UTC",
