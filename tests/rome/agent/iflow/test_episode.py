@@ -235,6 +235,27 @@ def test_a_sub_agent_works_in_the_same_environment_in_a_context_of_its_own():
     check_trained_once(trajectory)
 
 
+def test_the_agents_own_tools_take_no_turn_of_the_environment():
+    todo = format_tool_call("todo", {"items": [{"text": "echo red"}]})
+    mixed = todo + bash("x")  # the environment's business: it may refuse two calls in one turn
+
+    class Counting(Told):
+        turns = 0
+
+        async def astep(self, action):
+            self.turns += 1
+            return await super().astep(action)
+
+    env = Counting("copy/1")
+    turns = [todo, "red", mixed, todo, "done"]
+    trajectory = play(Scripted(*turns), env, IFlowAgent(tools=("todo",)), tell_tools=True)
+    assert trajectory.ending == "success" and env.turns == 3 and len(trajectory.chunks) == 5
+    assert trajectory.chunks[0].observation == "[ ] echo red"
+    assert "echo <tool_call>" in trajectory.chunks[2].observation
+    assert {chunk.edge for chunk in trajectory.chunks} == {"continuation"}
+    check_trained_once(trajectory)
+
+
 def test_sub_agents_work_beside_each_other_and_share_the_turns_of_the_environment():
     class Alone(Told):
         inside = 0
