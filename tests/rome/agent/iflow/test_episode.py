@@ -9,7 +9,9 @@ import random
 import pytest
 
 from envs.gem import format_tool_call
+from envs.gem.episode import play_demonstration
 from envs.rock import AgentFault, SandboxConfig, SandboxError
+from envs.sources import load_tasks
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.iflow.agent_specs import AgentSpec
@@ -99,6 +101,22 @@ def test_a_record_of_the_plain_loop_answers_the_agent_to_its_end():
     replay = Replay(plain.chunks, CHAT.tokenizer.turn_ends)
     ours = play(replay, terminal(), tell_tools=True)
     assert replay.left == 0 and record(ours) == record(plain)
+
+
+@pytest.mark.parametrize("source", ["games:all:4", "worlds:all:2", "problems:all:2"])
+def test_iflow_plays_any_source_as_the_plain_loop_does(source):
+    """Solutions that make calls, talk to a user, move in a game, or only answer."""
+    for task in load_tasks(source, 0):
+        config = SandboxConfig(isolation="best_available")
+        shown = asyncio.run(play_demonstration(task.make_env(config), random.Random(1)))
+        turns = [turn.text for turn in shown.turns]
+        limits = dataclasses.replace(LIMITS, max_context=60_000, max_new_tokens=2000)
+        ours, theirs = (
+            player(Scripted(*turns), task.make_env(config), limits=limits, tell_tools=True)
+            for player in (play, play_plain)
+        )
+        assert ours.ending == shown.ending == "success", (task.name, ours.note)
+        assert record(ours) == record(theirs), task.name
 
 
 @pytest.mark.parametrize("seed", range(12))
