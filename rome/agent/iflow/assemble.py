@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rome.agent.endpoint import ChatEndpoint
@@ -23,6 +23,7 @@ from rome.agent.iflow.commands import Command, load_commands
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.endpoint_model import EndpointModel, Prices
+from rome.agent.iflow.events import Usage
 from rome.agent.iflow.hooks import Hooks
 from rome.agent.iflow.instructions import Instructions
 from rome.agent.iflow.limits import Limits
@@ -254,6 +255,10 @@ class _Builder:
             transcript=str(session.log.path or ""),
         )
         self._models = [model]
+        self._limits = options.limits
+        if not self._limits.turns:
+            self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
+        self._usage: Callable[[], Usage] = Usage  # of the main agent's turn
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -272,7 +277,9 @@ class _Builder:
             session=self._session.id,
             session_folder=str(self._session.folder),
             mode=self._options.mode,
+            limits=self._limits,
         )
+        self._usage = lambda: agent.conversation.turn_usage
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
         if self._is_wanted(task.name):
             agent.tools[task.name] = task
@@ -308,6 +315,7 @@ class _Builder:
             agent=spec.name,
             parent=self._session.id,
             mode=self._policy.mode,
+            limits=self._limits.left(self._usage()),
         )
         if may_have_subagents(spec, birth.depth):
             task = TaskTool(self._specs, self._make_child, notify=child.notify, depth=birth.depth)
@@ -326,9 +334,6 @@ class _Builder:
             hooks=self._hooks,
             workspace=self._place.workspace,
         )
-        limits = self._options.limits
-        if not limits.turns:
-            limits = dataclasses.replace(limits, turns=self._settings.max_turns)
         agent = Agent(
             model,
             tools,
@@ -337,7 +342,6 @@ class _Builder:
             policy=self._policy,
             hooks=self._hooks,
             context=context,
-            limits=limits,
             desk=self._desk,
             **rest,
         )
@@ -402,7 +406,9 @@ class _Builder:
         """Keep an output as a file that the model can read, and return its path."""
         content = text.encode("utf-8", "surrogatepass")
         workspace = self._place.workspace
-        folder = OUTPUTS if workspace.is_isolated else f"{session_folder}/outputs"
+        folder = f"{session_folder}/outputs"
+        if workspace.is_isolated:  # agents of one sandbox have a folder each
+            folder = f"{OUTPUTS}/{pathlib.PurePath(session_folder).name}"
         path = f"{folder}/{name}"
         await workspace.write(path, content)
         return path
