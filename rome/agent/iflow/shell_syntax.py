@@ -16,7 +16,9 @@ from collections.abc import Iterator
 import tree_sitter
 import tree_sitter_bash
 
-MAX_LENGTH = 64_000  # of a line that is parsed
+MAX_LENGTH = 32_000  # characters of a line that is parsed
+MAX_PIPES = 1500  # in it: the parser's time grows with their square
+TOO_LONG = "too long to be judged"
 MAX_DEPTH = 200  # of the tree
 _GAP = re.compile(r"(?:[ \t\n]|\\\n)*")
 _BEFORE_COMMENT = (b" ", b"\t", b"\n", b";", b"&", b"|", b"(", b")")
@@ -124,8 +126,8 @@ class Line:
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Line:
     """Return the commands of a line; what is not understood is a problem, never an error."""
-    if len(text) > MAX_LENGTH:
-        return Line((), (f"longer than {MAX_LENGTH} characters",))
+    if len(text) > MAX_LENGTH or text.count("|") > MAX_PIPES:
+        return Line((), (TOO_LONG,))
     odd = next((char for char in text if _is_odd(char)), "")
     try:
         source = text.encode()
