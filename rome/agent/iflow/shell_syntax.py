@@ -284,6 +284,8 @@ class _Walker:
             else:
                 words.append(self._word(child))
         self._check_words(node)
+        if words and re.match(r"[A-Za-z_]\w*(\[.*\])?\+?=", words[0].text):
+            self.problems.append("an assignment in place of a program")
         if words and words[0].has_pattern:
             words[0] = dataclasses.replace(words[0], is_static=False)
         made = SimpleCommand(

@@ -14,6 +14,7 @@ from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.settings import load_settings
 from rome.agent.iflow.skills import describe_skills, load_skills
 from rome.agent.iflow.spec_files import SpecError, places, read_text, split_front_matter
+from rome.agent.iflow.supervisor import make_supervisor
 
 
 def write(path: pathlib.Path, content) -> pathlib.Path:
@@ -152,6 +153,7 @@ def test_a_project_that_is_not_trusted_may_only_forbid(project, home):
         ({"hooks": {"Stop": [{"hooks": [{}]}]}}, "hooks of Stop each have a command"),
         ({"hooks": {"Stop": [{"matcher": "("}]}}, "matcher '\\(' is a regular expression"),
         ({"mcpServers": {"a": {}}}, "mcpServers.a must be an object with either a command or a"),
+        ({"supervisor": {"host": []}}, "supervisor must be an object of hosts, .*, without host"),
         ({"permissions": {"allow": "Bash"}}, "permissions.allow must be a list of rules"),
         ("[]", "must hold an object"),
         ("{", "is no JSON"),
@@ -162,6 +164,17 @@ def test_a_wrong_value_is_an_error_with_file_and_key(project, content, message):
     with pytest.raises(SpecError, match=message) as caught:
         load(project)
     assert str(path) in str(caught.value)
+
+
+def test_the_supervisor_is_there_where_it_is_asked_for(project):
+    assert load(project).supervisor is None
+    write(project / ".iflow/settings.json", {"supervisor": {"hosts": ["a.org"], "stopAt": 4}})
+    assert load(project, trusted=False).supervisor is None
+    given = load(project).supervisor
+    supervisor = make_supervisor(given, root=str(project), home="/root")
+    assert supervisor.bounds.hosts == ("a.org",) and "/tmp" in supervisor.bounds.writable
+    assert load(project, IFLOW_SUPERVISOR="false").supervisor is None
+    assert load(project, IFLOW_SUPERVISOR="true").supervisor.stop_at == 3
 
 
 def test_a_key_to_an_account_is_never_in_a_message(project):
