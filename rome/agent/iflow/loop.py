@@ -246,6 +246,10 @@ class Agent:
         """Tell the agent of something that the program noticed, such as a job that ended."""
         self._inbox.put(text, "notification")
 
+    def remind(self, text: str) -> None:
+        """Tell the model something that holds from now on, such as instructions of a folder."""
+        self._inbox.put(text, "reminder")
+
     @property
     def has_unread(self) -> bool:
         """Return whether something waits for the model; `run("")` lets it read that."""
@@ -339,6 +343,8 @@ class Agent:
             self._parts.edge = "compaction"
         elif isinstance(event, events.SubagentFinished):
             self._inbox.wake()
+        elif isinstance(event, events.JobFinished) and event.exit_code is not None:
+            self.notify(f"Background job {event.job} ended with exit code {event.exit_code}.")
 
     def _stop(self, ending: Ending) -> None:
         """End the turn; what it does is cancelled."""
