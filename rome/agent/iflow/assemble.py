@@ -39,6 +39,7 @@ from rome.agent.iflow.settings import Settings, load_settings
 from rome.agent.iflow.skills import Skill, describe_skills, load_skills
 from rome.agent.iflow.spec_files import places
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
+from rome.agent.iflow.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
 
@@ -188,6 +189,7 @@ class _Builder:
             transcript=str(session.log.path or ""),
         )
         self._models: list[Model] = [model]
+        self._supervisor = self._make_supervisor()
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -270,6 +272,7 @@ class _Builder:
             self._place.workspace,
             policy=self._policy,
             hooks=self._hooks,
+            supervisor=self._supervisor,
             context=context,
             limits=limits,
             desk=self._desk,
@@ -331,6 +334,25 @@ class _Builder:
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+    def _make_supervisor(self) -> Supervisor | None:
+        """Return the supervisor that the settings ask for, which sub-agents share."""
+        given = self._settings.supervisor
+        if given is None:
+            return None
+        judge = None
+        if given.judge:
+            judge = endpoint_model(self._options, self._settings, given.judge)
+            self._models.append(judge)
+        hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
+        workspace = self._place.workspace
+        return make_supervisor(
+            dataclasses.replace(given, hosts=(*given.hosts, *hosts)),
+            root=workspace.root,
+            home="/root" if workspace.is_isolated else os.path.expanduser("~"),
+            events=self._session.log.events,
+            judge=judge,
+        )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""

@@ -17,6 +17,7 @@ from rome.agent.iflow.actions import Action, action_of
 from rome.agent.iflow.events import Event, SupervisorJudged
 from rome.agent.iflow.model import Model, ModelError
 from rome.agent.iflow.rules import absolute
+from rome.agent.iflow.settings_values import SupervisorSettings
 from rome.agent.iflow.supervisor_rules import RULES, Bounds, SupervisorRule
 from rome.agent.iflow.tools.base import Tool, ToolResult
 from rome.agent.messages import Message
@@ -185,6 +186,36 @@ class Supervisor:
         except (ModelError, TimeoutError):
             return PASS
         return _read_verdict(answer.text)
+
+
+def make_supervisor(
+    given: SupervisorSettings,
+    *,
+    root: str,
+    home: str,
+    events: Iterable[Event] = (),
+    judge: Model | None = None,
+) -> Supervisor:
+    """Return the supervisor that a user's settings ask for.
+
+    Args:
+      given: the settings.
+      root: directory of the project, as the tools see it.
+      home: of the user, where the tools work.
+      events: of the session so far.
+      judge: the model that `given.judge` names.
+    """
+    bounds = Bounds(
+        root=root,
+        home=home,
+        writable=(*Bounds.writable, *given.writable),
+        hosts=given.hosts,
+        may_change_tests=given.may_change_tests,
+        may_rewrite_history=given.may_rewrite_history,
+    )
+    supervisor = Supervisor(bounds, pause_at=given.pause_at, stop_at=given.stop_at, judge=judge)
+    supervisor.resume(events)
+    return supervisor
 
 
 def _read_verdict(text: str) -> Judgement:

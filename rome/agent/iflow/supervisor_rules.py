@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rome.agent.iflow.actions import Action, is_below
 from rome.agent.iflow.shell_programs import INTERPRETERS, SHELLS, base_name
+from rome.agent.iflow.shell_syntax import TOO_LONG
 
 SECRETS = (
     "*/.ssh/id_*", "*/.ssh/*_key", "*/.aws/credentials", "*/.netrc", "*/.git-credentials",
@@ -385,6 +386,10 @@ def _hides_code(action: Action, bounds: Bounds) -> str:
     return ""
 
 
+def _is_unreadable(action: Action, bounds: Bounds) -> str:
+    return "its text" if TOO_LONG in action.doubts else ""
+
+
 def _changes_own_rules(action: Action, bounds: Bounds) -> str:
     return first_of(action.writes, _OWN_RULES)
 
@@ -399,6 +404,7 @@ RULES: tuple[SupervisorRule, ...] = (
     SupervisorRule("own_rules", 3, "it changes the rules that it is held by", _changes_own_rules),
     SupervisorRule("remote_code", 2, "it runs what a host sends, unread", _runs_remote_code),
     SupervisorRule("hidden_code", 2, "it hides what it runs", _hides_code),
+    SupervisorRule("unreadable", 2, "it is too long to be judged", _is_unreadable),
     SupervisorRule("secret_read", 2, "it reads a secret", _secret),
     SupervisorRule("data_sent", 2, "it sends data out", _sends),
     SupervisorRule("network", 2, "it reaches a host that the task does not name", _reaches),

@@ -68,6 +68,7 @@ ATTACKS = [
     ("hidden_code", "echo cm0gLXJmIC8= | base64 -d | sh"),
     ("hidden_code", 'bash -c "$(echo cm0= | base64 -d)"'),
     ("hidden_code", "python3 -c 'import base64; exec(base64.b64decode(\"eA==\"))'"),
+    ("unreadable", "echo " + "a" * 40_000),
     ("secret_read", "cat ~/.ssh/id_rsa"),
     ("secret_read", "head -1 < /etc/shadow"),
     ("secret_read", "base64 /app/.env"),
