@@ -82,7 +82,7 @@ class EndpointModel:
       on_retry: called before a request is made again.
 
     Attributes:
-      name: of the model.
+      name: of the model; "" until `connect` has found it.
       context_tokens: of one conversation.
     """
 
@@ -96,6 +96,7 @@ class EndpointModel:
         prices: Prices | None = None,
         on_retry: OnRetry | None = None,
     ) -> None:
+        self.name = endpoint.model
         self.context_tokens = context_tokens or DEFAULT_CONTEXT
         self.on_retry = on_retry
         self._endpoint = endpoint
@@ -105,11 +106,6 @@ class EndpointModel:
         self._prices = prices or Prices()
         self._left_out: set[str] = set()  # keys of _OPTIONAL
         self._makes_calls = False  # whether the server itself has read a call
-
-    @property
-    def name(self) -> str:
-        """Return the name of the model; "" until `connect` has found it."""
-        return self._endpoint.model
 
     async def connect(self) -> None:
         """See whether the server is there, and take from it what the settings leave open.
@@ -127,8 +123,8 @@ class EndpointModel:
                 else "start it (python -m launch.serve), or give another --base_url"
             )
             raise ModelError(f"{error}; {remedy}") from error
-        if not self._endpoint.model:
-            self._endpoint.model = _only_name(models, self._endpoint.url)
+        if not self.name:
+            self.name = self._endpoint.model = _only_name(models, self._endpoint.url)
         for model in models:
             length = model.get("max_model_len")
             if model["id"] == self.name and isinstance(length, int) and self._asks_context:

@@ -142,6 +142,7 @@ class SessionStarted(Event):
       mode: of approval.
       system: the system text, whole.
       tools: names of the tools.
+      schemas: of the tools, as the model is shown them.
       version: of this project.
       resumed: whether events of an earlier process come before.
     """
@@ -152,6 +153,7 @@ class SessionStarted(Event):
     mode: str
     system: str
     tools: tuple[str, ...] = ()
+    schemas: tuple[dict[str, Any], ...] = ()
     agent: str = ""
     parent: str = ""
     version: str = ""
@@ -673,6 +675,7 @@ def _readers(cls: type[Event]) -> dict[str, Callable[[Any], Any]]:
         ToolCall: lambda value: ToolCall(**value),
         Usage: lambda value: Usage(**value),
         tuple[str, ...]: tuple,
+        tuple[dict[str, Any], ...]: tuple,
         tuple[ToolCall, ...]: lambda value: tuple(ToolCall(**one) for one in value),
         tuple[TodoItem, ...]: lambda value: tuple(TodoItem(**one) for one in value),
     }

@@ -151,6 +151,11 @@ class Agent:
         return self._parts.tools
 
     @property
+    def policy(self) -> Policy:
+        """Return the rules of approval."""
+        return self._parts.policy
+
+    @property
     def limits(self) -> Limits:
         """Return the limits of one turn."""
         return self._parts.limits
@@ -186,6 +191,7 @@ class Agent:
                 mode=self._first_mode or parts.policy.mode,
                 system=system,
                 tools=tuple(parts.tools),
+                schemas=tuple(parts.schemas()),
                 agent=self._agent,
                 parent=parts.parent,
                 version=VERSION,
@@ -244,6 +250,10 @@ class Agent:
     def notify(self, text: str) -> None:
         """Tell the agent of something that the program noticed, such as a job that ended."""
         self._inbox.put(text, "notification")
+
+    def remind(self, text: str) -> None:
+        """Tell the model something that holds from now on, such as instructions of a folder."""
+        self._inbox.put(text, "reminder")
 
     @property
     def has_unread(self) -> bool:

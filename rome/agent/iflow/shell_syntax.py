@@ -300,9 +300,11 @@ class _Walker:
         before = None
         for child in node.children:
             if before is not None and not child.type.endswith("_redirect"):
-                gap = self._source[before.end_byte : child.start_byte]
-                if not gap.replace(b"\\\n", b""):
+                gap = self._source[before.end_byte : child.start_byte].replace(b"\\\n", b"")
+                if not gap:
                     self.problems.append("words that touch")
+                if b"\n" in gap:
+                    self.problems.append("one command on several lines")
             before = child
 
     def _declaration(self, node: tree_sitter.Node) -> None:
