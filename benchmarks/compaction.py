@@ -1,22 +1,25 @@
-r"""Measure what compaction costs an agent: long tasks at a quarter of the context they need.
+r"""Measure what compaction costs an agent: long tasks at a quarter of the context.
 
-python -m benchmarks.compaction --json compaction.json [--tasks 50] [--forgets 0.25] [--fails 0.1]
+python -m benchmarks.compaction --json compaction.json [--tasks 50] [--part 4] \
+    [--forgets 0.25] [--fails 0.1]
 
-Each task is a delivery round. The user names the first house; each house is visited by a call whose
-long output has one line that counts: the code of the house, and the way to the next one. Most codes
-are given only once. On the way the agent keeps a todo list, starts a job whose id it needs at the
-end, and is told something more by the user. It succeeds if its last answer has all codes in order,
-the result of the job, and what it was told.
+Each task is a round through a town. The user names the first house; each house is visited by a call
+whose output, long or short, has one line that counts: the code of the house, and the way to the
+next one. Most codes are given only once. On the way the agent keeps a todo list, starts a job whose
+id it needs at the end, and is told something more by the user. It succeeds if its last answer has
+all codes in order, the result of the job, and what it was told.
 
 The agent is the one of production, and its model is a script that knows only what stands in the
 messages that it is shown: a code, a request or an id that is not there is not known to it, and it
 then looks where the context says that more can be found. Its summaries are as those of models are:
-of the facts that it sees it leaves each out with the probability `--forgets`, and with `--fails`
-there is no usable summary (none, an error, or one that is cut).
+of the facts that it sees (the request and what was added to it, the job, each code) it leaves each
+out with the probability `--forgets`, and with `--fails` there is no usable summary (none, an error,
+or one that is cut).
 
-Reported are the shares of tasks that succeed: `whole` with the whole context, `compacted` with a
-quarter of it, and for comparison the quarter with the summaries alone (`summaries_alone`: no
-keep-list, no files), and with nothing (`unmanaged`). `ratio` is compacted / whole.
+Reported are the shares of tasks that succeed: `whole` with the whole context, `compacted` with one
+of `--part` parts of it, and for comparison that part with the keep-list but no files (`no_files`),
+with the summaries alone (`summaries_alone`), and with nothing (`unmanaged`). `ratio` is compacted /
+whole.
 """
 
 from __future__ import annotations
@@ -46,12 +49,17 @@ from rome.agent.messages import Message
 from rome.data.tree import Edge
 
 WHOLE = 40_000  # tokens of the whole context, which holds each task to its end
-HOUSES = 24
+HOUSES = 40
 ONCE = 0.7  # share of the houses that give their code only once
+LONG = 0.5  # share of the houses with a long output
+THOUGHT = "I note where I am, and that the round goes on; what counts is in what the house said. "
 NOISE = "The hall is empty; a lamp, two chairs, a stack of letters nobody has opened for weeks. "
 FACT = re.compile(r"house (\w+) has code (\w+)(?:, then go to (\w+))?")
 JOB = re.compile(r"- (job\d+): count")
-MODES = ("whole", "compacted", "summaries_alone", "unmanaged")
+GOAL = re.compile(r"Visit all (\d+) houses, the first one is (\w+)")
+STEER = re.compile(r"end your answer with the word (\w+)")
+FACTS = (GOAL, STEER, JOB, FACT)
+MODES = ("whole", "compacted", "no_files", "summaries_alone", "unmanaged")
 
 
 @dataclasses.dataclass
@@ -128,8 +136,9 @@ class Visit(BaseTool):
             return ToolResult(f"Nobody opens; the code of {name} was given already.")
         self._town.visited.add(name)
         rng = random.Random(f"noise/{name}")
-        before = NOISE * rng.randrange(15, 30)
-        return ToolResult(f"{before}\n{fact}\n{NOISE * rng.randrange(15, 30)}")
+        most = 30 if rng.random() < LONG else 4
+        before, after_it = (NOISE * rng.randrange(most) for _ in range(2))
+        return ToolResult(f"{before}\n{fact}\n{after_it}")
 
 
 class Count(BaseTool):
@@ -251,13 +260,14 @@ class Script:
             if how == 0:
                 raise ModelError("the server is busy")
             return Answer("and so on", finish="length" if how == 1 else "stop", usage=usage)
-        facts = [match[0] for message in messages for match in FACT.finditer(message.content)]
+        said = "\n".join(message.content for message in messages)
+        facts = [match[0] for pattern in FACTS for match in pattern.finditer(said)]
         kept = [fact for fact in dict.fromkeys(facts) if self._rng.random() >= self._forgets]
         return Answer("The round goes well.\n" + "\n".join(kept), usage=usage)
 
     def _act(self, messages: Sequence[Message]) -> Answer:
         said = "\n".join(message.content for message in messages if message.role != "assistant")
-        goal = re.search(r"Visit all (\d+) houses, the first one is (\w+)", said)
+        goal = GOAL.search(said)
         if goal is None:
             return Answer("I do not know what I am to do.")
         job = JOB.search(said)
@@ -273,7 +283,7 @@ class Script:
         if count is None:
             assert job is not None
             return self._call("count", {"job": job[1]})
-        words = re.findall(r"end your answer with the word (\w+)", said)
+        words = STEER.findall(said)
         return Answer(" ".join(["RESULT", *codes, count[1], *words[-1:]]))
 
     def _find(self, house: str, messages: Sequence[Message], said: str) -> Answer:
@@ -298,7 +308,8 @@ class Script:
 
     def _call(self, name: str, arguments: Mapping[str, Any]) -> Answer:
         call = ev.ToolCall(f"call{self.asked}", name, json.dumps(arguments))
-        return Answer("", tool_calls=(call,), finish="tool_calls")
+        thought = THOUGHT * self._rng.randrange(6)
+        return Answer(thought, tool_calls=(call,), finish="tool_calls")
 
 
 def _walk(said: str, first: str, houses: int) -> tuple[list[str], str]:
@@ -340,10 +351,10 @@ class Played:
     said: str
 
 
-async def play(seed: int, mode: str, forgets: float, fails: float) -> Played:
+async def play(seed: int, mode: str, part: int, forgets: float, fails: float) -> Played:
     """Play one task in one of MODES."""
     town = Town.of(seed)
-    tokens = WHOLE if mode == "whole" else WHOLE // 4
+    tokens = WHOLE if mode == "whole" else WHOLE // part
     script = Script(tokens, seed, forgets, fails)
 
     async def store(name: str, text: str) -> str:
@@ -353,9 +364,8 @@ async def play(seed: int, mode: str, forgets: float, fails: float) -> Played:
     context = None
     if mode in ("whole", "compacted"):
         context = ContextManager(store=store)
-    elif mode == "summaries_alone":
-        context = ContextManager()
-        context._keep = NoKeepList()
+    elif mode != "unmanaged":
+        context = ContextManager(keep=NoKeepList() if mode == "summaries_alone" else None)
     log = ev.EventLog()
     tools = [Visit(town), Count(town), Todo(), Search(town)]
     limits = Limits(turns=20 * HOUSES)
@@ -381,12 +391,12 @@ async def play(seed: int, mode: str, forgets: float, fails: float) -> Played:
     )
 
 
-async def measure(tasks: int, forgets: float, fails: float) -> dict[str, Any]:
+async def measure(tasks: int, part: int, forgets: float, fails: float) -> dict[str, Any]:
     """Return the figures of all modes."""
-    figures: dict[str, Any] = {"tasks": tasks, "forgets": forgets, "fails": fails}
+    figures: dict[str, Any] = {"tasks": tasks, "part": part, "forgets": forgets, "fails": fails}
     for mode in MODES:
         began = time.monotonic()
-        played = [await play(seed, mode, forgets, fails) for seed in range(tasks)]
+        played = [await play(seed, mode, part, forgets, fails) for seed in range(tasks)]
         figures[mode] = {
             "success": sum(one.success for one in played) / tasks,
             "answers": sum(one.answers for one in played) / tasks,
@@ -405,10 +415,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="file of the figures")
     parser.add_argument("--tasks", type=int, default=50)
+    parser.add_argument("--part", type=int, default=4)
     parser.add_argument("--forgets", type=float, default=0.25)
     parser.add_argument("--fails", type=float, default=0.1)
     given = parser.parse_args()
-    figures = asyncio.run(measure(given.tasks, given.forgets, given.fails))
+    figures = asyncio.run(measure(given.tasks, given.part, given.forgets, given.fails))
     console = Console()
     for mode in MODES:
         one = figures[mode]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # heavy modules are imported once the flags are checked
     from rome.agent.command import CommandAgent
     from rome.agent.iflow.episode import IFlowAgent
 
-AGENTS = ("oracle", "noop", "cheat", "policy", "iflow", "endpoint")
+AGENTS = ("oracle", "noop", "cheat", "attacker", "refuse", "policy", "iflow", "endpoint")
 IFLOW = "iflow"  # plays the policy's episodes in the place of the project's plain loop
 COMMAND = "command"  # and a colon: the command of an agent that plays the policy's episodes
 PLAYERS = ("policy", IFLOW, COMMAND)  # of a checkpoint's episodes

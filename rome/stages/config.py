@@ -55,6 +55,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
     "learner.dtype": ("", *DTYPES),
+    "learner.prefix_tree": ("auto", "on", "off"),
     # Known before an earlier stage is run, whose own config has other kernels.
     **{f"learner.{kind}": names for kind, names in zip(Kernels._fields, KNOWN, strict=True)},
 }
@@ -90,6 +91,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "learner.attention": "operation",
     "learner.experts": "operation",
     "learner.exchange": "operation",
+    "learner.prefix_tree": "operation",
     "learner.offload_moments": "operation",
 }
 # Switches that only some losses read. 0 means the value of the loss' own paper (PUBLISHED).

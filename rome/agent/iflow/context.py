@@ -33,31 +33,35 @@ Store = Callable[[str, str], Awaitable[str]]  # name and text of a file -> its p
 
 @dataclasses.dataclass(frozen=True)
 class ContextSettings:
-    """When and how a context is made shorter; shares are of the model's context.
+    """When and how a context is made shorter.
 
     Attributes:
-      threshold: share at which it is made shorter.
-      target: share that moving outputs must reach; else a summary is written as well.
-      recent: share of the newest messages that stay as they are.
-      growth: share by which the context must grow until it is made shorter again.
+      threshold: share of the model's context at which it is made shorter; below 1.
+      target: share of the threshold that moving outputs must reach; else a summary is written too.
+      recent: share of the threshold that the newest messages fill, which stay as they are.
+      growth: share of the threshold by which the context must grow until it is made shorter again.
       moved_tokens: outputs of fewer tokens stay.
       summary_tokens: of a summary, at most.
       summary_seconds: for a summary, at most.
     """
 
     threshold: float = 0.8
-    target: float = 0.5
-    recent: float = 0.2
-    growth: float = 0.1
+    target: float = 0.6
+    recent: float = 0.25
+    growth: float = 0.15
     moved_tokens: int = 200
     summary_tokens: int = 2000
     summary_seconds: float = 180.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.recent < self.target < self.threshold < 1:
+        if not 0 < self.threshold < 1:
             raise ValueError(
-                f"the shares of the context must rise: recent={self.recent},"
-                f" target={self.target}, threshold={self.threshold}; choose such as 0.2, 0.5, 0.8"
+                f"threshold={self.threshold} is no share of the context; choose one such as 0.8"
+            )
+        if not 0 < self.recent < self.target < 1:
+            raise ValueError(
+                f"recent={self.recent} and target={self.target} must be shares of the threshold"
+                " that rise; choose such as 0.25 and 0.6"
             )
 
 
@@ -78,6 +82,7 @@ class ContextManager:
       workspace: whose files are watched for changes; None watches none.
       read_files: path -> (size, time of change) of the files that the agent has seen, shared with
         its tools.
+      keep: the keep-list; None makes one.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class ContextManager:
         writer: Model | None = None,
         workspace: Workspace | None = None,
         read_files: Mapping[str, tuple[int, float]] | None = None,
+        keep: KeepList | None = None,
     ) -> None:
         self.settings = settings or ContextSettings()
         self.read_files: Mapping[str, tuple[int, float]] = {} if read_files is None else read_files
@@ -96,7 +102,7 @@ class ContextManager:
         self._hooks = hooks
         self._writer = writer
         self._workspace = workspace
-        self._keep = KeepList()
+        self._keep = keep or KeepList()
         self._noticed: dict[str, tuple[int, float] | None] = {}
         self._ratio = 1.0  # the model's own count of tokens, by the estimate
         self._floor = 0  # tokens that the last shortening left
@@ -119,8 +125,7 @@ class ContextManager:
         await self._notice_changes(log)
         tokens = self.count_tokens(conversation, model, schemas, log)
         limit = self.settings.threshold * model.context_tokens
-        growth = self.settings.growth * model.context_tokens
-        if tokens >= max(limit, self._floor + growth):
+        if tokens >= max(limit, self._floor + self.settings.growth * limit):
             await self.compact(conversation, model, schemas, log, trigger="threshold")
         elif tokens < self._floor:
             self._floor = 0  # a rewind, or another model
@@ -157,7 +162,8 @@ class ContextManager:
         focus = "\n".join(filter(None, [focus, getattr(asked, "context", "")]))
         await self._move_outputs(conversation, model, log, tokens, trigger)
         left = self.count_tokens(conversation, model, schemas, log)
-        if trigger != "threshold" or left > self.settings.target * model.context_tokens:
+        target = self.settings.target * self.settings.threshold * model.context_tokens
+        if trigger != "threshold" or left > target:
             left = await self._summarise(conversation, model, schemas, log, trigger, focus, tokens)
         self._floor = left
         await self._run_hook("PostCompact", trigger, left)
@@ -202,8 +208,9 @@ class ContextManager:
             return
         settings = self.settings
         is_full = trigger == "overflow"
-        recent = 0.0 if is_full else settings.recent * model.context_tokens
-        target = 0.0 if is_full else settings.target * model.context_tokens
+        limit = 0.0 if is_full else settings.threshold * model.context_tokens
+        recent = settings.recent * limit
+        target = settings.target * limit
         for entry in _older_than(conversation.entries, model, recent):
             if tokens <= target:
                 return
@@ -255,9 +262,10 @@ class ContextManager:
         message = Message("user", summary)
         system = [one for one in conversation.messages[:1] if one.role == "system"]
         base = round(self._ratio * model.count_tokens([*system, message], schemas))
-        share = self.settings.recent if trigger != "overflow" else self.settings.recent / 2
-        room = self.settings.target * model.context_tokens - base
-        kept = _newest(entries, model, min(share * model.context_tokens, room) / self._ratio)
+        limit = self.settings.threshold * model.context_tokens
+        recent = self.settings.recent * limit / (2 if trigger == "overflow" else 1)
+        room = self.settings.target * limit - base
+        kept = _newest(entries, model, min(recent, room) / self._ratio)
         if not kept:  # the last call and its results alone may be longer than the share
             last = _last_exchange(entries)
             kept = _newest(last, model, room / self._ratio)

@@ -67,19 +67,10 @@ class IFlowAgent:
                 raise IFlowError(
                     f"the agent has no tool {name!r} in training; choose of {', '.join(known)}"
                 )
-        if self.compaction:
-            self.context_settings()
-
-    def context_settings(self) -> ContextSettings:
-        """Return when the context is made shorter.
-
-        Raises:
-          IFlowError: the share is no share.
-        """
-        share = self.compaction
-        if not 0.0 < share < 1.0:
-            raise IFlowError(f"compaction={share} is no share of the context; choose such as 0.8")
-        return ContextSettings(threshold=share, target=0.6 * share, recent=0.25 * share)
+        if not 0.0 <= self.compaction < 1.0:
+            raise IFlowError(
+                f"compaction={self.compaction} is no share of the context; choose such as 0.8, or 0"
+            )
 
 
 async def run_iflow_episode(
@@ -238,7 +229,9 @@ class _Episode:
         self, log: EventLog, system: str, tools: Sequence[Tool], *, is_main: bool, kind: str = ""
     ) -> Agent:
         settings = self._agent
-        context = ContextManager(settings.context_settings()) if settings.compaction else None
+        context = None
+        if settings.compaction:
+            context = ContextManager(ContextSettings(threshold=settings.compaction))
         return Agent(
             _EpisodeModel(DialogueModel(self._dialogue), self),
             tools,

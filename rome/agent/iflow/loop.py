@@ -151,6 +151,11 @@ class Agent:
         return self._parts.tools
 
     @property
+    def policy(self) -> Policy:
+        """Return the rules of approval."""
+        return self._parts.policy
+
+    @property
     def limits(self) -> Limits:
         """Return the limits of one turn."""
         return self._parts.limits

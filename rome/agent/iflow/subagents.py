@@ -94,7 +94,7 @@ class TaskTool(BaseTool):
         self._notify = notify
         self._depth = depth
         self._slots = asyncio.Semaphore(max_parallel)
-        self._working: set[str] = set()
+        self._working: dict[str, Callable[[ev.Event], ev.Event]] = {}  # id -> emit of the parent
         self._background: dict[str, asyncio.Task[None]] = {}
         self._logs: dict[str, EventLog] = {}  # of sub-agents without a folder
         self.description = _describe(self._specs)  # type: ignore[misc]
@@ -118,13 +118,12 @@ class TaskTool(BaseTool):
             background=is_background,
         )
         context.emit(started)
-        self._working.add(birth.id)
-        working = self._work(birth, arguments["prompt"], context.emit)
+        self._working[birth.id] = context.emit
         if not is_background:
-            return _result_of(birth.id, await working)
-        task = asyncio.create_task(self._work_in_background(birth.id, working))
+            return _result_of(birth.id, await self._work(birth, arguments["prompt"]))
+        task = asyncio.create_task(self._work_in_background(birth, arguments["prompt"]))
         self._background[birth.id] = task
-        task.add_done_callback(lambda _: self._background.pop(birth.id, None))
+        task.add_done_callback(lambda _: self._finish(_cancelled(birth.id)))
         return ToolResult(
             f"sub-agent {birth.id} works in the background; its result will be told to you"
         )
@@ -142,20 +141,24 @@ class TaskTool(BaseTool):
     # -- one sub-agent
     # ---------------------------------------------------------------------------------------------
 
-    async def _work(
-        self, birth: Birth, prompt: str, emit: Callable[[ev.Event], ev.Event]
-    ) -> ev.SubagentFinished:
+    async def _work(self, birth: Birth, prompt: str) -> ev.SubagentFinished:
         """Run a sub-agent to its end; its end is in the parent's session whatever it is."""
-        finished = ev.SubagentFinished(id=birth.id, outcome="aborted", result="it was cancelled")
+        finished = _cancelled(birth.id)
         try:
             async with self._slots:
                 finished = await self._run(birth, prompt)
         finally:
-            self._working.discard(birth.id)
             if birth.folder:
                 birth.log.close()
-            emit(finished)
+            self._finish(finished)
         return finished
+
+    def _finish(self, finished: ev.SubagentFinished) -> None:
+        """Log the end of a sub-agent, once; one that was cancelled may never have begun to run."""
+        self._background.pop(finished.id, None)
+        emit = self._working.pop(finished.id, None)
+        if emit is not None:
+            emit(finished)
 
     async def _run(self, birth: Birth, prompt: str) -> ev.SubagentFinished:
         first = len(birth.log.events)
@@ -176,10 +179,10 @@ class TaskTool(BaseTool):
             id=birth.id, outcome=turn.outcome, result=_shorten(result), usage=turn.usage
         )
 
-    async def _work_in_background(self, id: str, working: Any) -> None:
-        finished = await working
+    async def _work_in_background(self, birth: Birth, prompt: str) -> None:
+        finished = await self._work(birth, prompt)
         assert self._notify is not None
-        self._notify(f"Sub-agent {id}, which worked in the background:\n{_answer(finished)}")
+        self._notify(f"Sub-agent {birth.id}, which worked in the background:\n{_answer(finished)}")
 
     def _birth(self, arguments: Mapping[str, Any], session_folder: str) -> Birth:
         """Return what a call asks for: a new sub-agent, or an earlier one.
@@ -267,6 +270,10 @@ async def _close(child: Child) -> None:
             await child.aclose()
     except (OSError, RuntimeError, TimeoutError):
         return
+
+
+def _cancelled(id: str) -> ev.SubagentFinished:
+    return ev.SubagentFinished(id=id, outcome="aborted", result="it was cancelled")
 
 
 def _result_of(id: str, finished: ev.SubagentFinished) -> ToolResult:

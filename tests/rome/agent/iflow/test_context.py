@@ -301,8 +301,10 @@ def test_files_that_changed_outside_are_told_once():
 
 
 def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="must rise"):
-        ContextSettings(threshold=0.4)
+    with pytest.raises(ValueError, match="that rise"):
+        ContextSettings(recent=0.7)
+    with pytest.raises(ValueError, match="no share"):
+        ContextSettings(threshold=80)
 
 
 ACTIONS = st.lists(
