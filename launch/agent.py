@@ -81,9 +81,9 @@ async def _run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace):
-    from rome.agent.iflow.assemble import Options
     from rome.agent.iflow.endpoint_model import Prices
     from rome.agent.iflow.limits import Limits
+    from rome.agent.iflow.options import Options
 
     tools = None
     if arguments.tools is not None:
@@ -94,6 +94,8 @@ def _options(arguments: argparse.Namespace):
         model=arguments.model,
         base_url=arguments.base_url or os.environ.get("OPENAI_BASE_URL", ""),
         api_key=arguments.api_key or os.environ.get("OPENAI_API_KEY", ""),
+        engine=arguments.engine,
+        tokenizer=arguments.tokenizer,
         mode="yolo" if arguments.yolo else arguments.mode,
         tools=tools,
         context_tokens=arguments.context_tokens,
@@ -150,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--list_sessions", action="store_true", help="show this directory's sessions")
     add("-m", "--model", default="", help="name of the model")
     add("--base_url", default="", help="of an OpenAI-compatible server, with /v1")
+    add("--engine", default="", help="URL of launch.serve or SGLang, for exact tokens")
+    add("--tokenizer", default="", help="folder with the engine's tokenizer")
     add("--api_key", default="", help="for it; better in OPENAI_API_KEY or IFLOW_apiKey")
     add("--temperature", type=float, help="of sampling")
     add("--context_tokens", type=int, default=0, help="of a conversation")

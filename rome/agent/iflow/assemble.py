@@ -15,21 +15,23 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rome.agent.endpoint import ChatEndpoint
 from rome.agent.iflow import events
 from rome.agent.iflow.agent_specs import AgentSpec, load_agent_specs
 from rome.agent.iflow.checkpoint import Checkpoints
 from rome.agent.iflow.commands import Command, load_commands
+from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.endpoint_model import EndpointModel, Prices
+from rome.agent.iflow.endpoint_model import EndpointModel
+from rome.agent.iflow.engine_model import EngineModel
 from rome.agent.iflow.events import Usage
 from rome.agent.iflow.hooks import Hooks
 from rome.agent.iflow.instructions import Instructions
-from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.place import Kind, Place, open_place
+from rome.agent.iflow.model import Model
+from rome.agent.iflow.options import Options, UsageError
+from rome.agent.iflow.place import Place, open_place
 from rome.agent.iflow.policy import Policy
 from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.prompts import surroundings, system_text
@@ -38,56 +40,12 @@ from rome.agent.iflow.settings import Settings, load_settings
 from rome.agent.iflow.skills import Skill, describe_skills, load_skills
 from rome.agent.iflow.spec_files import places
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
+from rome.agent.iflow.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
 
-REQUEST_SECONDS = 1800.0  # for one answer of a model, with its retries
-MAX_REQUESTS = 6
 OUTPUTS = "/tmp/iflow/outputs"  # of a sandbox: where old outputs are moved to
 NOT_BELOW = ("exit_plan_mode",)  # tools that sub-agents do not have: the mode is the main agent's
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be; the message says what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a user asks for beyond the settings; what is empty is left to them.
-
-    Attributes:
-      directory: of the project.
-      workspace: where tools work.
-      model: name of it.
-      base_url: of the endpoint, with /v1.
-      api_key: for it.
-      mode: of approval.
-      tools: names or patterns of the only tools there are; None for all.
-      context_tokens: of a conversation.
-      max_tokens: of one answer; 0 leaves it to the server.
-      temperature: of sampling; None leaves it to the server.
-      prices: of a million tokens.
-      limits: of one turn.
-      egress: what a sandbox may reach.
-      has_web: whether pages of the web can be fetched, from this machine.
-      trust: trust the project, now and later.
-    """
-
-    directory: pathlib.Path
-    workspace: Kind = "sandbox"
-    model: str = ""
-    base_url: str = ""
-    api_key: str = ""
-    mode: str = ""
-    tools: tuple[str, ...] | None = None
-    context_tokens: int = 0
-    max_tokens: int = 0
-    temperature: float | None = None
-    prices: Prices = dataclasses.field(default_factory=Prices)
-    limits: Limits = dataclasses.field(default_factory=Limits)
-    egress: tuple[str, ...] = ()
-    has_web: bool = False
-    trust: bool = False
 
 
 @dataclasses.dataclass
@@ -118,7 +76,18 @@ class Assembled:
     notices: tuple[str, ...]
     task: TaskTool
     servers: MCPServers
-    models: Sequence[EndpointModel]
+    models: Sequence[Model]
+
+    async def keep(self) -> None:
+        """Keep what the session has outside of its events: a sandbox's files, an engine's tokens.
+
+        Raises:
+          WorkspaceError: the files could not be copied.
+        """
+        for model in self.models:
+            if isinstance(model, EngineModel):
+                model.keep()
+        await self.place.keep()
 
     async def aclose(self, outcome: events.Outcome = "finished") -> None:
         """End the session in order and free all that it holds."""
@@ -158,7 +127,7 @@ async def assemble(
     if options.trust:
         projects.trust(project)
     settings = load_settings(project, trusted=projects.is_trusted(project), home=home)
-    model = await _connect(options, settings)
+    model = await connect_model(options, settings, session)
     try:
         place = await open_place(options.workspace, project, session.folder, egress=options.egress)
     except BaseException:
@@ -182,40 +151,6 @@ async def assemble(
         raise
 
 
-async def _connect(options: Options, settings: Settings) -> EndpointModel:
-    """Return the model, once its endpoint has answered."""
-    base_url = options.base_url or settings.base_url
-    if not base_url:
-        raise UsageError(
-            "no model: give the URL of an OpenAI-compatible server by --base_url, by baseUrl in"
-            " ~/.iflow/settings.json or by IFLOW_baseUrl, such as http://127.0.0.1:8000/v1"
-        )
-    model = _model(options, settings, options.model or settings.model)
-    try:
-        await model.connect()
-    except BaseException:
-        await model.aclose()
-        raise
-    return model
-
-
-def _model(options: Options, settings: Settings, name: str) -> EndpointModel:
-    endpoint = ChatEndpoint(
-        options.base_url or settings.base_url,
-        name,
-        options.api_key or settings.api_key or None,
-        request_seconds=REQUEST_SECONDS,
-        max_requests=MAX_REQUESTS,
-    )
-    return EndpointModel(
-        endpoint,
-        context_tokens=options.context_tokens or settings.tokens_limit,
-        max_tokens=options.max_tokens or None,
-        temperature=options.temperature,
-        prices=options.prices,
-    )
-
-
 class _Builder:
     """Builds an agent and, when they are asked for, its sub-agents."""
 
@@ -226,7 +161,7 @@ class _Builder:
         session: OpenSession,
         place: Place,
         servers: MCPServers,
-        model: EndpointModel,
+        model: Model,
         projects: Projects,
         is_attended: bool,
         home: pathlib.Path | None,
@@ -254,7 +189,8 @@ class _Builder:
             session=session.id,
             transcript=str(session.log.path or ""),
         )
-        self._models = [model]
+        self._models: list[Model] = [model]
+        self._supervisor = self._make_supervisor()
         self._limits = options.limits
         if not self._limits.turns:
             self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
@@ -323,10 +259,10 @@ class _Builder:
         return child
 
     def _make_agent(
-        self, model: EndpointModel, log: events.EventLog, tools: Sequence[Tool], **rest: Any
+        self, model: Model, log: events.EventLog, tools: Sequence[Tool], **rest: Any
     ) -> Agent:
         """Return an agent with what all agents of the session have alike."""
-        if model.on_retry is None:
+        if isinstance(model, EndpointModel) and model.on_retry is None:
             model.on_retry = functools.partial(_log_retry, log)
         context = ContextManager(
             ContextSettings(threshold=self._settings.compression_threshold),
@@ -341,6 +277,7 @@ class _Builder:
             self._place.workspace,
             policy=self._policy,
             hooks=self._hooks,
+            supervisor=self._supervisor,
             context=context,
             desk=self._desk,
             **rest,
@@ -348,10 +285,10 @@ class _Builder:
         context.read_files = agent.read_files
         return agent
 
-    def _model_of(self, spec: AgentSpec) -> EndpointModel:
-        if spec.model in ("", self._model.name):
+    def _model_of(self, spec: AgentSpec) -> Model:
+        if spec.model in ("", self._model.name) or self._options.engine:
             return self._model
-        model = _model(self._options, self._settings, spec.model)
+        model = endpoint_model(self._options, self._settings, spec.model)
         self._models.append(model)
         return model
 
@@ -401,6 +338,25 @@ class _Builder:
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+    def _make_supervisor(self) -> Supervisor | None:
+        """Return the supervisor that the settings ask for, which sub-agents share."""
+        given = self._settings.supervisor
+        if given is None:
+            return None
+        judge = None
+        if given.judge:
+            judge = endpoint_model(self._options, self._settings, given.judge)
+            self._models.append(judge)
+        hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
+        workspace = self._place.workspace
+        return make_supervisor(
+            dataclasses.replace(given, hosts=(*given.hosts, *hosts)),
+            root=workspace.root,
+            home="/root" if workspace.is_isolated else os.path.expanduser("~"),
+            events=self._session.log.events,
+            judge=judge,
+        )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""
