@@ -42,6 +42,8 @@ def learner() -> ml_collections.ConfigDict:
     block.attention = "auto"  # kernels by name (rome/model/ops/kernels.py)
     block.experts = "auto"
     block.exchange = "auto"
+    # lines of an RL step that begin alike are computed once: auto, on, off (docs/algorithms.md)
+    block.prefix_tree = "auto"
     block.dtype = ""  # float32 or bfloat16; empty: the model's own
     block.capacity_factor = 0.0  # of an expert; 0: no token is dropped
     block.router_z_loss_coef = 0.0

@@ -62,7 +62,7 @@ def compile_experiment(
     from rome.cost.estimate import find_chip, report, state_bytes
     from rome.model.sharding import check_mesh
     from rome.stages.config import ConfigError, check_config
-    from rome.stages.learner import make_learner
+    from rome.stages.learner import make_learner, shares_prefixes
     from rome.stages.settings import passes_of_step
     from rome.stages.weights import model_of
 
@@ -90,7 +90,9 @@ def compile_experiment(
     check_mesh(model, mesh, batch=rows, length=length)
     learner = make_learner(config, model, devices)
     replays = config.get("routing_replay", "off") != "off"
-    batch = batch_shapes(rows, length, config.chunks_per_row, model if replays else None)
+    routes_for = model if replays else None
+    prefix_tree = shares_prefixes(config, learner)
+    batch = batch_shapes(rows, length, config.chunks_per_row, routes_for, prefix_tree)
     passes = passes_of_step(config, balances_experts=model.router_aux_loss_coef > 0)
     names = ("score", "accumulate", "apply") if passes["score"] else ("accumulate", "apply")
     programs = compile_programs(learner, batch, chip, names, imbalance)
@@ -106,6 +108,7 @@ def compile_experiment(
         "rows_per_microbatch": rows,
         "sequence_length": sequence_length,
         "imbalance": imbalance,
+        "prefix_tree": prefix_tree,
         "remat": model.remat,
         "jax": jax.__version__,
     }

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import numpy as np
 
 from rome.cost.estimate import Program, measure, state_bytes, too_large
 from rome.cost.roofline import GIB, Chip
@@ -51,7 +52,11 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 def batch_shapes(
-    rows: int, row_length: int, chunks_per_row: int, routes_for: ModelConfig | None
+    rows: int,
+    row_length: int,
+    chunks_per_row: int,
+    routes_for: ModelConfig | None,
+    prefix_tree: bool = False,
 ) -> Batch[jax.ShapeDtypeStruct]:
     """Return the shapes of one micro-batch.
 
@@ -60,11 +65,15 @@ def batch_shapes(
       row_length: T.
       chunks_per_row: C.
       routes_for: the model whose routes are replayed; None: no routes.
+      prefix_tree: whether the rows are prefix trees.
     """
     empty = pack(
         [], row_length=row_length, chunks_per_row=chunks_per_row, gamma=1.0, failure_reward=0.0
     )
     batch = empty.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype))
+    if prefix_tree:
+        places = jax.ShapeDtypeStruct((rows, row_length), np.int32)
+        batch = batch._replace(ends_BT=places, about_BT=places, predictor_BT=places)
     if routes_for is None:
         return batch
     shape = (rows, row_length, routes_for.num_layers, routes_for.experts_per_token)

@@ -2,7 +2,8 @@
 
 B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole lines
 of trajectories (an episode without branches is one line): segments 1, 2, ..., positions from 0 in
-each. Index t is about tokens_BT[:, t], which the model predicts at t - 1.
+each. Index t is about tokens_BT[:, t], which the model predicts at t - 1. In rows of prefix trees a
+segment is a tree of lines, and `Tree` says what index t of the learned fields is about.
 """
 
 from __future__ import annotations
@@ -32,10 +33,26 @@ class HasShape(Protocol):
 ArrayT = TypeVar("ArrayT", bound=HasShape)
 
 
+class Tree(NamedTuple, Generic[ArrayT]):
+    """How the lines of rows share their beginnings (`rome.data.prefix_tree`); int32 places.
+
+    Attributes:
+      ends_BT: the token at place j is seen by those at j, ..., end - 1; 0 on padding.
+      about_BT: place of the token that the learned fields of index t are about; t on padding.
+      predictor_BT: place of the token that predicts it; -1 where index t is about no action token.
+    """
+
+    ends_BT: ArrayT
+    about_BT: ArrayT
+    predictor_BT: ArrayT
+
+
 class Batch(NamedTuple, Generic[ArrayT]):
     """Packed rows, as a pytree: `Batch[np.ndarray]` on the host, `Batch[jax.Array]` inside jit.
 
-    Every field is 0 on padding, except chunk_ids_BT, which is -1 outside action tokens.
+    Every field is 0 on padding, except chunk_ids_BT, which is -1 outside action tokens, and the
+    fields of `Tree`. The learned fields are action_mask_BT, chunk_ids_BT, version_BT and the
+    logprobs.
     """
 
     tokens_BT: ArrayT  # int32
@@ -63,6 +80,10 @@ class Batch(NamedTuple, Generic[ArrayT]):
     # float32; how often these rows chose each expert in the pass that scored logp_old; None: not
     # counted. Not split by rows, so it stays on the host.
     expert_counts_LE: np.ndarray | None = None
+    # int32; fields of `tree`. None: every line has its tokens to itself.
+    ends_BT: ArrayT | None = None
+    about_BT: ArrayT | None = None
+    predictor_BT: ArrayT | None = None
 
     def map(self, function: Callable[..., Any], *others: Batch[Any]) -> Batch[Any]:
         """Apply `function` to each field together with the same field of `others`.
@@ -75,6 +96,13 @@ class Batch(NamedTuple, Generic[ArrayT]):
         for field, *rest in zip(self, *others, strict=True):
             mapped.append(None if field is None else function(field, *rest))
         return Batch(*mapped)
+
+    @property
+    def tree(self) -> Tree[ArrayT] | None:
+        """Return how the lines share their beginnings; None where they share nothing."""
+        if self.ends_BT is None or self.about_BT is None or self.predictor_BT is None:
+            return None
+        return Tree(self.ends_BT, self.about_BT, self.predictor_BT)
 
     @property
     def num_rows(self) -> int:

@@ -10,6 +10,7 @@ What a line's tokens and chunks are is said in `rome.data.lines`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import grain
@@ -17,7 +18,7 @@ import grain.experimental
 import numpy as np
 
 from rome.data.advantages import Anchor, Comparison, Estimator, group_advantages
-from rome.data.batch import Batch
+from rome.data.batch import CONTEXT, Batch
 from rome.data.lines import (
     CHUNK_FEATURES,
     TOKEN_FEATURES,
@@ -26,7 +27,14 @@ from rome.data.lines import (
     Purpose,
     to_examples,
 )
-from rome.data.row_routes import fetch_routes
+from rome.data.prefix_tree import (
+    LEAST_SHARED,
+    TREE_CHUNK_FEATURES,
+    TREE_TOKEN_FEATURES,
+    merge_lines,
+    to_tree_batch,
+)
+from rome.data.row_routes import fetch_routes, hash_routes
 from rome.data.trajectory import Trajectory
 from rome.model.config import ModelConfig
 
@@ -48,6 +56,8 @@ def pack(
     edge_credit: Mapping[str, float] | None = None,
     is_own_row: Callable[[int], bool] = lambda row: True,
     load_routes: Callable[[Trajectory], Trajectory] = lambda trajectory: trajectory,
+    prefix_tree: bool = False,
+    versions_apart: bool = False,
 ) -> Batch[np.ndarray]:
     """Pack all trainable trajectories, each line whole, into as few rows as best-fit finds.
 
@@ -75,7 +85,12 @@ def pack(
       edge_credit: multiplies return, reward and advantage of turns by the edges of the tree
         (`rome.data.tree.credits_of`); a turn of weight 0 is only read.
       is_own_row: whether the routes of a row are needed here; elsewhere they are zeros.
-      load_routes: returns a trajectory with its routes; asked for those of own rows.
+      load_routes: returns a trajectory with its routes; asked for those of own rows, and with
+        prefix_tree for all.
+      prefix_tree: lines that begin with the same tokens, and the same routes where these are
+        replayed, share what they have in common (`rome.data.prefix_tree`), unless that takes more
+        rows.
+      versions_apart: with prefix_tree, sampled tokens are shared by samples of one version only.
 
     Returns:
       As many rows as were needed, none if nothing is trainable. logp_old_BT is zeros.
@@ -105,22 +120,62 @@ def pack(
         denial_penalty=denial_penalty,
     )
     examples = []
+    keys = []
     for number, (trajectory, advantage_K) in enumerate(zip(trained, advantages, strict=True), 1):
-        for example in to_examples(trajectory, advantage_K, options):
-            if routes_for is not None:
+        lines = to_examples(trajectory, advantage_K, options)
+        if routes_for is not None:
+            for example in lines:
                 example["places"] = np.insert(example["places"], 0, number, axis=1)
-            examples.append(example)
-    if not examples or routes_for is None:
+        if prefix_tree:
+            with_routes = None if routes_for is None else load_routes(trajectory)
+            keys += [_keys(example, versions_apart, with_routes, routes_for) for example in lines]
+        examples += lines
+    if prefix_tree and examples:
+        rows = _rows_of_trees(examples, keys, row_length, chunks_per_row)
+        batch = to_tree_batch(rows) if rows else _empty_rows(0, row_length, chunks_per_row)
+    elif routes_for is None or not examples:
         return pack_examples(examples, row_length, chunks_per_row)
-    rows = _best_fit(examples, row_length, chunks_per_row, places=True)
+    else:
+        rows = _best_fit(examples, row_length, chunks_per_row, places=True)
+        batch = to_batch(rows)
+    if routes_for is None or not rows:
+        return batch
     routes_BTLk = fetch_routes(
-        np.stack([row.pop("places") for row in rows]),
+        np.stack([row["places"] for row in rows]),
         trained,
         routes_for,
         own_rows=[number for number in range(len(rows)) if is_own_row(number)],
         load=load_routes,
     )
-    return to_batch(rows)._replace(routes_BTLk=routes_BTLk)
+    return batch._replace(routes_BTLk=routes_BTLk)
+
+
+def _keys(
+    example: Example,
+    versions_apart: bool,
+    with_routes: Trajectory | None,
+    routes_for: ModelConfig | None,
+) -> np.ndarray:
+    """Return the numbers that must be equal where two lines share a token, [T, K]."""
+    keys = [example["tokens"]]
+    if versions_apart:
+        chunk_T = np.cumsum(example["chunk_start"]) - 1
+        is_read_T = ~example["action_mask"] | (example["kind"][np.maximum(chunk_T, 0)] == CONTEXT)
+        keys.append(np.where(is_read_T, 0, example["version"] + 1))
+    if with_routes is not None and routes_for is not None:
+        keys.append(hash_routes(with_routes, example["places"][:, 1:], routes_for))
+    return np.stack(keys, axis=1).astype(np.int64)
+
+
+def _rows_of_trees(
+    examples: list[Example], keys: list[np.ndarray], row_length: int, chunks_per_row: int
+) -> list[Example]:
+    """Return rows of trees; of lines that share nothing where that takes fewer rows."""
+    found = []
+    for least_shared in (LEAST_SHARED, math.inf):
+        trees = merge_lines(examples, keys, row_length, chunks_per_row, least_shared)
+        found.append(_best_fit(trees, row_length, chunks_per_row, "places" in examples[0], True))
+    return min(found, key=len)
 
 
 def pack_examples(
@@ -139,14 +194,20 @@ def pack_examples(
 
 
 def _best_fit(
-    examples: list[Example], row_length: int, chunks_per_row: int, places: bool = False
+    examples: list[Example],
+    row_length: int,
+    chunks_per_row: int,
+    places: bool = False,
+    trees: bool = False,
 ) -> list[Example]:
-    """Return rows of all examples; `places` says whether they have places of routes."""
+    """Return rows of all examples; `places` and `trees` say which features these have."""
+    if not examples:
+        return []
     # sorted is stable: examples of equal length keep their order
     longest_first = sorted(examples, key=lambda example: -len(example["tokens"]))
     without_prefetch = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = grain.MapDataset.source(longest_first).to_iter_dataset(without_prefetch)
-    return list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), places=places))
+    return list(pack_stream(stream, row_length, chunks_per_row, len(examples), places, trees))
 
 
 def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Batch[np.ndarray]]:
@@ -183,6 +244,13 @@ def _fill_up(batch: Batch[np.ndarray], rows: int) -> Batch[np.ndarray]:
         empty = empty._replace(routes_BTLk=np.zeros(shape, batch.routes_BTLk.dtype))
     if batch.lines_BC is not None:
         empty = empty._replace(lines_BC=np.zeros((missing, C), batch.lines_BC.dtype))
+    if batch.tree is not None:
+        places_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (missing, T))
+        empty = empty._replace(
+            ends_BT=np.zeros((missing, T), np.int32),
+            about_BT=places_BT,
+            predictor_BT=np.full((missing, T), -1, np.int32),
+        )
     return batch.map(lambda field, padding: np.concatenate([field, padding]), empty)
 
 
@@ -196,8 +264,9 @@ def pack_stream(
     chunks_per_row: int,
     bins: int,
     places: bool = False,
+    trees: bool = False,
 ) -> grain.IterDataset:
-    """Pack a stream of examples into a stream of rows for `to_batch`, best-fit.
+    """Pack a stream of examples into a stream of rows for `to_batch` or `to_tree_batch`, best-fit.
 
     The iterator's get_state and set_state resume at an exact row.
 
@@ -207,9 +276,10 @@ def pack_stream(
       chunks_per_row: C, the most chunks that a row holds.
       bins: rows that are open at a time.
       places: whether the examples have places of routes.
+      trees: whether the examples are trees of `rome.data.prefix_tree`.
     """
-    lengths = dict.fromkeys(TOKEN_FEATURES, row_length)
-    lengths |= dict.fromkeys(CHUNK_FEATURES, chunks_per_row)
+    lengths = dict.fromkeys(TREE_TOKEN_FEATURES if trees else TOKEN_FEATURES, row_length)
+    lengths |= dict.fromkeys(TREE_CHUNK_FEATURES if trees else CHUNK_FEATURES, chunks_per_row)
     if places:
         lengths["places"] = row_length
     # grain adds segments and positions to every feature that is not called meta: one feature of

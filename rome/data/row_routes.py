@@ -52,6 +52,25 @@ def fetch_routes(
     return routes_BTLk
 
 
+def hash_routes(trajectory: Trajectory, places_P2: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Return a number of at least 0 for the routes of each token: different routes, other numbers.
+
+    Args:
+      trajectory: with its routes.
+      places_P2: (chunk, token of the chunk) of each token.
+      config: of the model that is to replay the routes.
+
+    Raises:
+      ValueError: as `fetch_routes`.
+    """
+    routes_PLk = _routes_at(trajectory, places_P2, config)
+    flat_PR = routes_PLk.reshape(len(routes_PLk), -1).astype(np.uint64)
+    # Sums with random 64-bit weights: two given rows meet in the upper bits once in 2**62 or less.
+    weights_R = np.random.default_rng(0).integers(2**64, size=flat_PR.shape[1], dtype=np.uint64)
+    hashed_P = (flat_PR * (weights_R | np.uint64(1))).sum(axis=1, dtype=np.uint64)
+    return (hashed_P >> np.uint64(2)).astype(np.int64)
+
+
 def _routes_at(trajectory: Trajectory, places_P2: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Return the routes at (chunk, token of the chunk); 0 where no engine sampled."""
     if any(chunk.versions and chunk.routes is None for chunk in trajectory.chunks):

@@ -72,12 +72,13 @@ class Output(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Position and segment of each token, and its rotary angles."""
+    """Position and segment of each token, its rotary angles, and in a prefix tree who sees it."""
 
     cos_BT1h: Array
     sin_BT1h: Array
     positions_BT: Array
     segments_BT: Array
+    ends_BT: Array | None = None
 
 
 class RMSNorm(nn.Module):
@@ -174,6 +175,7 @@ def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, for
         k_segments_BS=places.segments_BT,
         ordered=True,
         implementation=form,
+        ends_BT=places.ends_BT,
     )
 
 
@@ -237,6 +239,7 @@ class Qwen3(nn.Module):
         segments_BT: Array,
         pages: Pages | None = None,
         routes_LBTK: Array | None = None,
+        ends_BT: Array | None = None,
     ) -> Output:
         """Run the model.
 
@@ -249,6 +252,8 @@ class Qwen3(nn.Module):
             then 1, and scan False. None: each row is complete.
           routes_LBTK: expert ids to replay; gate weights still come from the router. Negative where
             a token chooses for itself.
+          ends_BT: in rows of prefix trees, the place after the last token that sees each token;
+            None: a token is seen by all that follow it in its segment.
 
         Raises:
           ValueError: shapes, parameters and form of the loop do not fit each other.
@@ -261,7 +266,7 @@ class Qwen3(nn.Module):
             self._matrix("head", "kernel", (config.hidden_size, config.vocab_size))
         x_BTD = embed(embedding_VD, tokens_BT, config.dtype)
         cos_BT1h, sin_BT1h = rotary_angles(positions_BT, config)
-        places = Places(cos_BT1h, sin_BT1h, positions_BT, segments_BT)
+        places = Places(cos_BT1h, sin_BT1h, positions_BT, segments_BT, ends_BT)
         run = self._scanned if self.scan else self._unrolled
         x_BTD, (new_pages, routes_LBTK, router_L) = run(x_BTD, places, pages, routes_LBTK)
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)

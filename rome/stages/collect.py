@@ -67,6 +67,7 @@ class Collector:
       old_logprobs: scores pi_old.
       model_config: of the model that is trained.
       own_rows: of a micro-batch, in this process.
+      prefix_tree: lines that begin alike share a row (`rome.data.prefix_tree`).
       team: the processes of this job.
     """
 
@@ -79,6 +80,7 @@ class Collector:
         old_logprobs: OldLogprobs,
         model_config: ModelConfig,
         own_rows: OwnRows,
+        prefix_tree: bool = False,
         team: Team,
     ) -> None:
         self.config = config
@@ -91,6 +93,7 @@ class Collector:
         self._old_logprobs = old_logprobs
         self._model_config = model_config
         self._own_rows = own_rows
+        self._prefix_tree = prefix_tree
         self._with_routes: dict[int, pathlib.Path] = {}  # files of the step's trajectories, by id
         self._team = team
         # The step that was collected last and the state before it: a step that fails between
@@ -203,6 +206,9 @@ class Collector:
             edge_credit=parse_credit(config.edge_credit),
             is_own_row=lambda row: row % config.rows_per_microbatch in self._own_rows.fed,
             load_routes=self._load_routes,
+            prefix_tree=self._prefix_tree,
+            # replayed routes are those of the version that sampled
+            versions_apart=config.routing_replay != "off",
         )
         self._team.require_same_rows(step, rows)
         return microbatches(rows, config.rows_per_microbatch)

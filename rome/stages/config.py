@@ -28,6 +28,7 @@ from rome.stages.own_code import compares_episodes
 from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
 from rome.stages.settings import (
     command_agent,
+    iflow_agent,
     imitation_weight,
     lora_of,
     loss_config,
@@ -54,6 +55,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
     "learner.dtype": ("", *DTYPES),
+    "learner.prefix_tree": ("auto", "on", "off"),
     # Known before an earlier stage is run, whose own config has other kernels.
     **{f"learner.{kind}": names for kind, names in zip(Kernels._fields, KNOWN, strict=True)},
 }
@@ -89,6 +91,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "learner.attention": "operation",
     "learner.experts": "operation",
     "learner.exchange": "operation",
+    "learner.prefix_tree": "operation",
     "learner.offload_moments": "operation",
 }
 # Switches that only some losses read. 0 means the value of the loss' own paper (PUBLISHED).
@@ -120,6 +123,7 @@ MAY_BE_ZERO = {
     "engine.cache_tokens",
     "rollout.async_ratio",
     "rollout.redundancy",
+    "iflow.compaction",
     "rollout.lend_engines",
     *LOSS_SWITCHES,
 }
@@ -180,6 +184,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         _check_loss(config)
         _check_rollout(config)
         command_agent(config)
+        iflow_agent(config)
 
 
 def key_class(name: str) -> KeyClass:

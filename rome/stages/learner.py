@@ -1,4 +1,4 @@
-"""The learner that a config asks for: its loss, optimizer, mesh, kernels and adapters."""
+"""The learner that a config asks for: its loss, optimizer, mesh, kernels, adapters and rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from typing import Any
 
 import ml_collections
 
-from rome.losses import find_loss
+from rome.losses import SPECS, find_loss
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
+from rome.model.ops.splash_tree import MAX_ROW
 from rome.model.sharding import make_mesh
 from rome.stages.own_code import own_loss
+from rome.stages.schema import kind_of
 from rome.stages.settings import lora_of, loss_config, updates_of_step
 from rome.train.distributed import check_mesh_spans
 from rome.train.state import make_optimizer
 from rome.train.step import Learner
+from rome.train.workdir import ConfigError
+
+# Forms of attention that compare one number a token; others write out a mask of T * T a row.
+TREE_ATTENTION = ("auto", "reference", "blocked")
 
 
 def make_learner(
@@ -58,3 +64,33 @@ def make_learner(
         config.skip_nonfinite_updates,
         lora,
     )
+
+
+def shares_prefixes(config: ml_collections.ConfigDict, learner: Learner) -> bool:
+    """Return whether the rows of a step are prefix trees (`rome.data.prefix_tree`).
+
+    "auto" is on for the published policy losses where attention takes a tree as it is, which was
+    measured to pay (docs/algorithms.md), and time is not split. Own losses are left out: they may
+    take index t of a row for its token t.
+
+    Raises:
+      ConfigError: learner.prefix_tree=on, and the mesh or the attention does not take it.
+    """
+    wanted = config.learner.prefix_tree
+    if kind_of(config.loss) != "rl" or wanted == "off":
+        return False
+    sequence = learner.mesh.shape["sequence"]
+    attention = learner.chosen_kernels.attention
+    if wanted == "auto":
+        return sequence == 1 and attention in TREE_ATTENTION and config.loss in SPECS
+    if sequence > 1:
+        raise ConfigError(
+            f"learner.prefix_tree=on takes whole rows, and mesh.sequence={sequence} splits them."
+            " Set --config.mesh.sequence=1, or learner.prefix_tree to auto or off."
+        )
+    if attention == "splash" and config.row_length > MAX_ROW:
+        raise ConfigError(
+            f"learner.prefix_tree=on with splash takes rows of up to {MAX_ROW} tokens, and"
+            f" row_length={config.row_length}. Lower it, or set learner.prefix_tree to auto or off."
+        )
+    return True

@@ -151,8 +151,19 @@ def fill_where(batch: Batch, score: Score, where_BT: np.ndarray) -> Batch:
     logp_old_BT = np.where(where_BT, score.logp_BT, batch.logp_old_BT)
     routes_BTLk = batch.routes_BTLk
     if routes_BTLk is not None and score.routes_BTLk is not None:
-        routes_BTLk = np.where(where_BT[..., None, None], score.routes_BTLk, routes_BTLk)
+        is_of_score_BT = _tokens_learned_at(where_BT, batch)
+        routes_BTLk = np.where(is_of_score_BT[..., None, None], score.routes_BTLk, routes_BTLk)
     return batch._replace(logp_old_BT=logp_old_BT, routes_BTLk=routes_BTLk)
+
+
+def _tokens_learned_at(where_BT: np.ndarray, batch: Batch) -> np.ndarray:
+    """Return [B, T] bool: the tokens that the learned fields at `where_BT` are about."""
+    if batch.about_BT is None:
+        return where_BT
+    rows_N, places_N = np.nonzero(where_BT)
+    tokens_BT = np.zeros_like(where_BT)
+    tokens_BT[rows_N, batch.about_BT[rows_N, places_N]] = True
+    return tokens_BT
 
 
 def sampled_tokens(batch: Batch) -> np.ndarray:

@@ -15,6 +15,7 @@ from rome.stages.base import StageContext, TrainingStage
 from rome.stages.collect import Collector
 from rome.stages.engines import Engines, weights_directory
 from rome.stages.evaluate import play_held_out
+from rome.stages.learner import shares_prefixes
 from rome.stages.limits import check_episode_limits
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players
@@ -66,6 +67,7 @@ class RLStage(TrainingStage):
             old_logprobs=old_logprobs,
             model_config=self.model_config,
             own_rows=self.learner.own_rows(config.rows_per_microbatch, config.rows_per_microbatch),
+            prefix_tree=shares_prefixes(config, self.learner),
             team=self.team,
         )
         self._publication: dict[str, float] = {}  # metrics of the last one

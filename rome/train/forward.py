@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from rome.data.batch import Tree
 from rome.data.routes import route_dtype
 from rome.model.config import ModelConfig
 from rome.model.lora import Lora, with_adapters
 from rome.model.ops.kernels import Kernels
-from rome.model.ops.logprobs import chunked_logprobs
+from rome.model.ops.logprobs import chunked_logprobs, tree_logprobs
 from rome.model.qwen3 import Output, Qwen3, as_published, head_kernel
 from rome.train.replay import recorded_routes, replayed_ids
 
@@ -26,7 +27,8 @@ class Scored(NamedTuple):
     """What a forward pass says about the tokens of its rows.
 
     Attributes:
-      logp_BT: float32; 0 at the first token of a segment and on padding.
+      logp_BT: float32; 0 at the first token of a segment and on padding. In rows of prefix trees
+        0 where nothing is learned.
       entropy_BT: of the distribution that the token was drawn from, in nats; a constant to the
         gradient.
       output: of the model, up to the final norm.
@@ -64,6 +66,7 @@ class Forward:
         positions_BT: Any,
         segments_BT: Any,
         routes_BTLk: Any = None,
+        tree: Tree[Any] | None = None,
         temperature: float | None = None,
     ) -> Scored:
         """Score the tokens of packed rows.
@@ -72,9 +75,11 @@ class Forward:
           base: the frozen parameters; None without adapters.
           params: float32; they are rounded as engines have them.
           tokens_BT: ids.
-          positions_BT: within each segment.
+          positions_BT: within each line.
           segments_BT: 0 is padding.
           routes_BTLk: experts to replay, as in a batch; None: every token chooses its own.
+          tree: how lines share their beginnings; then index t of a score is about the token that
+            the tree names, not about token t. None: they do not.
           temperature: instead of that of the sampling.
         """
         if base is not None and self.lora is not None:
@@ -93,15 +98,20 @@ class Forward:
             positions_BT,
             segments_BT,
             routes_LBTK=routes_LBTk,
+            ends_BT=None if tree is None else tree.ends_BT,
         )
-        logp_BT, entropy_BT = chunked_logprobs(
-            output.hidden_BTD,
-            head_kernel(params, self.config),
-            tokens_BT,
-            segments_BT,
-            temperature=temperature or self.temperature,
-            with_entropy=True,
-        )
+        hidden_BTD = output.hidden_BTD
+        head_DV = head_kernel(params, self.config)
+        temperature = temperature or self.temperature
+        if tree is not None:
+            places = (tree.about_BT, tree.predictor_BT)
+            logp_BT, entropy_BT = tree_logprobs(
+                hidden_BTD, head_DV, tokens_BT, *places, temperature
+            )
+        else:
+            logp_BT, entropy_BT = chunked_logprobs(
+                hidden_BTD, head_DV, tokens_BT, segments_BT, temperature, with_entropy=True
+            )
         return Scored(logp_BT, entropy_BT, output)
 
     def logprobs_and_counts(
@@ -112,9 +122,10 @@ class Forward:
         positions_BT: Any,
         segments_BT: Any,
         routes_BTLk: Any,
+        tree: Tree[Any] | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Return logp_BT, and how often each expert is chosen, [L, E]."""
-        scored = self(base, params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        scored = self(base, params, tokens_BT, positions_BT, segments_BT, routes_BTLk, tree)
         return scored.logp_BT, scored.output.router.counts_LE
 
     def logprobs_at_temperature_1(
@@ -125,10 +136,16 @@ class Forward:
         return scored.logp_BT
 
     def logprobs_and_routes(
-        self, base: dict | None, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
+        self,
+        base: dict | None,
+        params: dict,
+        tokens_BT: Any,
+        positions_BT: Any,
+        segments_BT: Any,
+        tree: Tree[Any] | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return logp_BT, how often each expert is chosen, and the routes that tokens chose."""
-        scored = self(base, params, tokens_BT, positions_BT, segments_BT)
+        scored = self(base, params, tokens_BT, positions_BT, segments_BT, tree=tree)
         dtype = route_dtype(self.config)
         routes_BTLk = recorded_routes(scored.output.routes_LBTK, segments_BT > 0, dtype)
         return scored.logp_BT, scored.output.router.counts_LE, routes_BTLk
@@ -141,7 +158,8 @@ class Forward:
         positions_BT: Any,
         segments_BT: Any,
         routes_BTLk: Any,
+        tree: Tree[Any] | None,
     ) -> jax.Array:
         """Return how often each expert is chosen, [L, E]."""
-        scored = self(base, params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        scored = self(base, params, tokens_BT, positions_BT, segments_BT, routes_BTLk, tree)
         return scored.output.router.counts_LE

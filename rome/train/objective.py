@@ -50,7 +50,7 @@ class Objective:
         config = self.forward.config
         denominators, tokens, replayed, counts_LE = whole
         logp_BT, entropy_BT, output = self.forward(
-            base, params, *sequences(batch), batch.routes_BTLk
+            base, params, *sequences(batch), batch.routes_BTLk, batch.tree
         )
         value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
         entropy = policy_entropy(entropy_BT, batch, denominators)

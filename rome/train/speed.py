@@ -19,7 +19,8 @@ class Work(NamedTuple):
 
     Attributes:
       tokens: of all sequences, prompts included.
-      squares: sum of the squares of the sequences' lengths, which attention takes its time by.
+      squares: sum of the squares of the sequences' lengths, which attention takes its time by; of
+        sequences that share their beginning, without what they share again.
       replayed: pairs of a token and a layer whose experts are replayed.
     """
 
@@ -33,10 +34,10 @@ def count_work(batches: Iterable[Batch]) -> Work:
     tokens = 0
     squares = 0
     for batch in batches:
-        for segments_T in np.asarray(batch.segments_BT):
-            lengths = np.bincount(segments_T)[1:]  # segment 0 is padding
-            tokens += int(lengths.sum())
-            squares += int(np.square(lengths.astype(np.int64)).sum())
+        seen_N = np.asarray(batch.positions_BT)[np.asarray(batch.segments_BT) > 0].astype(np.int64)
+        tokens += seen_N.size
+        # a token at position p sees p + 1: over a line, that is half of its square
+        squares += int((2 * seen_N + 1).sum())
     return Work(tokens, squares)
 
 

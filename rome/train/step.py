@@ -125,12 +125,12 @@ class Learner:
         objective = Objective(forward, self.loss, self.loss_config)
         self._score = jax.jit(
             forward.logprobs_and_counts,
-            in_shardings=(base, params, rows, rows, rows, rows),
+            in_shardings=(base, params, rows, rows, rows, rows, rows),
             out_shardings=replicated,
         )
         self._score_and_record = jax.jit(
             forward.logprobs_and_routes,
-            in_shardings=(base, params, rows, rows, rows),
+            in_shardings=(base, params, rows, rows, rows, rows),
             out_shardings=replicated,
         )
         self._probe = jax.jit(
@@ -140,7 +140,7 @@ class Learner:
         )
         self._count_experts = jax.jit(
             forward.expert_counts,
-            in_shardings=(base, params, rows, rows, rows, rows),
+            in_shardings=(base, params, rows, rows, rows, rows, rows),
             out_shardings=replicated,
         )
         self._cast = jax.jit(
@@ -299,10 +299,8 @@ class Learner:
         scored = []
         with jax.set_mesh(self.mesh):
             for batch in microbatches:
-                tokens_BT, positions_BT, segments_BT, _ = self._inputs(batch)
-                found = self._score_and_record(
-                    self.base, params, tokens_BT, positions_BT, segments_BT
-                )
+                *inputs, _, tree = self._inputs(batch)
+                found = self._score_and_record(self.base, params, *inputs, tree)
                 scored.append(jax.device_get(found))
         return scored
 
@@ -415,9 +413,12 @@ class Learner:
         )
         return functools.reduce(jnp.add, counts)
 
-    def _inputs(self, batch: Batch) -> tuple[Any, Any, Any, Any]:
-        """Return tokens, positions, segments and routes (or None) of a batch, on the mesh."""
-        return feed((*sequences(batch), batch.routes_BTLk), self._row_sharding)
+    def _inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """Return tokens, positions, segments, routes and tree of a batch, on the mesh.
+
+        Routes and tree are None where the batch has none.
+        """
+        return feed((*sequences(batch), batch.routes_BTLk, batch.tree), self._row_sharding)
 
     def _apply_sums(self, state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         """Return the updated state, and the metrics of the update.
@@ -481,7 +482,8 @@ class Learner:
         denominators = Denominators(*(number for _ in Denominators._fields))
         whole = WholeStep(denominators, number, number)
         with jax.set_mesh(self.mesh):
-            score = self._score.trace(base, params, *sequences(batch), batch.routes_BTLk)
+            inputs = (*sequences(batch), batch.routes_BTLk, batch.tree)
+            score = self._score.trace(base, params, *inputs)
             sums = self._begin.eval_shape(params, base, batch, whole)
             accumulate = self._accumulate.trace(params, base, sums, batch, whole)
             apply = self._apply.trace(state, sums)

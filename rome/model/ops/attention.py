@@ -5,7 +5,8 @@ G), H head dim.
 
 Places and segments say which keys a query sees, never a [T, S] mask that is handed in, so that
 kernels which take segment ids fit behind the same function: a query sees the keys of its own
-segment (0 is padding) whose place is not after its own.
+segment (0 is padding) whose place is not after its own. In rows of prefix trees, laid out depth
+first, one more number a key says which queries see it: those before its end.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def attention(
     k_segments_BS: Array,
     ordered: bool = False,
     implementation: str = "auto",
+    ends_BT: Array | None = None,
 ) -> Array:
     """Compute causal grouped-query attention within segments; softmax in float32.
 
@@ -50,6 +52,8 @@ def attention(
         future, nearly half of the work, and computes the scores again in its backward pass;
         "splash" is a kernel of TPUs, "tokamax" of NVIDIA GPUs. "auto" is "blocked" where places
         are ordered.
+      ends_BT: for a row that attends to itself: key j is seen by the queries at places j to
+        ends[j] - 1; 0 on padding. None: by all of its segment that follow.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -67,10 +71,11 @@ def attention(
             f"attention implementation {implementation!r} needs ordered places; choose 'reference'"
         )
     if ordered and implementation in ("auto", "blocked"):
-        return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
+        return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, ends_BT)
     if implementation in ("splash", "tokamax"):
         kernel = splash if implementation == "splash" else tokamax
-        return kernel(q_BTNH, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
+        out_BTNH = kernel(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, ends_BT)
+        return out_BTNH.astype(q_BTNH.dtype)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     scaled_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
@@ -79,6 +84,8 @@ def attention(
     k_BKSH = jnp.swapaxes(k_BSKH, 1, 2)
     v_BKSH = jnp.swapaxes(v_BSKH, 1, 2)
     sees_BTS = _sees(q_places_BT, k_places_BS, q_segments_BT, k_segments_BS)
+    if ends_BT is not None:
+        sees_BTS &= q_places_BT[:, :, None] < ends_BT[:, None, :]
     out_BKTGH = _attend(q_BKTGH, k_BKSH, v_BKSH, sees_BTS)
     return jnp.swapaxes(out_BKTGH, 1, 2).reshape(B, T, N, H)
 

@@ -34,17 +34,24 @@ class _Range(NamedTuple):
 
 
 @jax.custom_vjp
-def attention_blocked(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) -> Array:
+def attention_blocked(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    segments_BT: Array,
+    ends_BT: Array | None = None,
+) -> Array:
     """Compute the attention of a packed row to itself, [B, T, N, H] in q's dtype.
 
-    Token t sees the tokens of its segment up to t; segment 0 is padding. Softmax and sums are
-    float32. A padding query sees nothing and gets zeros, with zero gradients.
+    Token t sees the tokens of its segment up to t, with ends those of them whose end is after t;
+    segment 0 is padding. Softmax and sums are float32. A padding query sees nothing and gets zeros,
+    with zero gradients.
     """
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, ends_BT)[0]
 
 
 def _forward(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, ends_BT: Array | None = None
 ) -> tuple[Array, tuple]:
     T = q_BTNH.shape[1]
     B, _, K, H = k_BTKH.shape
@@ -57,7 +64,7 @@ def _forward(
     def block(start: Array | int, queries: int, seen: int) -> tuple[Array, ...]:
         """Return the output of a block, the sum of its softmax and, if kept, its weights."""
         q_BKXH = _block(q_BKTGH, start, queries)
-        bias_B1Q1S = _bias(segments_BT, start, queries, seen)
+        bias_B1Q1S = _bias(segments_BT, ends_BT, start, queries, seen)
         scores_BKXS = _scores(q_BKXH, k_BKTH[:, :, :seen], bias_B1Q1S)
         top_BKX1 = scores_BKXS.max(axis=-1, keepdims=True)
         weights_BKXS = jnp.exp(scores_BKXS - top_BKX1)
@@ -76,11 +83,12 @@ def _forward(
     sum_BKTG1 = jnp.concatenate([one[1] for one in ranges], axis=2)
     out_BTNH = jnp.where(segments_BT[:, :, None, None] != 0, _by_time(out_BKTGH), 0)
     weights = [one[2] for one in ranges] if kept else None
-    return out_BTNH, (q_BKTGH, k_BKTH, v_BKTH, segments_BT, out_BTNH, sum_BKTG1, weights)
+    residuals = q_BKTGH, k_BKTH, v_BKTH, segments_BT, ends_BT, out_BTNH, sum_BKTG1, weights
+    return out_BTNH, residuals
 
 
 def _backward(residuals: tuple, grad_BTNH: Array) -> tuple[Array | None, ...]:
-    q_BKTGH, k_BKTH, v_BKTH, segments_BT, out_BTNH, sum_BKTG1, weights = residuals
+    q_BKTGH, k_BKTH, v_BKTH, segments_BT, ends_BT, out_BTNH, sum_BKTG1, weights = residuals
     B, K, T, G, H = q_BKTGH.shape
     dtype = grad_BTNH.dtype
     # a padding query's weights are not zero, they are even
@@ -106,7 +114,7 @@ def _backward(residuals: tuple, grad_BTNH: Array) -> tuple[Array | None, ...]:
         k_BKSH = k_BKTH[:, :, :seen]
         v_BKSH = v_BKTH[:, :, :seen]
         if weights_BKXS is None:
-            bias_B1Q1S = _bias(segments_BT, start, queries, seen)
+            bias_B1Q1S = _bias(segments_BT, ends_BT, start, queries, seen)
             weights_BKXS = jnp.exp(_scores(q_BKXH, k_BKSH, bias_B1Q1S) - sum_BKX1)
         else:  # sums are of the weights as they were kept
             weights_BKXS = weights_BKXS.astype(jnp.float32) / sum_BKX1
@@ -130,7 +138,7 @@ def _backward(residuals: tuple, grad_BTNH: Array) -> tuple[Array | None, ...]:
     dq_BTNH = _by_time(jnp.concatenate(dqs, axis=2))
     dk_BTKH = jnp.transpose(dk_BKHT, (0, 3, 1, 2)).astype(dtype)
     dv_BTKH = jnp.transpose(dv_BKHT, (0, 3, 1, 2)).astype(dtype)
-    return dq_BTNH, dk_BTKH, dv_BTKH, None
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, None
 
 
 attention_blocked.defvjp(_forward, _backward)
@@ -186,7 +194,9 @@ def _block(a_BKTGH: Array, start: Array | int, queries: int) -> Array:
     return a_BKQGH.reshape(B, K, queries * G, H)
 
 
-def _bias(segments_BT: Array, start: Array | int, queries: int, seen: int) -> Array:
+def _bias(
+    segments_BT: Array, ends_BT: Array | None, start: Array | int, queries: int, seen: int
+) -> Array:
     """Return [B, 1, Q, 1, S]: 0 where a query sees a key, HIDDEN elsewhere.
 
     Made once, behind a barrier: without it, it is computed anew for every head.
@@ -195,6 +205,8 @@ def _bias(segments_BT: Array, start: Array | int, queries: int, seen: int) -> Ar
     same_BQS = own_BQ[:, :, None] == segments_BT[:, None, :seen]
     place_Q1 = start + jnp.arange(queries)[:, None]
     sees_BQS = same_BQS & (jnp.arange(seen) <= place_Q1)
+    if ends_BT is not None:
+        sees_BQS &= place_Q1 < ends_BT[:, None, :seen]
     bias_BQS = jnp.where(sees_BQS, 0.0, HIDDEN)
     return lax.optimization_barrier(bias_BQS[:, None, :, None])
 

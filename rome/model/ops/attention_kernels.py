@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rome.model.ops.balanced_time import query_places, swap_late_halves
+from rome.model.ops.splash_tree import splash_tree
 from rome.model.ops.tokamax_library import load_tokamax
 from rome.model.sharding import RULES, is_split
 
@@ -40,7 +41,13 @@ SAVED_OUTPUT = "attention_output"  # name of the kernel's output for remat polic
 
 
 def splash(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array, *, interpret: bool = False
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segments_BT: Array,
+    ends_BT: Array | None = None,
+    *,
+    interpret: bool = False,
 ) -> Array:
     """Compute attention by the splash kernel of TPUs.
 
@@ -54,15 +61,21 @@ def splash(
       k_BSKH: keys.
       v_BSKH: values.
       segments_BT: 0 is padding.
+      ends_BT: of rows of prefix trees (`rome.model.ops.splash_tree`); None: rows have none.
       interpret: run the kernel's program on any device, slowly, for tests.
 
     Raises:
-      ValueError: a device's part of the row is no multiple of MIN_BLOCK.
+      ValueError: a device's part of the row is no multiple of MIN_BLOCK, or a row of prefix trees
+        is too long or split over the sequence axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     time_shards = mesh.shape["sequence"] if is_split() else 1
     T = q_BTNH.shape[1]
     q_BTNH = q_BTNH * q_BTNH.shape[-1] ** -0.5
+    if ends_BT is not None:
+        check_time_is_whole(time_shards)
+        attend = functools.partial(splash_tree, saved_output=SAVED_OUTPUT, interpret=interpret)
+        return _by_rows_and_heads(attend)(q_BTNH, k_BSKH, v_BSKH, segments_BT, ends_BT)
     G = q_BTNH.shape[2] // k_BSKH.shape[2]
     kernel = _splash_kernel(T, G, time_shards, interpret)
     if not is_split():
@@ -88,6 +101,25 @@ def splash(
         out_specs=heads,
         check_vma=False,
     )(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def check_time_is_whole(time_shards: int) -> None:
+    """Raise ValueError where rows of prefix trees would be split over the sequence axis."""
+    if time_shards > 1:
+        raise ValueError(
+            f"rows of prefix trees are not split over time, and mesh.sequence is {time_shards}; set"
+            " --config.mesh.sequence=1 or --config.learner.prefix_tree=off"
+        )
+
+
+def _by_rows_and_heads(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """Return attention that gives each device its rows and heads, where there is a mesh."""
+    if not is_split():
+        return attend
+    heads = PartitionSpec(RULES["batch"], RULES["time"], "tensor", None)
+    by_token = PartitionSpec(RULES["batch"], RULES["time"])
+    in_specs = (heads, heads, heads, by_token, by_token)
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=heads, check_vma=False)
 
 
 def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool) -> Any:
@@ -167,6 +199,7 @@ def tokamax(
     k_BSKH: Array,
     v_BSKH: Array,
     segments_BT: Array,
+    ends_BT: Array | None = None,
     *,
     kernels: Sequence[str] = GPU_KERNELS,
 ) -> Array:
@@ -181,12 +214,15 @@ def tokamax(
       k_BSKH: keys.
       v_BSKH: values.
       segments_BT: 0 is padding. A segment is one run of tokens.
+      ends_BT: of rows of prefix trees: key j is seen by the queries at places j to ends[j] - 1, of
+        which tokamax makes a mask of T^2 bytes a row. None: rows have none.
       kernels: names of tokamax's implementations; the first that the device has is used. "xla"
         runs anywhere, with a [T, T] mask, for tests.
 
     Raises:
       ValueError: the inputs are not bfloat16, a device's part of the row is no multiple of
-        MIN_BLOCK, or the device has no such kernel.
+        MIN_BLOCK, a row of prefix trees is split over the sequence axis, or the device has no such
+        kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     time_shards = mesh.shape["sequence"] if is_split() else 1
@@ -203,17 +239,10 @@ def tokamax(
             " --config.learner.attention=blocked"
         )
     first_BT = first_seen(segments_BT)
-    if time_shards == 1:
-        attend = functools.partial(_tokamax_rows, kernels, None)
-    else:
-        attend = functools.partial(_tokamax_part, kernels)
-    if is_split():
-        heads = PartitionSpec(RULES["batch"], RULES["time"], "tensor", None)
-        by_token = PartitionSpec(RULES["batch"], RULES["time"])
-        attend = jax.shard_map(
-            attend, in_specs=(heads, heads, heads, by_token), out_specs=heads, check_vma=False
-        )
-    out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, first_BT)
+    if ends_BT is not None:
+        check_time_is_whole(time_shards)
+    attend = functools.partial(_tokamax_rows if time_shards == 1 else _tokamax_part, kernels)
+    out_BTNH = _by_rows_and_heads(attend)(q_BTNH, k_BSKH, v_BSKH, first_BT, ends_BT)
     # to the kernel, padding is a segment like others
     return jnp.where(segments_BT[:, :, None, None] != 0, out_BTNH, 0)
 
@@ -227,7 +256,12 @@ def first_seen(segments_BT: Array) -> Array:
 
 
 def _tokamax_part(
-    kernels: Sequence[str], q_BtNH: Array, k_BtKH: Array, v_BtKH: Array, first_Bt: Array
+    kernels: Sequence[str],
+    q_BtNH: Array,
+    k_BtKH: Array,
+    v_BtKH: Array,
+    first_Bt: Array,
+    ends_Bt: Array | None,
 ) -> Array:
     """Return the attention of this device's queries to the keys of the whole row."""
     k_BSKH = jax.lax.all_gather(k_BtKH, "sequence", axis=1, tiled=True)
@@ -236,25 +270,32 @@ def _tokamax_part(
     places_t = jax.lax.axis_index("sequence") * t + jnp.arange(t, dtype=jnp.int32)
     end_Bt = jnp.broadcast_to(places_t + 1, first_Bt.shape)
     q_BtNH, first_Bt, end_Bt = (swap_late_halves(a) for a in (q_BtNH, first_Bt, end_Bt))
-    return swap_late_halves(_tokamax_rows(kernels, end_Bt, q_BtNH, k_BSKH, v_BSKH, first_Bt))
+    out_BtNH = _tokamax_rows(kernels, q_BtNH, k_BSKH, v_BSKH, first_Bt, ends_Bt, end_Bt)
+    return swap_late_halves(out_BtNH)
 
 
 def _tokamax_rows(
     kernels: Sequence[str],
-    end_BT: Array | None,
     q_BTNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
     first_BT: Array,
+    ends_BT: Array | None,
+    end_BT: Array | None = None,
 ) -> Array:
-    """Return the attention to the keys from first_BT up to end_BT, or to a query's own place."""
+    """Return the attention to the keys from first_BT up to end_BT, or to a query's own place.
+
+    With ends_BT, to those of them that the query comes before the end of.
+    """
     load_tokamax()
     # The public function takes a [T, T] mask only.
     from tokamax._src.ops.attention import api
     from tokamax._src.ops.attention.base import Mask
 
     end_B1T = None if end_BT is None else end_BT[:, None]
-    mask = Mask(k_start=first_BT[:, None], k_end=end_B1T, is_causal=end_BT is None)
+    ends_B1S = None if ends_BT is None else ends_BT[:, None]
+    first_B1T = first_BT[:, None]
+    mask = Mask(k_start=first_B1T, k_end=end_B1T, q_end=ends_B1S, is_causal=end_BT is None)
     reasons = []
     for name in kernels:
         if name not in api.IMPLEMENTATIONS:

@@ -58,8 +58,65 @@ def chunked_logprobs(
       padding.
     """
     target_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+    predicted = _scores_on_mesh(hidden_BTD, kernel_DV, target_BT, temperature, block)
+    continues_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0)))
+    has_predecessor_BT = continues_BT & (segments_BT > 0)
+    logp_BT, entropy_BT = (
+        jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0)
+        for score_BT in predicted
+    )
+    return (logp_BT, jax.lax.stop_gradient(entropy_BT)) if with_entropy else logp_BT
 
-    def score(hidden_BTD: Array, kernel_dv: Array, target_BT: Array) -> tuple[Array, ...]:
+
+def tree_logprobs(
+    hidden_BTD: Array,
+    kernel_DV: Array,
+    tokens_BT: Array,
+    about_BT: Array,
+    predictor_BT: Array,
+    temperature: float = 1.0,
+    *,
+    block: int | None = None,
+) -> tuple[Array, Array]:
+    """Return log p(tokens[about[t]] | what predictor[t] has seen), for rows of prefix trees.
+
+    One hidden state predicts as many tokens as have it as predictor; it is not computed again.
+
+    Args:
+      hidden_BTD: after the final norm. On a mesh, time is whole.
+      kernel_DV: as for `chunked_logprobs`.
+      tokens_BT: ids.
+      about_BT: places.
+      predictor_BT: places; -1: nothing is predicted.
+      temperature: divides the logits.
+      block: as for `chunked_logprobs`.
+
+    Returns:
+      The logprobs, [B, T] float32, and the entropy of the distributions, a constant to the
+      gradient; both 0 where nothing is predicted.
+    """
+    target_BT = jnp.take_along_axis(tokens_BT, about_BT, axis=1)
+    found = _scores_on_mesh(hidden_BTD, kernel_DV, target_BT, temperature, block, predictor_BT)
+    logp_BT, entropy_BT = (jnp.where(predictor_BT >= 0, score_BT, 0.0) for score_BT in found)
+    return logp_BT, jax.lax.stop_gradient(entropy_BT)
+
+
+def _scores_on_mesh(
+    hidden_BTD: Array,
+    kernel_DV: Array,
+    target_BT: Array,
+    temperature: float,
+    block: int | None,
+    predictor_BT: Array | None = None,
+) -> tuple[Array, ...]:
+    """Return log p(target) and the entropy, [B, T] each, of the hidden states or their choice."""
+
+    def score(
+        hidden_BTD: Array, kernel_dv: Array, target_BT: Array, predictor_BT: Array | None
+    ) -> tuple[Array, ...]:
+        if predictor_BT is not None:
+            chosen_BT1 = jnp.maximum(predictor_BT, 0)[..., None]
+            hidden_BTD = jnp.take_along_axis(hidden_BTD, chosen_BT1, axis=1)
         hidden_nD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         target_n = target_BT.reshape(-1)
         scores_n = _taken_logprobs(hidden_nD, kernel_dv, target_n, temperature, block, is_split())
@@ -69,18 +126,11 @@ def chunked_logprobs(
         by_token = PartitionSpec(RULES["batch"], RULES["time"])
         score = jax.shard_map(
             score,
-            in_specs=(by_token, PartitionSpec(WIDE, "tensor"), by_token),
+            in_specs=(by_token, PartitionSpec(WIDE, "tensor"), by_token, by_token),
             out_specs=(by_token, by_token),
             check_vma=False,
         )
-    predicted = score(hidden_BTD, kernel_DV, target_BT)
-    continues_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0)))
-    has_predecessor_BT = continues_BT & (segments_BT > 0)
-    logp_BT, entropy_BT = (
-        jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0)
-        for score_BT in predicted
-    )
-    return (logp_BT, jax.lax.stop_gradient(entropy_BT)) if with_entropy else logp_BT
+    return score(hidden_BTD, kernel_DV, target_BT, predictor_BT)
 
 
 class _Positions(NamedTuple):

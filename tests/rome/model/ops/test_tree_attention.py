@@ -1,0 +1,146 @@
+"""Attention over rows of prefix trees: each form equals a softmax over every token's ancestors,
+gradients included, and refuses by name what it does not take.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rome.model.ops.attention import attention
+from rome.model.ops.attention_kernels import splash, tokamax
+from rome.model.sharding import make_mesh
+
+N, K = 4, 2
+
+
+def random_tree(rng, T, padding=9, longest=60):
+    """Segments, ends and ancestors of a row of trees: a run hangs from a token of the path so far."""
+    segments = np.zeros(T, np.int32)
+    parents = np.full(T, -1)
+    real = T - padding
+    place = 0
+    while place < real:
+        length = min(int(rng.integers(1, longest)), real - place)
+        path = []
+        above = place - 1
+        while place and above >= 0:
+            path.append(above)
+            above = parents[above]
+        parent = int(rng.choice(path)) if path and rng.random() < 0.8 else -1
+        segments[place : place + length] = segments[parent] if parent >= 0 else segments.max() + 1
+        parents[place : place + length] = [parent, *range(place, place + length - 1)]
+        place += length
+    sees = np.zeros((T, T), bool)
+    for token in range(real):
+        above = token
+        while above >= 0:
+            sees[token, above] = True
+            above = parents[above]
+    ends = np.array([sees[:, j].nonzero()[0].max(initial=-1) + 1 for j in range(T)], np.int32)
+    return segments, ends, sees
+
+
+def inputs(seed, T, H, rows=2, longest=60, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    trees = [random_tree(rng, T, longest=longest) for _ in range(rows)]
+    segments_BT, ends_BT, sees_BTT = (
+        jnp.asarray(np.stack(one)) for one in zip(*trees, strict=True)
+    )
+    qkv = [
+        jnp.asarray(rng.standard_normal((rows, T, heads, H)), jnp.float32).astype(dtype)
+        for heads in (N, K, K)
+    ]
+    return qkv, segments_BT, ends_BT, sees_BTT
+
+
+def oracle(q, k, v, sees_BTT):
+    k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
+    scores = jnp.einsum("bqnh,bknh->bnqk", q, k) * q.shape[-1] ** -0.5
+    weights = jnp.where(sees_BTT[:, None], jnp.exp(scores), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    return jnp.einsum("bnqk,bknh->bqnh", weights / jnp.where(total == 0, 1, total), v)
+
+
+def generic(name, q, k, v, segments_BT, ends_BT):
+    places_BT = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return attention(
+        q,
+        k,
+        v,
+        q_places_BT=places_BT,
+        k_places_BS=places_BT,
+        q_segments_BT=segments_BT,
+        k_segments_BS=segments_BT,
+        ordered=True,
+        implementation=name,
+        ends_BT=ends_BT,
+    )
+
+
+def value_and_gradients(form, qkv):
+    def objective(*qkv):
+        out = form(*qkv)
+        return jnp.sum(out * jnp.sin(qkv[0])), out
+
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))(*qkv)
+
+
+def assert_is_over_ancestors(form, seed, T, H, longest=60):
+    qkv, segments_BT, ends_BT, sees_BTT = inputs(seed, T, H, longest=longest)
+    got = value_and_gradients(lambda *qkv: form(*qkv, segments_BT, ends_BT), qkv)
+    expected = value_and_gradients(lambda *qkv: oracle(*qkv, sees_BTT), qkv)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=3e-4)
+    assert not np.any(got[0][1][:, -9:])  # padding
+
+
+@pytest.mark.parametrize("name", ["reference", "blocked"])
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6))
+def test_a_token_attends_to_its_ancestors_only(name, seed):
+    assert_is_over_ancestors(functools.partial(generic, name), seed, T=150, H=8)
+
+
+def test_splash_attends_to_ancestors_only():
+    form = functools.partial(splash, interpret=True)
+    assert_is_over_ancestors(form, seed=3, T=256, H=128)
+
+
+@pytest.mark.slow
+def test_splash_on_a_mesh_attends_to_ancestors_only():
+    form = functools.partial(splash, interpret=True)
+    with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2})):
+        assert_is_over_ancestors(form, seed=4, T=256, H=128)
+
+
+def test_splash_refuses_rows_of_trees_that_it_does_not_take():
+    (q, k, v), segments_BT, ends_BT, _ = inputs(0, 256, 128)
+    with pytest.raises(ValueError, match=r"multiple of 128 tokens up to 16384, not 200"):
+        splash(q[:, :200], k[:, :200], v[:, :200], segments_BT[:, :200], ends_BT[:, :200])
+    for form, dtype in ((splash, jnp.float32), (tokamax, jnp.bfloat16)):
+        qkv = (a.astype(dtype) for a in (q, k, v))
+        with (
+            jax.set_mesh(make_mesh({"sequence": 2})),
+            pytest.raises(ValueError, match=r"mesh.sequence is 2.*prefix_tree=off"),
+        ):
+            form(*qkv, segments_BT, ends_BT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is missing")
+def test_tokamax_attends_to_ancestors_only():
+    qkv, segments_BT, ends_BT, sees_BTT = inputs(5, 256, 64, dtype=jnp.bfloat16)
+    form = functools.partial(tokamax, kernels=("xla",))
+    (_, got), gradients = value_and_gradients(lambda *qkv: form(*qkv, segments_BT, ends_BT), qkv)
+    (_, wanted), wanted_gradients = value_and_gradients(
+        lambda *qkv: oracle(*(a.astype(jnp.float32) for a in qkv), sees_BTT), qkv
+    )
+    for one, other in zip((got, *gradients), (wanted, *wanted_gradients), strict=True):
+        one, other = (np.asarray(a, np.float32) for a in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0.03, atol=0.03 * np.abs(other).max())
