@@ -83,6 +83,7 @@ class SupervisorSettings:
     Attributes:
       hosts: of the network that may be reached; "*" for all.
       writable: folders outside the project that may be written.
+      kept: patterns of paths that must stay as they are.
       may_change_tests: whether tests are a part of the work.
       may_rewrite_history: whether commits may be changed.
       pause_at: severity, from 1 to 3, from which on a call waits for approval.
@@ -92,6 +93,7 @@ class SupervisorSettings:
 
     hosts: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     may_change_tests: bool = True
     may_rewrite_history: bool = False
     pause_at: int = 2
@@ -193,6 +195,7 @@ def read_supervisor(value: Any) -> SupervisorSettings | None:
     readers: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "hosts": ("hosts", read_names),
         "writable": ("writable", read_names),
+        "kept": ("kept", read_names),
         "mayChangeTests": ("may_change_tests", read_flag),
         "mayRewriteHistory": ("may_rewrite_history", read_flag),
         "pauseAt": ("pause_at", read_count),

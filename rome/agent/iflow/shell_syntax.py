@@ -21,6 +21,7 @@ MAX_PIPES = 1500  # in it: the parser's time grows with their square
 TOO_LONG = "too long to be judged"
 MAX_DEPTH = 200  # of the tree
 _GAP = re.compile(r"(?:[ \t\n]|\\\n)*")
+_RESERVED = frozenset({"{", "}", "if", "then", "fi", "do", "done", "esac", "else", "elif", "!"})
 _BEFORE_COMMENT = (b" ", b"\t", b"\n", b";", b"&", b"|", b"(", b")")
 _ESCAPES = {"a": "\a", "b": "\b", "e": "\x1b", "E": "\x1b", "f": "\f", "n": "\n", "r": "\r"}
 _ESCAPES |= {"t": "\t", "v": "\v", "\\": "\\", "'": "'", '"': '"', "?": "?"}
@@ -286,6 +287,8 @@ class _Walker:
         self._check_words(node)
         if words and re.match(r"[A-Za-z_]\w*(\[.*\])?\+?=", words[0].text):
             self.problems.append("an assignment in place of a program")
+        if words and words[0].text in _RESERVED:
+            self.problems.append("a word of the shell in place of a program")
         if words and words[0].has_pattern:
             words[0] = dataclasses.replace(words[0], is_static=False)
         made = SimpleCommand(
