@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rome.agent.endpoint import ChatEndpoint
@@ -34,11 +34,13 @@ from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.prompts import surroundings, system_text
 from rome.agent.iflow.sessions import OpenSession
 from rome.agent.iflow.settings import Settings, load_settings
+from rome.agent.iflow.settings_values import McpServer
 from rome.agent.iflow.skills import Skill, describe_skills, load_skills
 from rome.agent.iflow.spec_files import places
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
+from rome.agent.iflow.workspace import Workspace
 
 REQUEST_SECONDS = 1800.0  # for one answer of a model, with its retries
 MAX_REQUESTS = 6
@@ -70,6 +72,7 @@ class Options:
       egress: what a sandbox may reach.
       has_web: whether pages of the web can be fetched, from this machine.
       trust: trust the project, now and later.
+      servers: of MCP, besides those of the settings; the interface's user named them.
     """
 
     directory: pathlib.Path
@@ -87,6 +90,7 @@ class Options:
     egress: tuple[str, ...] = ()
     has_web: bool = False
     trust: bool = False
+    servers: tuple[McpServer, ...] = ()
 
 
 @dataclasses.dataclass
@@ -117,7 +121,7 @@ class Assembled:
     notices: tuple[str, ...]
     task: TaskTool
     servers: MCPServers
-    models: Sequence[EndpointModel]
+    models: list[EndpointModel]
 
     async def aclose(self, outcome: events.Outcome = "finished") -> None:
         """End the session in order and free all that it holds."""
@@ -137,6 +141,7 @@ async def assemble(
     *,
     is_attended: bool = False,
     home: pathlib.Path | None = None,
+    wrap: Callable[[Workspace], Workspace] | None = None,
 ) -> Assembled:
     """Return an agent for a session; the session is closed with it.
 
@@ -145,6 +150,7 @@ async def assemble(
       session: new, or one to go on with.
       is_attended: whether an interface answers approvals and questions.
       home: of the user; None for that of this process.
+      wrap: is given the workspace, and returns the one that is to be used.
 
     Raises:
       UsageError: a setting is missing or wrong.
@@ -163,9 +169,11 @@ async def assemble(
     except BaseException:
         await model.aclose()
         raise
+    if wrap is not None:
+        place.workspace = wrap(place.workspace)
     user = home or pathlib.Path.home()
     servers = MCPServers(
-        settings.mcp_servers.values(),
+        [*settings.mcp_servers.values(), *options.servers],
         session.log.append,
         session.folder,
         user / ".iflow" / "mcp-approved.json",
@@ -189,7 +197,7 @@ async def _connect(options: Options, settings: Settings) -> EndpointModel:
             "no model: give the URL of an OpenAI-compatible server by --base_url, by baseUrl in"
             " ~/.iflow/settings.json or by IFLOW_baseUrl, such as http://127.0.0.1:8000/v1"
         )
-    model = _model(options, settings, options.model or settings.model)
+    model = make_model(options, settings, options.model or settings.model)
     try:
         await model.connect()
     except BaseException:
@@ -198,7 +206,8 @@ async def _connect(options: Options, settings: Settings) -> EndpointModel:
     return model
 
 
-def _model(options: Options, settings: Settings, name: str) -> EndpointModel:
+def make_model(options: Options, settings: Settings, name: str) -> EndpointModel:
+    """Return a model of the endpoint by its name; nothing is asked of the endpoint yet."""
     endpoint = ChatEndpoint(
         options.base_url or settings.base_url,
         name,
@@ -213,6 +222,60 @@ def _model(options: Options, settings: Settings, name: str) -> EndpointModel:
         temperature=options.temperature,
         prices=options.prices,
     )
+
+
+def is_wanted(name: str, options: Options, settings: Settings, *, is_own: bool = True) -> bool:
+    """Return whether neither the options nor the settings leave a tool out.
+
+    Args:
+      name: of the tool.
+      options: of the user.
+      settings: with the tools that there are, and those that are not.
+      is_own: whether it is one of this project, and not of an MCP server.
+    """
+    if options.tools is not None:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in options.tools)
+    is_core = settings.core_tools is None or name in settings.core_tools or not is_own
+    return is_core and name not in settings.exclude_tools
+
+
+def make_policy(
+    options: Options,
+    settings: Settings,
+    workspace: Workspace,
+    folder: pathlib.Path,
+    projects: Projects,
+) -> Policy:
+    """Return the rules of approval of a session.
+
+    Args:
+      options: of the user.
+      settings: with rules.
+      workspace: where tools work.
+      folder: of the session, where whole outputs are kept.
+      projects: keeps the rules that the user adds.
+
+    Raises:
+      UsageError: a rule is wrong.
+    """
+    project = options.directory.resolve()
+    # What runs in a sandbox can harm only itself.
+    mode = settings.mode or ("yolo" if workspace.is_isolated else "default")
+    outputs = OUTPUTS if workspace.is_isolated else str(folder)
+    try:
+        return Policy(
+            mode=options.mode or mode,
+            root=workspace.root,
+            allow=(*settings.allow, *projects.rules(project)),
+            ask=settings.ask,
+            deny=settings.deny,
+            directories=(outputs, *settings.additional_directories),
+            servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
+            follow=None if workspace.is_isolated else os.path.realpath,
+            keep_rule=functools.partial(projects.add_rule, project),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 class _Builder:
@@ -245,7 +308,7 @@ class _Builder:
         root = _root_of(self._project)
         self._instructions = Instructions(root, self._project, where)
         self._problems = [*skill_problems, *spec_problems, *command_problems]
-        self._policy = self._make_policy(projects)
+        self._policy = make_policy(options, settings, place.workspace, session.folder, projects)
         self._desk = Desk(session.log, is_attended=is_attended)
         self._hooks = Hooks(
             settings.hooks,
@@ -274,7 +337,7 @@ class _Builder:
             mode=self._options.mode,
         )
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
-        if self._is_wanted(task.name):
+        if is_wanted(task.name, self._options, self._settings):
             agent.tools[task.name] = task
         self._follow_folders(agent)
         notices = (*self._settings.notices, *self._problems, *self._instructions.problems)
@@ -347,7 +410,7 @@ class _Builder:
     def _model_of(self, spec: AgentSpec) -> EndpointModel:
         if spec.model in ("", self._model.name):
             return self._model
-        model = _model(self._options, self._settings, spec.model)
+        model = make_model(self._options, self._settings, spec.model)
         self._models.append(model)
         return model
 
@@ -359,44 +422,13 @@ class _Builder:
             user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
             **({"shell_seconds": seconds} if seconds else {}),
         )
-        own = [tool for tool in tools if self._is_wanted(tool.name)]
-        chosen = [tool for tool in self._servers.tools if self._is_wanted(tool.name, is_own=False)]
+        own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
+        chosen = [
+            tool
+            for tool in self._servers.tools
+            if is_wanted(tool.name, self._options, self._settings, is_own=False)
+        ]
         return [*own, *chosen]
-
-    def _is_wanted(self, name: str, *, is_own: bool = True) -> bool:
-        """Return whether neither the options nor the settings leave a tool out.
-
-        Args:
-          name: of the tool.
-          is_own: whether it is one of this project, and not of an MCP server.
-        """
-        settings = self._settings
-        chosen = self._options.tools
-        if chosen is not None:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)
-        is_core = settings.core_tools is None or name in settings.core_tools or not is_own
-        return is_core and name not in settings.exclude_tools
-
-    def _make_policy(self, projects: Projects) -> Policy:
-        settings = self._settings
-        workspace = self._place.workspace
-        # What runs in a sandbox can harm only itself.
-        mode = settings.mode or ("yolo" if workspace.is_isolated else "default")
-        outputs = OUTPUTS if workspace.is_isolated else str(self._session.folder)
-        try:
-            return Policy(
-                mode=self._options.mode or mode,
-                root=workspace.root,
-                allow=(*settings.allow, *projects.rules(self._project)),
-                ask=settings.ask,
-                deny=settings.deny,
-                directories=(outputs, *settings.additional_directories),
-                servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
-                follow=None if workspace.is_isolated else os.path.realpath,
-                keep_rule=functools.partial(projects.add_rule, self._project),
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from error
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""
