@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args([_as_flag(word) for word in given])
-    from rome.agent.iflow.assemble import UsageError
     from rome.agent.iflow.events import EventError
     from rome.agent.iflow.model import ModelError
+    from rome.agent.iflow.options import UsageError
     from rome.agent.iflow.sessions import SessionUnavailable
     from rome.agent.iflow.spec_files import SpecError
     from rome.agent.iflow.workspace import WorkspaceError
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _run(arguments: argparse.Namespace) -> int:
     """Open the session that was asked for, put the agent together, and let it work."""
-    from rome.agent.iflow.assemble import UsageError, assemble
+    from rome.agent.iflow.assemble import assemble
     from rome.agent.iflow.headless import run_headless
+    from rome.agent.iflow.options import UsageError
 
     if arguments.serve_mcp:
         return await _serve_mcp(arguments)
@@ -133,9 +134,9 @@ def _mcp_way(text: str) -> str:
 
 
 def _options(arguments: argparse.Namespace):
-    from rome.agent.iflow.assemble import Options
     from rome.agent.iflow.endpoint_model import Prices
     from rome.agent.iflow.limits import Limits
+    from rome.agent.iflow.options import Options
 
     tools = None
     if arguments.tools is not None:
@@ -146,6 +147,8 @@ def _options(arguments: argparse.Namespace):
         model=arguments.model,
         base_url=arguments.base_url or os.environ.get("OPENAI_BASE_URL", ""),
         api_key=arguments.api_key or os.environ.get("OPENAI_API_KEY", ""),
+        engine=arguments.engine,
+        tokenizer=arguments.tokenizer,
         mode="yolo" if arguments.yolo else arguments.mode,
         tools=tools,
         context_tokens=arguments.context_tokens,
@@ -210,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--list_sessions", action="store_true", help="show this directory's sessions")
     add("-m", "--model", default="", help="name of the model")
     add("--base_url", default="", help="of an OpenAI-compatible server, with /v1")
+    add("--engine", default="", help="URL of launch.serve or SGLang, for exact tokens")
+    add("--tokenizer", default="", help="folder with the engine's tokenizer")
     add("--api_key", default="", help="for it; better in OPENAI_API_KEY or IFLOW_apiKey")
     add("--temperature", type=float, help="of sampling")
     add("--context_tokens", type=int, default=0, help="of a conversation")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import json
 import os
@@ -15,82 +14,36 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rome.agent.endpoint import ChatEndpoint
 from rome.agent.iflow import events
 from rome.agent.iflow.agent_specs import AgentSpec, load_agent_specs
 from rome.agent.iflow.checkpoint import Checkpoints
 from rome.agent.iflow.commands import Command, load_commands
+from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.endpoint_model import EndpointModel, Prices
+from rome.agent.iflow.endpoint_model import EndpointModel
+from rome.agent.iflow.engine_model import EngineModel
 from rome.agent.iflow.hooks import Hooks
 from rome.agent.iflow.instructions import Instructions
-from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.place import Kind, Place, open_place
-from rome.agent.iflow.policy import Policy
+from rome.agent.iflow.model import Model
+from rome.agent.iflow.options import Options
+from rome.agent.iflow.permissions import OUTPUTS, is_wanted, make_policy
+from rome.agent.iflow.place import Place, open_place
 from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.prompts import surroundings, system_text
 from rome.agent.iflow.sessions import OpenSession
 from rome.agent.iflow.settings import Settings, load_settings
-from rome.agent.iflow.settings_values import McpServer
 from rome.agent.iflow.skills import Skill, describe_skills, load_skills
 from rome.agent.iflow.spec_files import places
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
+from rome.agent.iflow.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
 from rome.agent.iflow.workspace import Workspace
 
-REQUEST_SECONDS = 1800.0  # for one answer of a model, with its retries
-MAX_REQUESTS = 6
-OUTPUTS = "/tmp/iflow/outputs"  # of a sandbox: where old outputs are moved to
 NOT_BELOW = ("exit_plan_mode",)  # tools that sub-agents do not have: the mode is the main agent's
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be; the message says what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a user asks for beyond the settings; what is empty is left to them.
-
-    Attributes:
-      directory: of the project.
-      workspace: where tools work.
-      model: name of it.
-      base_url: of the endpoint, with /v1.
-      api_key: for it.
-      mode: of approval.
-      tools: names or patterns of the only tools there are; None for all.
-      context_tokens: of a conversation.
-      max_tokens: of one answer; 0 leaves it to the server.
-      temperature: of sampling; None leaves it to the server.
-      prices: of a million tokens.
-      limits: of one turn.
-      egress: what a sandbox may reach.
-      has_web: whether pages of the web can be fetched, from this machine.
-      trust: trust the project, now and later.
-      servers: of MCP, besides those of the settings; the interface's user named them.
-    """
-
-    directory: pathlib.Path
-    workspace: Kind = "sandbox"
-    model: str = ""
-    base_url: str = ""
-    api_key: str = ""
-    mode: str = ""
-    tools: tuple[str, ...] | None = None
-    context_tokens: int = 0
-    max_tokens: int = 0
-    temperature: float | None = None
-    prices: Prices = dataclasses.field(default_factory=Prices)
-    limits: Limits = dataclasses.field(default_factory=Limits)
-    egress: tuple[str, ...] = ()
-    has_web: bool = False
-    trust: bool = False
-    servers: tuple[McpServer, ...] = ()
 
 
 @dataclasses.dataclass
@@ -121,7 +74,18 @@ class Assembled:
     notices: tuple[str, ...]
     task: TaskTool
     servers: MCPServers
-    models: list[EndpointModel]
+    models: list[Model]
+
+    async def keep(self) -> None:
+        """Keep what the session has outside of its events: a sandbox's files, an engine's tokens.
+
+        Raises:
+          WorkspaceError: the files could not be copied.
+        """
+        for model in self.models:
+            if isinstance(model, EngineModel):
+                model.keep()
+        await self.place.keep()
 
     async def aclose(self, outcome: events.Outcome = "finished") -> None:
         """End the session in order and free all that it holds."""
@@ -163,7 +127,7 @@ async def assemble(
     if options.trust:
         projects.trust(project)
     settings = load_settings(project, trusted=projects.is_trusted(project), home=home)
-    model = await _connect(options, settings)
+    model = await connect_model(options, settings, session)
     try:
         place = await open_place(options.workspace, project, session.folder, egress=options.egress)
     except BaseException:
@@ -189,95 +153,6 @@ async def assemble(
         raise
 
 
-async def _connect(options: Options, settings: Settings) -> EndpointModel:
-    """Return the model, once its endpoint has answered."""
-    base_url = options.base_url or settings.base_url
-    if not base_url:
-        raise UsageError(
-            "no model: give the URL of an OpenAI-compatible server by --base_url, by baseUrl in"
-            " ~/.iflow/settings.json or by IFLOW_baseUrl, such as http://127.0.0.1:8000/v1"
-        )
-    model = make_model(options, settings, options.model or settings.model)
-    try:
-        await model.connect()
-    except BaseException:
-        await model.aclose()
-        raise
-    return model
-
-
-def make_model(options: Options, settings: Settings, name: str) -> EndpointModel:
-    """Return a model of the endpoint by its name; nothing is asked of the endpoint yet."""
-    endpoint = ChatEndpoint(
-        options.base_url or settings.base_url,
-        name,
-        options.api_key or settings.api_key or None,
-        request_seconds=REQUEST_SECONDS,
-        max_requests=MAX_REQUESTS,
-    )
-    return EndpointModel(
-        endpoint,
-        context_tokens=options.context_tokens or settings.tokens_limit,
-        max_tokens=options.max_tokens or None,
-        temperature=options.temperature,
-        prices=options.prices,
-    )
-
-
-def is_wanted(name: str, options: Options, settings: Settings, *, is_own: bool = True) -> bool:
-    """Return whether neither the options nor the settings leave a tool out.
-
-    Args:
-      name: of the tool.
-      options: of the user.
-      settings: with the tools that there are, and those that are not.
-      is_own: whether it is one of this project, and not of an MCP server.
-    """
-    if options.tools is not None:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in options.tools)
-    is_core = settings.core_tools is None or name in settings.core_tools or not is_own
-    return is_core and name not in settings.exclude_tools
-
-
-def make_policy(
-    options: Options,
-    settings: Settings,
-    workspace: Workspace,
-    folder: pathlib.Path,
-    projects: Projects,
-) -> Policy:
-    """Return the rules of approval of a session.
-
-    Args:
-      options: of the user.
-      settings: with rules.
-      workspace: where tools work.
-      folder: of the session, where whole outputs are kept.
-      projects: keeps the rules that the user adds.
-
-    Raises:
-      UsageError: a rule is wrong.
-    """
-    project = options.directory.resolve()
-    # What runs in a sandbox can harm only itself.
-    mode = settings.mode or ("yolo" if workspace.is_isolated else "default")
-    outputs = OUTPUTS if workspace.is_isolated else str(folder)
-    try:
-        return Policy(
-            mode=options.mode or mode,
-            root=workspace.root,
-            allow=(*settings.allow, *projects.rules(project)),
-            ask=settings.ask,
-            deny=settings.deny,
-            directories=(outputs, *settings.additional_directories),
-            servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
-            follow=None if workspace.is_isolated else os.path.realpath,
-            keep_rule=functools.partial(projects.add_rule, project),
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
 class _Builder:
     """Builds an agent and, when they are asked for, its sub-agents."""
 
@@ -288,7 +163,7 @@ class _Builder:
         session: OpenSession,
         place: Place,
         servers: MCPServers,
-        model: EndpointModel,
+        model: Model,
         projects: Projects,
         is_attended: bool,
         home: pathlib.Path | None,
@@ -316,7 +191,8 @@ class _Builder:
             session=session.id,
             transcript=str(session.log.path or ""),
         )
-        self._models = [model]
+        self._models: list[Model] = [model]
+        self._supervisor = self._make_supervisor()
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -378,10 +254,10 @@ class _Builder:
         return child
 
     def _make_agent(
-        self, model: EndpointModel, log: events.EventLog, tools: Sequence[Tool], **rest: Any
+        self, model: Model, log: events.EventLog, tools: Sequence[Tool], **rest: Any
     ) -> Agent:
         """Return an agent with what all agents of the session have alike."""
-        if model.on_retry is None:
+        if isinstance(model, EndpointModel) and model.on_retry is None:
             model.on_retry = functools.partial(_log_retry, log)
         context = ContextManager(
             ContextSettings(threshold=self._settings.compression_threshold),
@@ -399,6 +275,7 @@ class _Builder:
             self._place.workspace,
             policy=self._policy,
             hooks=self._hooks,
+            supervisor=self._supervisor,
             context=context,
             limits=limits,
             desk=self._desk,
@@ -407,10 +284,10 @@ class _Builder:
         context.read_files = agent.read_files
         return agent
 
-    def _model_of(self, spec: AgentSpec) -> EndpointModel:
-        if spec.model in ("", self._model.name):
+    def _model_of(self, spec: AgentSpec) -> Model:
+        if spec.model in ("", self._model.name) or self._options.engine:
             return self._model
-        model = make_model(self._options, self._settings, spec.model)
+        model = endpoint_model(self._options, self._settings, spec.model)
         self._models.append(model)
         return model
 
@@ -429,6 +306,25 @@ class _Builder:
             if is_wanted(tool.name, self._options, self._settings, is_own=False)
         ]
         return [*own, *chosen]
+
+    def _make_supervisor(self) -> Supervisor | None:
+        """Return the supervisor that the settings ask for, which sub-agents share."""
+        given = self._settings.supervisor
+        if given is None:
+            return None
+        judge = None
+        if given.judge:
+            judge = endpoint_model(self._options, self._settings, given.judge)
+            self._models.append(judge)
+        hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
+        workspace = self._place.workspace
+        return make_supervisor(
+            dataclasses.replace(given, hosts=(*given.hosts, *hosts)),
+            root=workspace.root,
+            home="/root" if workspace.is_isolated else os.path.expanduser("~"),
+            events=self._session.log.events,
+            judge=judge,
+        )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""

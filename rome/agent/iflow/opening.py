@@ -9,17 +9,14 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from rome.agent.iflow import events
-from rome.agent.iflow.assemble import (
-    Assembled,
-    Options,
-    assemble,
-    is_wanted,
-    make_model,
-    make_policy,
-)
+from rome.agent.iflow.assemble import Assembled, assemble
+from rome.agent.iflow.connect import endpoint_model
+from rome.agent.iflow.endpoint_model import EndpointModel
 from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
 from rome.agent.iflow.mcp_server import ToolServer
 from rome.agent.iflow.model import Model, ModelError
+from rome.agent.iflow.options import Options
+from rome.agent.iflow.permissions import is_wanted, make_policy
 from rome.agent.iflow.place import open_place
 from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.sessions import OpenSession, SessionStore
@@ -135,12 +132,14 @@ async def _present(assembled: Assembled, options: Options) -> InterfaceSession:
 
     async def keep() -> None:
         try:
-            await assembled.place.keep()
+            await assembled.keep()
         except WorkspaceError as error:
             agent.log.append(events.Notice(text=str(error), level="error"))
 
     async def make(name: str) -> Model:
-        model = make_model(options, assembled.settings, name)
+        if options.engine:
+            raise ValueError("an engine of token ids has one model")
+        model = endpoint_model(options, assembled.settings, name)
         assembled.models.append(model)
         try:
             await model.connect()
@@ -157,6 +156,7 @@ async def _present(assembled: Assembled, options: Options) -> InterfaceSession:
         raise
     for notice in assembled.notices:
         agent.log.append(events.Notice(text=notice, level="warning"))
+    first = assembled.models[0]
     return InterfaceSession(
         agent=agent,
         workspace=assembled.place.workspace,
@@ -168,5 +168,5 @@ async def _present(assembled: Assembled, options: Options) -> InterfaceSession:
         commands=assembled.commands,
         skills=assembled.skills,
         agents=assembled.specs,
-        models=assembled.models[0].offered,
+        models=first.offered if isinstance(first, EndpointModel) else (),
     )
