@@ -163,6 +163,23 @@ def test_a_limit_is_status_3_and_a_refusing_server_status_2(iflow, capsys):
         assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *HOST)[0] == 2
 
 
+def test_a_worktree_keeps_the_work_apart_and_goes_where_there_was_none(iflow, capsys):
+    git = ("git", "-C", str(iflow.project), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "begin")):
+        subprocess.run([*git, *command], check=True, timeout=60)
+    flags = ("--worktree=feature", *HOST)
+    with ScriptedEndpoint([call("shell", command="echo 1 > made"), "ok", "nothing"]) as server:
+        status, _, err = iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)
+        assert status == 0 and "iflow/feature" in err
+        assert not (iflow.project / "made").exists()
+        made = iflow.project / ".iflow" / "worktrees" / "feature" / "made"
+        assert made.read_text() == "1\n"
+        flags = ("--worktree=idle", *HOST)
+        assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)[0] == 0
+        assert not (iflow.project / ".iflow" / "worktrees" / "idle").exists()
+    assert iflow.call(capsys, "-p", "a", "--base_url=x", "--worktree=../x")[0] == 1
+
+
 def test_a_damaged_settings_file_is_named(iflow, capsys):
     (iflow.project / ".iflow").mkdir()
     (iflow.project / ".iflow" / "settings.json").write_text("{")
