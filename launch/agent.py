@@ -20,7 +20,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
 
 from rome.version import describe
 
@@ -47,13 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.list_sessions:
             return _list_sessions(arguments)
         if not arguments.worktree:
-            return asyncio.run(_run(arguments))
+            return _end_for_sure(_run(arguments))
         with _worktree(arguments):
-            return asyncio.run(_run(arguments))
+            return _end_for_sure(_run(arguments))
     except (UsageError, SpecError, EventError, SessionUnavailable, WorktreeError) as error:
         return _fail(error, USAGE)
     except (ModelError, WorkspaceError) as error:
         return _fail(error, INFRASTRUCTURE)
+
+
+def _end_for_sure(work: Coroutine[Any, Any, int]) -> int:
+    """Run to the end; a tool that ignores its own end does not hold the process for ever."""
+    watchdogs: list[threading.Timer] = []
+
+    async def run() -> int:
+        status = await work
+        watchdog = threading.Timer(END_SECONDS, os._exit, [status])
+        watchdog.daemon = True
+        watchdog.start()
+        watchdogs.append(watchdog)
+        return status
+
+    try:
+        return asyncio.run(run())
+    finally:
+        for watchdog in watchdogs:
+            watchdog.cancel()
 
 
 @contextlib.contextmanager
@@ -95,14 +115,9 @@ async def _run(arguments: argparse.Namespace) -> int:
     except BaseException:
         session.close()
         raise
-    status = await run_headless(
+    return await run_headless(
         assembled, prompt, output=arguments.output_format, has_input=has_input
     )
-    # A tool that ignores its end would hold the process for ever.
-    watchdog = threading.Timer(END_SECONDS, os._exit, [status])
-    watchdog.daemon = True
-    watchdog.start()
-    return status
 
 
 def _is_for_terminal(arguments: argparse.Namespace) -> bool:
