@@ -135,6 +135,23 @@ def test_another_program_answers_over_standard_input(iflow):
     assert kinds["turn_finished"] == 2 and kinds["notice"] == 1
 
 
+@pytest.mark.slow
+def test_what_a_background_job_brings_begins_a_turn(iflow):
+    job = call("shell", command="sleep 0.5; exit 7", background=True)
+    with ScriptedEndpoint([job, "it runs", "it ended"]) as server:
+        flags = ("--input-format=stream-json", "--output-format=stream-json", *HOST)
+        with iflow.start("--base_url", server.url, *flags) as process:
+            process.stdin.write('{"kind": "user", "text": "start it"}\n')
+            process.stdin.flush()
+            ends = 0
+            for line in process.stdout:
+                ends += json.loads(line)["kind"] == "turn_finished"
+                if ends == 2 and not process.stdin.closed:
+                    process.stdin.close()
+            assert process.wait(60) == 0 and ends == 2
+    assert "exit code 7" in server.prompts[-1][-1]["content"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
