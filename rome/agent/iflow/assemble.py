@@ -23,6 +23,7 @@ from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.endpoint_model import EndpointModel
 from rome.agent.iflow.engine_model import EngineModel
+from rome.agent.iflow.events import Usage
 from rome.agent.iflow.hooks import Hooks
 from rome.agent.iflow.instructions import Instructions
 from rome.agent.iflow.loop import Agent
@@ -193,6 +194,10 @@ class _Builder:
         )
         self._models: list[Model] = [model]
         self._supervisor = self._make_supervisor()
+        self._limits = options.limits
+        if not self._limits.turns:
+            self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
+        self._usage: Callable[[], Usage] = Usage  # of the main agent's turn
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -211,7 +216,9 @@ class _Builder:
             session=self._session.id,
             session_folder=str(self._session.folder),
             mode=self._options.mode,
+            limits=self._limits,
         )
+        self._usage = lambda: agent.conversation.turn_usage
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
         if is_wanted(task.name, self._options, self._settings):
             agent.tools[task.name] = task
@@ -247,6 +254,7 @@ class _Builder:
             agent=spec.name,
             parent=self._session.id,
             mode=self._policy.mode,
+            limits=self._limits.left(self._usage()),
         )
         if may_have_subagents(spec, birth.depth):
             task = TaskTool(self._specs, self._make_child, notify=child.notify, depth=birth.depth)
@@ -265,9 +273,6 @@ class _Builder:
             hooks=self._hooks,
             workspace=self._place.workspace,
         )
-        limits = self._options.limits
-        if not limits.turns:
-            limits = dataclasses.replace(limits, turns=self._settings.max_turns)
         agent = Agent(
             model,
             tools,
@@ -277,7 +282,6 @@ class _Builder:
             hooks=self._hooks,
             supervisor=self._supervisor,
             context=context,
-            limits=limits,
             desk=self._desk,
             **rest,
         )
@@ -330,7 +334,9 @@ class _Builder:
         """Keep an output as a file that the model can read, and return its path."""
         content = text.encode("utf-8", "surrogatepass")
         workspace = self._place.workspace
-        folder = OUTPUTS if workspace.is_isolated else f"{session_folder}/outputs"
+        folder = f"{session_folder}/outputs"
+        if workspace.is_isolated:  # agents of one sandbox have a folder each
+            folder = f"{OUTPUTS}/{pathlib.PurePath(session_folder).name}"
         path = f"{folder}/{name}"
         await workspace.write(path, content)
         return path
