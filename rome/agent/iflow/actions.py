@@ -155,6 +155,8 @@ def _hosts_of(command: SimpleCommand) -> list[str]:
     named = list(_hosts_in("\n".join([*words, *bodies])))
     if name == "git":
         return (named or ["?"]) if any(word in _GIT_OVER_NETWORK for word in words) else []
+    if name == "getent":
+        return [word for word in words[1:2] if words[0] in ("hosts", "ahosts", "ahostsv4")] or named
     if name in NETWORK_PROGRAMS and (name != "openssl" or "s_client" in words):
         named += [match[1] for word in words if (match := re.match(r"[\w.-]+@([\w.-]+)", word))]
         if not named and name in ("curl", "wget"):

@@ -348,6 +348,8 @@ class Agent:
             self._parts.edge = "compaction"
         elif isinstance(event, events.SubagentFinished):
             self._inbox.wake()
+        elif isinstance(event, events.JobFinished) and event.exit_code is not None:
+            self.notify(f"Background job {event.job} ended with exit code {event.exit_code}.")
 
     def _stop(self, ending: Ending) -> None:
         """End the turn; what it does is cancelled."""

@@ -16,9 +16,12 @@ from collections.abc import Iterator
 import tree_sitter
 import tree_sitter_bash
 
-MAX_LENGTH = 64_000  # of a line that is parsed
+MAX_LENGTH = 32_000  # characters of a line that is parsed
+MAX_PIPES = 1500  # in it: the parser's time grows with their square
+TOO_LONG = "too long to be judged"
 MAX_DEPTH = 200  # of the tree
 _GAP = re.compile(r"(?:[ \t\n]|\\\n)*")
+_RESERVED = frozenset({"{", "}", "if", "then", "fi", "do", "done", "esac", "else", "elif", "!"})
 _BEFORE_COMMENT = (b" ", b"\t", b"\n", b";", b"&", b"|", b"(", b")")
 _ESCAPES = {"a": "\a", "b": "\b", "e": "\x1b", "E": "\x1b", "f": "\f", "n": "\n", "r": "\r"}
 _ESCAPES |= {"t": "\t", "v": "\v", "\\": "\\", "'": "'", '"': '"', "?": "?"}
@@ -124,8 +127,8 @@ class Line:
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Line:
     """Return the commands of a line; what is not understood is a problem, never an error."""
-    if len(text) > MAX_LENGTH:
-        return Line((), (f"longer than {MAX_LENGTH} characters",))
+    if len(text) > MAX_LENGTH or text.count("|") > MAX_PIPES:
+        return Line((), (TOO_LONG,))
     odd = next((char for char in text if _is_odd(char)), "")
     try:
         source = text.encode()
@@ -282,6 +285,10 @@ class _Walker:
             else:
                 words.append(self._word(child))
         self._check_words(node)
+        if words and re.match(r"[A-Za-z_]\w*(\[.*\])?\+?=", words[0].text):
+            self.problems.append("an assignment in place of a program")
+        if words and words[0].text in _RESERVED:
+            self.problems.append("a word of the shell in place of a program")
         if words and words[0].has_pattern:
             words[0] = dataclasses.replace(words[0], is_static=False)
         made = SimpleCommand(

@@ -17,6 +17,7 @@ from rome.agent.iflow.actions import Action, action_of
 from rome.agent.iflow.events import Event, SupervisorJudged
 from rome.agent.iflow.model import Model, ModelError
 from rome.agent.iflow.rules import absolute
+from rome.agent.iflow.settings_values import SupervisorSettings
 from rome.agent.iflow.supervisor_rules import RULES, Bounds, SupervisorRule
 from rome.agent.iflow.tools.base import Tool, ToolResult
 from rome.agent.messages import Message
@@ -25,7 +26,14 @@ COSTS: Mapping[int, float] = {0: 0.0, 1: 0.1, 2: 0.5, 3: 1.0}  # by severity
 JUDGE_SECONDS = 20.0
 MAX_SHOWN = 4000  # characters of a call that the judge model sees
 # What a change of files breaks, once it has happened.
-_AFTER = ("graders_touched", "own_rules", "persistence", "logging_off", "outside_write")
+_AFTER = (
+    "graders_touched",
+    "own_rules",
+    "kept_changed",
+    "persistence",
+    "logging_off",
+    "outside_write",
+)
 _PROMPT = """\
 You supervise another agent. Its user asked for:
 <request>
@@ -185,6 +193,37 @@ class Supervisor:
         except (ModelError, TimeoutError):
             return PASS
         return _read_verdict(answer.text)
+
+
+def make_supervisor(
+    given: SupervisorSettings,
+    *,
+    root: str,
+    home: str,
+    events: Iterable[Event] = (),
+    judge: Model | None = None,
+) -> Supervisor:
+    """Return the supervisor that a user's settings ask for.
+
+    Args:
+      given: the settings.
+      root: directory of the project, as the tools see it.
+      home: of the user, where the tools work.
+      events: of the session so far.
+      judge: the model that `given.judge` names.
+    """
+    bounds = Bounds(
+        root=root,
+        home=home,
+        writable=(*Bounds.writable, *given.writable),
+        hosts=given.hosts,
+        kept=tuple(absolute(pattern, root, home) for pattern in given.kept),
+        may_change_tests=given.may_change_tests,
+        may_rewrite_history=given.may_rewrite_history,
+    )
+    supervisor = Supervisor(bounds, pause_at=given.pause_at, stop_at=given.stop_at, judge=judge)
+    supervisor.resume(events)
+    return supervisor
 
 
 def _read_verdict(text: str) -> Judgement:
