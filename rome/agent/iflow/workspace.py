@@ -112,5 +112,11 @@ class Workspace(Protocol):
     async def restore(self, snapshot: str) -> None:
         """Bring the files back to a snapshot."""
 
+    def beside(self) -> Workspace:
+        """Return the same place, files and jobs, with a shell of its own, for a sub-agent.
+
+        Closing it ends that shell only; closing this one ends all.
+        """
+
     async def aclose(self) -> None:
         """End the shell and all jobs."""

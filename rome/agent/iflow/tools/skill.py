@@ -12,7 +12,7 @@ from rome.agent.iflow.spec_files import SpecError
 from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
 from rome.agent.iflow.workspace import Workspace
 
-FOLDER = "/tmp/iflow/skills"  # of a workspace that does not see this machine's files
+FOLDER = "/tmp/iflow/outputs/skills"  # of a workspace that does not see this machine's files
 MAX_FILES = 100
 MAX_BYTES = 2 << 20  # of a skill's files together
 

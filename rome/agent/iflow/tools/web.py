@@ -10,6 +10,7 @@ import html.parser
 import ipaddress
 import re
 import socket
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 from urllib.parse import urljoin, urlsplit
@@ -19,6 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from rome.agent.iflow.output import is_long, join
+from rome.agent.iflow.sandbox_workspace import FOLDER as SANDBOX_FOLDER
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 
 SECONDS = 30.0
@@ -77,7 +79,8 @@ class WebFetchTool(BaseTool):
             text = to_text(text)
         file = ""
         if is_long(text):
-            file = f"/tmp/iflow/{context.call.id}.txt"
+            folder = SANDBOX_FOLDER if context.workspace.is_isolated else context.session_folder
+            file = f"{folder}/fetched-{time.time_ns():x}.txt"
             await context.workspace.write(file, text.encode(errors="replace"))
             text = join(text, text, len(data), file)
         return ToolResult(text, "ok" if status < 400 else "error", file=file)

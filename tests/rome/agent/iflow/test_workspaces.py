@@ -277,6 +277,30 @@ def test_a_snapshot_brings_the_files_back(kind, tmp_path):
     work(kind, tmp_path, body)
 
 
+def test_a_workspace_beside_has_its_own_shell_and_the_same_files_and_jobs(kind, tmp_path):
+    async def body(workspace):
+        other = workspace.beside()
+        await workspace.execute("mkdir d; cd d; X=1", timeout=9)
+        long = asyncio.ensure_future(
+            workspace.execute("until [ -e go ]; do sleep 0.1; done", timeout=30)
+        )
+        said = await other.execute('echo "$PWD:$X"', timeout=9)  # while the first one is busy
+        assert said.output == f"{workspace.root}:\n"
+        await other.write("d/go", b"")
+        assert (await long).exit_code == 0
+        job = await other.spawn("sleep 52")
+        assert workspace.jobs[job.id] is job
+        kept = await workspace.snapshot()
+        await other.execute("rm d/go", timeout=9)
+        await workspace.restore(kept)
+        assert await other.stat("d/go") is not None
+        assert (await other.execute("ls d", timeout=9)).output == "go\n"
+        await other.aclose()
+        assert (await workspace.execute("echo on", timeout=9)).output == "on\n"
+
+    work(kind, tmp_path, body)
+
+
 # -- this machine only
 
 
