@@ -56,14 +56,17 @@ class HostWorkspace:
             raise WorkspaceError(f"{root} is no directory; name one to work in")
         self.jobs: dict[str, BackgroundJob] = {}
         self._job_numbers = itertools.count(1)
-        self._folder = pathlib.Path(folder).resolve()
-        name = hashlib.sha256(os.fsencode(self._folder)).hexdigest()[:16]
+        folder = os.path.realpath(folder)
+        self.outputs = f"{folder}/outputs"
+        name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         self._mark = f"IFLOW_WORKSPACE={name}"
         self._shell: HostShell | None = None
         self._is_first = True  # it ends all
         self._turn = asyncio.Lock()  # of commands in the shell
-        self._outputs = 0
-        self._repository = ShadowRepository(self._folder / "checkpoints", pathlib.Path(self.root))
+        self._number = 0
+        self._repository = ShadowRepository(
+            pathlib.Path(folder, "checkpoints"), pathlib.Path(self.root)
+        )
         kill_processes(self._mark)
 
     # -- commands
@@ -95,7 +98,7 @@ class HostWorkspace:
         text = encode_command(command)
         directory = self._shell.directory if self._shell else self.root
         identity = str(next(self._job_numbers))
-        path = self._folder / "outputs" / f"job-{identity}.txt"
+        path = pathlib.Path(self.outputs, f"job-{identity}.txt")
         job = HostJob(identity, command, path)
         mark = f"{self._mark}-{identity}"
         await job.start(text, directory, self._environment() | {"IFLOW_JOB": mark})
@@ -200,8 +203,8 @@ class HostWorkspace:
             await shell.close()
 
     def _next_file(self) -> pathlib.Path:
-        self._outputs += 1
-        return self._folder / "outputs" / f"{time.time_ns():x}-{self._outputs}.txt"
+        self._number += 1
+        return pathlib.Path(self.outputs, f"{time.time_ns():x}-{self._number}.txt")
 
     def _resolve(self, path: str) -> str:
         """Return the real path of a named one.

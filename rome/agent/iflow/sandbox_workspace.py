@@ -27,7 +27,6 @@ from rome.agent.iflow.workspace import BackgroundJob, CommandOutput, WorkspaceEr
 
 SHELL_CANCELLED = "this is a new shell, in the project's directory: the last command was cancelled"
 SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
-FOLDER = "/tmp/iflow/outputs"  # in the sandbox: whole outputs
 JOB_SECONDS = 24 * 3600.0
 MAX_SNAPSHOTS = 200
 # Ends a command about what is no regular file.
@@ -48,6 +47,9 @@ class SandboxWorkspace:
 
     def __init__(self, sandbox: Sandbox, root: str = "") -> None:
         self.root = root or sandbox.workspace
+        # The landlock tier has no file system of its own, so no /tmp.
+        above = posixpath.dirname(sandbox.workspace) if sandbox.tier == "landlock" else ""
+        self.outputs = f"{above}/tmp/iflow/outputs"
         self.jobs: dict[str, BackgroundJob] = {}
         self._job_numbers = itertools.count(1)
         self._sandbox = sandbox
@@ -99,8 +101,8 @@ class SandboxWorkspace:
         with told("a background job"):
             identity = str(next(self._job_numbers))
             directory = await self._directory()
-            file = f"{FOLDER}/job-{identity}.txt"
-            start = f"mkdir -p {FOLDER}; exec >{file} 2>&1; cd {shlex.quote(directory)}\n"
+            file = f"{self.outputs}/job-{identity}.txt"
+            start = f"mkdir -p {self.outputs}; exec >{file} 2>&1; cd {shlex.quote(directory)}\n"
             # The semicolon ends the number: the 1 of 12 is another job.
             variables = {"IFLOW_JOB": f"{identity};"}
             job = await self._sandbox.spawn(start + command, JOB_SECONDS, variables)
@@ -273,7 +275,7 @@ class SandboxWorkspace:
         text = decode(written.encode(errors="surrogateescape"))
         file = ""
         if is_long(text) or beyond:
-            file = f"{FOLDER}/{time.time_ns():x}.txt"
+            file = f"{self.outputs}/{time.time_ns():x}.txt"
             await self._keep(file, written)
             text = join(text, text, len(written) + beyond, file)
         notes = [note] if note else []

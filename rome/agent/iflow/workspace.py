@@ -66,11 +66,13 @@ class Workspace(Protocol):
     Attributes:
       root: directory of the project; relative paths are below it.
       is_isolated: whether what runs there can harm only itself.
+      outputs: folder for whole outputs and the like, which are no files of the project.
       jobs: all that `spawn` started, by id.
     """
 
     root: str
     is_isolated: bool
+    outputs: str
     jobs: dict[str, BackgroundJob]
 
     async def execute(

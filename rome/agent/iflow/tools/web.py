@@ -20,7 +20,6 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from rome.agent.iflow.output import is_long, join
-from rome.agent.iflow.sandbox_workspace import FOLDER as SANDBOX_FOLDER
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 
 SECONDS = 30.0
@@ -79,8 +78,7 @@ class WebFetchTool(BaseTool):
             text = to_text(text)
         file = ""
         if is_long(text):
-            folder = SANDBOX_FOLDER if context.workspace.is_isolated else context.session_folder
-            file = f"{folder}/fetched-{time.time_ns():x}.txt"
+            file = f"{context.workspace.outputs}/fetched-{time.time_ns():x}.txt"
             await context.workspace.write(file, text.encode(errors="replace"))
             text = join(text, text, len(data), file)
         return ToolResult(text, "ok" if status < 400 else "error", file=file)
