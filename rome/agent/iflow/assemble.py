@@ -206,6 +206,7 @@ class _Builder:
             self._model,
             self._session.log,
             self._make_tools(),
+            workspace,
             system=system_text(
                 directory=workspace.root,
                 is_isolated=workspace.is_isolated,
@@ -239,15 +240,20 @@ class _Builder:
         )
 
     def _make_child(self, birth: Birth) -> Agent:
-        """Return a sub-agent: it shares place, rules, hooks and desk with its parent."""
+        """Return a sub-agent: it shares files, rules, hooks and desk with its parent.
+
+        Its shell is its own: several sub-agents work at once, and none moves another's directory.
+        """
         spec = birth.spec
-        workspace = self._place.workspace
+        workspace = self._place.workspace.beside()
         tools = [tool for tool in tools_for(spec, self._make_tools()) if tool.name not in NOT_BELOW]
         around = surroundings(workspace.root, workspace.is_isolated)
         child = self._make_agent(
             self._model_of(spec),
             birth.log,
             tools,
+            workspace,
+            owns_workspace=True,
             system=f"{spec.prompt}\n\n{around}",
             session=birth.id,
             session_folder=birth.folder,
@@ -262,7 +268,12 @@ class _Builder:
         return child
 
     def _make_agent(
-        self, model: Model, log: events.EventLog, tools: Sequence[Tool], **rest: Any
+        self,
+        model: Model,
+        log: events.EventLog,
+        tools: Sequence[Tool],
+        workspace: Workspace,
+        **rest: Any,
     ) -> Agent:
         """Return an agent with what all agents of the session have alike."""
         if isinstance(model, EndpointModel) and model.on_retry is None:
@@ -271,13 +282,13 @@ class _Builder:
             ContextSettings(threshold=self._settings.compression_threshold),
             store=functools.partial(self._store, rest["session_folder"]),
             hooks=self._hooks,
-            workspace=self._place.workspace,
+            workspace=workspace,
         )
         agent = Agent(
             model,
             tools,
             log,
-            self._place.workspace,
+            workspace,
             policy=self._policy,
             hooks=self._hooks,
             supervisor=self._supervisor,
