@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args([_as_flag(word) for word in given])
-    from rome.agent.iflow.assemble import UsageError
     from rome.agent.iflow.events import EventError
     from rome.agent.iflow.model import ModelError
+    from rome.agent.iflow.options import UsageError
     from rome.agent.iflow.sessions import SessionUnavailable
     from rome.agent.iflow.spec_files import SpecError
     from rome.agent.iflow.workspace import WorkspaceError
@@ -53,9 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _run(arguments: argparse.Namespace) -> int:
     """Open the session that was asked for, put the agent together, and let it work."""
-    from rome.agent.iflow.assemble import UsageError, assemble
+    from rome.agent.iflow.assemble import assemble
     from rome.agent.iflow.headless import run_headless
+    from rome.agent.iflow.options import UsageError
 
+    if arguments.serve_mcp:
+        return await _serve_mcp(arguments)
+    if arguments.acp or _is_for_terminal(arguments):
+        return await _serve_person(arguments)
     has_input = arguments.input_format == "stream-json"
     prompt = arguments.prompt
     goes_on = arguments.resume or arguments.go_on or arguments.fork
@@ -80,10 +85,58 @@ async def _run(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _is_for_terminal(arguments: argparse.Namespace) -> bool:
+    """Return whether a person at a terminal wants to talk with the agent."""
+    if arguments.interactive:
+        return True
+    is_headless = arguments.prompt or arguments.input_format != "text"
+    is_headless = is_headless or arguments.output_format != "text"
+    return not is_headless and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+async def _serve_person(arguments: argparse.Namespace) -> int:
+    """Let a person talk with the agent, in this terminal or through an editor."""
+    from rome.agent.iflow.opening import SessionOpener
+
+    options = _options(arguments)
+    opener = SessionOpener(options)
+    if arguments.acp:
+        from rome.agent.iflow.acp_agent import serve
+
+        await serve(opener)
+        return 0
+    from rome.agent.iflow.tui.terminal import Terminal
+
+    directory = str(options.directory.resolve())
+    session = await opener.open_stored(_session(arguments), directory)
+    history = pathlib.Path.home() / ".iflow" / "history"
+    return await Terminal(opener, session, directory, history=history).run(arguments.interactive)
+
+
+async def _serve_mcp(arguments: argparse.Namespace) -> int:
+    """Serve the tools to a client of MCP, on stdio or by HTTP."""
+    from rome.agent.iflow.mcp_server import serve_http, serve_stdio
+    from rome.agent.iflow.opening import tool_server
+
+    async with tool_server(_options(arguments)) as served:
+        if arguments.serve_mcp == "stdio":
+            await serve_stdio(served)
+        else:
+            token = os.environ.get("IFLOW_MCP_TOKEN", "")
+            await serve_http(served, host="127.0.0.1", port=int(arguments.serve_mcp), token=token)
+    return 0
+
+
+def _mcp_way(text: str) -> str:
+    if text != "stdio" and not (text.isdecimal() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"stdio, or a port of this machine, not {text!r}")
+    return text
+
+
 def _options(arguments: argparse.Namespace):
-    from rome.agent.iflow.assemble import Options
     from rome.agent.iflow.endpoint_model import Prices
     from rome.agent.iflow.limits import Limits
+    from rome.agent.iflow.options import Options
 
     tools = None
     if arguments.tools is not None:
@@ -94,6 +147,8 @@ def _options(arguments: argparse.Namespace):
         model=arguments.model,
         base_url=arguments.base_url or os.environ.get("OPENAI_BASE_URL", ""),
         api_key=arguments.api_key or os.environ.get("OPENAI_API_KEY", ""),
+        engine=arguments.engine,
+        tokenizer=arguments.tokenizer,
         mode="yolo" if arguments.yolo else arguments.mode,
         tools=tools,
         context_tokens=arguments.context_tokens,
@@ -142,6 +197,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-p", "--prompt", default="", help='what is to be done; "-" reads it from standard input')
+    add("-i", "--interactive", metavar="TEXT", default="", help="say this first, and talk on")
+    add("--acp", action="store_true", help="serve an editor on stdio (Agent Client Protocol)")
+    add(
+        "--serve_mcp",
+        metavar="stdio|PORT",
+        type=_mcp_way,
+        help="serve the tools over MCP, without a model; for a port IFLOW_MCP_TOKEN is the token",
+    )
     add("--output_format", default="text", choices=FORMATS, help="what is printed")
     add("--input_format", default="text", choices=("text", "stream-json"), help="of further turns")
     add("-c", "--continue", dest="go_on", action="store_true", help="go on with the last session")
@@ -150,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--list_sessions", action="store_true", help="show this directory's sessions")
     add("-m", "--model", default="", help="name of the model")
     add("--base_url", default="", help="of an OpenAI-compatible server, with /v1")
+    add("--engine", default="", help="URL of launch.serve or SGLang, for exact tokens")
+    add("--tokenizer", default="", help="folder with the engine's tokenizer")
     add("--api_key", default="", help="for it; better in OPENAI_API_KEY or IFLOW_apiKey")
     add("--temperature", type=float, help="of sampling")
     add("--context_tokens", type=int, default=0, help="of a conversation")

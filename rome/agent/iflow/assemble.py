@@ -7,29 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rome.agent.endpoint import ChatEndpoint
 from rome.agent.iflow import events
 from rome.agent.iflow.agent_specs import AgentSpec, load_agent_specs
 from rome.agent.iflow.checkpoint import Checkpoints
 from rome.agent.iflow.commands import Command, load_commands
+from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.endpoint_model import EndpointModel, Prices
+from rome.agent.iflow.endpoint_model import EndpointModel
+from rome.agent.iflow.engine_model import EngineModel
 from rome.agent.iflow.hooks import Hooks
 from rome.agent.iflow.instructions import Instructions
-from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.place import Kind, Place, open_place
-from rome.agent.iflow.policy import Policy
+from rome.agent.iflow.model import Model
+from rome.agent.iflow.options import Options
+from rome.agent.iflow.permissions import OUTPUTS, is_wanted, make_policy
+from rome.agent.iflow.place import Place, open_place
 from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.prompts import surroundings, system_text
 from rome.agent.iflow.sessions import OpenSession
@@ -40,54 +41,9 @@ from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tool
 from rome.agent.iflow.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
+from rome.agent.iflow.workspace import Workspace
 
-REQUEST_SECONDS = 1800.0  # for one answer of a model, with its retries
-MAX_REQUESTS = 6
-OUTPUTS = "/tmp/iflow/outputs"  # of a sandbox: where old outputs are moved to
 NOT_BELOW = ("exit_plan_mode",)  # tools that sub-agents do not have: the mode is the main agent's
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be; the message says what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a user asks for beyond the settings; what is empty is left to them.
-
-    Attributes:
-      directory: of the project.
-      workspace: where tools work.
-      model: name of it.
-      base_url: of the endpoint, with /v1.
-      api_key: for it.
-      mode: of approval.
-      tools: names or patterns of the only tools there are; None for all.
-      context_tokens: of a conversation.
-      max_tokens: of one answer; 0 leaves it to the server.
-      temperature: of sampling; None leaves it to the server.
-      prices: of a million tokens.
-      limits: of one turn.
-      egress: what a sandbox may reach.
-      has_web: whether pages of the web can be fetched, from this machine.
-      trust: trust the project, now and later.
-    """
-
-    directory: pathlib.Path
-    workspace: Kind = "sandbox"
-    model: str = ""
-    base_url: str = ""
-    api_key: str = ""
-    mode: str = ""
-    tools: tuple[str, ...] | None = None
-    context_tokens: int = 0
-    max_tokens: int = 0
-    temperature: float | None = None
-    prices: Prices = dataclasses.field(default_factory=Prices)
-    limits: Limits = dataclasses.field(default_factory=Limits)
-    egress: tuple[str, ...] = ()
-    has_web: bool = False
-    trust: bool = False
 
 
 @dataclasses.dataclass
@@ -118,7 +74,18 @@ class Assembled:
     notices: tuple[str, ...]
     task: TaskTool
     servers: MCPServers
-    models: Sequence[EndpointModel]
+    models: list[Model]
+
+    async def keep(self) -> None:
+        """Keep what the session has outside of its events: a sandbox's files, an engine's tokens.
+
+        Raises:
+          WorkspaceError: the files could not be copied.
+        """
+        for model in self.models:
+            if isinstance(model, EngineModel):
+                model.keep()
+        await self.place.keep()
 
     async def aclose(self, outcome: events.Outcome = "finished") -> None:
         """End the session in order and free all that it holds."""
@@ -138,6 +105,7 @@ async def assemble(
     *,
     is_attended: bool = False,
     home: pathlib.Path | None = None,
+    wrap: Callable[[Workspace], Workspace] | None = None,
 ) -> Assembled:
     """Return an agent for a session; the session is closed with it.
 
@@ -146,6 +114,7 @@ async def assemble(
       session: new, or one to go on with.
       is_attended: whether an interface answers approvals and questions.
       home: of the user; None for that of this process.
+      wrap: is given the workspace, and returns the one that is to be used.
 
     Raises:
       UsageError: a setting is missing or wrong.
@@ -158,15 +127,17 @@ async def assemble(
     if options.trust:
         projects.trust(project)
     settings = load_settings(project, trusted=projects.is_trusted(project), home=home)
-    model = await _connect(options, settings)
+    model = await connect_model(options, settings, session)
     try:
         place = await open_place(options.workspace, project, session.folder, egress=options.egress)
     except BaseException:
         await model.aclose()
         raise
+    if wrap is not None:
+        place.workspace = wrap(place.workspace)
     user = home or pathlib.Path.home()
     servers = MCPServers(
-        settings.mcp_servers.values(),
+        [*settings.mcp_servers.values(), *options.servers],
         session.log.append,
         session.folder,
         user / ".iflow" / "mcp-approved.json",
@@ -182,40 +153,6 @@ async def assemble(
         raise
 
 
-async def _connect(options: Options, settings: Settings) -> EndpointModel:
-    """Return the model, once its endpoint has answered."""
-    base_url = options.base_url or settings.base_url
-    if not base_url:
-        raise UsageError(
-            "no model: give the URL of an OpenAI-compatible server by --base_url, by baseUrl in"
-            " ~/.iflow/settings.json or by IFLOW_baseUrl, such as http://127.0.0.1:8000/v1"
-        )
-    model = _model(options, settings, options.model or settings.model)
-    try:
-        await model.connect()
-    except BaseException:
-        await model.aclose()
-        raise
-    return model
-
-
-def _model(options: Options, settings: Settings, name: str) -> EndpointModel:
-    endpoint = ChatEndpoint(
-        options.base_url or settings.base_url,
-        name,
-        options.api_key or settings.api_key or None,
-        request_seconds=REQUEST_SECONDS,
-        max_requests=MAX_REQUESTS,
-    )
-    return EndpointModel(
-        endpoint,
-        context_tokens=options.context_tokens or settings.tokens_limit,
-        max_tokens=options.max_tokens or None,
-        temperature=options.temperature,
-        prices=options.prices,
-    )
-
-
 class _Builder:
     """Builds an agent and, when they are asked for, its sub-agents."""
 
@@ -226,7 +163,7 @@ class _Builder:
         session: OpenSession,
         place: Place,
         servers: MCPServers,
-        model: EndpointModel,
+        model: Model,
         projects: Projects,
         is_attended: bool,
         home: pathlib.Path | None,
@@ -246,7 +183,7 @@ class _Builder:
         root = _root_of(self._project)
         self._instructions = Instructions(root, self._project, where)
         self._problems = [*skill_problems, *spec_problems, *command_problems]
-        self._policy = self._make_policy(projects)
+        self._policy = make_policy(options, settings, place.workspace, session.folder, projects)
         self._desk = Desk(session.log, is_attended=is_attended)
         self._hooks = Hooks(
             settings.hooks,
@@ -254,7 +191,7 @@ class _Builder:
             session=session.id,
             transcript=str(session.log.path or ""),
         )
-        self._models = [model]
+        self._models: list[Model] = [model]
         self._supervisor = self._make_supervisor()
 
     def build(self) -> Assembled:
@@ -276,7 +213,7 @@ class _Builder:
             mode=self._options.mode,
         )
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
-        if self._is_wanted(task.name):
+        if is_wanted(task.name, self._options, self._settings):
             agent.tools[task.name] = task
         self._follow_folders(agent)
         notices = (*self._settings.notices, *self._problems, *self._instructions.problems)
@@ -317,10 +254,10 @@ class _Builder:
         return child
 
     def _make_agent(
-        self, model: EndpointModel, log: events.EventLog, tools: Sequence[Tool], **rest: Any
+        self, model: Model, log: events.EventLog, tools: Sequence[Tool], **rest: Any
     ) -> Agent:
         """Return an agent with what all agents of the session have alike."""
-        if model.on_retry is None:
+        if isinstance(model, EndpointModel) and model.on_retry is None:
             model.on_retry = functools.partial(_log_retry, log)
         context = ContextManager(
             ContextSettings(threshold=self._settings.compression_threshold),
@@ -347,10 +284,10 @@ class _Builder:
         context.read_files = agent.read_files
         return agent
 
-    def _model_of(self, spec: AgentSpec) -> EndpointModel:
-        if spec.model in ("", self._model.name):
+    def _model_of(self, spec: AgentSpec) -> Model:
+        if spec.model in ("", self._model.name) or self._options.engine:
             return self._model
-        model = _model(self._options, self._settings, spec.model)
+        model = endpoint_model(self._options, self._settings, spec.model)
         self._models.append(model)
         return model
 
@@ -362,44 +299,13 @@ class _Builder:
             user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
             **({"shell_seconds": seconds} if seconds else {}),
         )
-        own = [tool for tool in tools if self._is_wanted(tool.name)]
-        chosen = [tool for tool in self._servers.tools if self._is_wanted(tool.name, is_own=False)]
+        own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
+        chosen = [
+            tool
+            for tool in self._servers.tools
+            if is_wanted(tool.name, self._options, self._settings, is_own=False)
+        ]
         return [*own, *chosen]
-
-    def _is_wanted(self, name: str, *, is_own: bool = True) -> bool:
-        """Return whether neither the options nor the settings leave a tool out.
-
-        Args:
-          name: of the tool.
-          is_own: whether it is one of this project, and not of an MCP server.
-        """
-        settings = self._settings
-        chosen = self._options.tools
-        if chosen is not None:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)
-        is_core = settings.core_tools is None or name in settings.core_tools or not is_own
-        return is_core and name not in settings.exclude_tools
-
-    def _make_policy(self, projects: Projects) -> Policy:
-        settings = self._settings
-        workspace = self._place.workspace
-        # What runs in a sandbox can harm only itself.
-        mode = settings.mode or ("yolo" if workspace.is_isolated else "default")
-        outputs = OUTPUTS if workspace.is_isolated else str(self._session.folder)
-        try:
-            return Policy(
-                mode=self._options.mode or mode,
-                root=workspace.root,
-                allow=(*settings.allow, *projects.rules(self._project)),
-                ask=settings.ask,
-                deny=settings.deny,
-                directories=(outputs, *settings.additional_directories),
-                servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
-                follow=None if workspace.is_isolated else os.path.realpath,
-                keep_rule=functools.partial(projects.add_rule, self._project),
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from error
 
     def _make_supervisor(self) -> Supervisor | None:
         """Return the supervisor that the settings ask for, which sub-agents share."""
@@ -408,7 +314,7 @@ class _Builder:
             return None
         judge = None
         if given.judge:
-            judge = _model(self._options, self._settings, given.judge)
+            judge = endpoint_model(self._options, self._settings, given.judge)
             self._models.append(judge)
         hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
         workspace = self._place.workspace

@@ -103,10 +103,10 @@ def summary(assembled: Assembled, finished: TurnFinished) -> dict[str, Any]:
 
 
 async def _play(assembled: Assembled, prompt: str) -> TurnFinished:
-    """Play one turn, and keep the files of a sandbox."""
+    """Play one turn, and keep what it left outside of the events."""
     finished = await assembled.agent.run(prompt)
     try:
-        await assembled.place.keep()
+        await assembled.keep()
     except WorkspaceError as error:
         assembled.agent.log.append(events.Notice(text=str(error), level="error"))
         if finished.outcome == "finished":

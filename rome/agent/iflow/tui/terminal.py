@@ -220,6 +220,7 @@ class Terminal:
         finished = await agent.run(await expand(text, self.session))
         while finished.outcome == "finished" and agent.has_unread:
             finished = await agent.run("")
+        await self.session.keep()
 
     async def _run_command(self, command: str) -> None:
         """Run a command of the user's, and let the agent know of it."""

@@ -75,9 +75,20 @@ EDITS = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(before=EDITS, between=EDITS, after=EDITS)
 def test_any_edits_are_taken_back(before, between, after):
+    take_back(before, between, after)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(before=EDITS, between=EDITS, after=EDITS)
+def test_very_many_edits_are_taken_back(before, between, after):
+    take_back(before, between, after)
+
+
+def take_back(before, between, after):
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder, "root")
         root.mkdir()

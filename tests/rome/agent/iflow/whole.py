@@ -8,7 +8,8 @@ import json
 import pathlib
 
 from rome.agent.iflow import events
-from rome.agent.iflow.assemble import Assembled, Options, assemble
+from rome.agent.iflow.assemble import Assembled, assemble
+from rome.agent.iflow.options import Options
 from rome.agent.iflow.sessions import SessionStore
 from tests.rome.agent.iflow.scripted import ScriptedEndpoint
 
