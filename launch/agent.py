@@ -59,7 +59,7 @@ async def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.serve_mcp:
         return await _serve_mcp(arguments)
-    if arguments.acp or _is_for_terminal(arguments):
+    if arguments.acp or arguments.http is not None or _is_for_terminal(arguments):
         return await _serve_person(arguments)
     has_input = arguments.input_format == "stream-json"
     prompt = arguments.prompt
@@ -95,7 +95,7 @@ def _is_for_terminal(arguments: argparse.Namespace) -> bool:
 
 
 async def _serve_person(arguments: argparse.Namespace) -> int:
-    """Let a person talk with the agent, in this terminal or through an editor."""
+    """Let a person talk with the agent: in this terminal, through an editor, or over HTTP."""
     from rome.agent.iflow.opening import SessionOpener
 
     options = _options(arguments)
@@ -105,10 +105,14 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
 
         await serve(opener)
         return 0
+    from rome.agent.iflow import http_api
     from rome.agent.iflow.tui.terminal import Terminal
 
     directory = str(options.directory.resolve())
     session = await opener.open_stored(_session(arguments), directory)
+    if arguments.http is not None:
+        token = os.environ.get("IFLOW_HTTP_TOKEN", "")
+        await http_api.serve(session, host="127.0.0.1", port=arguments.http, token=token)
     history = pathlib.Path.home() / ".iflow" / "history"
     return await Terminal(opener, session, directory, history=history).run(arguments.interactive)
 
@@ -199,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
     add("-p", "--prompt", default="", help='what is to be done; "-" reads it from standard input')
     add("-i", "--interactive", metavar="TEXT", default="", help="say this first, and talk on")
     add("--acp", action="store_true", help="serve an editor on stdio (Agent Client Protocol)")
+    add(
+        "--http",
+        metavar="PORT",
+        type=int,
+        help="serve the session over HTTP on this machine; IFLOW_HTTP_TOKEN is the token",
+    )
     add(
         "--serve_mcp",
         metavar="stdio|PORT",

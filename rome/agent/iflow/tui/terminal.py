@@ -8,7 +8,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -134,6 +134,8 @@ class Terminal:
         """
         if self.is_working:
             raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
+        if choice.get("resume") == self.session.agent.session:
+            raise ActionError("this is that session")
         try:
             session = await self.opener.open(self.directory, **choice)
         except KeyError as error:
@@ -388,13 +390,25 @@ class Terminal:
         agent = self.session.agent
         self.screen.say(f"iFlow in {self.session.workspace.root}, model {agent.model.name}", "bold")
         self.screen.say("/help shows the commands; Ctrl-C cancels, twice it ends")
-        said = [
-            event
-            for event in agent.log.events
-            if isinstance(event, events.AssistantMessage | events.UserMessage)
-        ]
+        said = [event for event in agent.log.events if isinstance(event, _SAID)]
         for event in said[-REPLAYED:]:
             self.screen.take(event)
+        for event in _since_last_turn(agent.log.events):
+            if isinstance(event, events.Notice):
+                self.screen.take(event)
+
+
+_SAID = events.AssistantMessage | events.UserMessage
+
+
+def _since_last_turn(stored: Sequence[Event]) -> list[Event]:
+    """Return the events that came while the session was opened."""
+    ends = [
+        place
+        for place, event in enumerate(stored)
+        if isinstance(event, events.TurnFinished | events.SessionEnded)
+    ]
+    return list(stored[ends[-1] + 1 :] if ends else stored)
 
 
 def _list_files(directory: str) -> list[str]:
