@@ -25,6 +25,7 @@ from rome.version import describe
 
 USAGE = 1
 INFRASTRUCTURE = 2
+ABORTED = 4
 END_SECONDS = 10.0  # for the process to end, once the session has
 MODES = ("plan", "default", "accept_edits", "yolo")
 FORMATS = ("text", "json", "stream-json")
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, USAGE)
     except (ModelError, WorkspaceError) as error:
         return _fail(error, INFRASTRUCTURE)
+    except KeyboardInterrupt:
+        return ABORTED
 
 
 async def _run(arguments: argparse.Namespace) -> int:
