@@ -30,6 +30,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ TURNS = 4
 LARGEST_ERROR = 1e-4  # of float32 sums in another order; beyond, nothing is timed
 
 
-def ids(rng: random.Random, count: int, prompt: int) -> list[int]:
+def ids(rng: random.Random, count: int) -> list[int]:
     """Return made-up tokens."""
     return [rng.randrange(VOCABULARY) for _ in range(count)]
 
@@ -326,7 +327,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.recorded:
         episodes["recorded"] = recorded(flags.recorded, flags.most)
     sizes = (flags.length, flags.chunks, flags.rows)
-    cases = [measure(name, made, learner, sizes, flags.pairs) for name, made in episodes.items()]
+    cases = []
+    for name, made in episodes.items():
+        cases.append(measure(name, made, learner, sizes, flags.pairs))
+        print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
     found = summary(cases) | {
         "cases": cases,
         "size": flags.size,
