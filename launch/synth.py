@@ -10,8 +10,8 @@ python -m launch.synth --filter DIR --tasks OUT/tasks --out FILTERED   # four st
 python -m launch.synth --funnel FILTERED                   # what each stage removed
 python -m launch.synth --fakes 20 --out OUT                # measures the filter on planted fakes
 
-Writes OUT/tasks (Harbor folders: launch.eval --dataset OUT/tasks) and OUT/card.json. After a kill the
-same command goes on where it was. docs/synthesis.md describes both.
+Writes OUT/tasks (Harbor folders: launch.eval --dataset OUT/tasks) and OUT/card.json. After a kill
+the same command goes on where it was. docs/synthesis.md describes both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from absl import flags
 from launch._main import reject_arguments, run_command
 
 if TYPE_CHECKING:
-    from rome.synth.agents import Endpoints
+    from rome.synth.models import Endpoints
 
 OUT = flags.DEFINE_string("out", None, "folder of the run")
 FAMILIES = flags.DEFINE_string("families", "", "generated tasks: NAMES:N or all:N")
@@ -38,7 +38,9 @@ KEEP = flags.DEFINE_integer("keep", 0, "tasks of each domain at most; 0: all", l
 PRO = flags.DEFINE_bool("pro", False, "a set of 200 tasks in 8 domains; another one for each seed")
 MUTANTS = flags.DEFINE_integer("mutants", 12, "of each reference solution", lower_bound=1)
 ORACLE_RUNS = flags.DEFINE_integer("oracle_runs", 3, "of each reference solution", lower_bound=1)
-ATTEMPTS = flags.DEFINE_integer("attempts", 0, "of the Trajectory agent at each task", lower_bound=0)
+ATTEMPTS = flags.DEFINE_integer(
+    "attempts", 0, "of the Trajectory agent at each task", lower_bound=0
+)
 BAND = flags.DEFINE_list("band", ["0", "1"], "least and most pass rate of an accepted task")
 LICENCES = flags.DEFINE_bool("licences", True, "use only sources with a permissive licence")
 ENDPOINT = flags.DEFINE_string("endpoint", "", "URL of a chat-completions API for the agents")
@@ -113,7 +115,9 @@ def read_band() -> tuple[float, float]:
     try:
         least, most = map(float, BAND.value)
     except ValueError:
-        raise ValueError(f"--band={','.join(BAND.value)} is not LEAST,MOST such as 0.1,0.9") from None
+        raise ValueError(
+            f"--band={','.join(BAND.value)} is not LEAST,MOST such as 0.1,0.9"
+        ) from None
     if not 0 <= least <= most <= 1:
         raise ValueError(f"--band={least:g},{most:g} is not within 0 to 1, the least first")
     return least, most
@@ -124,7 +128,7 @@ def read_endpoints() -> Endpoints | None:
     if not ENDPOINT.value:
         return None
     from rome.agent.endpoint import ChatEndpoint
-    from rome.synth.agents import Endpoints
+    from rome.synth.models import Endpoints
 
     if not MODEL.value:
         raise ValueError("--endpoint needs --model, the name of the model there")

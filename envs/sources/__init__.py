@@ -8,6 +8,7 @@ problems[:NAMES[:N]]           math, code, math/dice, code/postfix-hard
 repair[:PACKAGES[:N]]          packages with a bug each (repair::100)
 bfcl:CATEGORY                  BFCL's own files, or a file of that form
 harbor, harbor/TASK            the task folders that ship here
+pro                            200 generated tasks in 8 domains, proven
 FOLDER                         Harbor or Terminal-Bench 1 tasks, or one task
 FILE.json[:NAME[@VERSION]]     a registry of Harbor's
 FILE.parquet, FILE.jsonl       SWE-bench rows, or one archive a task (envs.tasks.datasets)
@@ -43,7 +44,8 @@ from envs.tasks.harbor import TaskError
 
 GRAMMAR = (
     "terminal[:FAMILIES[:N]], worlds[:NAMES[:N]], games[:NAMES[:N]], problems[:NAMES[:N]],"
-    " repair[:PACKAGES[:N]], bfcl:FILE, harbor, harbor/TASK, a folder, FILE.json[:NAME[@VERSION]],"
+    " repair[:PACKAGES[:N]], bfcl:FILE, pro, harbor, harbor/TASK, a folder,"
+    " FILE.json[:NAME[@VERSION]],"
     " FILE.parquet, FILE.jsonl, gem:ID, package.module:Name, FILE.py:Name, or a mixture"
     " '0.7*A + 0.3*B'"
 )
@@ -125,6 +127,8 @@ def _open_one(
         return Finite(spec, files.load_repair(spec, seed, settings, faults), eval_share)
     if kind == "bfcl" and rest:
         return Finite(spec, files.load_bfcl(spec), eval_share)
+    if spec == "pro":
+        return Finite(spec, files.load_pro_set(settings), eval_share)
     if files.names_files(spec):
         return Finite(spec, files.load_folder(spec, settings, faults), eval_share)
     if _OWN.fullmatch(spec):

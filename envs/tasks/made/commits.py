@@ -80,18 +80,43 @@ async def commit_draft(
         after = _tree(repository, commit)
         source = sources[0]
         before = git(repository, "cat-file", "blob", f"{commit}^:{source}").decode()
-        subject = git(repository, "log", "-1", "--format=%s", commit).decode(errors="replace").strip()
-        hunks = git(repository, "diff", "--no-ext-diff", "--no-textconv", "-U0", f"{commit}^", commit, "--", source)
+        subject = (
+            git(repository, "log", "-1", "--format=%s", commit).decode(errors="replace").strip()
+        )
+        hunks = git(
+            repository,
+            "diff",
+            "--no-ext-diff",
+            "--no-textconv",
+            "-U0",
+            f"{commit}^",
+            commit,
+            "--",
+            source,
+        )
     except (RepositoryError, UnicodeDecodeError) as error:
         raise TaskError(repository, 0, f"commit {commit[:12]}: {error}") from error
     if isinstance(after, str):
         return after
     modules = sorted(
-        path.removesuffix(".py").replace("/", ".") for path in after if _is_unittest(path, after[path])
+        path.removesuffix(".py").replace("/", ".")
+        for path in after
+        if _is_unittest(path, after[path])
     )
     if not modules:
         return "no tests of unittest are in its tree"
-    return await _proven(repository, commit, source, before, after, modules, subject, _lines(hunks), isolation, licence)
+    return await _proven(
+        repository,
+        commit,
+        source,
+        before,
+        after,
+        modules,
+        subject,
+        _lines(hunks),
+        isolation,
+        licence,
+    )
 
 
 def _is_unittest(path: str, text: str) -> bool:
@@ -153,8 +178,8 @@ async def _proven(
         family="repair-commit",
         language="python",
         instruction=f"""\
-A repository lies in /app. Change /app/{source} so that it does what this commit message says; other \
-files stay as they are:
+A repository lies in /app. Change /app/{source} so that it does what this commit message says; \
+other files stay as they are:
 
 > {subject}
 
@@ -167,7 +192,10 @@ The repository's tests, new ones among them, are run on your file.""",
         lines=lines,
         origin={"repository": repository.resolve().name, "commit": commit, "license": licence},
     )
-    outcomes = [await _outcomes(draft, text, argv, isolation) for text in (before, after[source], after[source])]
+    outcomes = [
+        await _outcomes(draft, text, argv, isolation)
+        for text in (before, after[source], after[source])
+    ]
     old, new, again = outcomes
     if new != again or not new.endswith("end"):
         return "its tests are flaky or do not end"

@@ -1,8 +1,8 @@
 """Repair tasks from any Python package, tests or none: its own behaviour is recorded, then broken.
 
-The package runs only inside a sandbox. What its docstrings' examples and calls of its functions show
-there, twice alike, is what a repaired package must show; a mutant that some of these detect is a
-task. Nothing of the package is imported here.
+The package runs only inside a sandbox. What its docstrings' examples and calls of its functions
+show there, twice alike, is what a repaired package must show; a mutant that some of these detect is
+a task. Nothing of the package is imported here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SANDBOX = {
     "inodes": 16_384,
     "label": "record of a package",
 }
-# Puts the agent's module into the package, runs statements of standard input, prints what they show.
+# Puts the agent's module into the package, runs statements of its input, prints what they show.
 _RUNNER = """\
 import importlib, json, shutil, sys
 shutil.copyfile(sys.argv[1], sys.argv[2])
@@ -240,8 +240,8 @@ package then does what its docstrings and its other code say, for example
 {examples}
 ```
 
-Other examples and calls of the package's functions are compared with what the package did before the \
-bug came in: what they return or print, and the kind of exception that they raise.""",
+Other examples and calls of the package's functions are compared with what the package did \
+before the bug came in: what they return or print, and the kind of exception that they raise.""",
         files=files,
         lines=near,
         origin={**whole.origin, "bug": edit.operator, "line": line},

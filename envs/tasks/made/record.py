@@ -2,10 +2,11 @@
 
     python3 record.py PACKAGE SEED LIMIT > tests.jsonl
 
-A test is a list of statements in the namespace of one module: the examples of a docstring, or a call
-whose arguments are drawn from the package's own constants. Each line of the output is {"module",
-"statements", "outcome", "lines"}: what the statements show, and the package's lines that they run.
-Only tests are kept that end in time and show no addresses; the caller compares two recordings.
+A test is a list of statements in the namespace of one module: the examples of a docstring, or a
+call whose arguments are drawn from the package's own constants. Each line of the output is
+{"module", "statements", "outcome", "lines"}: what the statements show, and the package's lines that
+they run. Only tests are kept that end in time and show no addresses; the caller compares two
+recordings.
 """
 
 import ast
