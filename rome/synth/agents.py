@@ -56,6 +56,6 @@ def agent_specs(endpoints: Endpoints | None) -> dict[str, AgentSpec]:
         return await audit_draft(endpoints, draft)
 
     return {
-        "builder": AgentSpec("builder", "makes drafts of a seed", 900.0, tokens, build_seed),
+        "builder": AgentSpec("builder", "makes drafts of a seed", 1800.0, tokens, build_seed),
         "review": AgentSpec("review", "rejects weak verifiers", 900.0, tokens, audit),
     }

@@ -19,6 +19,7 @@ from envs.tasks.made.draft import Case, Draft
 
 MAX_TREE_BYTES = 2 << 20
 MAX_FILES = 300
+CASE_SECONDS = 60.0  # for all tests of the repository
 _TEST = re.compile(r"(^|/)(tests?/.*|test_[^/]*|[^/]*_test)\.py$")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
@@ -190,6 +191,7 @@ The repository's tests, new ones among them, are run on your file.""",
         files={**visible, source: before},
         common=after,
         lines=lines,
+        seconds=CASE_SECONDS,
         origin={"repository": repository.resolve().name, "commit": commit, "license": licence},
     )
     outcomes = [

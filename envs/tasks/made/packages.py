@@ -22,10 +22,11 @@ from envs.tasks.made.mutate_text import mutants_of
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
 
-MAX_TESTS = 160  # that are recorded of one package
-MAX_TRIED = 24  # mutants of one module
+MAX_TESTS = 96  # that are recorded of one package
+MAX_TRIED = 16  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
 CASES = 4
+CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
 _SANDBOX = {
     "memory_mb": 512,
     "disk_mb": 64,
@@ -165,6 +166,7 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
         cases=cases,
         common={**recording.files, "record.py": record},
         lines=tuple(lines),
+        seconds=CASE_SECONDS,
         origin=origin,
     )
 
