@@ -8,6 +8,7 @@ python -m launch.synth --families logs:10 --attempts 4 --band 0.1,0.9 \
     --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT
 python -m launch.synth --filter DIR --tasks OUT/tasks --out FILTERED   # four stages
 python -m launch.synth --funnel FILTERED                   # what each stage removed
+python -m launch.synth --index FILE --runs_of OUT,OUT2     # seeds of accepted generated tasks
 python -m launch.synth --fakes 20 --out OUT                # measures the filter on planted fakes
 
 Writes OUT/tasks (Harbor folders: launch.eval --dataset OUT/tasks) and OUT/card.json. After a kill
@@ -54,6 +55,8 @@ TASKS = flags.DEFINE_string("tasks", "", "data set of their tasks")
 RUNS = flags.DEFINE_integer("runs", 2, "re-runs of each trajectory", lower_bound=1)
 FUNNEL = flags.DEFINE_string("funnel", "", "folder of a filter: print and plot what it removed")
 FAKES = flags.DEFINE_integer("fakes", 0, "planted fakes of each kind to measure the filter on")
+INDEX = flags.DEFINE_string("index", "", "file: write the index of accepted generated tasks")
+RUNS_OF = flags.DEFINE_list("runs_of", [], "folders of the runs that --index reads")
 PRO_FAMILIES = "all:36"
 PRO_KEEP = 25  # of each of 8 domains
 
@@ -62,6 +65,8 @@ def main(argv: list[str]) -> int:
     reject_arguments(argv, "--families=all:4")
     if FUNNEL.value:
         return show_funnel(pathlib.Path(FUNNEL.value))
+    if INDEX.value:
+        return make_index()
     if not OUT.value:
         raise ValueError("--out is missing; it is the folder of the run, such as --out=runs/synth")
     if FILTER.value:
@@ -134,6 +139,22 @@ def read_endpoints() -> Endpoints | None:
         raise ValueError("--endpoint needs --model, the name of the model there")
     key = os.environ.get(API_KEY_ENV.value) or None
     return Endpoints(ChatEndpoint(ENDPOINT.value, MODEL.value, key), api_key=key)
+
+
+def make_index() -> int:
+    """Write the index of accepted generated tasks; return 0."""
+    from rome.synth.index import write_index
+
+    if not RUNS_OF.value:
+        raise ValueError("--index needs --runs_of, the folders of the runs that made the tasks")
+    counts = write_index(
+        [pathlib.Path(run) for run in RUNS_OF.value],
+        pathlib.Path(INDEX.value),
+        KEEP.value or PRO_KEEP,
+    )
+    listed = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
+    print(f"{sum(counts.values())} tasks in {INDEX.value}: {listed}")
+    return 0
 
 
 def run_filter() -> int:
