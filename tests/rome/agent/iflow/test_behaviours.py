@@ -304,6 +304,24 @@ def test_sub_agents_work_at_the_same_time_in_contexts_of_their_own(whole):
     assert usage.completion > sum(own), "the turn counts its sub-agents"
 
 
+def test_sub_agents_at_work_at_once_have_shells_of_their_own(whole):
+    """In one shell the first command would wait for ever, and the second find another folder."""
+
+    def answers(own, other):
+        meet = f"mkdir {own}; cd {own}; touch met; until [ -e ../{other}/met ]; do sleep 0.05; done"
+        return [call("shell", command=meet), call("shell", command="pwd > where"), "done"]
+
+    tasks = [("task", {"prompt": name, "agent": "general"}) for name in ("apples", "pears")]
+    script = by_task(
+        [Say(calls=tasks), call("shell", command="cat */where; pwd"), "done"],
+        apples=answers("apples", "pears"),
+        pears=answers("pears", "apples"),
+    )
+    played = whole.play(script)
+    root = whole.project
+    assert played.outputs[-1] == f"{root}/apples\n{root}/pears\n{root}"
+
+
 def test_a_sub_agent_in_the_background_is_waited_for_where_nobody_is_there(whole):
     background = call("task", prompt="count apples", agent="general", background=True)
     script = by_task(

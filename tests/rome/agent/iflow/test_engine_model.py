@@ -9,8 +9,11 @@ from rome.agent.iflow import events
 from rome.agent.iflow.assemble import assemble
 from rome.agent.iflow.connect import TOKENS
 from rome.agent.iflow.engine_model import connect_engine
+from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.feedback import export
 from rome.agent.iflow.model import ModelError
 from rome.agent.iflow.options import Options
+from rome.data.formats.records import read_trajectory
 from rome.data.trajectory import load_trajectory
 from rome.engine.process import start_server
 from rome.model.hf.checkpoint import save_hf
@@ -63,3 +66,11 @@ def test_a_session_on_an_engine_keeps_its_tokens_and_goes_on(tmp_path):
     assert kept.chunks[0].text.strip() in (answers[0].text, answers[0].reasoning)
     shown = Tokenizer.load(TINY).decode(kept.chunks[2].prompt_ids)
     assert "You are iFlow" in shown and "and more" in shown
+
+    events_file = EventLog(folder / "events.jsonl")
+    events_file.append(events.FeedbackGiven(target=answers[1].number, verdict="accept"))
+    events_file.close()
+    assert export([folder], tmp_path / "rows.jsonl") == 1
+    row = read_trajectory((tmp_path / "rows.jsonl").read_bytes(), Tokenizer.load(TINY))
+    assert row.trainable and row.chunks[-1].action_ids == kept.chunks[1].action_ids
+    assert row.chunks[-1].kind == "imitation"
