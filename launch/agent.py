@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import pathlib
 import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
 
 from rome.version import describe
 
 USAGE = 1
 INFRASTRUCTURE = 2
+ABORTED = 4
 END_SECONDS = 10.0  # for the process to end, once the session has
 MODES = ("plan", "default", "accept_edits", "yolo")
 FORMATS = ("text", "json", "stream-json")
@@ -34,28 +37,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args([_as_flag(word) for word in given])
-    from rome.agent.iflow.assemble import UsageError
     from rome.agent.iflow.events import EventError
     from rome.agent.iflow.model import ModelError
+    from rome.agent.iflow.options import UsageError
     from rome.agent.iflow.sessions import SessionUnavailable
     from rome.agent.iflow.spec_files import SpecError
     from rome.agent.iflow.workspace import WorkspaceError
+    from rome.agent.iflow.worktree import WorktreeError
 
     try:
         if arguments.list_sessions:
             return _list_sessions(arguments)
-        return asyncio.run(_run(arguments))
-    except (UsageError, SpecError, EventError, SessionUnavailable) as error:
+        if not arguments.worktree:
+            return _end_for_sure(_run(arguments))
+        with _worktree(arguments):
+            return _end_for_sure(_run(arguments))
+    except (UsageError, SpecError, EventError, SessionUnavailable, WorktreeError) as error:
         return _fail(error, USAGE)
     except (ModelError, WorkspaceError) as error:
         return _fail(error, INFRASTRUCTURE)
+    except KeyboardInterrupt:
+        return ABORTED
+
+
+def _end_for_sure(work: Coroutine[Any, Any, int]) -> int:
+    """Run to the end; a tool that ignores its own end does not hold the process for ever."""
+    watchdogs: list[threading.Timer] = []
+
+    async def run() -> int:
+        status = await work
+        watchdog = threading.Timer(END_SECONDS, os._exit, [status])
+        watchdog.daemon = True
+        watchdog.start()
+        watchdogs.append(watchdog)
+        return status
+
+    try:
+        return asyncio.run(run())
+    finally:
+        for watchdog in watchdogs:
+            watchdog.cancel()
+
+
+@contextlib.contextmanager
+def _worktree(arguments: argparse.Namespace) -> Iterator[None]:
+    """Let the agent work in a git worktree; one where nothing was done is removed."""
+    from rome.agent.iflow.worktree import close_worktree, open_worktree
+
+    worktree = open_worktree(arguments.directory, arguments.worktree)
+    arguments.directory = str(worktree.path)
+    try:
+        yield
+    finally:
+        if not close_worktree(worktree):
+            where = f"{worktree.path}, branch {worktree.branch}"
+            print(f"iflow: the work is in {where}", file=sys.stderr)
 
 
 async def _run(arguments: argparse.Namespace) -> int:
     """Open the session that was asked for, put the agent together, and let it work."""
-    from rome.agent.iflow.assemble import UsageError, assemble
+    from rome.agent.iflow.assemble import assemble
     from rome.agent.iflow.headless import run_headless
+    from rome.agent.iflow.options import UsageError
 
+    if arguments.serve_mcp:
+        return await _serve_mcp(arguments)
+    if arguments.acp or arguments.http is not None or _is_for_terminal(arguments):
+        return await _serve_person(arguments)
     has_input = arguments.input_format == "stream-json"
     prompt = arguments.prompt
     goes_on = arguments.resume or arguments.go_on or arguments.fork
@@ -70,14 +118,61 @@ async def _run(arguments: argparse.Namespace) -> int:
     except BaseException:
         session.close()
         raise
-    status = await run_headless(
+    return await run_headless(
         assembled, prompt, output=arguments.output_format, has_input=has_input
     )
-    # A tool that ignores its end would hold the process for ever.
-    watchdog = threading.Timer(END_SECONDS, os._exit, [status])
-    watchdog.daemon = True
-    watchdog.start()
-    return status
+
+
+def _is_for_terminal(arguments: argparse.Namespace) -> bool:
+    """Return whether a person at a terminal wants to talk with the agent."""
+    if arguments.interactive:
+        return True
+    is_headless = arguments.prompt or arguments.input_format != "text"
+    is_headless = is_headless or arguments.output_format != "text"
+    return not is_headless and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+async def _serve_person(arguments: argparse.Namespace) -> int:
+    """Let a person talk with the agent: in this terminal, through an editor, or over HTTP."""
+    from rome.agent.iflow.opening import SessionOpener
+
+    options = _options(arguments)
+    opener = SessionOpener(options)
+    if arguments.acp:
+        from rome.agent.iflow.acp_agent import serve
+
+        await serve(opener)
+        return 0
+    from rome.agent.iflow import http_api
+    from rome.agent.iflow.tui.terminal import Terminal
+
+    directory = str(options.directory.resolve())
+    session = await opener.open_stored(_session(arguments), directory)
+    if arguments.http is not None:
+        token = os.environ.get("IFLOW_HTTP_TOKEN", "")
+        await http_api.serve(session, host="127.0.0.1", port=arguments.http, token=token)
+    history = pathlib.Path.home() / ".iflow" / "history"
+    return await Terminal(opener, session, directory, history=history).run(arguments.interactive)
+
+
+async def _serve_mcp(arguments: argparse.Namespace) -> int:
+    """Serve the tools to a client of MCP, on stdio or by HTTP."""
+    from rome.agent.iflow.mcp_server import serve_http, serve_stdio
+    from rome.agent.iflow.opening import tool_server
+
+    async with tool_server(_options(arguments)) as served:
+        if arguments.serve_mcp == "stdio":
+            await serve_stdio(served)
+        else:
+            token = os.environ.get("IFLOW_MCP_TOKEN", "")
+            await serve_http(served, host="127.0.0.1", port=int(arguments.serve_mcp), token=token)
+    return 0
+
+
+def _mcp_way(text: str) -> str:
+    if text != "stdio" and not (text.isdecimal() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"stdio, or a port of this machine, not {text!r}")
+    return text
 
 
 def _options(arguments: argparse.Namespace):
@@ -144,6 +239,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-p", "--prompt", default="", help='what is to be done; "-" reads it from standard input')
+    add("-i", "--interactive", metavar="TEXT", default="", help="say this first, and talk on")
+    add("--acp", action="store_true", help="serve an editor on stdio (Agent Client Protocol)")
+    add(
+        "--http",
+        metavar="PORT",
+        type=int,
+        help="serve the session over HTTP on this machine; IFLOW_HTTP_TOKEN is the token",
+    )
+    add(
+        "--serve_mcp",
+        metavar="stdio|PORT",
+        type=_mcp_way,
+        help="serve the tools over MCP, without a model; for a port IFLOW_MCP_TOKEN is the token",
+    )
     add("--output_format", default="text", choices=FORMATS, help="what is printed")
     add("--input_format", default="text", choices=("text", "stream-json"), help="of further turns")
     add("-c", "--continue", dest="go_on", action="store_true", help="go on with the last session")
@@ -174,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-y", "--yolo", action="store_true", help="as --mode=yolo: nothing is asked")
     add("--workspace", default="sandbox", choices=("sandbox", "host"), help="where tools work")
     add("--egress", action="append", default=[], metavar="HOST:PORT", help="open to a sandbox")
+    add("--worktree", metavar="NAME", default="", help="work in a git worktree of this name")
     add("--directory", default=".", help="of the project")
     add("--tools", help="the only tools there are, such as shell,read_file,server__*")
     add("--web", action="store_true", help="let the agent fetch pages of the web")

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rome.agent.iflow import events
@@ -24,14 +23,15 @@ from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.endpoint_model import EndpointModel
 from rome.agent.iflow.engine_model import EngineModel
+from rome.agent.iflow.events import Usage
 from rome.agent.iflow.hooks import Hooks
 from rome.agent.iflow.instructions import Instructions
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.mcp_client import MCPServers
 from rome.agent.iflow.model import Model
-from rome.agent.iflow.options import Options, UsageError
+from rome.agent.iflow.options import Options
+from rome.agent.iflow.permissions import OUTPUTS, is_wanted, make_policy
 from rome.agent.iflow.place import Place, open_place
-from rome.agent.iflow.policy import Policy
 from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.prompts import surroundings, system_text
 from rome.agent.iflow.sessions import OpenSession
@@ -44,7 +44,6 @@ from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
 from rome.agent.iflow.workspace import Workspace
 
-OUTPUTS = "/tmp/iflow/outputs"  # of a sandbox: where old outputs are moved to
 NOT_BELOW = ("exit_plan_mode",)  # tools that sub-agents do not have: the mode is the main agent's
 
 
@@ -76,7 +75,7 @@ class Assembled:
     notices: tuple[str, ...]
     task: TaskTool
     servers: MCPServers
-    models: Sequence[Model]
+    models: list[Model]
 
     async def keep(self) -> None:
         """Keep what the session has outside of its events: a sandbox's files, an engine's tokens.
@@ -107,6 +106,7 @@ async def assemble(
     *,
     is_attended: bool = False,
     home: pathlib.Path | None = None,
+    wrap: Callable[[Workspace], Workspace] | None = None,
 ) -> Assembled:
     """Return an agent for a session; the session is closed with it.
 
@@ -115,6 +115,7 @@ async def assemble(
       session: new, or one to go on with.
       is_attended: whether an interface answers approvals and questions.
       home: of the user; None for that of this process.
+      wrap: is given the workspace, and returns the one that is to be used.
 
     Raises:
       UsageError: a setting is missing or wrong.
@@ -133,9 +134,11 @@ async def assemble(
     except BaseException:
         await model.aclose()
         raise
+    if wrap is not None:
+        place.workspace = wrap(place.workspace)
     user = home or pathlib.Path.home()
     servers = MCPServers(
-        settings.mcp_servers.values(),
+        [*settings.mcp_servers.values(), *options.servers],
         session.log.append,
         session.folder,
         user / ".iflow" / "mcp-approved.json",
@@ -181,7 +184,7 @@ class _Builder:
         root = _root_of(self._project)
         self._instructions = Instructions(root, self._project, where)
         self._problems = [*skill_problems, *spec_problems, *command_problems]
-        self._policy = self._make_policy(projects)
+        self._policy = make_policy(options, settings, place.workspace, session.folder, projects)
         self._desk = Desk(session.log, is_attended=is_attended)
         self._hooks = Hooks(
             settings.hooks,
@@ -191,6 +194,10 @@ class _Builder:
         )
         self._models: list[Model] = [model]
         self._supervisor = self._make_supervisor()
+        self._limits = options.limits
+        if not self._limits.turns:
+            self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
+        self._usage: Callable[[], Usage] = Usage  # of the main agent's turn
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -210,9 +217,11 @@ class _Builder:
             session=self._session.id,
             session_folder=str(self._session.folder),
             mode=self._options.mode,
+            limits=self._limits,
         )
+        self._usage = lambda: agent.conversation.turn_usage
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
-        if self._is_wanted(task.name):
+        if is_wanted(task.name, self._options, self._settings):
             agent.tools[task.name] = task
         self._follow_folders(agent)
         notices = (*self._settings.notices, *self._problems, *self._instructions.problems)
@@ -251,6 +260,7 @@ class _Builder:
             agent=spec.name,
             parent=self._session.id,
             mode=self._policy.mode,
+            limits=self._limits.left(self._usage()),
         )
         if may_have_subagents(spec, birth.depth):
             task = TaskTool(self._specs, self._make_child, notify=child.notify, depth=birth.depth)
@@ -274,9 +284,6 @@ class _Builder:
             hooks=self._hooks,
             workspace=workspace,
         )
-        limits = self._options.limits
-        if not limits.turns:
-            limits = dataclasses.replace(limits, turns=self._settings.max_turns)
         agent = Agent(
             model,
             tools,
@@ -286,7 +293,6 @@ class _Builder:
             hooks=self._hooks,
             supervisor=self._supervisor,
             context=context,
-            limits=limits,
             desk=self._desk,
             **rest,
         )
@@ -308,44 +314,13 @@ class _Builder:
             user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
             **({"shell_seconds": seconds} if seconds else {}),
         )
-        own = [tool for tool in tools if self._is_wanted(tool.name)]
-        chosen = [tool for tool in self._servers.tools if self._is_wanted(tool.name, is_own=False)]
+        own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
+        chosen = [
+            tool
+            for tool in self._servers.tools
+            if is_wanted(tool.name, self._options, self._settings, is_own=False)
+        ]
         return [*own, *chosen]
-
-    def _is_wanted(self, name: str, *, is_own: bool = True) -> bool:
-        """Return whether neither the options nor the settings leave a tool out.
-
-        Args:
-          name: of the tool.
-          is_own: whether it is one of this project, and not of an MCP server.
-        """
-        settings = self._settings
-        chosen = self._options.tools
-        if chosen is not None:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)
-        is_core = settings.core_tools is None or name in settings.core_tools or not is_own
-        return is_core and name not in settings.exclude_tools
-
-    def _make_policy(self, projects: Projects) -> Policy:
-        settings = self._settings
-        workspace = self._place.workspace
-        # What runs in a sandbox can harm only itself.
-        mode = settings.mode or ("yolo" if workspace.is_isolated else "default")
-        outputs = OUTPUTS if workspace.is_isolated else str(self._session.folder)
-        try:
-            return Policy(
-                mode=self._options.mode or mode,
-                root=workspace.root,
-                allow=(*settings.allow, *projects.rules(self._project)),
-                ask=settings.ask,
-                deny=settings.deny,
-                directories=(outputs, *settings.additional_directories),
-                servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
-                follow=None if workspace.is_isolated else os.path.realpath,
-                keep_rule=functools.partial(projects.add_rule, self._project),
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from error
 
     def _make_supervisor(self) -> Supervisor | None:
         """Return the supervisor that the settings ask for, which sub-agents share."""
@@ -370,7 +345,9 @@ class _Builder:
         """Keep an output as a file that the model can read, and return its path."""
         content = text.encode("utf-8", "surrogatepass")
         workspace = self._place.workspace
-        folder = OUTPUTS if workspace.is_isolated else f"{session_folder}/outputs"
+        folder = f"{session_folder}/outputs"
+        if workspace.is_isolated:  # agents of one sandbox have a folder each
+            folder = f"{OUTPUTS}/{pathlib.PurePath(session_folder).name}"
         path = f"{folder}/{name}"
         await workspace.write(path, content)
         return path

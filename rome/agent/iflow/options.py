@@ -8,6 +8,7 @@ import pathlib
 from rome.agent.iflow.endpoint_model import Prices
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.place import Kind
+from rome.agent.iflow.settings_values import McpServer
 
 
 class UsageError(ValueError):
@@ -36,6 +37,7 @@ class Options:
       egress: what a sandbox may reach.
       has_web: whether pages of the web can be fetched, from this machine.
       trust: trust the project, now and later.
+      servers: of MCP, besides those of the settings; a person named them.
     """
 
     directory: pathlib.Path
@@ -55,3 +57,4 @@ class Options:
     egress: tuple[str, ...] = ()
     has_web: bool = False
     trust: bool = False
+    servers: tuple[McpServer, ...] = ()

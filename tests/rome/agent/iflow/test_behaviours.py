@@ -253,6 +253,16 @@ def test_a_fact_is_remembered_in_the_next_session(whole):
     assert "likes tea" in contents(played.requests[0], "system")[0]
 
 
+def test_a_dead_server_of_tools_costs_only_its_own_tools(whole):
+    servers = {"dead": {"command": "false"}, "none": {"command": "/nowhere/at-all"}}
+    whole.write("~/.iflow/settings.json", {"mcpServers": servers})
+    played = whole.play([call("dead__anything"), call("shell", command="echo alive"), "ok"])
+    assert played.ends[0].outcome == "finished"
+    assert played.statuses == ["error", "ok"] and "alive" in played.outputs[1]
+    warned = [notice.text for notice in played.of(events.Notice)]
+    assert sum("its tools are missing" in text for text in warned) == 2
+
+
 # -- sub-agents
 # -------------------------------------------------------------------------------------------------
 
