@@ -83,7 +83,7 @@ def test_any_edits_are_taken_back(before, between, after):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(before=EDITS, between=EDITS, after=EDITS)
 def test_very_many_edits_are_taken_back(before, between, after):
     take_back(before, between, after)
