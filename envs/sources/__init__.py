@@ -8,6 +8,7 @@ problems[:NAMES[:N]]           math, code, math/dice, code/postfix-hard
 repair[:PACKAGES[:N]]          packages with a bug each (repair::100)
 safety[:NAMES[:N]][+BASE]      tasks of any of these with an injection (envs.safety);
                                safety:repository+terminal:wide
+agentdojo[:SUITES[:N]]         AgentDojo's suites, where its package is installed
 bfcl:CATEGORY                  BFCL's own files, or a file of that form
 harbor, harbor/TASK            the task folders that ship here
 FOLDER                         Harbor or Terminal-Bench 1 tasks, or one task
@@ -29,7 +30,7 @@ from __future__ import annotations
 import re
 
 from envs.gem import core
-from envs.sources import files, generated, own, safety
+from envs.sources import dojo, files, generated, own, safety
 from envs.sources.source import (
     EVAL_SHARE,
     TRAIN_SEEDS,
@@ -45,9 +46,9 @@ from envs.tasks.harbor import TaskError
 
 GRAMMAR = (
     "terminal[:FAMILIES[:N]], worlds[:NAMES[:N]], games[:NAMES[:N]], problems[:NAMES[:N]],"
-    " repair[:PACKAGES[:N]], safety[:NAMES[:N]][+BASE], bfcl:FILE, harbor, harbor/TASK, a folder,"
-    " FILE.json[:NAME[@VERSION]], FILE.parquet, FILE.jsonl, gem:ID, package.module:Name,"
-    " FILE.py:Name, or a mixture '0.7*A + 0.3*B'"
+    " repair[:PACKAGES[:N]], safety[:NAMES[:N]][+BASE], agentdojo[:SUITES[:N]], bfcl:FILE, harbor,"
+    " harbor/TASK, a folder, FILE.json[:NAME[@VERSION]], FILE.parquet, FILE.jsonl, gem:ID,"
+    " package.module:Name, FILE.py:Name, or a mixture '0.7*A + 0.3*B'"
 )
 _PLUS = re.compile(r"\s+\+\s+|\s*\+\s*(?=[\d.]+\s*\*)")
 _WEIGHTED = re.compile(r"(?P<weight>\d+(?:\.\d*)?|\.\d+)\s*\*\s*(?P<spec>\S.*)")
@@ -120,6 +121,8 @@ def _open_one(
         return safety.open_safety(
             spec, seed, settings, lambda base: _open_one(base, seed, settings, faults, eval_share)
         )
+    if kind == "agentdojo":
+        return dojo.open_agentdojo(spec)
     if kind == "terminal":
         return generated.open_terminal(spec, seed, settings)
     if kind in generated.KINDS:

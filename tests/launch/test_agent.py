@@ -135,6 +135,23 @@ def test_another_program_answers_over_standard_input(iflow):
     assert kinds["turn_finished"] == 2 and kinds["notice"] == 1
 
 
+@pytest.mark.slow
+def test_what_a_background_job_brings_begins_a_turn(iflow):
+    job = call("shell", command="sleep 0.5; exit 7", background=True)
+    with ScriptedEndpoint([job, "it runs", "it ended"]) as server:
+        flags = ("--input-format=stream-json", "--output-format=stream-json", *HOST)
+        with iflow.start("--base_url", server.url, *flags) as process:
+            process.stdin.write('{"kind": "user", "text": "start it"}\n')
+            process.stdin.flush()
+            ends = 0
+            for line in process.stdout:
+                ends += json.loads(line)["kind"] == "turn_finished"
+                if ends == 2 and not process.stdin.closed:
+                    process.stdin.close()
+            assert process.wait(60) == 0 and ends == 2
+    assert "exit code 7" in server.prompts[-1][-1]["content"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -161,6 +178,23 @@ def test_a_limit_is_status_3_and_a_refusing_server_status_2(iflow, capsys):
         assert status == 3 and "limit of 2 turns" in err
     with ScriptedEndpoint([Fail(401, "no")]) as server:
         assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *HOST)[0] == 2
+
+
+def test_a_worktree_keeps_the_work_apart_and_goes_where_there_was_none(iflow, capsys):
+    git = ("git", "-C", str(iflow.project), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "begin")):
+        subprocess.run([*git, *command], check=True, timeout=60)
+    flags = ("--worktree=feature", *HOST)
+    with ScriptedEndpoint([call("shell", command="echo 1 > made"), "ok", "nothing"]) as server:
+        status, _, err = iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)
+        assert status == 0 and "iflow/feature" in err
+        assert not (iflow.project / "made").exists()
+        made = iflow.project / ".iflow" / "worktrees" / "feature" / "made"
+        assert made.read_text() == "1\n"
+        flags = ("--worktree=idle", *HOST)
+        assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)[0] == 0
+        assert not (iflow.project / ".iflow" / "worktrees" / "idle").exists()
+    assert iflow.call(capsys, "-p", "a", "--base_url=x", "--worktree=../x")[0] == 1
 
 
 def test_a_damaged_settings_file_is_named(iflow, capsys):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -226,8 +227,9 @@ class ContextManager:
                 continue
             id = entry.finished.call_id
             path = entry.finished.file
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", id)[:80]  # a server chose the id
             try:
-                path = path or await self._store(f"{id}.txt", entry.finished.output)
+                path = path or await self._store(f"{name}.txt", entry.finished.output)
             except (OSError, WorkspaceError) as error:
                 text = f"the output of a call could not be moved to a file: {error}"
                 log.append(ev.Notice(text=text, level="warning"))
