@@ -27,6 +27,7 @@ from rome.version import describe
 
 USAGE = 1
 INFRASTRUCTURE = 2
+ABORTED = 4
 END_SECONDS = 10.0  # for the process to end, once the session has
 MODES = ("plan", "default", "accept_edits", "yolo")
 FORMATS = ("text", "json", "stream-json")
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, USAGE)
     except (ModelError, WorkspaceError) as error:
         return _fail(error, INFRASTRUCTURE)
+    except KeyboardInterrupt:
+        return ABORTED
 
 
 def _end_for_sure(work: Coroutine[Any, Any, int]) -> int:
@@ -99,7 +102,7 @@ async def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.serve_mcp:
         return await _serve_mcp(arguments)
-    if arguments.acp or _is_for_terminal(arguments):
+    if arguments.acp or arguments.http is not None or _is_for_terminal(arguments):
         return await _serve_person(arguments)
     has_input = arguments.input_format == "stream-json"
     prompt = arguments.prompt
@@ -130,7 +133,7 @@ def _is_for_terminal(arguments: argparse.Namespace) -> bool:
 
 
 async def _serve_person(arguments: argparse.Namespace) -> int:
-    """Let a person talk with the agent, in this terminal or through an editor."""
+    """Let a person talk with the agent: in this terminal, through an editor, or over HTTP."""
     from rome.agent.iflow.opening import SessionOpener
 
     options = _options(arguments)
@@ -140,10 +143,14 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
 
         await serve(opener)
         return 0
+    from rome.agent.iflow import http_api
     from rome.agent.iflow.tui.terminal import Terminal
 
     directory = str(options.directory.resolve())
     session = await opener.open_stored(_session(arguments), directory)
+    if arguments.http is not None:
+        token = os.environ.get("IFLOW_HTTP_TOKEN", "")
+        await http_api.serve(session, host="127.0.0.1", port=arguments.http, token=token)
     history = pathlib.Path.home() / ".iflow" / "history"
     return await Terminal(opener, session, directory, history=history).run(arguments.interactive)
 
@@ -234,6 +241,12 @@ def _parser() -> argparse.ArgumentParser:
     add("-p", "--prompt", default="", help='what is to be done; "-" reads it from standard input')
     add("-i", "--interactive", metavar="TEXT", default="", help="say this first, and talk on")
     add("--acp", action="store_true", help="serve an editor on stdio (Agent Client Protocol)")
+    add(
+        "--http",
+        metavar="PORT",
+        type=int,
+        help="serve the session over HTTP on this machine; IFLOW_HTTP_TOKEN is the token",
+    )
     add(
         "--serve_mcp",
         metavar="stdio|PORT",

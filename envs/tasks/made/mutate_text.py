@@ -49,9 +49,14 @@ def mutants_of(text: str, language: str) -> list[Edit]:
     """
     if language == "python":
         try:
-            return [edit for edit in candidates_of(text) if is_another_program(text, edit)]
+            candidates = candidates_of(text)
         except (SyntaxError, RecursionError) as error:
             raise ValueError(f"not valid Python: {error}") from error
+        return [
+            edit
+            for edit in candidates
+            if is_another_program(text, edit) and not _is_symmetric(text, edit)
+        ]
     if language not in _SWAPS:
         raise ValueError(f"language {language!r} is none of python, {', '.join(_SWAPS)}")
     found: set[Edit] = set()
@@ -60,6 +65,11 @@ def mutants_of(text: str, language: str) -> list[Edit]:
             if not _in_comment(text, start) and text[start:end] != replacement:
                 found.add(Edit(start, end, replacement, name))
     return sorted(found)
+
+
+def _is_symmetric(text: str, edit: Edit) -> bool:
+    """Return whether an edit swaps arguments whose order does not matter."""
+    return edit.operator == "swapped_arguments" and text[: edit.start].endswith(("max(", "min("))
 
 
 def _in_comment(text: str, place: int) -> bool:

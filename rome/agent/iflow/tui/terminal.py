@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
 from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.mcp_tools import printable
 from rome.agent.iflow.tui.actions import ACTIONS, ActionError
+from rome.agent.iflow.tui.files import ProjectFiles
 from rome.agent.iflow.tui.keyboard import (
     Controls,
     Keyboard,
@@ -35,8 +35,6 @@ QUIT_SECONDS = 2.0  # between two Ctrl-C that end the program
 TAIL_LINES = 6  # of an answer that is being written
 SHELL_SECONDS = 600.0  # for a command of the user
 REPLAYED = 6  # answers that are shown of a session that goes on
-FILES_SECONDS = 5.0  # for which the list of files is kept
-MAX_FILES = 5_000
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 HINT = "y yes, n no (n WORDS tells the agent why), s stop"
 # What the user can cause, and is told of on one line.
@@ -93,8 +91,7 @@ class Terminal:
         self._began = 0.0
         self._interrupted = -QUIT_SECONDS
         self._is_done = False
-        self._files: list[str] = []
-        self._files_at = -FILES_SECONDS
+        self._files = ProjectFiles(directory)
         if keyboard is not None:
             self.keyboard = keyboard(self)
         elif is_rich:
@@ -134,6 +131,8 @@ class Terminal:
         """
         if self.is_working:
             raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
+        if choice.get("resume") == self.session.agent.session:
+            raise ActionError("this is that session")
         try:
             session = await self.opener.open(self.directory, **choice)
         except KeyError as error:
@@ -376,39 +375,29 @@ class Terminal:
             yield prompt.command, prompt.description
 
     def files(self, prefix: str) -> Iterable[str]:
-        """Yield the project's files that a mention may mean: those that hold the letters."""
-        if time.monotonic() > self._files_at + FILES_SECONDS:
-            self._files = _list_files(self.directory)
-            self._files_at = time.monotonic()
-        starting = [path for path in self._files if path.startswith(prefix)]
-        within = [path for path in self._files if prefix in path and path not in set(starting)]
-        return [*starting, *within]
+        """Return what a mention may mean: the project's files that hold these letters."""
+        return self._files.fitting(prefix)
 
     def _welcome(self) -> None:
         agent = self.session.agent
         self.screen.say(f"iFlow in {self.session.workspace.root}, model {agent.model.name}", "bold")
         self.screen.say("/help shows the commands; Ctrl-C cancels, twice it ends")
-        said = [
-            event
-            for event in agent.log.events
-            if isinstance(event, events.AssistantMessage | events.UserMessage)
-        ]
+        said = [event for event in agent.log.events if isinstance(event, _SAID)]
         for event in said[-REPLAYED:]:
             self.screen.take(event)
+        for event in _since_last_turn(agent.log.events):
+            if isinstance(event, events.Notice):
+                self.screen.take(event)
 
 
-def _list_files(directory: str) -> list[str]:
-    """Return the project's files, hidden folders and those of programs left out."""
-    found: list[str] = []
-    for folder, folders, names in os.walk(directory):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if name[0] != "." and name not in ("node_modules", "__pycache__")
-        )
-        below = os.path.relpath(folder, directory)
-        for name in sorted(names):
-            found.append(name if below == "." else f"{below}/{name}")
-        if len(found) > MAX_FILES:
-            break
-    return found[:MAX_FILES]
+_SAID = events.AssistantMessage | events.UserMessage
+
+
+def _since_last_turn(stored: Sequence[Event]) -> list[Event]:
+    """Return the events that came while the session was opened."""
+    ends = [
+        place
+        for place, event in enumerate(stored)
+        if isinstance(event, events.TurnFinished | events.SessionEnded)
+    ]
+    return list(stored[ends[-1] + 1 :] if ends else stored)

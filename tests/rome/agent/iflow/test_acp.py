@@ -178,6 +178,7 @@ def test_denials_modes_models_and_endings(tmp_path):
     play(body, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_cancelled_turn_ends_at_once_and_the_session_goes_on(tmp_path):
     async def body(editor, agent):
         session = (await agent.new_session(cwd=str(tmp_path), mcp_servers=[])).session_id

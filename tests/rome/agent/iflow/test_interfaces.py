@@ -3,7 +3,11 @@
 import asyncio
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -137,6 +141,30 @@ def test_through_an_editor(home):
 
     with ScriptedEndpoint([call("read_file", path="a.txt"), EDIT, "It is done."]) as endpoint:
         asyncio.run(asyncio.wait_for(play(endpoint), 100))
+
+
+def test_over_http(home):
+    with ScriptedEndpoint(["It is done."]) as endpoint:
+        program = subprocess.Popen(
+            [sys.executable, *home.flags(endpoint, "--http=0", f"--directory={home.project}")],
+            env={**home.environment, "IFLOW_HTTP_TOKEN": "secret"},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            url = re.search(r"http\S+\d", program.stderr.readline())[0]
+            headers = {"Authorization": "Bearer secret"}
+            body = json.dumps({"text": "do it"}).encode()
+            urlopen(Request(f"{url}/prompt", body, headers), timeout=20).read()
+            with urlopen(Request(f"{url}/events", headers=headers), timeout=20) as stream:
+                assert any(b"It is done." in line for line in iter(stream.readline, b""))
+            program.send_signal(signal.SIGINT)
+            assert program.wait(20) == 4
+            assert "Traceback" not in program.stderr.read()
+        finally:
+            program.kill()
+            program.wait()
 
 
 def test_its_tools_over_mcp(home, tmp_path):

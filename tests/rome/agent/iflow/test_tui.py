@@ -26,7 +26,7 @@ def terminal(folder, **options):
     return PseudoTerminal(arguments, directory=folder, **options)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(LINES, max_size=20), st.lists(st.integers(0, 60), max_size=10))
 def test_blocks_hold_all_of_the_text_however_it_comes(lines, cuts):
     text = "\n".join(lines)
