@@ -340,6 +340,7 @@ class _Builder:
             home="/root" if workspace.is_isolated else os.path.expanduser("~"),
             events=self._session.log.events,
             judge=judge,
+            read=workspace.read,
         )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
