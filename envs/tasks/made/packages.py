@@ -18,7 +18,7 @@ from envs.rock import Sandbox, SandboxConfig
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import read_folder
 from envs.tasks.made.draft import Case, Draft
-from envs.tasks.made.mutate_text import mutants_of
+from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
 
@@ -187,7 +187,7 @@ async def package_drafts(
     for whole in modules:
         if sum(map(len, found)) >= 2 * count:
             break
-        edits = _spread(whole, rng)
+        edits = choose_edits(whole.oracle, "python", MAX_TRIED, rng, set(whole.lines))
         programs = [edit.apply(whole.oracle) for edit in edits]
         own, *outcomes = await judge_programs(whole, [whole.oracle, *programs], isolation)
         if own:  # its tests do not hold in another process
@@ -200,22 +200,6 @@ async def package_drafts(
             if row and len(drafts) < count:
                 drafts.append(row.pop(0))
     return drafts
-
-
-def _spread(whole: Draft, rng: random.Random) -> list[Edit]:
-    """Return some mutants of a module in lines that its tests run, of all kinds in turn."""
-    by_kind: dict[str, list[Edit]] = {}
-    for edit in mutants_of(whole.oracle, "python"):
-        if whole.oracle.count("\n", 0, edit.start) + 1 in whole.lines:
-            by_kind.setdefault(edit.operator, []).append(edit)
-    for edits in by_kind.values():
-        rng.shuffle(edits)
-    chosen: list[Edit] = []
-    while len(chosen) < MAX_TRIED and any(by_kind.values()):
-        for kind in sorted(by_kind):
-            if by_kind[kind] and len(chosen) < MAX_TRIED:
-                chosen.append(by_kind[kind].pop())
-    return chosen
 
 
 def _bugged(whole: Draft, edit: Edit, recording: Recording) -> Draft:

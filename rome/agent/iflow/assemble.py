@@ -263,7 +263,8 @@ class _Builder:
             limits=self._limits.left(self._usage()),
         )
         if may_have_subagents(spec, birth.depth):
-            task = TaskTool(self._specs, self._make_child, notify=child.notify, depth=birth.depth)
+            # Without a background: a sub-agent ends with its answer, and so does what it started.
+            task = TaskTool(self._specs, self._make_child, depth=birth.depth)
             child.tools[task.name] = task
         return child
 
@@ -339,6 +340,7 @@ class _Builder:
             home="/root" if workspace.is_isolated else os.path.expanduser("~"),
             events=self._session.log.events,
             judge=judge,
+            read=workspace.read,
         )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
