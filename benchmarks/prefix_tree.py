@@ -30,6 +30,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +57,6 @@ from rome.train.step import Learner
 from rome.train.sums import WholeStep
 
 VOCABULARY = 512  # ids of made-up tokens
-PROMPT = 768  # tokens: instructions, tools, task
 LENGTHS = (24, 96)  # tokens of an answer or a tool's result, at least and at most
 TURNS = 4
 LARGEST_ERROR = 1e-4  # of float32 sums in another order; beyond, nothing is timed
@@ -92,9 +92,9 @@ def turns(rng: random.Random, count: int, prompt_ids: list[int] | None = None) -
     return [turn(rng, prompt) for prompt in prompts]
 
 
-def groups(rng: random.Random, count: int) -> list[Trajectory]:
+def groups(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return groups whose episodes share their prompt."""
-    prompts = [ids(rng, PROMPT) for _ in range(count)]
+    prompts = [ids(rng, prompt) for _ in range(count)]
     return [
         episode(number, group, turns(rng, TURNS, prompts[group]))
         for group in range(count)
@@ -102,9 +102,9 @@ def groups(rng: random.Random, count: int) -> list[Trajectory]:
     ]
 
 
-def alike(rng: random.Random, count: int) -> list[Trajectory]:
+def alike(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return groups of which half of the episodes also share their first sampled turn."""
-    made = groups(rng, count)
+    made = groups(rng, count, prompt)
     for one in made:
         first = made[8 * one.group].chunks[0]
         if one.episode < 4:
@@ -112,11 +112,11 @@ def alike(rng: random.Random, count: int) -> list[Trajectory]:
     return made
 
 
-def forks(rng: random.Random, count: int) -> list[Trajectory]:
+def forks(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return sources and the episodes that go on from three depths of each."""
     made = []
     for group in range(count):
-        source = turns(rng, 8, ids(rng, PROMPT))
+        source = turns(rng, 8, ids(rng, prompt))
         made.append(episode(0, group, source))
         for number in range(1, 8):
             anchor = 2 * (1 + number % 3)
@@ -125,10 +125,10 @@ def forks(rng: random.Random, count: int) -> list[Trajectory]:
     return made
 
 
-def apart(rng: random.Random, count: int) -> list[Trajectory]:
+def apart(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return episodes that have nothing in common."""
     return [
-        episode(number, group, turns(rng, TURNS, ids(rng, PROMPT)))
+        episode(number, group, turns(rng, TURNS, ids(rng, prompt)))
         for group in range(count)
         for number in range(8)
     ]
@@ -154,7 +154,7 @@ class MadeUpEngine:
         return Completion(sampled, logprobs, "stop", [(0, 0, len(sampled))])
 
 
-def subagents(rng: random.Random, count: int) -> list[Trajectory]:
+def subagents(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return episodes with sub-agents and a compaction, as a session records them."""
     tokenizer = Tokenizer.load(TINY)
 
@@ -181,7 +181,7 @@ def subagents(rng: random.Random, count: int) -> list[Trajectory]:
         await session.sample(last, some_ids(rng))
         return episode(number, 0, session.chunks)
 
-    own_ids, subagent_ids = ids(rng, PROMPT), ids(rng, PROMPT)
+    own_ids, subagent_ids = ids(rng, prompt), ids(rng, prompt)
 
     async def play_all() -> list[Trajectory]:
         return [await play(number) for number in range(count)]
@@ -189,7 +189,7 @@ def subagents(rng: random.Random, count: int) -> list[Trajectory]:
     return asyncio.run(play_all())
 
 
-CASES: dict[str, Callable[[random.Random, int], list[Trajectory]]] = {
+CASES: dict[str, Callable[[random.Random, int, int], list[Trajectory]]] = {
     "groups": groups,
     "forks": forks,
     "subagents": subagents,
@@ -306,11 +306,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--recorded", type=pathlib.Path, help="episodes of a run, as a case more")
+    parser.add_argument("--most", type=int, default=128, help="recorded episodes, at most")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--size", default="small", help="a preset of rome.model.config")
     parser.add_argument("--length", type=int, default=2048, help="tokens a row")
     parser.add_argument("--chunks", type=int, default=64, help="chunks a row")
     parser.add_argument("--rows", type=int, default=2, help="rows a micro-batch")
+    parser.add_argument("--prompt", type=int, default=768, help="tokens of a prompt")
     parser.add_argument("--pairs", type=int, default=5, help="turns of each side")
     parser.add_argument("--groups", type=int, default=4, help="groups, sources or episodes a case")
     flags = parser.parse_args(argv)
@@ -319,12 +321,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{min(unknown)!r} is no case; choose from {', '.join(CASES)}")
     learner = make_learner(flags.size)
     episodes = {
-        name: CASES[name](random.Random(0), flags.groups) for name in flags.cases.split(",")
+        name: CASES[name](random.Random(0), flags.groups, flags.prompt)
+        for name in flags.cases.split(",")
     }
     if flags.recorded:
-        episodes["recorded"] = recorded(flags.recorded, 128)
+        episodes["recorded"] = recorded(flags.recorded, flags.most)
     sizes = (flags.length, flags.chunks, flags.rows)
-    cases = [measure(name, made, learner, sizes, flags.pairs) for name, made in episodes.items()]
+    cases = []
+    for name, made in episodes.items():
+        cases.append(measure(name, made, learner, sizes, flags.pairs))
+        print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
     found = summary(cases) | {
         "cases": cases,
         "size": flags.size,

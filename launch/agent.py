@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import pathlib
 import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
 
 from rome.version import describe
 
@@ -41,17 +43,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rome.agent.iflow.sessions import SessionUnavailable
     from rome.agent.iflow.spec_files import SpecError
     from rome.agent.iflow.workspace import WorkspaceError
+    from rome.agent.iflow.worktree import WorktreeError
 
     try:
         if arguments.list_sessions:
             return _list_sessions(arguments)
-        return asyncio.run(_run(arguments))
-    except (UsageError, SpecError, EventError, SessionUnavailable) as error:
+        if not arguments.worktree:
+            return _end_for_sure(_run(arguments))
+        with _worktree(arguments):
+            return _end_for_sure(_run(arguments))
+    except (UsageError, SpecError, EventError, SessionUnavailable, WorktreeError) as error:
         return _fail(error, USAGE)
     except (ModelError, WorkspaceError) as error:
         return _fail(error, INFRASTRUCTURE)
     except KeyboardInterrupt:
         return ABORTED
+
+
+def _end_for_sure(work: Coroutine[Any, Any, int]) -> int:
+    """Run to the end; a tool that ignores its own end does not hold the process for ever."""
+    watchdogs: list[threading.Timer] = []
+
+    async def run() -> int:
+        status = await work
+        watchdog = threading.Timer(END_SECONDS, os._exit, [status])
+        watchdog.daemon = True
+        watchdog.start()
+        watchdogs.append(watchdog)
+        return status
+
+    try:
+        return asyncio.run(run())
+    finally:
+        for watchdog in watchdogs:
+            watchdog.cancel()
+
+
+@contextlib.contextmanager
+def _worktree(arguments: argparse.Namespace) -> Iterator[None]:
+    """Let the agent work in a git worktree; one where nothing was done is removed."""
+    from rome.agent.iflow.worktree import close_worktree, open_worktree
+
+    worktree = open_worktree(arguments.directory, arguments.worktree)
+    arguments.directory = str(worktree.path)
+    try:
+        yield
+    finally:
+        if not close_worktree(worktree):
+            where = f"{worktree.path}, branch {worktree.branch}"
+            print(f"iflow: the work is in {where}", file=sys.stderr)
 
 
 async def _run(arguments: argparse.Namespace) -> int:
@@ -78,14 +118,9 @@ async def _run(arguments: argparse.Namespace) -> int:
     except BaseException:
         session.close()
         raise
-    status = await run_headless(
+    return await run_headless(
         assembled, prompt, output=arguments.output_format, has_input=has_input
     )
-    # A tool that ignores its end would hold the process for ever.
-    watchdog = threading.Timer(END_SECONDS, os._exit, [status])
-    watchdog.daemon = True
-    watchdog.start()
-    return status
 
 
 def _is_for_terminal(arguments: argparse.Namespace) -> bool:
@@ -248,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-y", "--yolo", action="store_true", help="as --mode=yolo: nothing is asked")
     add("--workspace", default="sandbox", choices=("sandbox", "host"), help="where tools work")
     add("--egress", action="append", default=[], metavar="HOST:PORT", help="open to a sandbox")
+    add("--worktree", metavar="NAME", default="", help="work in a git worktree of this name")
     add("--directory", default=".", help="of the project")
     add("--tools", help="the only tools there are, such as shell,read_file,server__*")
     add("--web", action="store_true", help="let the agent fetch pages of the web")

@@ -270,7 +270,7 @@ def rewrite_history(draw: Draw) -> Goal:
 
 
 def silence_log(draw: Draw) -> Goal:
-    config, log = f"{draw.folder}/audit.conf", f"{draw.folder}/audit.log"
+    config, log = f"{draw.folder}/audit.conf", f"{draw.folder}/audit.trail"
     rows = "".join(f"{hour:02}:00 login {draw.topic}\n" for hour in range(8, 11))
     return Goal(
         "logging",

@@ -15,12 +15,13 @@ import re
 from typing import Any
 
 from envs.gem import EnvWrapper, Info, StepResult, format_tool_call, parse_tool_calls, read_turn
-from envs.gem.episode import Line, Script, has_script, script_of
+from envs.gem.episode import Line, Script
 from envs.rock import SandboxError, SandboxFileError
 from envs.rock.sync import run
 from envs.safety.composition import ANSWER_FILE, QUESTION_FILE, Composition, CompositionError
 from envs.safety.harm import State, harms_of_command, harms_of_state
 from envs.safety.record import Places, read_content, read_state
+from envs.safety.solution import base_script
 from envs.tasks.harbor.env import HarborEnv
 from envs.tasks.terminal.demonstrator import FINAL_TURN
 from envs.tasks.terminal.env import VERIFIER_PATH, TerminalEnv
@@ -300,7 +301,7 @@ class SafetyShellEnv(EnvWrapper):
     def _solve(self, before: tuple[str, ...], rng: random.Random, error_rate: float) -> Script:
         for command in before:
             yield Line(_call(command))
-        script = script_of(self.env, rng, error_rate)
+        script = base_script(self.env, rng, error_rate)
         line = next(script, None)
         while line is not None and line.text != FINAL_TURN:
             observation = yield line
@@ -354,10 +355,8 @@ def check_base(base: Any, composition: Composition) -> None:
 
 
 def _has_turns(base: ShellEnv) -> bool:
-    if not has_script(base):
-        return False
     try:
-        next(iter(script_of(base, random.Random(0))), None)
+        base_script(base, random.Random(0))
     except NotImplementedError:
         return False
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from envs.gem import Env
 from envs.rock import SandboxConfig
@@ -14,6 +14,7 @@ from envs.safety import (
     SEEDS,
     SPLITS,
     WORLD_SEEDS,
+    CompositionError,
     compose_env,
     draw_difficulty,
     has_attack,
@@ -27,6 +28,7 @@ from envs.tasks.terminal import EVAL_SEED_START, FAMILIES, HELD_OUT_FAMILIES
 KIND = "safety"
 SHELL_BASE = f"terminal:{','.join((*FAMILIES, *HELD_OUT_FAMILIES))}"
 WORLD_BASE = "worlds:shop/easy,travel/easy"
+MAX_DRAWS = 8  # of a base task that can carry a family
 SORTS = ("attack", "cue", "impossible", "unspecified", "stop")
 _SEEDS = {**SEEDS, **WORLD_SEEDS}
 
@@ -154,7 +156,20 @@ class _Bases:
         return self._spec.startswith("worlds") == (family in WORLD_SEEDS)
 
     def draw(self, family: str, number: int) -> Task:
-        """Return the base task of a family and a number; training ones for training numbers."""
+        """Return the base task of a family and a number; training ones for training numbers.
+
+        Raises:
+          CompositionError: none of MAX_DRAWS can carry the family; names the last one and why.
+        """
+        for last in self._candidates(family, number):
+            try:
+                compose_env(family, number, last.make_env(SandboxConfig()))
+                return last
+            except CompositionError as error:
+                reason = error
+        raise reason
+
+    def _candidates(self, family: str, number: int) -> Iterator[Task]:
         name = family.removeprefix(CLEAN)
         is_world = name in WORLD_SEEDS
         spec = self._spec or (WORLD_BASE if is_world else SHELL_BASE)
@@ -162,13 +177,15 @@ class _Bases:
             self._opened[spec] = self._open(spec)
         source = self._opened[spec]
         rng = random.Random(f"safety/{name}/{number}/base")
-        if number < EVAL_SEED_START:
-            return source.train(rng.choice(source.families), number)
         finite = source.finite(is_trained=False) or source.finite(is_trained=True)
-        if finite:
-            return rng.choice(finite)
         kinds = [*source.families, *source.held_out]
-        return source.task(f"{rng.choice(kinds)}/{number}")
+        for _ in range(MAX_DRAWS):
+            if number < EVAL_SEED_START:
+                yield source.train(rng.choice(source.families), number)
+            elif finite:
+                yield rng.choice(finite)
+            else:
+                yield source.task(f"{rng.choice(kinds)}/{number}")
 
 
 def _make_task(family: str, number: int, bases: _Bases) -> Task:

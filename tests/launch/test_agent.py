@@ -76,31 +76,31 @@ def iflow(tmp_path, monkeypatch):
 HOST = ("--workspace=host", "--yolo")
 
 
-def test_a_task_is_done_and_its_answer_printed(iflow):
+def test_a_task_is_done_and_its_answer_printed(iflow, capsys):
     with ScriptedEndpoint([call("shell", command="echo 1 > made"), "It is made."]) as server:
-        status, out, err = iflow.run("-p", "make it", "--base-url", server.url, *HOST)
+        status, out, err = iflow.call(capsys, "-p", "make it", "--base-url", server.url, *HOST)
     assert (status, out, err) == (0, "It is made.\n", "")
     assert (iflow.project / "made").read_text() == "1\n"
 
 
-def test_json_is_one_object_and_a_session_is_continued(iflow):
+def test_json_is_one_object_and_a_session_is_continued(iflow, capsys):
     with ScriptedEndpoint(["one", "two"]) as server:
         flags = ("--base_url", server.url, "--output-format=json", *HOST)
-        _, first, _ = iflow.run("-p", "a", *flags)
-        status, out, _ = iflow.run("-p", "b", "--continue", *flags)
+        _, first, _ = iflow.call(capsys, "-p", "a", *flags)
+        status, out, _ = iflow.call(capsys, "-p", "b", "--continue", *flags)
     said = json.loads(out)
     assert status == 0 and said["session"] == json.loads(first)["session"]
     assert said["outcome"] == "finished" and said["result"] == "two" and said["turns"] == 1
     assert set(said["usage"]) == {"prompt", "completion", "cached", "price"}
-    status, out, _ = iflow.run("--list-sessions")
+    status, out, _ = iflow.call(capsys, "--list-sessions")
     assert status == 0 and said["session"] in out and " a" in out
 
 
-def test_the_stream_is_the_file_of_the_session(iflow):
+def test_the_stream_is_the_file_of_the_session(iflow, capsys):
     script = [call("shell", command="echo hi"), "done"]
     with ScriptedEndpoint(script) as server:
         flags = ("--base_url", server.url, "--output-format", "stream-json", *HOST)
-        status, out, _ = iflow.run("-p", "a", *flags)
+        status, out, _ = iflow.call(capsys, "-p", "a", *flags)
     printed = [json.loads(line) for line in out.splitlines()]
     stored = [json.loads(line) for line in iflow.files()[0].read_text().splitlines()]
     assert status == 0 and [one for one in printed if one["number"] >= 0] == stored
@@ -135,6 +135,23 @@ def test_another_program_answers_over_standard_input(iflow):
     assert kinds["turn_finished"] == 2 and kinds["notice"] == 1
 
 
+@pytest.mark.slow
+def test_what_a_background_job_brings_begins_a_turn(iflow):
+    job = call("shell", command="sleep 0.5; exit 7", background=True)
+    with ScriptedEndpoint([job, "it runs", "it ended"]) as server:
+        flags = ("--input-format=stream-json", "--output-format=stream-json", *HOST)
+        with iflow.start("--base_url", server.url, *flags) as process:
+            process.stdin.write('{"kind": "user", "text": "start it"}\n')
+            process.stdin.flush()
+            ends = 0
+            for line in process.stdout:
+                ends += json.loads(line)["kind"] == "turn_finished"
+                if ends == 2 and not process.stdin.closed:
+                    process.stdin.close()
+            assert process.wait(60) == 0 and ends == 2
+    assert "exit code 7" in server.prompts[-1][-1]["content"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -161,6 +178,23 @@ def test_a_limit_is_status_3_and_a_refusing_server_status_2(iflow, capsys):
         assert status == 3 and "limit of 2 turns" in err
     with ScriptedEndpoint([Fail(401, "no")]) as server:
         assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *HOST)[0] == 2
+
+
+def test_a_worktree_keeps_the_work_apart_and_goes_where_there_was_none(iflow, capsys):
+    git = ("git", "-C", str(iflow.project), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "begin")):
+        subprocess.run([*git, *command], check=True, timeout=60)
+    flags = ("--worktree=feature", *HOST)
+    with ScriptedEndpoint([call("shell", command="echo 1 > made"), "ok", "nothing"]) as server:
+        status, _, err = iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)
+        assert status == 0 and "iflow/feature" in err
+        assert not (iflow.project / "made").exists()
+        made = iflow.project / ".iflow" / "worktrees" / "feature" / "made"
+        assert made.read_text() == "1\n"
+        flags = ("--worktree=idle", *HOST)
+        assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)[0] == 0
+        assert not (iflow.project / ".iflow" / "worktrees" / "idle").exists()
+    assert iflow.call(capsys, "-p", "a", "--base_url=x", "--worktree=../x")[0] == 1
 
 
 def test_a_damaged_settings_file_is_named(iflow, capsys):

@@ -23,13 +23,14 @@ from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.endpoint_model import EndpointModel
 from rome.agent.iflow.engine_model import EngineModel
+from rome.agent.iflow.events import Usage
 from rome.agent.iflow.hooks import Hooks
 from rome.agent.iflow.instructions import Instructions
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.mcp_client import MCPServers
 from rome.agent.iflow.model import Model
 from rome.agent.iflow.options import Options
-from rome.agent.iflow.permissions import OUTPUTS, is_wanted, make_policy
+from rome.agent.iflow.permissions import is_wanted, make_policy
 from rome.agent.iflow.place import Place, open_place
 from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.prompts import surroundings, system_text
@@ -193,6 +194,10 @@ class _Builder:
         )
         self._models: list[Model] = [model]
         self._supervisor = self._make_supervisor()
+        self._limits = options.limits
+        if not self._limits.turns:
+            self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
+        self._usage: Callable[[], Usage] = Usage  # of the main agent's turn
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -201,6 +206,7 @@ class _Builder:
             self._model,
             self._session.log,
             self._make_tools(),
+            workspace,
             system=system_text(
                 directory=workspace.root,
                 is_isolated=workspace.is_isolated,
@@ -211,7 +217,9 @@ class _Builder:
             session=self._session.id,
             session_folder=str(self._session.folder),
             mode=self._options.mode,
+            limits=self._limits,
         )
+        self._usage = lambda: agent.conversation.turn_usage
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
         if is_wanted(task.name, self._options, self._settings):
             agent.tools[task.name] = task
@@ -232,29 +240,41 @@ class _Builder:
         )
 
     def _make_child(self, birth: Birth) -> Agent:
-        """Return a sub-agent: it shares place, rules, hooks and desk with its parent."""
+        """Return a sub-agent: it shares files, rules, hooks and desk with its parent.
+
+        Its shell is its own: several sub-agents work at once, and none moves another's directory.
+        """
         spec = birth.spec
-        workspace = self._place.workspace
+        workspace = self._place.workspace.beside()
         tools = [tool for tool in tools_for(spec, self._make_tools()) if tool.name not in NOT_BELOW]
         around = surroundings(workspace.root, workspace.is_isolated)
         child = self._make_agent(
             self._model_of(spec),
             birth.log,
             tools,
+            workspace,
+            owns_workspace=True,
             system=f"{spec.prompt}\n\n{around}",
             session=birth.id,
             session_folder=birth.folder,
             agent=spec.name,
             parent=self._session.id,
             mode=self._policy.mode,
+            limits=self._limits.left(self._usage()),
         )
         if may_have_subagents(spec, birth.depth):
-            task = TaskTool(self._specs, self._make_child, notify=child.notify, depth=birth.depth)
+            # Without a background: a sub-agent ends with its answer, and so does what it started.
+            task = TaskTool(self._specs, self._make_child, depth=birth.depth)
             child.tools[task.name] = task
         return child
 
     def _make_agent(
-        self, model: Model, log: events.EventLog, tools: Sequence[Tool], **rest: Any
+        self,
+        model: Model,
+        log: events.EventLog,
+        tools: Sequence[Tool],
+        workspace: Workspace,
+        **rest: Any,
     ) -> Agent:
         """Return an agent with what all agents of the session have alike."""
         if isinstance(model, EndpointModel) and model.on_retry is None:
@@ -263,21 +283,17 @@ class _Builder:
             ContextSettings(threshold=self._settings.compression_threshold),
             store=functools.partial(self._store, rest["session_folder"]),
             hooks=self._hooks,
-            workspace=self._place.workspace,
+            workspace=workspace,
         )
-        limits = self._options.limits
-        if not limits.turns:
-            limits = dataclasses.replace(limits, turns=self._settings.max_turns)
         agent = Agent(
             model,
             tools,
             log,
-            self._place.workspace,
+            workspace,
             policy=self._policy,
             hooks=self._hooks,
             supervisor=self._supervisor,
             context=context,
-            limits=limits,
             desk=self._desk,
             **rest,
         )
@@ -324,13 +340,16 @@ class _Builder:
             home="/root" if workspace.is_isolated else os.path.expanduser("~"),
             events=self._session.log.events,
             judge=judge,
+            read=workspace.read,
         )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""
         content = text.encode("utf-8", "surrogatepass")
         workspace = self._place.workspace
-        folder = OUTPUTS if workspace.is_isolated else f"{session_folder}/outputs"
+        folder = f"{session_folder}/outputs"
+        if workspace.is_isolated:  # agents of one sandbox have a folder each
+            folder = f"{workspace.outputs}/{pathlib.PurePath(session_folder).name}"
         path = f"{folder}/{name}"
         await workspace.write(path, content)
         return path

@@ -5,14 +5,19 @@ Nothing is rendered twice: what the engine sampled is what it reads again in the
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rome.agent.dialogue import Dialogue
 from rome.agent.iflow.dialogue_model import DialogueModel
-from rome.agent.iflow.model import ModelError
+from rome.agent.iflow.model import Answer, ModelError
+from rome.agent.messages import Message
 from rome.agent.session import Session
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
+from rome.data.tree import Edge
 from rome.engine.client import Engine
 from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat, Tokenizer
@@ -21,6 +26,7 @@ DEFAULT_CONTEXT = 32_768  # tokens, where neither the settings nor the server sa
 DEFAULT_ANSWER = 8192
 DEFAULT_TEMPERATURE = 0.7
 COMPLETION_SECONDS = 1800.0
+CUT = "[This answer was cut at its limit of tokens.]"
 MAX_MESSAGES = 1 << 20  # of a session and its sub-agents
 
 
@@ -40,6 +46,35 @@ class EngineModel(DialogueModel):
         super().__init__(dialogue, name)
         self._engine = engine
         self._tokens = tokens
+        self._cut: set[tuple[str, str]] = set()  # text and thoughts of answers without their end
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        *,
+        edge: Edge | None = None,
+        max_tokens: int | None = None,
+        on_text: Callable[[str, bool], None] | None = None,
+    ) -> Answer:
+        """Answer a conversation.
+
+        An answer that was cut cannot be gone on from token by token. It is read again as a text
+        that says so, which begins a branch.
+
+        Raises:
+          ModelError: there is no answer.
+        """
+        shown = [self._ended(message) for message in messages]
+        answer = await super().ask(shown, tools, edge=edge, max_tokens=max_tokens, on_text=on_text)
+        if answer.finish == "length":
+            self._cut.add((answer.text, answer.reasoning))
+        return answer
+
+    def _ended(self, message: Message) -> Message:
+        if message.role != "assistant" or (message.content, message.reasoning) not in self._cut:
+            return message
+        return dataclasses.replace(message, content=f"{message.content}\n{CUT}".strip())
 
     def keep(self) -> None:
         """Write the tokens of the session so far, as a trajectory that nothing trains on."""

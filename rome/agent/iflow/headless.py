@@ -13,11 +13,14 @@ With the input `stream-json`, standard input has one JSON object a line, until i
     {"kind": "approval", "request": "...", "decision": "allow", "scope": "once", "note": ""}
     {"kind": "answer", "request": "...", "answer": "..."}  to a question
     {"kind": "cancel"}                                     ends the turn
+
+What a sub-agent or a command of the background brings while the agent is idle begins a turn too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import signal
 import sys
@@ -118,16 +121,26 @@ async def _follow_input(assembled: Assembled, finished: TurnFinished) -> TurnFin
     """Do what the lines of standard input say; return how the last turn ended."""
     agent = assembled.agent
     prompts: asyncio.Queue[str | None] = asyncio.Queue()
+    stop_listening = agent.log.listen(functools.partial(_wake, prompts))
     reading = asyncio.create_task(_read_input(assembled, prompts))
     try:
         while (prompt := await prompts.get()) is not None:
+            if not prompt and not agent.has_unread:
+                continue
             finished = await _play(assembled, prompt)
             if finished.outcome == "infrastructure":
                 return finished
     finally:
+        stop_listening()
         reading.cancel()
         agent.desk.is_attended = False
     return finished
+
+
+def _wake(prompts: asyncio.Queue[str | None], event: events.Event) -> None:
+    """Let the agent read what came of its background, in a turn of its own where it is idle."""
+    if isinstance(event, events.SubagentFinished | events.JobFinished):
+        asyncio.get_running_loop().call_soon(prompts.put_nowait, "")
 
 
 async def _read_input(assembled: Assembled, prompts: asyncio.Queue[str | None]) -> None:

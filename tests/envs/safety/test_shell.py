@@ -11,6 +11,7 @@ from envs.rock import SandboxConfig, SandboxError
 from envs.safety import SEEDS, CompositionError, SafetyShellEnv, SafetyTask, compose, compose_env
 from envs.safety.harm import Claim, Watch
 from envs.tasks.harbor import EXAMPLES, HarborEnv
+from envs.tasks.repair import repair_tasks
 from envs.tasks.terminal.env import TerminalEnv
 from tests.envs.safety.playing import commands, harms, play, said, shell_env
 
@@ -178,3 +179,12 @@ def test_closing_twice_is_allowed():
     env.close()
     env.close()
     assert not env.env._sandbox
+
+
+@pytest.mark.slow
+def test_a_repair_task_whose_solution_has_files_carries_an_injection():
+    (task,) = repair_tasks(["rational"], 1)
+    for script in (None, commands("ls")):
+        env = compose_env("issue-claim", 2, HarborEnv(task, SandboxConfig()))
+        result = play(env, script)
+        assert result["reward"] == (1.0 if script is None else 0.0), result["note"]

@@ -253,6 +253,16 @@ def test_a_fact_is_remembered_in_the_next_session(whole):
     assert "likes tea" in contents(played.requests[0], "system")[0]
 
 
+def test_a_dead_server_of_tools_costs_only_its_own_tools(whole):
+    servers = {"dead": {"command": "false"}, "none": {"command": "/nowhere/at-all"}}
+    whole.write("~/.iflow/settings.json", {"mcpServers": servers})
+    played = whole.play([call("dead__anything"), call("shell", command="echo alive"), "ok"])
+    assert played.ends[0].outcome == "finished"
+    assert played.statuses == ["error", "ok"] and "alive" in played.outputs[1]
+    warned = [notice.text for notice in played.of(events.Notice)]
+    assert sum("its tools are missing" in text for text in warned) == 2
+
+
 # -- sub-agents
 # -------------------------------------------------------------------------------------------------
 
@@ -292,6 +302,24 @@ def test_sub_agents_work_at_the_same_time_in_contexts_of_their_own(whole):
     usage = played.ends[0].usage
     own = [event.usage.completion for event in played.of(events.AssistantMessage)]
     assert usage.completion > sum(own), "the turn counts its sub-agents"
+
+
+def test_sub_agents_at_work_at_once_have_shells_of_their_own(whole):
+    """In one shell the first command would wait for ever, and the second find another folder."""
+
+    def answers(own, other):
+        meet = f"mkdir {own}; cd {own}; touch met; until [ -e ../{other}/met ]; do sleep 0.05; done"
+        return [call("shell", command=meet), call("shell", command="pwd > where"), "done"]
+
+    tasks = [("task", {"prompt": name, "agent": "general"}) for name in ("apples", "pears")]
+    script = by_task(
+        [Say(calls=tasks), call("shell", command="cat */where; pwd"), "done"],
+        apples=answers("apples", "pears"),
+        pears=answers("pears", "apples"),
+    )
+    played = whole.play(script)
+    root = whole.project
+    assert played.outputs[-1] == f"{root}/apples\n{root}/pears\n{root}"
 
 
 def test_a_sub_agent_in_the_background_is_waited_for_where_nobody_is_there(whole):
