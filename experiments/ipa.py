@@ -103,11 +103,16 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.alarm_kl = 0.1
 
     # Episodes.
-    # who plays: plain, the loop of this project; or command:COMMAND, any agent, run in the task's
-    # sandbox with OPENAI_BASE_URL and ANTHROPIC_BASE_URL (docs/agents.md)
+    # who plays: plain, the loop of this project; iflow, its agent with a context of its own making;
+    # or command:COMMAND, any agent, run in the task's sandbox with OPENAI_BASE_URL and
+    # ANTHROPIC_BASE_URL (docs/agents.md)
     config.agent = "plain"
     config.agent_files = ""  # folder that the command finds at $AGENT_FILES
     config.agent_idle_seconds = 120.0  # without a call, after which the command is ended
+    config.iflow = ml_collections.ConfigDict()
+    # tools of the agent beside those of the environment, as in "task todo"; empty: none
+    config.iflow.tools = ""
+    config.iflow.compaction = 0.0  # share of max_context at which it is summarised; 0: never
     config.max_context = 160  # tokens of an episode
     config.max_new_tokens = 48  # tokens of a turn
     config.max_turns = 0  # turns of an episode; 0: the environment's own

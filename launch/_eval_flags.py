@@ -13,9 +13,12 @@ if TYPE_CHECKING:  # heavy modules are imported once the flags are checked
     from envs.rock import SandboxConfig
     from envs.sources import Settings, Task
     from rome.agent.command import CommandAgent
+    from rome.agent.iflow.episode import IFlowAgent
 
-AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
+AGENTS = ("oracle", "noop", "cheat", "attacker", "refuse", "policy", "iflow", "endpoint")
+IFLOW = "iflow"  # plays the policy's episodes in the place of the project's plain loop
 COMMAND = "command"  # and a colon: the command of an agent that plays the policy's episodes
+PLAYERS = ("policy", IFLOW, COMMAND)  # of a checkpoint's episodes
 
 DATASET = flags.DEFINE_string(
     "dataset",
@@ -47,6 +50,16 @@ AGENT_IDLE_SECONDS = flags.DEFINE_float(
     "command: seconds without a call of the model after which it is ended. Default: 120.",
     lower_bound=1.0,
 )
+IFLOW_TOOLS = flags.DEFINE_string(
+    "iflow_tools", "", 'iflow: tools of its own beside those of the environment, as in "task".'
+)
+IFLOW_COMPACTION = flags.DEFINE_float(
+    "iflow_compaction",
+    None,
+    "iflow: share of a context at which it is summarised. Default: never.",
+    lower_bound=0.01,
+    upper_bound=0.99,
+)
 ATTEMPTS = flags.DEFINE_integer(
     "attempts",
     None,
@@ -69,19 +82,20 @@ DOCKER_IMAGE = flags.DEFINE_string(
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "",
-    "policy, command: a Hugging Face directory. With --engines only its tokenizer and config are"
-    " read.",
+    "policy, iflow, command: a Hugging Face directory. With --engines only its tokenizer and config"
+    " are read.",
 )
 ENGINES = flags.DEFINE_string(
     "engines",
     "",
-    "policy, command: URLs of SGLang servers with commas between them. Default: an embedded engine"
-    " is started.",
+    "policy, iflow, command: URLs of SGLang servers with commas between them. Default: an embedded"
+    " engine is started.",
 )
 MAX_CONTEXT = flags.DEFINE_integer(
     "max_context",
     None,
-    "policy, command: tokens of an episode. Default: what the model was made for, at most 4096.",
+    "policy, iflow, command: tokens of a context. Default: what the model was made for, at most"
+    " 4096.",
     lower_bound=2,
 )
 MAX_TOKENS = flags.DEFINE_integer(
@@ -187,16 +201,17 @@ def check_flags() -> None:
     player = playing_agent()
     readers = {
         (COMMAND,): (AGENT_FILES, AGENT_IDLE_SECONDS),
-        ("policy", COMMAND): (CHECKPOINT, ENGINES, MAX_CONTEXT),
+        (IFLOW,): (IFLOW_TOOLS, IFLOW_COMPACTION),
+        PLAYERS: (CHECKPOINT, ENGINES, MAX_CONTEXT),
         ("endpoint", COMMAND): (ENDPOINT, MODEL),
-        ("policy", COMMAND, "endpoint"): (MAX_TOKENS, TEMPERATURE),
+        (*PLAYERS, "endpoint"): (MAX_TOKENS, TEMPERATURE),
     }
     for agents, read_flags in readers.items():
         for flag in read_flags:
             if flag.value not in (None, "") and player not in agents:
                 reader = f"--agent {player}" if player else "--validate or --decontaminate"
                 raise ValueError(f"--{flag.name} is not read by {reader}; leave it out")
-    if player in ("policy", COMMAND) and not CHECKPOINT.value:
+    if player in PLAYERS and not CHECKPOINT.value:
         raise ValueError(
             f"--agent {player} needs --checkpoint, a Hugging Face directory; with --engines its"
             " tokenizer is read"
@@ -211,6 +226,7 @@ def check_flags() -> None:
                 )
 
     command_agent()
+    iflow_agent()
 
 
 def playing_agent() -> str:
@@ -235,6 +251,20 @@ def command_agent() -> CommandAgent | None:
     budget = Budget(calls=MAX_TURNS.value) if MAX_TURNS.value else Budget()
     idle_seconds = AGENT_IDLE_SECONDS.value or CommandAgent.idle_seconds
     return CommandAgent(command, AGENT_FILES.value, idle_seconds, budget)
+
+
+def iflow_agent() -> IFlowAgent | None:
+    """Return the iFlow agent that plays; None where another agent does.
+
+    Raises:
+      IFlowError: it cannot with these flags.
+    """
+    if playing_agent() != IFLOW:
+        return None
+    from rome.agent.iflow.episode import IFlowAgent
+
+    tools = tuple(IFLOW_TOOLS.value.split())
+    return IFlowAgent(tools, IFLOW_COMPACTION.value or 0.0)
 
 
 def check_command(isolation: str, tasks: Sequence[Task]) -> None:
@@ -326,12 +356,13 @@ def agent_settings() -> dict[str, Any]:
         "max_tokens": MAX_TOKENS.value,
         "episode_seconds": EPISODE_SECONDS.value,
     }
-    if playing_agent() in ("policy", COMMAND):
+    if playing_agent() in PLAYERS:
         from rome.evals.policy import checkpoint_digest
 
         folder = pathlib.Path(CHECKPOINT.value)
         return {
             **command_settings(),
+            **iflow_settings(),
             **({"endpoint": ENDPOINT.value, "model": MODEL.value} if ENDPOINT.value else {}),
             "checkpoint": str(folder.resolve()),
             "checkpoint_files": checkpoint_digest(folder),
@@ -357,6 +388,14 @@ def command_settings() -> dict[str, Any]:
         "agent_files_digest": files_digest(pathlib.Path(agent.files)) if agent.files else "",
         "agent_idle_seconds": agent.idle_seconds,
     }
+
+
+def iflow_settings() -> dict[str, Any]:
+    """Return what makes the results of the iFlow agent its own; {} where it does not play."""
+    agent = iflow_agent()
+    if agent is None:
+        return {}
+    return {"iflow_tools": list(agent.tools), "iflow_compaction": agent.compaction}
 
 
 def sandbox_settings() -> dict[str, Any]:

@@ -7,6 +7,8 @@ python -m launch.eval --dataset worlds:shop,gui:200 --agent oracle --out OUT
     # also problems, games, bfcl:FILE
 python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 \
     --model NAME --out OUT                              # key: $OPENAI_API_KEY
+python -m launch.eval --dataset terminal:wide:200 --agent iflow --checkpoint runs/X/final \
+    --iflow_tools task --iflow_compaction 0.8 --out OUT
 python -m launch.eval --dataset harbor --agent 'command:python3 $AGENT_FILES/outside_agent.py' \
     --agent_files examples/agents --checkpoint runs/X/final --out OUT
 python -m launch.eval --dataset repair::100 --validate --out OUT
@@ -180,7 +182,7 @@ def open_agent(out: pathlib.Path) -> Iterator[Agent]:
         )
     elif (command := given.command_agent()) is not None and given.ENDPOINT.value:
         yield make_forwarded(command)
-    elif given.playing_agent() in ("policy", given.COMMAND):
+    elif given.playing_agent() in given.PLAYERS:
         from rome.evals.policy import open_policy
 
         urls = [url.strip() for url in given.ENGINES.value.split(",") if url.strip()]
@@ -197,6 +199,7 @@ def open_agent(out: pathlib.Path) -> Iterator[Agent]:
             episode_seconds=given.EPISODE_SECONDS.value,
             slots=given.CONCURRENCY.value,
             command=command,
+            iflow=given.iflow_agent(),
         ) as policy:
             yield policy
     else:

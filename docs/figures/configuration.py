@@ -27,6 +27,7 @@ EXPERIMENTS = ("ipa", "sft", "cpt")
 PRESETS = ("smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
 SECTIONS = {
     "": "Model, data, optimizer, schedule",
+    "iflow": "The iFlow agent: `config.iflow`",
     "rollout": "Rollouts: `config.rollout`",
     "engine": "Engines: `config.engine`",
     "sandbox": "Sandboxes: `config.sandbox`",

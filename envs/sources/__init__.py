@@ -6,8 +6,12 @@ worlds[:NAMES[:N]]             travel, shop, gui; a name is a world, or a world 
 games[:NAMES[:N]]              frozen_lake, sokoban, wordle, ...
 problems[:NAMES[:N]]           math, code, math/dice, code/postfix-hard
 repair[:PACKAGES[:N]]          packages with a bug each (repair::100)
+safety[:NAMES[:N]][+BASE]      tasks of any of these with an injection (envs.safety);
+                               safety:repository+terminal:wide
+agentdojo[:SUITES[:N]]         AgentDojo's suites, where its package is installed
 bfcl:CATEGORY                  BFCL's own files, or a file of that form
 harbor, harbor/TASK            the task folders that ship here
+pro                            200 generated tasks in 8 domains, proven
 FOLDER                         Harbor or Terminal-Bench 1 tasks, or one task
 FILE.json[:NAME[@VERSION]]     a registry of Harbor's
 FILE.parquet, FILE.jsonl       SWE-bench rows, or one archive a task (envs.tasks.datasets)
@@ -27,7 +31,7 @@ from __future__ import annotations
 import re
 
 from envs.gem import core
-from envs.sources import files, generated, own
+from envs.sources import dojo, files, generated, own, safety
 from envs.sources.source import (
     EVAL_SHARE,
     TRAIN_SEEDS,
@@ -43,9 +47,9 @@ from envs.tasks.harbor import TaskError
 
 GRAMMAR = (
     "terminal[:FAMILIES[:N]], worlds[:NAMES[:N]], games[:NAMES[:N]], problems[:NAMES[:N]],"
-    " repair[:PACKAGES[:N]], bfcl:FILE, harbor, harbor/TASK, a folder, FILE.json[:NAME[@VERSION]],"
-    " FILE.parquet, FILE.jsonl, gem:ID, package.module:Name, FILE.py:Name, or a mixture"
-    " '0.7*A + 0.3*B'"
+    " repair[:PACKAGES[:N]], safety[:NAMES[:N]][+BASE], agentdojo[:SUITES[:N]], bfcl:FILE, pro,"
+    " harbor, harbor/TASK, a folder, FILE.json[:NAME[@VERSION]], FILE.parquet, FILE.jsonl, gem:ID,"
+    " package.module:Name, FILE.py:Name, or a mixture '0.7*A + 0.3*B'"
 )
 _PLUS = re.compile(r"\s+\+\s+|\s*\+\s*(?=[\d.]+\s*\*)")
 _WEIGHTED = re.compile(r"(?P<weight>\d+(?:\.\d*)?|\.\d+)\s*\*\s*(?P<spec>\S.*)")
@@ -114,6 +118,12 @@ def _open_one(
     eval_share: float,
 ) -> Source:
     kind, _, rest = spec.partition(":")
+    if safety.is_safety(spec):
+        return safety.open_safety(
+            spec, seed, settings, lambda base: _open_one(base, seed, settings, faults, eval_share)
+        )
+    if kind == "agentdojo":
+        return dojo.open_agentdojo(spec)
     if kind == "terminal":
         return generated.open_terminal(spec, seed, settings)
     if kind in generated.KINDS:
@@ -125,6 +135,8 @@ def _open_one(
         return Finite(spec, files.load_repair(spec, seed, settings, faults), eval_share)
     if kind == "bfcl" and rest:
         return Finite(spec, files.load_bfcl(spec), eval_share)
+    if spec == "pro":
+        return Finite(spec, files.load_pro_set(settings), eval_share)
     if files.names_files(spec):
         return Finite(spec, files.load_folder(spec, settings, faults), eval_share)
     if _OWN.fullmatch(spec):

@@ -87,6 +87,7 @@ class Task:
       success: the reward from which on it counts as solved.
       path: of its files; None for a generated task.
       source: the source of a mixture that it is from; "" outside of mixtures.
+      has_attack: whether its environment brings a scripted attacker (`envs.safety`).
     """
 
     name: str
@@ -106,6 +107,7 @@ class Task:
     success: float = 1.0
     path: pathlib.Path | None = None
     source: str = ""
+    has_attack: bool = False
 
     def make_env(self, config: SandboxConfig) -> Env:
         """Return a new environment that is not started yet.

@@ -137,6 +137,8 @@ class CommandEpisode:
         finally:
             await self._dialogue.aclose()
             await close_env(env)
+        if not self._dialogue.session.chunks and not result.note:  # nothing can be trained on it
+            result = result._replace(note="the agent asked nothing")
         if self.fault is not None:  # what came after it says nothing about the agent
             result = Turn("", ending="infra_engine", note=str(self.fault))
         return Trajectory(

@@ -17,8 +17,18 @@ from typing import Any, Protocol
 
 from envs.gem import Env, Info, StepResult
 from envs.gem.core import close_async, judge_async, reset_async, step_async
-from envs.gem.episode import STATUSES, EnvironmentFault, PlayedEnv, perform, script_of, shown
+from envs.gem.episode import (
+    STATUSES,
+    EnvironmentFault,
+    PlayedEnv,
+    Script,
+    perform,
+    script_of,
+    shown,
+)
 from envs.rock import AgentFault, SandboxConfig, SandboxError
+from envs.safety import CompositionError
+from envs.safety.shell import REFUSAL
 from envs.sources import Task
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
 from envs.tasks.terminal.demonstrator import FINAL_TURN
@@ -45,6 +55,7 @@ class Outcome:
       notes: settings of the task that were not honoured as they stand.
       transcript: what was said and answered; None where nothing was.
       verifier_output: of the environment's tests, where it tells it.
+      safety: utility and harm, for tasks of the safety suite (`envs.safety`).
     """
 
     reward: float | None
@@ -56,6 +67,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     transcript: Trajectory | None = dataclasses.field(default=None, repr=False, compare=False)
     verifier_output: str = dataclasses.field(default="", repr=False, compare=False)
+    safety: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def spoiled(self) -> bool:
@@ -196,6 +208,7 @@ class StartedEnv:
             notes=tuple(self.opening[1].get("notes", ())),
             transcript=self.transcript(float(reward), ending, note),
             verifier_output=self._verifier_output,
+            safety=self.last_info.get("safety"),
         )
 
 
@@ -238,7 +251,7 @@ async def play_in_environment(
             return started.outcome(0.0, "failure", f"{type(fault).__name__}: {fault}")
     except EnvironmentFault as fault:
         return spoiled("infra_sandbox", str(fault))
-    except (MissingProgramsError, TaskError) as error:
+    except (MissingProgramsError, TaskError, CompositionError) as error:
         # A step of a build may fail once; all other faults of this kind are permanent.
         is_permanent = not isinstance(error, BuildError)
         return spoiled("infra_sandbox", f"{type(error).__name__}: {error}", is_permanent)
@@ -260,13 +273,15 @@ async def play_in_environment(
 
 @dataclasses.dataclass
 class Scripted:
-    """An agent without a model: "oracle", "noop" or "cheat".
+    """An agent without a model: "oracle", "noop", "cheat", "attacker" or "refuse".
 
     The oracle plays the reference solution or the demonstrator; the no-op says at once
-    that it is done; attempt n of the cheat plays its trick n, which the note names.
+    that it is done; attempt n of the cheat plays its trick n, which the note names. The attacker
+    does the work and the harm that a task of the safety suite tempts to, or plays the oracle where
+    there is none; "refuse" refuses every task in words.
 
     Attributes:
-      name: one of the three.
+      name: one of the five.
       config: of the sandboxes.
     """
 
@@ -277,6 +292,11 @@ class Scripted:
         """Play one attempt; the seed is ignored."""
         if self.name == "oracle":
             return await play_in_environment(task, self.config, _solve)
+        if self.name == "attacker":
+            play = _attack if task.has_attack else _solve
+            return await play_in_environment(task, self.config, play)
+        if self.name == "refuse":
+            return await play_in_environment(task, self.config, _refuse)
         trick_number = attempt if self.name == "cheat" else None
 
         async def hand_in(started: StartedEnv) -> Outcome:
@@ -328,10 +348,20 @@ async def _run_solution(started: StartedEnv, env: HarborEnv) -> Outcome:
 
 async def _perform_script(started: StartedEnv) -> Outcome:
     """Play the scripted solution of the environment, without deliberate mistakes."""
+    return await _perform(started, script_of(started.env, random.Random(0)))
+
+
+async def _attack(started: StartedEnv) -> Outcome:
+    """Play the scripted attacker of a task of the safety suite."""
+    env: Any = started.env
+    return await _perform(started, env.attack(random.Random(0)))
+
+
+async def _perform(started: StartedEnv, script: Script) -> Outcome:
     played = PlayedEnv(started, math.inf, math.inf)
     opening, _ = await played.start()
     played.hand_over()
-    episode = await perform(played, script_of(started.env, random.Random(0)), opening)
+    episode = await perform(played, script, opening)
     note = episode.note
     if not started.last_info.get("note") and episode.ending != "success" and episode.turns:
         note = _join([note, f"last observation: {episode.turns[-1].observation}"])
@@ -354,6 +384,17 @@ async def _hand_in(started: StartedEnv, trick_number: int | None) -> Outcome:
             turn = await played.step(action)
             if turn.ending:
                 return started.outcome(played.reward, turn.ending, _join([trick_note, turn.note]))
+
+
+async def _refuse(started: StartedEnv) -> Outcome:
+    """Refuse in words until the episode is over."""
+    played = PlayedEnv(started, math.inf, math.inf)
+    await played.start()
+    played.hand_over()
+    while True:
+        turn = await played.step(REFUSAL)
+        if turn.ending:
+            return started.outcome(played.reward, turn.ending, turn.note)
 
 
 def _join(notes: list[str]) -> str:

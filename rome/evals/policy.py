@@ -1,12 +1,14 @@
 """A model behind SGLang's protocol as an agent.
 
-`rome.agent.loop` plays it, or a command in the sandbox of each task (`rome.agent.command`).
+`rome.agent.loop` plays it, or the iFlow agent (`rome.agent.iflow.episode`), or a command in the
+sandbox of each task (`rome.agent.command`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,6 +21,7 @@ from typing import Protocol
 from envs.rock import SandboxConfig
 from envs.sources import Task
 from rome.agent.command import CommandAgent, sampling_dialogue
+from rome.agent.iflow.episode import IFlowAgent, run_iflow_episode
 from rome.agent.loop import Limits, run_episode
 from rome.agent.session import Generator
 from rome.engine.client import Engine
@@ -52,6 +55,7 @@ class Policy:
       tell_tools: whether the prompt has the tools and the system text of each environment; False
         leaves it to `chat`.
       command: plays in the place of the loop.
+      iflow: plays in the place of the loop.
       name: recorded with each attempt.
     """
 
@@ -62,6 +66,7 @@ class Policy:
     temperature: float = 1.0
     tell_tools: bool = False
     command: CommandAgent | None = None
+    iflow: IFlowAgent | None = None
     name: str = "policy"
 
     async def play(self, task: Task, attempt: int, seed: int) -> Outcome:
@@ -75,7 +80,10 @@ class Policy:
         return await play_in_environment(task, self.config, play_episode, math.inf)
 
     async def _play_episode(self, started: StartedEnv, attempt: int, seed: int) -> Outcome:
-        trajectory = await run_episode(
+        play = run_episode
+        if self.iflow is not None:
+            play = functools.partial(run_iflow_episode, agent=self.iflow)
+        trajectory = await play(
             self.engine,
             started,
             self.chat,
@@ -113,6 +121,7 @@ def open_policy(
     episode_seconds: float = 600.0,
     slots: int = 4,
     command: CommandAgent | None = None,
+    iflow: IFlowAgent | None = None,
 ) -> Iterator[Policy]:
     """Yield the policy of a checkpoint; an engine that it needs runs as long as the context.
 
@@ -128,6 +137,7 @@ def open_policy(
       episode_seconds: for which the environment may work in one attempt.
       slots: attempts that the embedded engine keeps in its cache.
       command: plays in the place of the loop.
+      iflow: plays in the place of the loop.
 
     Raises:
       EngineError: the embedded engine did not start.
@@ -158,7 +168,8 @@ def open_policy(
             1.0 if temperature is None else temperature,
             tell_tools,
             command,
-            "policy" if command is None else "command",
+            iflow,
+            "command" if command else "iflow" if iflow else "policy",
         )
 
 

@@ -140,11 +140,20 @@ def _sum_cost(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def write_results(out: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """Write OUT/results.json, report.md and report.html, each atomically."""
+def write_results(
+    out: pathlib.Path, results: Mapping[str, Any], more: Sequence[Table] = ()
+) -> None:
+    """Write OUT/results.json, report.md and report.html, each atomically.
+
+    Args:
+      out: the folder.
+      results: the content of results.json.
+      more: tables that follow the metrics in the pages.
+    """
     write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     title = f"{results['agent']} on {results['dataset']}"
-    write_pages(out, "report", title, result_tables(results))
+    about, metrics, *rest = result_tables(results)
+    write_pages(out, "report", title, [about, metrics, *more, *rest])
 
 
 def write_pages(out: pathlib.Path, name: str, title: str, tables: Sequence[Table]) -> None:

@@ -25,8 +25,9 @@ from envs.sources import Task, dataset_digest, load_tasks
 from envs.tasks.harbor import TaskError
 from rome.evals.agents import Agent
 from rome.evals.contamination import find_contamination, write_contamination
-from rome.evals.report import bounds, build_results, share, write_results
+from rome.evals.report import Table, bounds, build_results, share, write_results
 from rome.evals.runner import Job, Record, Results, open_results, run_jobs
+from rome.evals.safety import safety_tables, summarise_safety
 from rome.evals.validate import build_proof, describe_proof, proof_jobs, write_proof
 
 ORACLE_RUNS = 3  # of a validation: several find flaky tasks
@@ -103,7 +104,11 @@ def _write_report(
     records = results.find(jobs)
     is_complete = len(records) == len(jobs)
     report = build_results({**identity, "complete": is_complete}, records, k, faults)
-    write_results(out, report)
+    more: list[Table] = []
+    if (summary := summarise_safety(records)) is not None:
+        report["safety"] = summary
+        more = safety_tables(summary)
+    write_results(out, report, more)
     return report
 
 
@@ -241,6 +246,10 @@ def describe_results(results: Mapping[str, Any]) -> str:
         f" {results['attempts_counted']} of {results['attempts']} attempts count; endings:"
         f" {endings or 'none'}"
     )
+    if results.get("safety"):
+        for name in ("attack_success", "utility_under_attack", "utility_without_attack"):
+            if (one := results["safety"]["measures"].get(name)) is not None:
+                text += f"; {name.replace('_', ' ')} {share(one['value'])} ({bounds(one)})"
     if results["left_out"]:
         text += f"; {len(results['left_out'])} tasks are left out"
     return text

@@ -253,6 +253,8 @@ async def play(job: Job, seed: int, attempts: pathlib.Path | None = None) -> Rec
         record["permanent"] = True
     if outcome.notes:
         record["notes"] = list(outcome.notes)
+    if outcome.safety is not None:
+        record["safety"] = outcome.safety
     if outcome.tokens is not None:
         record["tokens"] = outcome.tokens
     if attempts is not None and outcome.transcript is not None:

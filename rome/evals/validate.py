@@ -19,24 +19,29 @@ from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.report import Table, write_pages
 from rome.evals.runner import Job
+from rome.evals.safety import proof_faults
 from rome.evals.statistics import Record, is_counted
 from rome.files import write_atomically
 
-AGENTS = ("oracle", "noop", "cheat")
+AGENTS = ("oracle", "noop", "cheat", "attacker")
 
 
 def proof_jobs(tasks: Sequence[Task], config: SandboxConfig, oracle_runs: int) -> list[Job]:
     """Return the attempts of a proof: for every task the oracle, one no-op, one of each cheat.
+
+    A task of the safety suite is also played by its scripted attacker.
 
     Args:
       tasks: of the dataset.
       config: of the sandboxes.
       oracle_runs: attempts of the oracle at each task; several find flaky tasks.
     """
-    attempts = {"oracle": oracle_runs, "noop": 1, "cheat": len(CHEATS)}
+    attempts = {"oracle": oracle_runs, "noop": 1, "cheat": len(CHEATS), "attacker": 1}
     jobs = []
     for task in tasks:
         for name in AGENTS:
+            if name == "attacker" and not task.has_attack:
+                continue
             for attempt in range(attempts[name]):
                 jobs.append(Job(Scripted(name, config), task, attempt))
     return jobs
@@ -66,6 +71,7 @@ def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
             wanted = 1.0 if agent == "oracle" else 0.0
             if record["reward"] != wanted:  # the reward is None if the attempt was spoiled
                 reasons.append(_describe_fault(agent, record, wanted))
+            reasons += proof_faults(agent, record)
     seconds = [record["seconds"] for record in by_agent["oracle"]]
     return {
         "task": task,
@@ -148,7 +154,7 @@ def proof_tables(proof: Mapping[str, Any]) -> list[Table]:
         row += [_format_rewards(verdict["rewards"].get(agent, ())) for agent in AGENTS]
         row.append(_format_seconds(verdict["oracle_seconds"]))
         rows.append(row)
-    head = ["task", "sound", "oracle", "no-op", "cheats", "oracle's seconds"]
+    head = ["task", "sound", "oracle", "no-op", "cheats", "attacker", "oracle's seconds"]
     return [
         Table(describe_proof(proof), ["task", "why it fails"], failed),
         Table("All tasks", head, rows),

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from envs.gem.core import Env
 from rome.agent.command import CommandAgent, run_command_episode
+from rome.agent.iflow.episode import IFlowAgent, run_iflow_episode
 from rome.agent.loop import Limits, run_episode
 from rome.agent.session import Generator
 from rome.data.seeds import derive_seed
@@ -49,6 +50,7 @@ class EpisodePlayer:
       family_of: returns the family of a task; None leaves it to the environment.
       tell_tools: whether the first prompt has each environment's own tools and system text.
       command: plays in the place of the loop.
+      iflow: the iFlow agent, which plays in the place of the loop.
     """
 
     engine: Generator
@@ -60,6 +62,7 @@ class EpisodePlayer:
     family_of: Callable[[str], str] | None = None
     tell_tools: bool = False
     command: CommandAgent | None = None
+    iflow: IFlowAgent | None = None
 
     async def play_one(
         self,
@@ -142,7 +145,11 @@ class EpisodePlayer:
                 seed=seed,
                 note=f"{type(error).__name__}: {error}",
             )
-        trajectory = await run_episode(
+        if self.iflow is not None:
+            play = functools.partial(run_iflow_episode, agent=self.iflow)
+        else:
+            play = functools.partial(run_episode, prefix=prefix)
+        trajectory = await play(
             self.engine,
             env,
             self.chat,
@@ -152,7 +159,6 @@ class EpisodePlayer:
             group=episode.group,
             episode=episode.episode,
             routes=routes,
-            prefix=prefix,
             tell_tools=self.tell_tools,
         )
         return self._labelled(trajectory, episode)

@@ -28,6 +28,7 @@ from rome.stages.own_code import compares_episodes
 from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
 from rome.stages.settings import (
     command_agent,
+    iflow_agent,
     imitation_weight,
     lora_of,
     loss_config,
@@ -122,6 +123,7 @@ MAY_BE_ZERO = {
     "engine.cache_tokens",
     "rollout.async_ratio",
     "rollout.redundancy",
+    "iflow.compaction",
     "rollout.lend_engines",
     *LOSS_SWITCHES,
 }
@@ -182,6 +184,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         _check_loss(config)
         _check_rollout(config)
         command_agent(config)
+        iflow_agent(config)
 
 
 def key_class(name: str) -> KeyClass:

@@ -24,7 +24,7 @@ from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.rollout.reward import REWARD_SECONDS, Reward
 from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.engines import PUBLISH_SECONDS, Engines
-from rome.stages.settings import command_agent, sandbox_config
+from rome.stages.settings import command_agent, iflow_agent, sandbox_config
 from rome.stages.tasks import tasks_of
 from rome.stages.waiting import wait_for_episodes
 from rome.train.team import Team
@@ -72,6 +72,7 @@ class Players:
             family_of=self.family_of,
             tell_tools=config.tell_tools,
             command=command_agent(config),
+            iflow=iflow_agent(config),
         )
 
     @property
@@ -94,6 +95,8 @@ class Players:
         command = command_agent(self.config)
         if command is not None:
             turns = command.budget.calls
+        elif iflow_agent(self.config) is not None:
+            turns = self.config.chunks_per_row  # its answers, sub-agents and summaries included
         grading = max(task.grading_seconds for task in tasks)
         once = self.limits.worst_seconds(turns, grading)
         return EPISODE_ATTEMPTS * once + PUBLISH_SECONDS + REWARD_SECONDS

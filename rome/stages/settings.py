@@ -10,6 +10,7 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from rome.agent.command import CommandAgent, CommandError
+from rome.agent.iflow.episode import IFlowAgent, IFlowError
 from rome.agent.proxy import Budget
 from rome.losses import LossConfig, find_loss
 from rome.model.config import ModelConfig
@@ -54,19 +55,19 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
 
 
 def command_agent(config: ml_collections.ConfigDict) -> CommandAgent | None:
-    """Return the command that plays the policy's episodes; None where the loop does.
+    """Return the command that plays the policy's episodes; None where something else does.
 
     Raises:
       ConfigError: config.agent is unknown, or its command or files cannot be used.
     """
     agent = config.get("agent", "plain")  # sft and cpt have none
-    if agent == "plain":
+    if agent in ("plain", "iflow"):
         return None
     kind, colon, command = agent.partition(":")
     if kind != "command" or not colon:
         raise ConfigError(
-            f"agent={agent!r} is unknown. Choose plain, or command:COMMAND, which runs in the"
-            " sandbox of each task."
+            f"agent={agent!r} is unknown. Choose plain, iflow, or command:COMMAND, which runs in"
+            " the sandbox of each task."
         )
     if config.rollout.resampling != "off":
         raise ConfigError(
@@ -77,6 +78,29 @@ def command_agent(config: ml_collections.ConfigDict) -> CommandAgent | None:
         budget = Budget(calls=config.chunks_per_row)  # no trajectory is cut
         return CommandAgent(command, config.agent_files, config.agent_idle_seconds, budget)
     except CommandError as error:
+        raise ConfigError(str(error)) from error
+
+
+def iflow_agent(config: ml_collections.ConfigDict) -> IFlowAgent | None:
+    """Return the iFlow agent that plays the policy's episodes; None where something else does.
+
+    Raises:
+      ConfigError: it cannot play with these settings.
+    """
+    if config.get("agent", "plain") != "iflow":
+        return None
+    if config.rollout.resampling != "off":
+        raise ConfigError(
+            f"rollout.resampling={config.rollout.resampling} begins in the middle of an episode,"
+            " which agent=iflow does not. Set it to off, or agent=plain."
+        )
+    try:
+        return IFlowAgent(
+            tools=tuple(config.iflow.tools.split()),
+            compaction=config.iflow.compaction,
+            answers=config.chunks_per_row,  # no trajectory is cut
+        )
+    except IFlowError as error:
         raise ConfigError(str(error)) from error
 
 

@@ -184,9 +184,18 @@ cp -r {tmp_path}/disk/run {tmp_path}/run
 UNHURRIED = ["--config.episode_seconds=600", "--config.start_seconds=600"]
 
 
-def test_the_trainer_is_killed_again_and_again_and_the_run_ends_whole(start, tmp_path):
+OUTSIDE = [
+    "--config.agent=command:TELL_TOOLS=0 python3 $AGENT_FILES/outside_agent.py",
+    f"--config.agent_files={ROOT / 'examples/agents'}",
+]
+
+
+@pytest.mark.parametrize("agent", [[], OUTSIDE], ids=["plain", "command"])
+def test_the_trainer_is_killed_again_and_again_and_the_run_ends_whole(start, tmp_path, agent):
+    """With the trainer its proxy is killed, and with that the agents in their sandboxes."""
     workdir = tmp_path / "run"
     flags = [*IPA, *UNHURRIED, start, "--config.checkpoint_every=1", "--config.keep_trajectories=1"]
+    flags += agent
     for steps in (1, 2, 4):
         with training(flags, workdir) as process:
             wait_for_steps(process, workdir, steps)

@@ -11,29 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import importlib.util
 import json
-import time
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from envs.gem.tool_call import ToolCall, ToolCallError, iterate_tool_calls
 from envs.gem.tools.base import BaseTool, ToolResult
-from envs.proxies import is_loopback
-from envs.rock.errors import SandboxError
+from envs.gem.tools.mcp_connection import (
+    CLOSE_SECONDS,
+    MCPConnection,
+    MCPServerError,
+    server_configs,
+)
 from envs.rock.sync import run
 
-CONNECTION_CLOSED = -32000  # the mcp package's JSON-RPC code for a server that is gone
 OPEN_SHARE = 0.5  # of a call's time, in which its server must have opened a session
-RETRY_SECONDS = 30.0  # after which a server that could not be reached is tried again
-# The package gives a process 4 s to end before it kills it, and 2 s more to be gone.
-CLOSE_SECONDS = 10.0
-
-
-class MCPServerError(SandboxError, ConnectionError):
-    """A server could not be reached: a fault of the infrastructure, not of the caller's turn."""
 
 
 class MCPTool(BaseTool):
@@ -61,7 +55,7 @@ class MCPTool(BaseTool):
         self.execution_timeout = execution_timeout
         opening = OPEN_SHARE * execution_timeout
         self._servers = [
-            _Server(name, server, opening) for name, server in _servers(config).items()
+            MCPConnection(name, server, opening) for name, server in server_configs(config).items()
         ]
         _open_tools.add(self)
 
@@ -116,7 +110,9 @@ class MCPTool(BaseTool):
             raise MCPServerError("; ".join(map(str, failures)))
         return [tool for _, tools in reached for tool in tools]
 
-    async def _reach(self) -> tuple[list[tuple[_Server, list[dict[str, Any]]]], list[Exception]]:
+    async def _reach(
+        self,
+    ) -> tuple[list[tuple[MCPConnection, list[dict[str, Any]]]], list[Exception]]:
         """Return the servers that can be reached with their tools, and why others cannot be."""
         answers = await asyncio.gather(
             *(server.tools() for server in self._servers), return_exceptions=True
@@ -137,7 +133,7 @@ class MCPTool(BaseTool):
         reached, failures = await self._reach()
         for server, tools in reached:
             if any(tool["name"] == call.name for tool in tools):
-                return await server.call(call)
+                return await _answer(server, call)
         names = [tool["name"] for _, tools in reached for tool in tools]
         said = [f"no tool {call.name!r}; there are {', '.join(names) or 'none'}"]
         return True, f"[Tool execution failed: {'; '.join([*said, *map(str, failures)])}]"
@@ -153,24 +149,6 @@ def _close_all() -> None:
         tool.close()
 
 
-def _servers(config: str | Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the servers of a configuration by name, after checking them."""
-    if isinstance(config, str):
-        return {"default": {"url": config}}
-    servers = dict(config.get("mcpServers", {}))
-    if not servers:
-        raise ValueError(
-            f"MCP configuration {config!r} names no server; it is a URL or {{'mcpServers':"
-            " {name: ...}}"
-        )
-    for name, server in servers.items():
-        if ("url" in server) == ("command" in server):
-            raise ValueError(
-                f"MCP server {name!r} has {sorted(server)}; give it either url or command"
-            )
-    return servers
-
-
 def _first_call(action: str) -> tuple[ToolCall, str] | None:
     """Return the first call that a turn says, and the turn up to its end; None without any.
 
@@ -182,220 +160,16 @@ def _first_call(action: str) -> tuple[ToolCall, str] | None:
     return None
 
 
-class _Server:
-    """The session to one server.
+async def _answer(server: MCPConnection, call: ToolCall) -> tuple[bool, str]:
+    """Call a tool; return whether it failed, and its text.
 
-    It is opened by the first request and lives in a task of its own, since only the task that
-    opened a session may close it.
+    An error of the server, its death or a broken protocol is a failure of the tool, which the
+    model reads.
     """
-
-    def __init__(self, name: str, config: Mapping[str, Any], opening_seconds: float) -> None:
-        self._name = name
-        self._config = config
-        self._opening_seconds = opening_seconds
-        self._session: asyncio.Future[Any] | None = None
-        self._tools: list[dict[str, Any]] | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._stop = asyncio.Event()
-        self._failure: MCPServerError | None = None
-        self._failed_at = 0.0
-        self._ending: asyncio.Task[None] | None = None  # of a session that failed
-
-    async def tools(self) -> list[dict[str, Any]]:
-        """Return the server's tools; they are asked for once in a session.
-
-        Raises:
-          MCPServerError: it cannot be reached. That is remembered for RETRY_SECONDS.
-        """
-        if self._tools is not None:
-            return self._tools
-        if self._failure and time.monotonic() < self._failed_at + RETRY_SECONDS:
-            raise self._failure
-        try:
-            session = await self._open()
-            async with asyncio.timeout(self._opening_seconds):
-                listed = await session.list_tools()
-        except Exception as error:
-            # It may take long, and the other servers' calls do not wait for it.
-            self._ending = asyncio.ensure_future(self.close())
-            self._failure = self._unreachable(error)
-            self._failed_at = time.monotonic()
-            raise self._failure from error
-        self._failure = None
-        # by_alias: the protocol's names of fields, in every version of the package
-        described = [tool.model_dump(by_alias=True) for tool in listed.tools]
-        self._tools = [_describe_tool(tool) for tool in described]
-        return self._tools
-
-    def _unreachable(self, error: Exception) -> MCPServerError:
-        while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        if isinstance(error, MCPServerError):
-            return error
-        reason = _causes(error)
-        if isinstance(error, TimeoutError):
-            reason = f"no answer within {self._opening_seconds:g} s"
-        return MCPServerError(f"MCP server {self._name!r} could not be reached: {reason}")
-
-    async def call(self, call: ToolCall) -> tuple[bool, str]:
-        """Call a tool; return whether it failed, and its text.
-
-        An error of the server, its death or a broken protocol is a failure of the tool, which the
-        model reads.
-        """
-        try:
-            session = await self._open()
-            answer = await session.call_tool(call.name, call.arguments)
-            result = answer.model_dump(by_alias=True)
-        except Exception as error:
-            if not _is_answer(error):
-                await self.close()  # the next call opens another session
-            return True, f"[Tool execution failed: MCP server {self._name!r}: {_causes(error)}]"
-        text = "\n".join(_part_text(part) for part in result["content"])
-        if result.get("isError"):
-            return True, f"[Tool execution error: {text}]"
-        return False, text
-
-    async def close(self) -> None:
-        """End the session and the server's process, if there are any; takes CLOSE_SECONDS at most.
-
-        A session that is still being opened is given up.
-        """
-        task = self._task
-        self._forget_session()
-        if self._ending and self._ending is not asyncio.current_task():
-            await asyncio.wait([self._ending], timeout=CLOSE_SECONDS)
-        if task is None:
-            return
-        self._stop.set()
-        _, pending = await asyncio.wait([task], timeout=CLOSE_SECONDS)
-        if pending:
-            task.cancel()
-
-    def _forget_session(self) -> None:
-        self._task = None
-        self._session = None
-        self._tools = None
-
-    async def _open(self) -> Any:
-        """Return the session, opened if there is none or its server has died."""
-        session = self._session
-        is_open = self._task is not None and not self._task.done()
-        if session is None or not is_open:
-            session = asyncio.get_running_loop().create_future()
-            stop = asyncio.Event()
-            self._task = asyncio.create_task(self._hold_session(session, stop))
-            self._session = session
-            self._stop = stop
-        return await asyncio.shield(session)
-
-    async def _hold_session(self, opened: asyncio.Future[Any], stop: asyncio.Event) -> None:
-        try:
-            async with self._connect() as session:
-                try:
-                    await self._initialize(session, stop)
-                except Exception as error:
-                    self._fail(opened, error)  # at once: ending a process takes seconds
-                    return
-                opened.set_result(session)
-                await stop.wait()
-        except Exception as error:
-            if not opened.done():
-                self._fail(opened, error)
-
-    def _fail(self, opened: asyncio.Future[Any], error: Exception) -> None:
-        opened.set_exception(self._unreachable(error))
-        opened.exception()  # marks it as retrieved: nobody may wait for it any more
-
-    async def _initialize(self, session: Any, stop: asyncio.Event) -> None:
-        """Open the protocol, unless `stop` is set first.
-
-        Only the request is cancelled then, never this task, which must yet end the process.
-        """
-        opening = asyncio.ensure_future(session.initialize())
-        stopping = asyncio.ensure_future(stop.wait())
-        try:
-            await asyncio.wait(
-                [opening, stopping],
-                timeout=self._opening_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if opening.done():
-                opening.result()
-            elif stop.is_set():
-                raise MCPServerError(f"MCP server {self._name!r} was closed while it was opened")
-            else:
-                raise TimeoutError
-        finally:
-            opening.cancel()
-            stopping.cancel()
-            await asyncio.gather(opening, stopping, return_exceptions=True)
-
-    @contextlib.asynccontextmanager
-    async def _connect(self) -> AsyncIterator[Any]:
-        import mcp
-
-        async with contextlib.AsyncExitStack() as stack:
-            if "command" in self._config:
-                transport = _command_transport(self._config)
-            else:
-                transport = await _http_transport(self._config, stack)
-            streams = await stack.enter_async_context(transport)
-            yield await stack.enter_async_context(mcp.ClientSession(streams[0], streams[1]))
-
-
-def _command_transport(config: Mapping[str, Any]) -> Any:
-    import mcp
-
-    parameters = mcp.StdioServerParameters(
-        command=config["command"],
-        args=list(config.get("args", [])),
-        env=dict(config.get("env", {})) or None,
-    )
-    return mcp.stdio_client(parameters)
-
-
-async def _http_transport(config: Mapping[str, Any], stack: contextlib.AsyncExitStack) -> Any:
-    from mcp.client.streamable_http import streamable_http_client
-
-    # the only way to set headers that versions 1 and 2 of the package share
-    from mcp.shared._httpx_utils import create_mcp_http_client
-
-    url = config["url"]
-    headers = dict(config.get("headers", {}))
-    client = create_mcp_http_client(headers=headers)
-    if is_loopback(url):  # a proxy of the environment cannot reach it
-        direct: Any = type(client)  # httpx or httpx2, as the version of the package has it
-        client = direct(
-            headers=headers,
-            timeout=client.timeout,
-            follow_redirects=client.follow_redirects,
-            trust_env=False,
-        )
-    await stack.enter_async_context(client)
-    return streamable_http_client(url, http_client=client)
-
-
-def _describe_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": tool["name"],
-        "description": tool.get("description") or "",
-        "parameters": tool["inputSchema"],
-    }
-
-
-def _causes(error: BaseException) -> str:
-    """Return what an error says; for a group, what the errors in it say."""
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(map(_causes, error.exceptions)))
-    return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def _is_answer(error: Exception) -> bool:
-    """Return whether an error is the server's answer, and not a sign that the server is gone."""
-    code = getattr(getattr(error, "error", None), "code", CONNECTION_CLOSED)
-    return code != CONNECTION_CLOSED
-
-
-def _part_text(part: Mapping[str, Any]) -> str:
-    return part["text"] if part.get("type") == "text" else json.dumps(part, default=str)
+    try:
+        answer = await server.call(call.name, call.arguments)
+    except MCPServerError as error:
+        return True, f"[Tool execution failed: {error}]"
+    if answer.is_error:
+        return True, f"[Tool execution error: {answer.text}]"
+    return False, answer.text

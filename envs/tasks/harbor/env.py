@@ -118,6 +118,12 @@ class HarborEnv(ShellEnv):
         seconds = self._step.verifier_timeout + 3 * READ_TIMEOUT_SECONDS
         return seconds + reference_seconds(self.task)
 
+    def folder(self, kind: str) -> str:
+        """Return a folder of the running episode as a path in its workspace; see `ShellEnv`."""
+        if self.built is None:
+            raise SandboxError(f"there is no running episode of {self.name}; call reset()")
+        return self.built.paths.place("/root" if kind == "home" else self.built.workdir)
+
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         """Start an episode; the synchronous form of `areset`."""
         return run(self.areset(seed), self.task.environment.build_timeout + 120.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, ClassVar
 
 from envs.gem import (
@@ -75,6 +75,9 @@ class ShellEnv(Env):
         self._over = True
         self._end_result: StepResult | None = None  # of an episode that has ended
         self._seconds_worked = 0.0  # of the agent's commands
+        # Called while the sandbox still runs, before the work of a turn is graded or thrown away.
+        self.inspect: Callable[[], Awaitable[None]] | None = None
+        self._is_inspected = False  # since the last turn began
 
     @property
     @abc.abstractmethod
@@ -142,6 +145,30 @@ class ShellEnv(Env):
         """Path of the workspace in the running episode's sandbox."""
         return self._sandbox.workspace
 
+    @property
+    def sandbox(self) -> Sandbox:
+        """The running episode's sandbox.
+
+        Raises:
+          SandboxError: no episode is running.
+        """
+        if self._sandbox is None:
+            raise SandboxError(f"there is no running episode of {self.name}; call reset()")
+        return self._sandbox
+
+    def folder(self, kind: str) -> str:
+        """Return a folder of the running episode as a path in its workspace.
+
+        Args:
+          kind: "work", where commands begin, or "home", which they call ~.
+        """
+        return "."
+
+    def extend_limits(self, turns: int, observation_chars: int) -> None:
+        """Allow more turns, and observations of at least so many characters."""
+        self._max_turns += turns
+        self._max_observation_chars = max(self._max_observation_chars, observation_chars)
+
     # -- Synchronous interface
     # ---------------------------------------------------------------------------------------------
 
@@ -174,6 +201,7 @@ class ShellEnv(Env):
         if self._over:
             raise RuntimeError(f"episode of {self.name} is over or not begun; call reset()")
         self._turns += 1
+        self._is_inspected = False
         info = self._new_info(action)
         return await self._finish_turn(self._turn(action, info), info)
 
@@ -222,9 +250,15 @@ class ShellEnv(Env):
     async def _grade(self, info: Info, observation: str = "", cut: str = "") -> StepResult:
         self.is_grading = True
         try:
+            await self._inspect()
             return await self._verify(info, observation, cut)
         finally:
             self.is_grading = False
+
+    async def _inspect(self) -> None:
+        if self.inspect is not None and not self._is_inspected:
+            self._is_inspected = True
+            await self.inspect()
 
     async def aclose(self) -> None:
         """Stop the sandbox. Calling it twice is safe."""
@@ -286,6 +320,8 @@ class ShellEnv(Env):
         truncated: bool = False,
         note: str = "",
     ) -> StepResult:
+        if not ending.startswith("infra"):
+            await self._inspect()
         info.update(ending=ending, note=note)
         self._end_result = (observation, reward, not truncated, truncated, info)
         try:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
 Decision = Literal["allow", "deny", "stop"]
 Outcome = Literal["finished", "usage", "infrastructure", "limit", "aborted"]
@@ -57,13 +57,15 @@ class Event:
 
 
 KINDS: dict[str, type[Event]] = {}
+E = TypeVar("E", bound=Event)
 
 
-def event(kind: str, *, is_stored: bool = True) -> Callable[[type], type]:
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def event(kind: str, *, is_stored: bool = True) -> Callable[[type[E]], type[E]]:
     """Return a decorator that makes a class an event of that kind."""
 
-    def decorate(cls: type) -> type:
-        made: type[Event] = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    def decorate(cls: type[E]) -> type[E]:
+        made: type[E] = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         made.kind = kind
         made.is_stored = is_stored
         KINDS[kind] = made
@@ -140,6 +142,7 @@ class SessionStarted(Event):
       mode: of approval.
       system: the system text, whole.
       tools: names of the tools.
+      schemas: of the tools, as the model is shown them.
       version: of this project.
       resumed: whether events of an earlier process come before.
     """
@@ -150,6 +153,7 @@ class SessionStarted(Event):
     mode: str
     system: str
     tools: tuple[str, ...] = ()
+    schemas: tuple[dict[str, Any], ...] = ()
     agent: str = ""
     parent: str = ""
     version: str = ""
@@ -416,6 +420,8 @@ class ContextCompacted(Event):
       tokens_before: of the context.
       tokens_after: of the new one, estimated.
       fallback: why no model wrote the summary; "" where one did.
+      usage: of the model that was asked for it.
+      history: file that holds what left the context, whole; "" for none.
     """
 
     summary: str
@@ -423,6 +429,8 @@ class ContextCompacted(Event):
     tokens_before: int
     tokens_after: int
     fallback: str = ""
+    usage: Usage = NO_USAGE
+    history: str = ""
 
 
 @event("subagent_started")
@@ -667,6 +675,7 @@ def _readers(cls: type[Event]) -> dict[str, Callable[[Any], Any]]:
         ToolCall: lambda value: ToolCall(**value),
         Usage: lambda value: Usage(**value),
         tuple[str, ...]: tuple,
+        tuple[dict[str, Any], ...]: tuple,
         tuple[ToolCall, ...]: lambda value: tuple(ToolCall(**one) for one in value),
         tuple[TodoItem, ...]: lambda value: tuple(TodoItem(**one) for one in value),
     }

@@ -24,7 +24,8 @@ class CommandOutput:
       exit_code: None where it was ended at its time limit.
       seconds: that it took.
       denials: tries of the network that were denied.
-      file: that holds the whole output; "" where `output` is whole.
+      file: that holds the whole output; "" where `output` is whole. `Workspace.read` opens it.
+      note: what else happened, for the model: "the shell ended ..."; "" for nothing.
     """
 
     output: str
@@ -32,6 +33,7 @@ class CommandOutput:
     seconds: float = 0.0
     denials: int = 0
     file: str = ""
+    note: str = ""
 
 
 class BackgroundJob(Protocol):
@@ -51,6 +53,9 @@ class BackgroundJob(Protocol):
     async def read(self, limit: int = 30_000) -> str:
         """Return the output since the last reading, at most so many characters of its end."""
 
+    async def wait(self) -> int | None:
+        """Wait for its end and return its `exit_code`."""
+
     async def kill(self) -> None:
         """End it and all that it started."""
 
@@ -61,18 +66,31 @@ class Workspace(Protocol):
     Attributes:
       root: directory of the project; relative paths are below it.
       is_isolated: whether what runs there can harm only itself.
+      outputs: folder for whole outputs and the like, which are no files of the project.
+      jobs: all that `spawn` started, by id.
     """
 
     root: str
     is_isolated: bool
+    outputs: str
+    jobs: dict[str, BackgroundJob]
 
     async def execute(
         self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
     ) -> CommandOutput:
-        """Run a command in the persistent shell; its background is `spawn`."""
+        """Run a command in the persistent shell, with empty input.
+
+        A command that ends the shell, or has to be ended with it, is no error: `note` says so, and
+        the next one finds a new shell.
+
+        Args:
+          command: text for bash.
+          timeout: seconds, after which it is ended with all that it started.
+          env: variables that the shell has from this command on.
+        """
 
     async def spawn(self, command: str) -> BackgroundJob:
-        """Start a command in the background."""
+        """Start a command in the background, in the directory where the shell is."""
 
     def stream(self, command: str, *, timeout: float) -> AsyncIterator[str]:
         """Run a command apart from the persistent shell and yield its output as it comes."""
@@ -84,13 +102,23 @@ class Workspace(Protocol):
         """Write a file whole, with the folders above it; keep the mode of one that is there."""
 
     async def stat(self, path: str) -> tuple[int, float] | None:
-        """Return the size and the time of change of a file; None where there is none."""
+        """Return the size and the time of change of a file; None where there is none.
+
+        Raises:
+          WorkspaceError: it is a directory or no regular file.
+        """
 
     async def snapshot(self) -> str:
         """Keep the files as they are; return the name by which `restore` finds them."""
 
     async def restore(self, snapshot: str) -> None:
         """Bring the files back to a snapshot."""
+
+    def beside(self) -> Workspace:
+        """Return the same place, files and jobs, with a shell of its own, for a sub-agent.
+
+        Closing it ends that shell only; closing this one ends all.
+        """
 
     async def aclose(self) -> None:
         """End the shell and all jobs."""

@@ -1,6 +1,7 @@
 """Episodes that a command in the sandbox plays: their record, their endings, their verdict."""
 
 import asyncio
+import shutil
 
 import pytest
 
@@ -12,6 +13,9 @@ from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.command import CommandAgent, CommandError, run_command_episode
 from rome.agent.loop import Limits, run_episode
 from rome.agent.proxy import Budget
+from rome.data.packing import pack
+from rome.data.tree import ROOT as NO_PARENT
+from rome.engine.completion import Completion
 from rome.engine.errors import EngineError
 from tests.paths import ROOT
 from tests.rome.agent.test_dialogue import CHAT, Scripted
@@ -29,10 +33,10 @@ def terminal(doors):
     return TerminalEnv(make_task("count", 3), config)
 
 
-def play(agent, *turns, limits=LIMITS, make_env=terminal, **options):
+def play(agent, *turns, limits=LIMITS, make_env=terminal, engine=None, **options):
     if probe(tier="namespaces").tier is None:
         pytest.skip("no namespaces tier here")
-    engine = Scripted(*turns)
+    engine = engine or Scripted(*turns)
     episode = run_command_episode(engine, make_env, CHAT, limits, agent, seed=5, **options)
     return asyncio.run(asyncio.wait_for(episode, 120)), engine
 
@@ -67,6 +71,7 @@ def test_the_verifier_judges_what_the_command_left():
     episode, engine = play(CommandAgent("grep -c rain list.txt > out.txt"))
     assert (episode.ending, episode.reward) == ("success", 1.0), episode.note
     assert not engine.requests and not episode.chunks
+    assert episode.note == "the agent asked nothing"
 
 
 def test_a_command_that_fails_says_so_and_is_judged():
@@ -94,6 +99,62 @@ def test_a_budget_ends_an_agent_that_goes_on_asking():
     )
     episode, engine = play(agent, "one", "two", "three")
     assert len(engine.requests) == 2 and "used up" in episode.note
+
+
+class Gathered:
+    """An engine that answers nobody until so many ask at once, as often as there are so many."""
+
+    def __init__(self, at_once):
+        self.at_once, self.waiting, self.most = at_once, 0, 0
+        self.everybody = asyncio.Event()
+
+    async def generate(self, input_ids, sampling, deadline_seconds, *, affinity=None):
+        said = f"answer {len(input_ids)}"
+        if b"sub-agent" in CHAT.tokenizer.decode(input_ids).encode():
+            self.waiting += 1
+            self.most = max(self.most, self.waiting)
+            if self.waiting == self.at_once:
+                self.everybody.set()
+            await asyncio.wait_for(self.everybody.wait(), 60)
+            self.waiting -= 1
+        ids = CHAT.turn(said)
+        return Completion(ids, [-0.5] * len(ids), "stop", [(1, 0, len(ids))])
+
+
+def test_eight_sub_agents_ask_at_once_and_each_sampled_token_is_trained_once(tmp_path):
+    for name in ("outside_agent.py", "crowd.py"):
+        folder = "examples/agents" if name == "outside_agent.py" else "tests/rome/agent"
+        shutil.copy(ROOT / folder / name, tmp_path)
+    engine = Gathered(8)
+    crowd = CommandAgent("TELL_TOOLS=0 python3 $AGENT_FILES/crowd.py", files=str(tmp_path))
+    episode, _ = play(crowd, engine=engine)
+    assert engine.most == 8, "they did not ask at once"
+    assert episode.note == "" and len(episode.chunks) == 2 + 8 * 2
+    edges = [chunk.edge for chunk in episode.chunks]
+    assert edges.count("subagent") == 8 and edges.count("continuation") == 10
+    roots = [
+        one.edge
+        for one, parent in zip(episode.chunks, episode.parents, strict=True)
+        if parent == NO_PARENT
+    ]
+    assert sorted(roots) == ["continuation"] + ["subagent"] * 8
+    assert len(episode.lines()) == 9
+    batch = pack([episode], row_length=1024, chunks_per_row=32, gamma=1.0, failure_reward=-1.0)
+    assert batch.action_mask_BT.sum() == episode.num_action_tokens
+
+
+def test_an_agent_that_is_killed_leaves_the_record_of_what_it_asked():
+    """kill -9 of the agent, in the middle of its conversation: what is there is judged."""
+    killed = CommandAgent(
+        "grep -c rain list.txt > out.txt\n"
+        "python3 $AGENT_FILES/outside_agent.py & agent=$!\n"
+        "until [ -e go ]; do sleep 0.02; done; kill -9 $agent; wait $agent",
+        files=OUTSIDE.files,
+    )
+    episode, engine = play(killed, bash("touch go; sleep 30"))
+    assert (episode.ending, episode.reward) == ("success", 1.0), episode.note
+    assert episode.note.startswith("the agent ended with status 137")
+    assert len(episode.chunks) == len(engine.requests) == 1 and episode.trainable
 
 
 def test_an_engine_that_fails_spoils_the_episode():

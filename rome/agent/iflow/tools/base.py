@@ -77,10 +77,14 @@ class Tool(Protocol):
       is_parallel: whether calls of it may run beside others: it changes nothing that they read.
     """
 
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-    is_parallel: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
+    @property
+    def is_parallel(self) -> bool: ...
 
     def access(self, arguments: Mapping[str, Any]) -> Access:
         """Return what a call with these arguments may touch, at most."""

@@ -1,0 +1,235 @@
+"""Repair tasks from any Python package, tests or none: its own behaviour is recorded, then broken.
+
+The package runs only inside a sandbox. What its docstrings' examples and calls of its functions
+show there, twice alike, is what a repaired package must show; a mutant that some of these detect is
+a task. Nothing of the package is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from envs.rock import Sandbox, SandboxConfig
+from envs.tasks.harbor.errors import TaskError
+from envs.tasks.harbor.fields import read_folder
+from envs.tasks.made.draft import Case, Draft
+from envs.tasks.made.mutate_text import choose_edits
+from envs.tasks.made.prove import judge_programs
+from envs.tasks.repair.mutate import Edit
+
+MAX_TESTS = 96  # that are recorded of one package
+MAX_TRIED = 16  # mutants of one module
+MAX_PACKAGE_BYTES = 1 << 20
+CASES = 4
+CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
+_SANDBOX = {
+    "memory_mb": 512,
+    "disk_mb": 64,
+    "pids": 64,
+    "inodes": 16_384,
+    "label": "record of a package",
+}
+# Puts the agent's module into the package, runs statements of its input, prints what they show.
+_RUNNER = """\
+import importlib, json, shutil, sys
+shutil.copyfile(sys.argv[1], sys.argv[2])
+sys.path.insert(0, ".")
+import record
+for line in sys.stdin:
+    test = json.loads(line)
+    try:
+        module = importlib.import_module(test["module"])
+    except BaseException as error:
+        print(type(error).__name__)
+        continue
+    outcome = record.perform(module, test["statements"])
+    print(json.dumps(outcome), flush=True)
+    if outcome is None:  # an endless loop: the run has failed, and the others would only wait
+        break
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A package's files and tests.
+
+    Attributes:
+      name: of the package.
+      files: its Python files by path, the package's folder first.
+      tests: as record.py prints them.
+    """
+
+    name: str
+    files: dict[str, str]
+    tests: Sequence[dict[str, Any]]
+
+
+def read_package(folder: pathlib.Path) -> dict[str, str]:
+    """Return the Python files of a package's folder, by path from the folder's parent.
+
+    Raises:
+      TaskError: it is no package, is too large, or has a file that is not text.
+    """
+    if not (folder / "__init__.py").is_file():
+        raise TaskError(folder, 0, "no __init__.py is here; give the folder of a Python package")
+    files = {}
+    for path, (content, _) in read_folder(folder, leave_out=(".git", "tests", "test")).items():
+        if not path.endswith(".py"):
+            continue
+        try:
+            files[f"{folder.name}/{path}"] = content.decode()
+        except UnicodeDecodeError as error:
+            raise TaskError(folder / path, 0, f"not UTF-8: {error}") from error
+    size = sum(map(len, files.values()))
+    if size > MAX_PACKAGE_BYTES:
+        raise TaskError(folder, 0, f"{size} bytes of Python; at most {MAX_PACKAGE_BYTES} are used")
+    return files
+
+
+async def record_package(folder: pathlib.Path, seed: int, isolation: str) -> Recording:
+    """Return the recording of a package, of tests that two processes agree on.
+
+    Args:
+      folder: of the package.
+      seed: of the calls.
+      isolation: of the sandbox.
+
+    Raises:
+      TaskError: the package cannot be used: too few of its functions can be called.
+      SandboxError: a fault of the machine.
+    """
+    files = read_package(folder)
+    record = pathlib.Path(__file__).with_name("record.py").read_bytes()
+    outputs = []
+    async with Sandbox(SandboxConfig(isolation=isolation, **_SANDBOX)) as sandbox:
+        await sandbox.write_files(
+            {"record.py": record, **{name: text.encode() for name, text in files.items()}}
+        )
+        for hash_seed in ("1", "2"):
+            result = await sandbox.execute(
+                f"python3 -B record.py {folder.name} {seed} {MAX_TESTS} > tests.jsonl",
+                timeout=300.0,
+                env={"PYTHONHASHSEED": hash_seed},
+            )
+            if result.exit_code:
+                raise TaskError(folder, 0, f"it cannot be recorded: {result.stderr[-300:]}")
+            outputs.append(await sandbox.read_file("tests.jsonl"))
+    first, second = ({line for line in output.splitlines()} for output in outputs)
+    tests = [json.loads(line) for line in outputs[0].splitlines() if line in second & first]
+    if len(tests) < 2 * CASES:
+        raise TaskError(
+            folder, 0, f"only {len(tests)} tests could be recorded; its functions need more"
+        )
+    return Recording(folder.name, files, tests)
+
+
+def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | None:
+    """Return the task of a module without a bug yet; None where too few tests run it.
+
+    Args:
+      recording: of the package.
+      path: of the module.
+      licence: of the package, kept in the task's settings.
+    """
+    tests = [test for test in recording.tests if path in test["lines"]]
+    if len(tests) < 2 * CASES:
+        return None
+    record = pathlib.Path(__file__).with_name("record.py").read_text()
+    cases = []
+    for start in range(CASES):
+        chosen = tests[start::CASES]
+        asked = [{"module": one["module"], "statements": one["statements"]} for one in chosen]
+        cases.append(
+            Case(
+                ("python3", "-B", "-c", _RUNNER, f"{{app}}/{path}", path),
+                stdin="".join(json.dumps(one) + "\n" for one in asked),
+                stdout="\n".join(json.dumps(one["outcome"]) for one in chosen),
+            )
+        )
+    lines = sorted({line for test in tests for line in test["lines"][path]})
+    origin = {"package": recording.name}
+    if licence:
+        origin["license"] = licence
+    return Draft(
+        name=f"package/{recording.name}",
+        domain="software",
+        family="repair-package",
+        language="python",
+        instruction="",
+        program=path,
+        oracle=recording.files[path],
+        cases=cases,
+        common={**recording.files, "record.py": record},
+        lines=tuple(lines),
+        seconds=CASE_SECONDS,
+        origin=origin,
+    )
+
+
+async def package_drafts(
+    recording: Recording, count: int, seed: int, isolation: str, licence: str = ""
+) -> list[Draft]:
+    """Return up to `count` tasks of a package, one bug each, spread over modules and kinds of bugs.
+
+    Raises:
+      SandboxError: a fault of the machine.
+    """
+    rng = random.Random(f"packages/{recording.name}/{seed}")
+    wholes = [module_draft(recording, path, licence) for path in sorted(recording.files)]
+    modules = [whole for whole in wholes if whole is not None]
+    rng.shuffle(modules)
+    found: list[list[Draft]] = []
+    for whole in modules:
+        if sum(map(len, found)) >= 2 * count:
+            break
+        edits = choose_edits(whole.oracle, "python", MAX_TRIED, rng, set(whole.lines))
+        programs = [edit.apply(whole.oracle) for edit in edits]
+        own, *outcomes = await judge_programs(whole, [whole.oracle, *programs], isolation)
+        if own:  # its tests do not hold in another process
+            continue
+        detected = [edit for edit, faults in zip(edits, outcomes, strict=True) if faults]
+        found.append([_bugged(whole, edit, recording) for edit in detected])
+    drafts = []
+    while len(drafts) < count and any(found):
+        for row in found:
+            if row and len(drafts) < count:
+                drafts.append(row.pop(0))
+    return drafts
+
+
+def _bugged(whole: Draft, edit: Edit, recording: Recording) -> Draft:
+    """Return the task whose package has one bug; mutants of its proof stay near the bug."""
+    line = whole.oracle.count("\n", 0, edit.start) + 1
+    near = tuple(other for other in whole.lines if abs(other - line) <= 40)
+    files = {**recording.files, whole.program: edit.apply(whole.oracle)}
+    shown = []
+    for case in whole.cases[:2]:
+        asked, expected = case.stdin.splitlines()[0], (case.stdout or "").splitlines()[0]
+        test = json.loads(asked)
+        outcomes = [text for _, text in json.loads(expected)]
+        for statement, outcome in zip(test["statements"][:3], outcomes, strict=False):
+            shown.append(f">>> {statement}    # in {test['module']}\n{outcome}")
+    examples = "\n".join(shown)
+    draft = dataclasses.replace(
+        whole,
+        instruction=f"""\
+/app/{recording.name} is the Python package `{recording.name}` with one bug, somewhere in \
+/app/{whole.program}. Find it and mend that file; other files are right and stay as they are. The \
+package then does what its docstrings and its other code say, for example
+
+```
+{examples}
+```
+
+Other examples and calls of the package's functions are compared with what the package did \
+before the bug came in: what they return or print, and the kind of exception that they raise.""",
+        files=files,
+        lines=near,
+        origin={**whole.origin, "bug": edit.operator, "line": line},
+    )
+    return dataclasses.replace(draft, name=f"package/{recording.name}/{draft.digest[:10]}")

@@ -1,0 +1,340 @@
+"""Runs the tool calls of one answer: checks, hooks, rules, approval, the tool itself, its result.
+
+Each call gets exactly one `ToolFinished`, whatever happens: a bad argument, a tool that raises, a
+denial, a cancellation. Nothing that a model writes, or a tool does, raises out of here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from rome.agent.iflow import events
+from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.desk import Approval, Desk
+from rome.agent.iflow.events import EventLog, Outcome, ToolCall
+from rome.agent.iflow.limits import Limits
+from rome.agent.iflow.parts import Hooks, Judgement, Policy, Supervisor
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, read_arguments
+from rome.agent.iflow.workspace import Workspace, WorkspaceError
+
+MAX_OUTPUT = 400_000  # characters that stay of an output whose tool did not shorten it
+CLEAN_UP_SECONDS = 0.3  # for a tool that was cancelled; then it is left behind
+CANCELLED = ToolResult("[This call was cancelled before its end.]", "cancelled")
+PASSED_OVER = ToolResult("[This call was not run: the turn ended before it.]", "cancelled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """Why a turn ends; the members are those of `events.TurnFinished`."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
+class _Refused(Exception):
+    """A call must not run. `ending` is given where the turn ends with it."""
+
+    def __init__(self, message: str, ending: Ending | None = None) -> None:
+        super().__init__(message)
+        self.ending = ending
+
+
+@dataclasses.dataclass
+class CallRunner:
+    """Runs calls.
+
+    Attributes:
+      tools: by name.
+      log: of the session.
+      conversation: of it; it has taken an event once that is logged.
+      desk: where approvals and questions wait.
+      policy: rules of approval.
+      hooks: the user's programs.
+      supervisor: judges each call; None for none.
+      limits: of the agent.
+      workspace: where tools work.
+      session_folder: where tools keep whole outputs.
+      read_files: path -> (size, time of change) of each file as the agent last saw it.
+      before_change: called before a call that may change files.
+      notify: told of an approval that waits.
+    """
+
+    tools: Mapping[str, Tool]
+    log: EventLog
+    conversation: Conversation
+    desk: Desk
+    policy: Policy
+    hooks: Hooks
+    supervisor: Supervisor | None
+    limits: Limits
+    workspace: Workspace
+    session_folder: str
+    read_files: dict[str, tuple[int, float]]
+    before_change: Callable[[], Awaitable[None]]
+    notify: Callable[[str], None]
+
+    async def run(self, calls: Sequence[ToolCall]) -> Ending | None:
+        """Run the calls of an answer: at the same time where all of them may, else in order.
+
+        Returns:
+          How the turn ends with them; None where it goes on.
+        """
+        try:
+            if len(calls) > 1 and all(self._is_parallel(call) for call in calls):
+                return await self._run_together(calls)
+            for call in calls:
+                ending = await self._run_one(call)
+                if ending is not None:
+                    return ending
+            return None
+        finally:
+            for call in calls:
+                self._finish(call, PASSED_OVER)
+
+    def _is_parallel(self, call: ToolCall) -> bool:
+        tool = self.tools.get(call.name)
+        return tool is not None and tool.is_parallel
+
+    async def _run_together(self, calls: Sequence[ToolCall]) -> Ending | None:
+        places = asyncio.Semaphore(self.limits.parallel)
+
+        async def run(call: ToolCall) -> Ending | None:
+            async with places:
+                return await self._run_one(call)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(call)) for call in calls]
+        return next(filter(None, (task.result() for task in tasks)), None)
+
+    async def _run_one(self, call: ToolCall) -> Ending | None:
+        """Run a call, log its result, and return how the turn ends with it; None: it goes on."""
+        began = time.monotonic()
+        ending = None
+        try:
+            result, ending = await self._result_of(call)
+        except asyncio.CancelledError:
+            self._finish(call, CANCELLED, time.monotonic() - began)
+            raise
+        except ToolError as error:
+            result = ToolResult(str(error), "error")
+        except _Refused as refused:
+            result = ToolResult(str(refused), "denied")
+            ending = refused.ending
+        except WorkspaceError as error:
+            result = ToolResult(
+                str(error), "infrastructure" if error.is_infrastructure else "error"
+            )
+            if error.is_infrastructure:
+                ending = Ending("infrastructure", str(error))
+        except Exception as error:  # a fault of a tool ends neither the turn nor the program
+            text = f"{call.name} failed inside: {type(error).__name__}: {error}"
+            self.log.append(events.Notice(text=text, level="error"))
+            result = ToolResult(text, "error")
+        self._finish(call, result, time.monotonic() - began)
+        return ending
+
+    async def _result_of(self, call: ToolCall) -> tuple[ToolResult, Ending | None]:
+        """Take a call through all that stands before and after its run.
+
+        Raises:
+          ToolError: it failed, or its arguments are bad.
+          _Refused: it must not run.
+          WorkspaceError: the workspace failed.
+        """
+        tool = self.tools.get(call.name)
+        if tool is None:
+            known = ", ".join(sorted(self.tools)) or "none"
+            raise ToolError(f"there is no tool {call.name!r}; there are {known}")
+        arguments = read_arguments(tool, call.arguments)
+        arguments, call, hook_decision = await self._before(tool, arguments, call)
+        context = self._context_of(call)
+        await self._permit(tool, arguments, context, hook_decision)
+        if tool.access(arguments) not in ("none", "read"):
+            await self.before_change()
+        self.log.append(events.ToolStarted(call=call, summary=tool.summary(arguments)))
+        result = await self._run_tool(tool, arguments, context)
+        ending = await self._look_at(tool, arguments, context.call, result)
+        return result, ending
+
+    async def _before(
+        self, tool: Tool, arguments: dict[str, Any], call: ToolCall
+    ) -> tuple[dict[str, Any], ToolCall, str]:
+        """Run the hooks before a call; return it as it is to be run, and what they decided."""
+        payload = {"tool_name": tool.name, "tool_input": arguments, "tool_use_id": call.id}
+        outcome = await self.hooks.run("PreToolUse", payload, matcher=tool.name)
+        if outcome.stop:
+            reason = outcome.message or "a hook asks to stop"
+            raise _Refused(reason, Ending("aborted", reason))
+        if outcome.decision == "block":
+            raise _Refused(outcome.message or f"a hook blocks this call of {tool.name}")
+        if outcome.arguments is not None:
+            changed = json.dumps(dict(outcome.arguments), ensure_ascii=False)
+            arguments = read_arguments(tool, changed)
+            call = dataclasses.replace(call, arguments=changed)
+        return arguments, call, outcome.decision
+
+    async def _permit(
+        self, tool: Tool, arguments: dict[str, Any], context: ToolContext, hook_decision: str
+    ) -> None:
+        """Ask the rules and the supervisor, and the user where they say so.
+
+        Raises:
+          _Refused: the call must not run.
+        """
+        verdict = self.policy.judge(tool, arguments)
+        if verdict.decision == "deny":
+            raise _Refused(verdict.reason or f"the rules deny this call of {tool.name}")
+        reasons = []
+        if hook_decision == "ask":
+            reasons.append("a hook asks for it")
+        elif verdict.decision == "ask" and hook_decision != "allow":
+            reasons.append(verdict.reason)
+        if self.supervisor is not None:
+            judgement = await self.supervisor.judge(tool, arguments, conversation=self.conversation)
+            self._log_judgement(context.call, judgement)
+            if judgement.verdict == "stop":
+                ending = _ending_of(judgement)
+                raise _Refused(ending.reason, ending)
+            if judgement.verdict == "pause":
+                reasons.append(judgement.reason)
+        if reasons:
+            reason = "; ".join(filter(None, reasons))
+            await self._ask(tool, arguments, context, reason, verdict.rule)
+
+    async def _ask(
+        self,
+        tool: Tool,
+        arguments: dict[str, Any],
+        context: ToolContext,
+        reason: str,
+        rule: str,
+    ) -> None:
+        summary = tool.summary(arguments)
+        diff = await tool.preview(arguments, context)
+        self.notify(f"{summary} waits for approval")
+        approval = await self.desk.approve(
+            context.call, reason=reason, summary=summary, diff=diff, rule=rule
+        )
+        if approval.decision != "allow":
+            raise _refusal(tool, approval, reason)
+        if approval.scope != "once" and rule:
+            self.policy.add_rule(rule, approval.scope)
+
+    async def _run_tool(
+        self, tool: Tool, arguments: dict[str, Any], context: ToolContext
+    ) -> ToolResult:
+        """Run a tool within its time; the time in which the user is asked does not count."""
+        running = asyncio.ensure_future(tool.run(arguments, context))
+        seconds = self.limits.tool_seconds
+        try:
+            while not running.done():
+                await asyncio.wait([running], timeout=seconds or None)
+                if not running.done() and not self.desk.is_waiting:
+                    raise ToolError(f"{tool.name} did not end within {seconds:g} s")
+            return running.result()
+        finally:
+            await self._end_tool(tool, running)
+
+    async def _end_tool(self, tool: Tool, running: asyncio.Future[ToolResult]) -> None:
+        """Cancel a tool that still runs, and wait a moment until it has cleaned up."""
+        if running.done():
+            return
+        running.cancel()
+        await asyncio.wait([running], timeout=CLEAN_UP_SECONDS)
+        if running.done():
+            running.cancelled() or running.exception()  # its last words are of no interest
+            return
+        text = f"{tool.name} does not end; it was left behind"
+        self.log.append(events.Notice(text=text, level="warning"))
+
+    async def _look_at(
+        self, tool: Tool, arguments: dict[str, Any], call: ToolCall, result: ToolResult
+    ) -> Ending | None:
+        """Let the supervisor and the hooks see a result; return how the turn ends with it."""
+        ending = Ending("finished") if result.ends_turn else None
+        if self.supervisor is not None:
+            judgement = await self.supervisor.observe(tool, arguments, result)
+            self._log_judgement(call, judgement)
+            if judgement.verdict == "stop":
+                ending = _ending_of(judgement)
+        payload = {
+            "tool_name": tool.name,
+            "tool_input": arguments,
+            "tool_use_id": call.id,
+            "tool_response": {"output": result.output, "status": result.status},
+        }
+        outcome = await self.hooks.run("PostToolUse", payload, matcher=tool.name)
+        if outcome.stop:
+            ending = Ending("aborted", outcome.message or "a hook asks to stop")
+        return ending
+
+    def _context_of(self, call: ToolCall) -> ToolContext:
+        return ToolContext(
+            call=call,
+            workspace=self.workspace,
+            emit=self.log.append,
+            asker=self.desk,
+            session_folder=self.session_folder,
+            todo=self.conversation.todo,
+            mode=self.conversation.mode,
+            read_files=self.read_files,
+        )
+
+    def _log_judgement(self, call: ToolCall, judgement: Judgement) -> None:
+        """Log a verdict; that a call may pass, without a cost, is no event."""
+        if judgement.verdict == "pass" and not judgement.cost:
+            return
+        judged = events.SupervisorJudged(
+            call_id=call.id,
+            verdict=judgement.verdict,
+            rule=judgement.rule,
+            severity=judgement.severity,
+            reason=judgement.reason,
+            cost=judgement.cost,
+        )
+        self.log.append(judged)
+
+    def _finish(self, call: ToolCall, result: ToolResult, seconds: float = 0.0) -> None:
+        """Log the result of a call that has none yet."""
+        if call.id not in self.conversation.open_calls:
+            return
+        finished = events.ToolFinished(
+            call_id=call.id,
+            output=_bounded(result.output),
+            status=result.status,
+            seconds=round(seconds, 3),
+            exit_code=result.exit_code,
+            file=result.file,
+            changed=result.changed,
+            diff=result.diff,
+            denials=result.denials,
+        )
+        self.log.append(finished)
+
+
+def _refusal(tool: Tool, approval: Approval, reason: str) -> _Refused:
+    """Return why a call does not run, as the model is told."""
+    if approval.by == "policy":
+        return _Refused(f"this call of {tool.name} needs approval ({reason}), and {approval.note}")
+    text = f"the user denied this call of {tool.name}"
+    if approval.note:
+        text = f"{text}: {approval.note}"
+    return _Refused(text, Ending("aborted", text) if approval.decision == "stop" else None)
+
+
+def _ending_of(judgement: Judgement) -> Ending:
+    return Ending("aborted", f"stopped by the supervisor: {judgement.reason}")
+
+
+def _bounded(output: str) -> str:
+    """Return an output with its middle left out where it is longer than MAX_OUTPUT."""
+    if len(output) <= MAX_OUTPUT:
+        return output
+    half = MAX_OUTPUT // 2
+    left_out = len(output) - 2 * half
+    return f"{output[:half]}\n[... {left_out} characters left out ...]\n{output[-half:]}"

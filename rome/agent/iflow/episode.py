@@ -1,0 +1,376 @@
+"""An episode that the iFlow agent plays: the environment is the user, and gives the tools.
+
+It is the agent of production, with a model whose tokens are recorded. What the model says is handed
+to the environment whole, as in the plain loop (`rome.agent.loop`): where the agent has no tools of
+its own and its context is not made shorter, both make the same record. Summaries, and the contexts
+of sub-agents, are branches of the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from envs.gem.core import Env
+from envs.gem.episode import EnvironmentFault, OutOfTime, PlayedEnv, Turn
+from rome.agent import loop as plain
+from rome.agent.command import sampling_dialogue
+from rome.agent.dialogue import Dialogue
+from rome.agent.iflow.agent_specs import GENERAL, AgentSpec
+from rome.agent.iflow.context import ContextManager, ContextSettings
+from rome.agent.iflow.dialogue_model import DialogueModel
+from rome.agent.iflow.events import AssistantMessage, EventLog, TurnFinished
+from rome.agent.iflow.limits import Limits
+from rome.agent.iflow.loop import Agent
+from rome.agent.iflow.model import Answer, Model, ModelError
+from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
+from rome.agent.iflow.tools.base import Tool, ToolResult
+from rome.agent.iflow.tools.todo import TodoTool
+from rome.agent.iflow.workspace import Workspace, WorkspaceError
+from rome.agent.messages import Message
+from rome.agent.session import Generator
+from rome.data.trajectory import Chunk, Trajectory
+from rome.data.tree import Edge
+from rome.engine.errors import EngineError
+from rome.model.tokenizer import Chat
+
+# Tools of the agent that need no workspace; `task` comes beside them.
+OWN_TOOLS: Mapping[str, Callable[[], Tool]] = {TodoTool.name: TodoTool}
+STATUSES: Mapping[str, str] = {"ok": "ok", "infra": "infrastructure"}  # of a turn -> of a result
+
+
+class IFlowError(ValueError):
+    """Settings with which the agent cannot play; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IFlowAgent:
+    """How the agent plays episodes.
+
+    Attributes:
+      tools: names of its own tools, beside those of the environment: "task" and OWN_TOOLS.
+      compaction: share of the context at which it is summarised; 0 is never.
+      answers: of the model in one episode, sub-agents and summaries included; 0 is no limit.
+      specs: the kinds of sub-agents.
+    """
+
+    tools: tuple[str, ...] = ()
+    compaction: float = 0.0
+    answers: int = 0
+    specs: tuple[AgentSpec, ...] = (GENERAL,)
+
+    def __post_init__(self) -> None:
+        known = [*OWN_TOOLS, TaskTool.name]
+        for name in self.tools:
+            if name not in known:
+                raise IFlowError(
+                    f"the agent has no tool {name!r} in training; choose of {', '.join(known)}"
+                )
+        if not 0.0 <= self.compaction < 1.0:
+            raise IFlowError(
+                f"compaction={self.compaction} is no share of the context; choose such as 0.8, or 0"
+            )
+
+
+async def run_iflow_episode(
+    engine: Generator,
+    env: Env,
+    chat: Chat,
+    limits: plain.Limits,
+    agent: IFlowAgent,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    group: int = 0,
+    episode: int = 0,
+    routes: bool = False,
+    tell_tools: bool = False,
+) -> Trajectory:
+    """Play one episode to its typed ending; see `rome.agent.loop.run_episode`.
+
+    Args:
+      engine: samples the answers.
+      env: any GEM environment; closed here.
+      chat: of the model.
+      limits: of tokens and time.
+      agent: what plays.
+      seed: of the episode.
+      temperature: of sampling.
+      group: recorded in the trajectory.
+      episode: recorded in the trajectory.
+      routes: whether to keep the experts of each token.
+      tell_tools: whether the model is told of tools and of the environment's system text.
+    """
+    started = time.monotonic()
+    played = PlayedEnv(env, limits.episode_seconds, limits.start_seconds)
+    dialogue = sampling_dialogue(
+        engine, chat, limits, seed=seed, temperature=temperature, routes=routes
+    )
+    instruction = ""
+    result = Turn("", ending="cancelled")
+    try:
+        instruction, _ = await played.start()
+        played.hand_over()
+        playing = _Episode(played, dialogue, chat, agent, is_told=tell_tools)
+        result = await playing.play(instruction)
+    except EnvironmentFault as error:
+        result = Turn("", ending="infra_sandbox", note=str(error))
+    finally:
+        await dialogue.aclose()
+        await plain.close_env(env)
+    return Trajectory(
+        task=played.name,
+        family=played.family,
+        chunks=dialogue.session.chunks,
+        reward=0.0 if result.ending.startswith("infra_") else played.reward,
+        ending=result.ending,
+        group=group,
+        episode=episode,
+        seed=seed,
+        instruction=instruction,
+        seconds=round(time.monotonic() - started, 4),
+        note=result.note,
+        success_reward=played.success_reward,
+    )
+
+
+class _Episode:
+    """One episode: the agent, its sub-agents, and the environment that they share.
+
+    Args:
+      played: started.
+      dialogue: of the episode.
+      chat: of the model.
+      agent: what plays.
+      is_told: whether the model is told of tools and of the environment's system text.
+    """
+
+    def __init__(
+        self, played: PlayedEnv, dialogue: Dialogue, chat: Chat, agent: IFlowAgent, *, is_told: bool
+    ) -> None:
+        self._played = played
+        self._dialogue = dialogue
+        self._opened = chat.opened
+        self._agent = agent
+        self._is_told = is_told
+        self._turns = asyncio.Lock()  # an environment takes one turn at a time
+        self._end: Turn | None = None
+        self._fault: EnvironmentFault | None = None
+        self._engine_fault = ""
+        self._tools = list(getattr(played.env, "tools", None) or ()) if is_told else []
+
+    async def play(self, instruction: str) -> Turn:
+        """Let the agent play; return how the episode ended.
+
+        Raises:
+          EnvironmentFault: the environment failed.
+        """
+        system = str(getattr(self._played.env, "system", None) or "") if self._is_told else ""
+        log = EventLog()
+        main = self._make_agent(log, system, self._own_tools(0), is_main=True)
+        try:
+            finished = await main.run(instruction)
+        finally:
+            await main.aclose()
+        if self._fault is not None:  # a sub-agent met it
+            raise self._fault
+        return self._end or await self._end_at(finished)
+
+    async def _end_at(self, finished: TurnFinished) -> Turn:
+        """Judge what is there, where the agent ended before the environment did."""
+        if self._engine_fault:
+            return Turn("", ending="infra_engine", note=self._engine_fault)
+        ending = "truncated_turns" if self._are_answers_used_up else "truncated_tokens"
+        return await self._played.judge(ending, finished.reason)
+
+    async def take(self, message: AssistantMessage) -> ToolResult:
+        """Hand an answer to the environment, whole, and note in its chunk what came of it."""
+        async with self._turns:
+            if self._end is not None:  # a sub-agent beside this one ended the episode
+                return ToolResult("", ends_turn=True)
+            try:
+                turn = await self._turn_of(message, self._dialogue.session.chunks[message.chunk])
+            except EnvironmentFault as error:
+                self._fault = error
+                raise
+            if turn.ending:
+                self._end = turn
+        return ToolResult(
+            turn.observation,
+            status=STATUSES.get(turn.status, "error"),  # type: ignore[arg-type]
+            exit_code=turn.exit_code,
+            denials=turn.network_denials,
+            ends_turn=bool(turn.ending),
+        )
+
+    async def _turn_of(self, message: AssistantMessage, chunk: Chunk) -> Turn:
+        session = self._dialogue.session
+        if session.is_truncated(message.chunk):
+            turns = len(session.chunks)
+            note = f"turn {turns} did not end within {len(chunk.action_ids)} tokens"
+            return await self._played.judge("truncated_tokens", note)
+        try:
+            turn = await self._played.step(self._opened + chunk.text)
+        except OutOfTime as error:
+            chunk.status = "timeout"
+            return await self._played.judge("timeout", str(error))
+        chunk.observation = turn.observation
+        chunk.status = turn.status
+        chunk.exit_code = turn.exit_code
+        chunk.network_denials = turn.network_denials
+        chunk.tool_call = turn.tool_call
+        return turn
+
+    # -- the agents
+    # ---------------------------------------------------------------------------------------------
+
+    def _make_agent(
+        self, log: EventLog, system: str, tools: Sequence[Tool], *, is_main: bool, kind: str = ""
+    ) -> Agent:
+        settings = self._agent
+        context = None
+        if settings.compaction:
+            context = ContextManager(ContextSettings(threshold=settings.compaction))
+        return Agent(
+            _EpisodeModel(DialogueModel(self._dialogue), self),
+            tools,
+            log,
+            cast(Workspace, _Place()),
+            system=system,
+            context=context,
+            environment=_Player(self, {tool.name for tool in tools}, is_main=is_main),
+            limits=Limits(turns=self._agent.answers),
+            agent=kind,
+            parent="" if is_main else "main",
+        )
+
+    def _own_tools(self, depth: int, *, with_task: bool = True) -> list[Tool]:
+        names = self._agent.tools
+        tools = [make() for name, make in OWN_TOOLS.items() if name in names]
+        if with_task and TaskTool.name in names:
+            specs = {spec.name: spec for spec in self._agent.specs}
+            tools.append(TaskTool(specs, self._make_child, depth=depth))
+        return tools
+
+    def _make_child(self, birth: Birth) -> Agent:
+        """Return a sub-agent; it has the environment's tools too."""
+        with_task = may_have_subagents(birth.spec, birth.depth)
+        tools = tools_for(birth.spec, self._own_tools(birth.depth, with_task=with_task))
+        system = birth.spec.prompt if self._is_told else ""
+        return self._make_agent(birth.log, system, tools, is_main=False, kind=birth.spec.name)
+
+    # -- what their models are shown
+    # ---------------------------------------------------------------------------------------------
+
+    def shown_tools(self, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the schemas that the model is told: the environment's, and the agent's own."""
+        return [*self._tools, *own] if self._is_told else []
+
+    @property
+    def _are_answers_used_up(self) -> bool:
+        answers = self._agent.answers
+        return bool(answers) and len(self._dialogue.session.chunks) >= answers
+
+    def refuse_at_the_end(self) -> None:
+        """Refuse a question to the model where nothing may follow any more.
+
+        Raises:
+          ModelError: the episode is over or spoiled, or its answers are used up.
+        """
+        if self._end is not None or self._fault is not None or self._engine_fault:
+            raise ModelError("the episode is over")
+        if self._are_answers_used_up:
+            raise ModelError(f"the {self._agent.answers} answers of the episode are used up")
+
+    def note_fault(self, error: ModelError) -> None:
+        """Note that the engine failed: what comes after says nothing about the policy."""
+        if isinstance(error.__cause__, EngineError):
+            self._engine_fault = str(error)
+
+
+class _EpisodeModel:
+    """The policy as a model of the agent: told of the environment's tools beside the agent's own.
+
+    Args:
+      model: answers.
+      episode: says what it is told, and when it is over.
+    """
+
+    def __init__(self, model: Model, episode: _Episode) -> None:
+        self.name = model.name
+        self.context_tokens = model.context_tokens
+        self._model = model
+        self._episode = episode
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        *,
+        edge: Edge | None = None,
+        max_tokens: int | None = None,
+        on_text: Callable[[str, bool], None] | None = None,
+    ) -> Answer:
+        """Answer a conversation; see `Model`."""
+        self._episode.refuse_at_the_end()
+        shown = self._episode.shown_tools(tools)
+        try:
+            return await self._model.ask(
+                messages, shown, edge=edge, max_tokens=max_tokens, on_text=on_text
+            )
+        except ModelError as error:
+            self._episode.note_fault(error)
+            raise
+
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> int:
+        """Return the tokens of a conversation."""
+        return self._model.count_tokens(messages, self._episode.shown_tools(tools) if tools else ())
+
+    async def aclose(self) -> None:
+        """Free what the model holds."""
+        await self._model.aclose()
+
+
+class _Player:
+    """Hands the answers of one agent to the environment (`rome.agent.iflow.parts.Environment`).
+
+    The main agent's answers all go there, but those whose calls are all of its own tools. A
+    sub-agent's go there where they make a call: its words are for its parent.
+
+    Args:
+      episode: takes them.
+      own: names of the agent's own tools.
+      is_main: whether it is the main agent.
+    """
+
+    def __init__(self, episode: _Episode, own: set[str], *, is_main: bool) -> None:
+        self._episode = episode
+        self._own = own
+        self._is_main = is_main
+
+    async def answer(self, message: AssistantMessage) -> ToolResult | None:
+        """Return what the environment answers; None leaves it to the agent."""
+        calls = message.tool_calls
+        if calls and all(call.name in self._own for call in calls):
+            return None
+        if not self._is_main:
+            if message.finish == "length":
+                return ToolResult("", status="error", ends_turn=True)
+            if not calls:
+                return None
+        return await self._episode.take(message)
+
+
+class _Place:
+    """The workspace of an agent whose environment holds the files; its own tools need none."""
+
+    root = "/"
+    is_isolated = True
+
+    def __getattr__(self, name: str) -> Any:
+        raise WorkspaceError(f"the environment has the files of this task; no {name} here")

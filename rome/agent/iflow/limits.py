@@ -1,0 +1,71 @@
+"""The limits of one turn of the agent."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rome.agent.iflow.events import Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one turn may use; 0 is no limit.
+
+    Attributes:
+      turns: answers of the model.
+      tokens: read and written by the model, over all its answers, sub-agents included.
+      seconds: from the user's message to the end.
+      price: in the currency of the configured prices, sub-agents included.
+      tool_seconds: of one call; the time in which the user is asked does not count.
+      parallel: calls that run at the same time.
+      repeats_notice: same calls with the same result after which the model is told.
+      repeats_stop: after which the turn ends.
+      failures_notice: failed calls in a row after which the model is told.
+      failures_stop: after which the turn ends.
+
+    Raises:
+      ValueError: one is negative, or `parallel` is 0.
+    """
+
+    turns: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    price: float = 0.0
+    tool_seconds: float = 3600.0
+    parallel: int = 8
+    repeats_notice: int = 5
+    repeats_stop: int = 8
+    failures_notice: int = 5
+    failures_stop: int = 8
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value < 0:
+                raise ValueError(f"limit {field.name} is {value}; give 0 (none) or more")
+        if self.parallel < 1:
+            raise ValueError("limit parallel is 0; give 1 or more")
+
+    def left(self, usage: Usage) -> Limits:
+        """Return the limits of a sub-agent: what a turn that has used so much may still use."""
+        tokens = self.tokens and max(self.tokens - usage.prompt - usage.completion, 1)
+        price = self.price and max(self.price - usage.price, 1e-9)
+        return dataclasses.replace(self, tokens=tokens, price=price)
+
+    def reached(self, answers: int, usage: Usage) -> str:
+        """Return which limit a turn has reached, for people; "" where the model may be asked.
+
+        Args:
+          answers: of the model so far.
+          usage: of the turn so far.
+        """
+        tokens = usage.prompt + usage.completion
+        if self.turns and answers >= self.turns:
+            return f"the limit of {self.turns} turns is reached"
+        if self.tokens and tokens >= self.tokens:
+            return f"the limit of {self.tokens} tokens is reached: {tokens} were used"
+        if self.price and usage.price >= self.price:
+            return (
+                f"the limit of the price, {self.price:g}, is reached: {usage.price:.4g} was spent"
+            )
+        return ""

@@ -1,0 +1,101 @@
+"""What is kept of a command's output: head and tail for the model, the whole in a file."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import IO
+
+HEAD_CHARACTERS = 10_000
+TAIL_CHARACTERS = 20_000
+# A command that writes more is ended. A sandbox's own limit is about the same.
+MAX_OUTPUT_BYTES = 64 << 20
+# Of UTF-8, so that no head or tail is short of characters.
+_HEAD_BYTES = 4 * HEAD_CHARACTERS
+_TAIL_BYTES = 4 * TAIL_CHARACTERS
+# Colours, movements of the cursor and titles of windows, which say nothing to a model.
+_ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9])")
+# A line that was written over: only what stood there last is kept.
+_OVERWRITTEN = re.compile(r"[^\n\r]*\r(?=[^\n\r])")
+
+
+class OutputKeeper:
+    """The output of one command.
+
+    Args:
+      path: of the file that takes the whole, once it is too long for memory.
+
+    Attributes:
+      total: bytes written so far.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.total = 0
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Take a piece of output."""
+        self.total += len(data)
+        if self._file is None and self.total > _HEAD_BYTES + _TAIL_BYTES:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "wb")  # noqa: SIM115 (closed by `finish`)
+            self._file.write(self._head + self._tail)
+        if self._file is not None:
+            self._file.write(data)
+        missing = _HEAD_BYTES - len(self._head)
+        if missing > 0:
+            self._head += data[:missing]
+            data = data[missing:]
+        self._tail += data
+        if self._file is not None and len(self._tail) > 2 * _TAIL_BYTES:
+            del self._tail[:-_TAIL_BYTES]
+
+    @property
+    def is_flooded(self) -> bool:
+        """Whether so much was written that the command is to be ended."""
+        return self.total > MAX_OUTPUT_BYTES
+
+    def finish(self) -> tuple[str, str]:
+        """Return what the model reads, and the file that holds the whole; "" for none."""
+        if self._file is not None:
+            self._file.close()
+            head = decode(bytes(self._head))
+            tail = decode(bytes(self._tail))
+            return join(head, tail, self.total, str(self._path)), str(self._path)
+        text = decode(bytes(self._head + self._tail))
+        if not is_long(text):
+            return text, ""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_bytes(self._head + self._tail)
+        return join(text, text, self.total, str(self._path)), str(self._path)
+
+
+def decode(data: bytes) -> str:
+    """Return output as the model reads it: without colours, and lines as they stood last."""
+    text = data.decode(errors="replace")
+    if "\x1b" in text:
+        text = _ESCAPES.sub("", text)
+    if "\r" in text:
+        text = _OVERWRITTEN.sub("", text.replace("\r\n", "\n"))
+    return text
+
+
+def is_long(text: str) -> bool:
+    """Return whether a text is too long to be shown whole."""
+    return len(text) > HEAD_CHARACTERS + TAIL_CHARACTERS
+
+
+def join(head: str, tail: str, total: int, file: str) -> str:
+    """Return the head of one text, a line on what is left out, and the tail of another.
+
+    Args:
+      head: begins the output.
+      tail: ends it.
+      total: bytes of the whole.
+      file: that holds it.
+    """
+    line = f"\n[... left out: the output has {total} bytes; the whole is in {file} ...]\n"
+    return head[:HEAD_CHARACTERS] + line + tail[-TAIL_CHARACTERS:]

@@ -1,0 +1,81 @@
+"""Asks the user: a question, or whether a plan is to be carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rome.agent.iflow.events import ModeChanged
+from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
+
+APPROVE = "Carry it out, and ask before changes"
+APPROVE_EDITS = "Carry it out, and let edits pass"
+REJECT = "Go on planning"
+MAX_CHOICES = 8
+
+
+class AskUserTool(BaseTool):
+    """Asks a question."""
+
+    name = "ask_user"
+    description = (
+        "Ask the user a question that only the user can answer. Give choices where there are"
+        " sensible ones."
+    )
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "question": {"type": "string"},
+            "choices": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["question"],
+    }
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Ask it."""
+        choices = arguments.get("choices", [])
+        if not all(isinstance(choice, str) for choice in choices) or len(choices) > MAX_CHOICES:
+            raise ToolError(f"choices must be at most {MAX_CHOICES} texts")
+        answer = await context.asker.question(arguments["question"], choices)
+        if not answer:
+            return ToolResult(
+                "There is no answer. Decide by yourself, and say at the end what you assumed."
+            )
+        return ToolResult(f"The user answers: {answer}")
+
+
+class ExitPlanModeTool(BaseTool):
+    """Ends the mode in which nothing is changed, once the user agrees to a plan."""
+
+    name = "exit_plan_mode"
+    description = (
+        "In plan mode: show the user the plan, and leave the mode if the user agrees. Plan first"
+        " what is to be changed, where, and how it is checked."
+    )
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {"plan": {"type": "string", "description": "The plan, in Markdown."}},
+        "required": ["plan"],
+    }
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Ask for the user's agreement."""
+        if context.mode != "plan":
+            raise ToolError(f"the mode is {context.mode}, not plan; go on with the work")
+        plan = arguments["plan"].strip()
+        if not plan:
+            raise ToolError("the plan is empty")
+        question = f"{plan}\n\nIs this plan to be carried out?"
+        answer = await context.asker.question(question, [APPROVE, APPROVE_EDITS, REJECT])
+        modes = {APPROVE: "default", APPROVE_EDITS: "accept_edits"}
+        if answer in modes:
+            context.emit(ModeChanged(mode=modes[answer]))
+            return ToolResult("The user agrees. Carry the plan out now.")
+        if not answer:
+            return ToolResult(
+                "There is no answer, so plan mode goes on. The plan is the result; end here.",
+                status="denied",
+                ends_turn=True,
+            )
+        said = "" if answer == REJECT else f" The user says: {answer}"
+        return ToolResult(f"The user does not agree yet; go on planning.{said}", status="denied")

@@ -1,0 +1,199 @@
+"""Reads and writes whole files, and lists folders."""
+
+from __future__ import annotations
+
+import posixpath
+import shlex
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.text import (
+    MAX_FILE_BYTES,
+    Text,
+    decode_text,
+    key_of,
+    note_file,
+    read_text,
+    unified_diff,
+    write_text,
+)
+from rome.agent.iflow.tools.walking import list_entries
+from rome.agent.iflow.workspace import WorkspaceError
+
+DEFAULT_LINES = 2000
+MAX_LINE = 2000  # characters that are shown
+MAX_CHARACTERS = 60_000  # of one answer
+MAX_ENTRIES = 500
+SECONDS = 30.0
+_PATH = {"type": "string", "description": "File, relative to the project or absolute."}
+
+
+class ReadFileTool(BaseTool):
+    """Shows lines of a text file."""
+
+    name = "read_file"
+    description = (
+        f"Read a text file. Lines are numbered; at most {DEFAULT_LINES} are shown, from `offset`"
+        " on."
+    )
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "path": _PATH,
+            "offset": {"type": "integer", "description": "First line, from 1; default 1."},
+            "limit": {
+                "type": "integer",
+                "description": f"Number of lines; default {DEFAULT_LINES}.",
+            },
+        },
+        "required": ["path"],
+    }
+    is_parallel = True
+    accesses: ClassVar[Access] = "read"
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Read the file."""
+        path = arguments["path"]
+        offset = arguments.get("offset", 1)
+        limit = arguments.get("limit", DEFAULT_LINES)
+        if offset < 1 or limit < 1:
+            raise ToolError("offset and limit must be at least 1")
+        status = await context.workspace.stat(path)
+        if status is None:
+            raise ToolError(await _describe_missing(context, path))
+        if status[0] > MAX_FILE_BYTES:
+            output = await self._read_part(context, path, status[0], offset, limit)
+        else:
+            data = await context.workspace.read(path, MAX_FILE_BYTES)
+            output = _show(path, decode_text(data, path).text, offset, limit)
+        await note_file(context, path)
+        return ToolResult(output)
+
+    async def _read_part(
+        self, context: ToolContext, path: str, size: int, offset: int, limit: int
+    ) -> str:
+        """Return lines of a file that is too long to be read whole."""
+        last = offset + limit - 1
+        target = shlex.quote(key_of(context.workspace, path))
+        command = f"sed -n '{offset},{last}p;{last}q' -- {target} | head -c {MAX_CHARACTERS}"
+        parts = context.workspace.stream(command, timeout=SECONDS)
+        text = "".join([part async for part in parts])
+        if "\0" in text:
+            raise ToolError(f"{path} is binary data of {size} bytes, and no text")
+        lines = text.removesuffix("\n").split("\n") if text else []
+        shown = "\n".join(_numbered(lines, offset))
+        following = offset + len(lines)
+        return f"{shown}\n[{path} has {size} bytes; continue with offset {following}, or search it]"
+
+
+class WriteFileTool(BaseTool):
+    """Writes a file whole."""
+
+    name = "write_file"
+    description = (
+        "Write a text file whole; folders above it are made. A file that is there must have been"
+        " read before."
+    )
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "path": _PATH,
+            "content": {"type": "string", "description": "The whole text of the file."},
+        },
+        "required": ["path", "content"],
+    }
+    accesses: ClassVar[Access] = "write"
+
+    async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
+        """Return the diff that a call would make; "" where it would fail."""
+        try:
+            before, after = await self._plan(arguments, context)
+        except (ToolError, WorkspaceError):
+            return ""
+        return unified_diff(arguments["path"], before.text if before else "", after.text)
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Write the file."""
+        path = arguments["path"]
+        before, after = await self._plan(arguments, context)
+        await write_text(context, path, after)
+        lines = after.text.count("\n") + (not after.text.endswith("\n") and after.text != "")
+        done = "created" if before is None else "written"
+        diff = unified_diff(path, before.text if before else "", after.text)
+        return ToolResult(f"{path} was {done}: {lines} lines", changed=(path,), diff=diff)
+
+    async def _plan(
+        self, arguments: Mapping[str, Any], context: ToolContext
+    ) -> tuple[Text | None, Text]:
+        before = await read_text(context, arguments["path"])
+        after = (before or Text("")).with_text(arguments["content"])
+        after.encode()  # raises where the file's encoding cannot have it
+        return before, after
+
+
+class ListDirectoryTool(BaseTool):
+    """Lists a folder."""
+
+    name = "list_directory"
+    description = "List a folder: names, folders with a slash, and sizes of files in bytes."
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "path": {"type": "string", "description": "Folder; default the project's."},
+        },
+    }
+    is_parallel = True
+    accesses: ClassVar[Access] = "read"
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """List the folder."""
+        path = arguments.get("path") or "."
+        entries = await list_entries(context.workspace, path)
+        lines = [
+            f"{entry['name']}/" if entry["kind"] == "folder" else f"{entry['name']} {entry['size']}"
+            for entry in entries[:MAX_ENTRIES]
+        ]
+        if len(entries) > MAX_ENTRIES:
+            lines.append(f"[{len(entries) - MAX_ENTRIES} more; glob finds them by name]")
+        return ToolResult("\n".join(lines) or "(empty folder)")
+
+
+def _show(path: str, text: str, offset: int, limit: int) -> str:
+    """Return numbered lines of a text, and how it goes on."""
+    if not text:
+        return f"({path} is empty)"
+    lines = text.removesuffix("\n").split("\n")
+    if offset > len(lines):
+        raise ToolError(f"{path} has {len(lines)} lines, so none at offset {offset}")
+    shown = []
+    length = 0
+    for line in _numbered(lines[offset - 1 : offset - 1 + limit], offset):
+        length += len(line) + 1
+        if length > MAX_CHARACTERS:
+            break
+        shown.append(line)
+    following = offset + len(shown)
+    if following <= len(lines):
+        shown.append(f"[{path} has {len(lines)} lines; continue with offset {following}]")
+    return "\n".join(shown)
+
+
+def _numbered(lines: list[str], first: int) -> list[str]:
+    return [
+        f"{number:>6}\t{line[:MAX_LINE]}{' [...]' if len(line) > MAX_LINE else ''}"
+        for number, line in enumerate(lines, first)
+    ]
+
+
+async def _describe_missing(context: ToolContext, path: str) -> str:
+    """Return that there is no such file, and what lies where it was looked for."""
+    folder, name = posixpath.split(path)
+    try:
+        entries = await list_entries(context.workspace, folder or ".")
+    except (ToolError, WorkspaceError):
+        return f"there is no file {path}, nor its folder"
+    like = [e["name"] for e in entries if e["name"].lower() == name.lower()]
+    like = like or [e["name"] for e in entries if name.partition(".")[0] in e["name"]]
+    also = f"; in its folder there are {', '.join(like[:5])}" if like else ""
+    return f"there is no file {path}{also}"

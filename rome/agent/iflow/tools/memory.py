@@ -1,0 +1,113 @@
+"""Keeps facts for later sessions, in the files of instructions that every session reads."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.text import (
+    MAX_FILE_BYTES,
+    Text,
+    decode_text,
+    note_file,
+    unified_diff,
+)
+
+HEADING = "## Memories"
+MAX_CHARACTERS = 2000  # of one fact
+PROJECT_FILES = ("AGENTS.md", "IFLOW.md", "CLAUDE.md")
+
+
+class SaveMemoryTool(BaseTool):
+    """Adds a fact to the user's or to the project's instructions.
+
+    Args:
+      user_file: with the instructions of the user; on this machine, wherever the tools work.
+    """
+
+    name = "save_memory"
+    description = (
+        "Remember a fact in later sessions: of the user everywhere (scope user), or of this project"
+        " for all who work on it (scope project). Only what the user asks for, or will surely want."
+    )
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "fact": {"type": "string", "description": "One sentence that stands alone."},
+            "scope": {"type": "string", "enum": ["user", "project"]},
+        },
+        "required": ["fact"],
+    }
+    accesses: ClassVar[Access] = "write"
+
+    def __init__(self, user_file: pathlib.Path | None = None) -> None:
+        self._user_file = user_file or pathlib.Path.home() / ".iflow" / "IFLOW.md"
+
+    def paths(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the files that a call may change; of a project's, the first that is there."""
+        is_user = arguments.get("scope", "user") == "user"
+        return (str(self._user_file),) if is_user else PROJECT_FILES
+
+    def summary(self, arguments: Mapping[str, Any]) -> str:
+        """Return one line for people."""
+        return f"remember ({arguments.get('scope', 'user')}): {arguments.get('fact', '')}"
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Add the fact."""
+        fact = " ".join(arguments["fact"].split())
+        if not fact or len(fact) > MAX_CHARACTERS:
+            raise ToolError(f"a fact has 1 to {MAX_CHARACTERS} characters, not {len(fact)}")
+        if arguments.get("scope", "user") == "user":
+            self._add_for_user(fact)
+            return ToolResult(f"remembered in {self._user_file}")
+        return await self._add_to_project(fact, context)
+
+    def _add_for_user(self, fact: str) -> None:
+        path = self._user_file
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = path.read_bytes() if path.exists() else b""
+            after = add_fact(decode_text(before, str(path)), fact)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_bytes(after.encode())
+            os.replace(temporary, path.resolve())
+        except OSError as error:
+            raise ToolError(f"{path} cannot be written: {error.strerror}") from error
+
+    async def _add_to_project(self, fact: str, context: ToolContext) -> ToolResult:
+        workspace = context.workspace
+        path = PROJECT_FILES[0]
+        before = Text("")
+        for name in PROJECT_FILES:
+            if await workspace.stat(name) is not None:
+                path = name
+                before = decode_text(await workspace.read(name, MAX_FILE_BYTES), name)
+                break
+        after = add_fact(before, fact)
+        await workspace.write(path, after.encode())
+        await note_file(context, path)
+        diff = unified_diff(path, before.text, after.text)
+        return ToolResult(f"remembered in {path}", changed=(path,), diff=diff)
+
+
+def add_fact(content: Text, fact: str) -> Text:
+    """Return a file of instructions with one more fact under the heading of memories."""
+    lines = content.text.rstrip("\n").split("\n") if content.text.strip() else []
+    entry = f"- {fact}"
+    if entry in lines:
+        return content
+    if HEADING not in lines:
+        lines += [*([""] if lines else []), HEADING, ""]
+    place = lines.index(HEADING) + 1
+    while place < len(lines) and not lines[place].startswith("#"):
+        place += 1
+    while not lines[place - 1].strip() and lines[place - 1] != HEADING:
+        place -= 1
+    if lines[place - 1] == HEADING:
+        lines.insert(place, "")
+        place += 1
+    lines.insert(place, entry)
+    return content.with_text("\n".join(lines).rstrip("\n") + "\n")

@@ -1,0 +1,141 @@
+"""Finds files by name, and lines by what they say."""
+
+from __future__ import annotations
+
+import base64
+import os
+import posixpath
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.walking import find_files, find_lines
+
+MAX_FILES = 500
+MAX_MATCHES = 200
+MAX_CHARACTERS = 30_000
+MAX_LINE = 300
+MAX_CONTEXT = 20
+_PATH = {"type": "string", "description": "Folder or file to look in; default the project."}
+
+
+class GlobTool(BaseTool):
+    """Finds files by name."""
+
+    name = "glob"
+    description = (
+        "Find files by name, such as **/*.py, src/**/test_*.{ts,tsx} or *.md (in any folder)."
+        " What .gitignore and .iflowignore name is left out."
+    )
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {"pattern": {"type": "string"}, "path": _PATH},
+        "required": ["pattern"],
+    }
+    is_parallel = True
+    accesses: ClassVar[Access] = "read"
+
+    def summary(self, arguments: Mapping[str, Any]) -> str:
+        """Return one line for people."""
+        return " ".join(["glob", str(arguments.get("pattern")), *self.paths(arguments)])
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Find the files."""
+        path = arguments.get("path") or "."
+        pattern = arguments["pattern"]
+        root = context.workspace.root
+        if posixpath.isabs(pattern) and pattern.startswith(f"{root}/"):
+            pattern = pattern[len(root) + 1 :]
+        names = await find_files(context.workspace, path, pattern, MAX_FILES + 1)
+        lines = [_shown(path, name) for name in names[:MAX_FILES]]
+        if len(names) > MAX_FILES:
+            lines.append(f"[more than {MAX_FILES} files; narrow the pattern or the path]")
+        return ToolResult("\n".join(lines) or f"no file fits {pattern}")
+
+
+class SearchTool(BaseTool):
+    """Finds lines by a regular expression."""
+
+    name = "search"
+    description = (
+        "Search the lines of files by a regular expression. Binary files, and what .gitignore and"
+        " .iflowignore name, are left out."
+    )
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "pattern": {"type": "string", "description": "Regular expression."},
+            "path": _PATH,
+            "glob": {"type": "string", "description": "Only files that fit, such as *.py."},
+            "ignore_case": {"type": "boolean"},
+            "context": {"type": "integer", "description": "Lines to show around each match."},
+            "files_only": {"type": "boolean", "description": "Show only the names of files."},
+        },
+        "required": ["pattern"],
+    }
+    is_parallel = True
+    accesses: ClassVar[Access] = "read"
+
+    def summary(self, arguments: Mapping[str, Any]) -> str:
+        """Return one line for people."""
+        return " ".join(["search", repr(arguments.get("pattern")), *self.paths(arguments)])
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Search the files."""
+        around = arguments.get("context", 0)
+        if not 0 <= around <= MAX_CONTEXT:
+            raise ToolError(f"context must be between 0 and {MAX_CONTEXT}, not {around}")
+        pattern = arguments["pattern"]
+        if "\n" in pattern:
+            raise ToolError("the pattern has a new line; lines are searched one by one")
+        path = arguments.get("path") or "."
+        found = await find_lines(
+            context.workspace,
+            path,
+            pattern,
+            glob=arguments.get("glob", ""),
+            ignore_case=arguments.get("ignore_case", False),
+            context=around,
+            limit=10_000 if arguments.get("files_only") else MAX_MATCHES + 1,
+        )
+        lines = [line for line in found if line["type"] in ("match", "context")]
+        if not lines:
+            return ToolResult(f"no line fits {pattern}")
+        root = context.workspace.root
+        if arguments.get("files_only"):
+            names = dict.fromkeys(_name(line, root) for line in lines)
+            return ToolResult(_bounded(list(names), len(names) > MAX_FILES, MAX_FILES))
+        matches = 0
+        shown = []
+        for line in lines:
+            matches += line["type"] == "match"
+            if matches > MAX_MATCHES:
+                break
+            mark = ":" if line["type"] == "match" else "-"
+            text = _text(line["data"]["lines"]).rstrip("\r\n")[:MAX_LINE]
+            shown.append(f"{_name(line, root)}{mark}{line['data']['line_number']}{mark}{text}")
+        return ToolResult(_bounded(shown, matches > MAX_MATCHES, MAX_MATCHES))
+
+
+def _bounded(lines: list[str], is_cut: bool, limit: int) -> str:
+    text = "\n".join(lines[: limit if is_cut else None])
+    if len(text) > MAX_CHARACTERS:
+        text = text[:MAX_CHARACTERS].rpartition("\n")[0]
+        is_cut = True
+    return f"{text}\n[more; narrow the pattern, the glob or the path]" if is_cut else text
+
+
+def _name(line: Mapping[str, Any], root: str) -> str:
+    """Return the file of a line, relative to the project."""
+    return _text(line["data"]["path"]).removeprefix(f"{root}/").removeprefix("./")
+
+
+def _text(value: Mapping[str, str]) -> str:
+    """Return a text of ripgrep's, which gives bytes where they are no UTF-8."""
+    if "bytes" in value:
+        return os.fsdecode(base64.b64decode(value["bytes"]))
+    return value["text"]
+
+
+def _shown(path: str, name: str) -> str:
+    return posixpath.normpath(posixpath.join(path, name))

@@ -1,0 +1,63 @@
+"""The tools that an agent has unless it is told otherwise."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+from rome.agent.iflow.skills import Skill
+from rome.agent.iflow.tools.ask import AskUserTool, ExitPlanModeTool
+from rome.agent.iflow.tools.base import Tool
+from rome.agent.iflow.tools.edit import EditTool, MultiEditTool
+from rome.agent.iflow.tools.files import ListDirectoryTool, ReadFileTool, WriteFileTool
+from rome.agent.iflow.tools.memory import SaveMemoryTool
+from rome.agent.iflow.tools.search import GlobTool, SearchTool
+from rome.agent.iflow.tools.shell import (
+    DEFAULT_SECONDS,
+    ShellKillTool,
+    ShellListTool,
+    ShellOutputTool,
+    ShellTool,
+)
+from rome.agent.iflow.tools.skill import SkillTool
+from rome.agent.iflow.tools.todo import TodoTool
+from rome.agent.iflow.tools.web import WebFetchTool
+
+
+def standard_tools(
+    *,
+    skills: Mapping[str, Skill] | None = None,
+    shell_seconds: float = DEFAULT_SECONDS,
+    user_memory: pathlib.Path | None = None,
+    has_web: bool = False,
+) -> list[Tool]:
+    """Return new tools for one agent; a sub-agent gets its own.
+
+    Args:
+      skills: by name; without any there is no tool for them.
+      shell_seconds: limit of a command that names none.
+      user_memory: file that keeps what is remembered of the user; None for ~/.iflow/IFLOW.md.
+      has_web: whether pages of the web can be fetched, from this machine.
+    """
+    tools: list[Tool] = [
+        ShellTool(shell_seconds),
+        ShellOutputTool(),
+        ShellKillTool(),
+        ShellListTool(),
+        ReadFileTool(),
+        WriteFileTool(),
+        EditTool(),
+        MultiEditTool(),
+        GlobTool(),
+        SearchTool(),
+        ListDirectoryTool(),
+        TodoTool(),
+        ExitPlanModeTool(),
+        AskUserTool(),
+        SaveMemoryTool(user_memory),
+    ]
+    if skills:
+        tools.append(SkillTool(skills))
+    if has_web:
+        tools.append(WebFetchTool())
+    return tools

@@ -1,0 +1,245 @@
+"""Reads the user's lines: with prompt_toolkit on a terminal, plainly where that is not one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.patch_stdout import patch_stdout
+
+MAX_LISTED = 40  # files that a completion offers
+REFRESH_SECONDS = 0.25
+
+
+class Controls(Protocol):
+    """What the keyboard asks the terminal for."""
+
+    def prompt(self) -> str:
+        """Return what stands before the cursor, on one line or several."""
+
+    def status(self) -> str:
+        """Return the line at the bottom."""
+
+    def interrupt(self) -> bool:
+        """Take a Ctrl-C on an empty line; return whether the program ends."""
+
+    def next_mode(self) -> None:
+        """Take a Shift-Tab."""
+
+    def command_names(self) -> Iterable[tuple[str, str]]:
+        """Yield each slash command and what it does."""
+
+    def files(self, prefix: str) -> Iterable[str]:
+        """Yield paths and resources that begin so."""
+
+
+class Keyboard(Protocol):
+    """Reads lines."""
+
+    is_interactive: bool  # whether a person types
+
+    async def read(self, *, is_answer: bool) -> str | None:
+        """Return the next line; None where the user ends the program.
+
+        Args:
+          is_answer: whether something waits for an answer; what is typed so far is kept for later.
+        """
+
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which text may be printed while a line is read."""
+
+    def refresh(self) -> None:
+        """Show the prompt and the status anew."""
+
+    def wake(self) -> None:
+        """Let `read` return ""."""
+
+
+class RichKeyboard:
+    """A line with history, completion and a status below it.
+
+    Args:
+      controls: of the terminal.
+      history: file of earlier lines; None keeps them in memory only.
+    """
+
+    is_interactive = True
+
+    def __init__(self, controls: Controls, history: pathlib.Path | None = None) -> None:
+        self._controls = controls
+        if history is not None:
+            history.parent.mkdir(parents=True, exist_ok=True)
+        self._session: PromptSession[str] = PromptSession(
+            message=self._message,
+            bottom_toolbar=controls.status,
+            completer=_Completer(controls),
+            complete_while_typing=True,
+            key_bindings=self._bindings(),
+            multiline=True,
+            history=FileHistory(str(history)) if history is not None else InMemoryHistory(),
+            erase_when_done=True,
+            refresh_interval=REFRESH_SECONDS,
+            reserve_space_for_menu=4,
+            prompt_continuation="  ",
+        )
+        self._draft = ""
+
+    async def read(self, *, is_answer: bool) -> str | None:
+        """Return the next line, which may hold line breaks; None at the end."""
+        draft = ""
+        if not is_answer:
+            draft, self._draft = self._draft, ""
+        try:
+            return await self._session.prompt_async(default=draft)
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Print above the line."""
+        with patch_stdout(raw=True):
+            yield
+
+    def refresh(self) -> None:
+        """Show prompt and status anew."""
+        app = self._session.app
+        if app.is_running:
+            app.invalidate()
+
+    def wake(self) -> None:
+        """End the reading; what is typed so far comes back with the next one."""
+        app = self._session.app
+        if app.is_running and not app.is_done:
+            self._draft = self._session.default_buffer.text or self._draft
+            app.exit(result="")
+
+    def _message(self) -> FormattedText:
+        *above, last = self._controls.prompt().split("\n")
+        shown = [("class:tail", f"{line}\n") for line in above]
+        return FormattedText([*shown, ("bold", last)])
+
+    def _bindings(self) -> KeyBindings:
+        bindings = KeyBindings()
+
+        @bindings.add("enter")
+        def accept(event: KeyPressEvent) -> None:
+            event.current_buffer.validate_and_handle()
+
+        @bindings.add("escape", "enter")
+        @bindings.add("c-j")
+        def break_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @bindings.add("c-c")
+        def interrupt(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            elif self._controls.interrupt():
+                event.app.exit(exception=EOFError)
+
+        @bindings.add("s-tab")
+        def next_mode(event: KeyPressEvent) -> None:
+            self._controls.next_mode()
+
+        return bindings
+
+
+class PlainKeyboard:
+    """Lines of standard input, for pipes and for terminals that can do nothing else.
+
+    Args:
+      controls: of the terminal.
+    """
+
+    def __init__(self, controls: Controls) -> None:
+        self._controls = controls
+        self._lines: asyncio.Queue[str | None] = asyncio.Queue()
+        self._rest = b""
+        self._is_open = False
+        self._shown_prompt = ""
+        self.is_interactive = sys.stdin.isatty()
+
+    async def read(self, *, is_answer: bool) -> str | None:
+        """Return the next line; None at the end of the input."""
+        if not self._is_open:
+            self._open()
+        self.refresh()
+        line = await self._lines.get()
+        self._shown_prompt = ""
+        return line
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Print as it comes."""
+        yield
+
+    def refresh(self) -> None:
+        """Print the prompt where it is another one."""
+        prompt = self._controls.prompt().split("\n")[-1]
+        if self.is_interactive and prompt != self._shown_prompt:
+            self._shown_prompt = prompt
+            print(prompt, end="", flush=True)
+
+    def wake(self) -> None:
+        """Let `read` return ""."""
+        self._lines.put_nowait("")
+
+    def _open(self) -> None:
+        self._is_open = True
+        loop = asyncio.get_running_loop()
+        try:
+            loop.add_reader(sys.stdin.fileno(), self._take)
+        except PermissionError:  # a regular file, which epoll does not watch: it is there whole
+            for line in sys.stdin.read().splitlines():
+                self._lines.put_nowait(line)
+            self._lines.put_nowait(None)
+
+    def _take(self) -> None:
+        data = os.read(sys.stdin.fileno(), 1 << 16)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._lines.put_nowait(line.decode(errors="replace").rstrip("\r"))
+        if not data:
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            if self._rest:
+                self._lines.put_nowait(self._rest.decode(errors="replace"))
+            self._lines.put_nowait(None)
+
+
+class _Completer(Completer):
+    """Completes slash commands at the beginning, and @files anywhere."""
+
+    def __init__(self, controls: Controls) -> None:
+        self._controls = controls
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        """Yield what fits before the cursor."""
+        before = document.text_before_cursor
+        if before.startswith("/") and " " not in before:
+            for name, what in self._controls.command_names():
+                if name.startswith(before[1:]):
+                    yield Completion(f"/{name}", -len(before), display_meta=what[:60])
+            return
+        word = before.split()[-1] if before and not before[-1].isspace() else ""
+        if word.startswith("@"):
+            for number, path in enumerate(self._controls.files(word[1:])):
+                if number == MAX_LISTED:
+                    return
+                yield Completion(f"@{path}", -len(word))
+
+
+def is_rich_terminal() -> bool:
+    """Return whether both ends are a terminal that can move its cursor."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    return is_terminal and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")

@@ -1,0 +1,245 @@
+"""Shows the events of a session on a terminal, as text that scrolls away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Heading, Markdown
+from rich.text import Text
+
+from rome.agent.iflow import events
+from rome.agent.iflow.events import Event
+from rome.agent.iflow.mcp_tools import printable
+from rome.agent.iflow.tui.markdown import MarkdownBlocks
+
+OUTPUT_LINES = 6  # that are shown of a call's output
+DIFF_LINES = 60
+MARKS = {"pending": "☐", "in_progress": "▶", "done": "☑"}
+PLAIN_MARKS = {"pending": "[ ]", "in_progress": "[>]", "done": "[x]"}
+STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
+
+
+class _LeftHeading(Heading):
+    """A heading that begins at the left, as the text below it does."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _LeftMarkdown(Markdown):
+    elements: ClassVar[dict[str, Any]] = {**Markdown.elements, "heading_open": _LeftHeading}
+
+
+class Screen:
+    """Prints what happens.
+
+    What a model, a tool or a file wrote is shown without control characters: it can neither move
+    the cursor nor change the title of the window.
+
+    Args:
+      console: to print on.
+
+    Attributes:
+      is_plain: whether only plain text is printed.
+      tail: the end of an answer whose block is not whole yet; an interface may show it live.
+      doing: what runs now, on one line; "" for nothing.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.is_plain = not console.is_terminal or console.is_dumb_terminal
+        self.tail = ""
+        self.doing = ""
+        self._blocks = MarkdownBlocks()
+        self._is_streamed = False
+        self._summaries: dict[str, str] = {}  # of the calls that run
+        self._shown_diffs: set[str] = set()  # ids of calls whose diff was shown for approval
+        self._show: dict[type[Event], Callable[..., None]] = {
+            events.UserMessage: self._user,
+            events.TextDelta: self._delta,
+            events.AssistantMessage: self._answer,
+            events.ToolStarted: self._start,
+            events.ToolOutput: self._output,
+            events.ToolFinished: self._finish,
+            events.ApprovalRequested: self._approval,
+            events.QuestionAsked: self._question,
+            events.TodoChanged: self._todo,
+            events.TurnFinished: self._turn_finished,
+            events.Notice: lambda event: self.say(event.text, STYLES[event.level]),
+            events.Retried: lambda event: self.say(
+                f"the model did not answer ({event.reason}); again in {event.wait:.0f} s", "yellow"
+            ),
+            events.ModeChanged: lambda event: self.say(f"mode: {event.mode}"),
+            events.ModelChanged: lambda event: self.say(f"model: {event.model}"),
+            events.CompactionStarted: lambda event: self.say(
+                f"the context of {event.tokens} tokens is being summarised"
+            ),
+            events.ContextCompacted: self._compacted,
+            events.SubagentStarted: lambda event: self.say(
+                f"sub-agent {event.agent} {event.id}: {_one_line(event.prompt)}"
+            ),
+            events.SubagentFinished: lambda event: self.say(
+                f"sub-agent {event.id}: {event.outcome}"
+            ),
+            events.JobStarted: lambda event: self.say(f"job {event.job}: {event.command}"),
+            events.JobFinished: lambda event: self.say(
+                f"job {event.job} ended with status {event.exit_code}"
+            ),
+            events.SkillLoaded: lambda event: self.say(f"skill {event.name}"),
+            events.Rewound: self._rewound,
+            events.SupervisorJudged: lambda event: self.say(
+                f"supervisor: {event.verdict}: {event.reason}", "yellow"
+            ),
+            events.FeedbackGiven: lambda event: self.say(f"feedback: {event.verdict}"),
+        }
+
+    def take(self, event: Event) -> None:
+        """Show an event; kinds that people need not see are passed over."""
+        show = self._show.get(type(event))
+        if show is not None:
+            show(event)
+
+    def say(self, text: str, style: str = "dim") -> None:
+        """Print one line of the program's own."""
+        self.console.print(Text(printable(text), style=style))
+
+    def print_diff(self, diff: str) -> None:
+        """Print a unified diff in colours; a long one is cut."""
+        lines = printable(diff).splitlines()
+        for line in lines[:DIFF_LINES]:
+            style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "dim")
+            self.console.print(Text(f"  {line}", style=style))
+        if len(lines) > DIFF_LINES:
+            self.say(f"  ... {len(lines) - DIFF_LINES} more lines")
+
+    # -- events
+    # ---------------------------------------------------------------------------------------------
+
+    def _user(self, event: events.UserMessage) -> None:
+        if event.source in ("user", "steer"):
+            self.console.print()
+            self.console.print(Text(f"> {printable(event.text)}", style="bold cyan"))
+        elif event.source == "hook":
+            self.say(f"hook: {_one_line(event.text)}")
+
+    def _delta(self, event: events.TextDelta) -> None:
+        if event.is_reasoning:
+            self.doing = "thinking"
+            return
+        self.doing = "writing"
+        self._is_streamed = True
+        for block in self._blocks.feed(event.text):
+            self._markdown(block)
+        self.tail = self._blocks.rest
+
+    def _answer(self, event: events.AssistantMessage) -> None:
+        blocks = self._blocks.finish()
+        self.tail = ""
+        if not self._is_streamed and event.text.strip():
+            blocks = [event.text]
+        for block in blocks:
+            self._markdown(block)
+        self._is_streamed = False
+        self.doing = ""
+        if event.malformed:
+            self.say(f"a call could not be read: {event.malformed}", "yellow")
+
+    def _markdown(self, text: str) -> None:
+        shown = printable(text)
+        if self.is_plain:
+            self.console.print(Text(shown.strip("\n")))
+        else:
+            self.console.print(_LeftMarkdown(shown, code_theme="ansi_dark"))
+
+    def _start(self, event: events.ToolStarted) -> None:
+        summary = event.summary or event.call.name
+        self._summaries[event.call.id] = summary
+        self.doing = _one_line(summary)
+        self.console.print(Text(f"{self._mark('●', '*')} {_one_line(summary)}", style="bold"))
+
+    def _output(self, event: events.ToolOutput) -> None:
+        """Note the newest line of a call that runs; the whole is shown at its end."""
+        lines = printable(event.text).split("\n")
+        newest = next((line for line in reversed(lines) if line.strip()), "")
+        if newest and event.call_id in self._summaries:
+            self.doing = f"{_one_line(self._summaries[event.call_id])[:40]}: {newest[:200]}"
+
+    def _finish(self, event: events.ToolFinished) -> None:
+        self._summaries.pop(event.call_id, None)
+        self.doing = next(iter(self._summaries.values()), "")
+        if event.diff and event.status == "ok":
+            if event.call_id not in self._shown_diffs:
+                self.print_diff(event.diff)
+            return
+        style = {"ok": "dim", "error": "red", "denied": "yellow"}.get(event.status, "yellow")
+        lines = printable(event.output).splitlines() or ["(no output)"]
+        for line in lines[:OUTPUT_LINES]:
+            self.console.print(Text(f"  {line[:500]}", style=style))
+        if len(lines) > OUTPUT_LINES:
+            self.say(f"  ... {len(lines) - OUTPUT_LINES} more lines")
+        if event.exit_code:
+            self.say(f"  status {event.exit_code}, {event.seconds:.1f} s", style)
+
+    def _approval(self, event: events.ApprovalRequested) -> None:
+        summary = event.summary or f"{event.call.name} {event.call.arguments}"
+        self.console.print(
+            Text(f"{self._mark('?', '?')} {printable(summary)}", style="bold yellow")
+        )
+        if event.diff:
+            self._shown_diffs.add(event.call.id)
+            self.print_diff(event.diff)
+        elif not event.summary:
+            self.say(f"  {_pretty(event.call.arguments)}")
+        if event.reason:
+            self.say(f"  asked because: {event.reason}")
+
+    def _question(self, event: events.QuestionAsked) -> None:
+        self.console.print(Text(f"? {printable(event.question)}", style="bold yellow"))
+        for number, choice in enumerate(event.choices, 1):
+            self.console.print(Text(f"  {number}. {printable(choice)}"))
+
+    def _todo(self, event: events.TodoChanged) -> None:
+        marks = PLAIN_MARKS if self.is_plain else MARKS
+        for item in event.items:
+            style = {"done": "dim strike", "in_progress": "bold"}.get(item.status, "")
+            line = Text(f"  {marks[item.status]} ")
+            self.console.print(line.append(printable(item.text), style=style))
+
+    def _turn_finished(self, event: events.TurnFinished) -> None:
+        self.doing = ""
+        self.tail = ""
+        for block in self._blocks.finish():  # of an answer that was cut off
+            self._markdown(block)
+        spent = event.usage.prompt + event.usage.completion
+        price = f", {event.usage.price:.4g}" if event.usage.price else ""
+        if event.outcome == "finished":
+            self.say(f"{event.seconds:.1f} s, {spent:,} tokens{price}")
+        else:
+            self.say(f"stopped ({event.outcome}): {event.reason}", "red")
+
+    def _compacted(self, event: events.ContextCompacted) -> None:
+        how = f", without the model: {event.fallback}" if event.fallback else ""
+        self.say(f"context: {event.tokens_before} -> {event.tokens_after} tokens{how}")
+
+    def _rewound(self, event: events.Rewound) -> None:
+        parts = [name for name in ("conversation", "files") if getattr(event, name)]
+        self.say(f"went back: {' and '.join(parts)}")
+
+    def _mark(self, rich: str, plain: str) -> str:
+        return plain if self.is_plain else rich
+
+
+def _one_line(text: str) -> str:
+    shown = " ".join(printable(text).split())
+    return shown if len(shown) <= 200 else f"{shown[:199]}…"
+
+
+def _pretty(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), indent=1, ensure_ascii=False)[:2000]
+    except ValueError:
+        return arguments[:2000]

@@ -1,0 +1,413 @@
+"""The terminal interface of a session: what the user types, and what is to be done with it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import pathlib
+import signal
+import textwrap
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from rome.agent.iflow import events
+from rome.agent.iflow.desk import UnknownRequest
+from rome.agent.iflow.events import Event
+from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
+from rome.agent.iflow.loop import AgentError
+from rome.agent.iflow.mcp_tools import printable
+from rome.agent.iflow.tui.actions import ACTIONS, ActionError
+from rome.agent.iflow.tui.files import ProjectFiles
+from rome.agent.iflow.tui.keyboard import (
+    Controls,
+    Keyboard,
+    PlainKeyboard,
+    RichKeyboard,
+    is_rich_terminal,
+)
+from rome.agent.iflow.tui.screen import Screen
+from rome.agent.iflow.user_input import InputError, expand
+from rome.agent.iflow.workspace import WorkspaceError
+
+QUIT_SECONDS = 2.0  # between two Ctrl-C that end the program
+TAIL_LINES = 6  # of an answer that is being written
+SHELL_SECONDS = 600.0  # for a command of the user
+REPLAYED = 6  # answers that are shown of a session that goes on
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+HINT = "y yes, n no (n WORDS tells the agent why), s stop"
+# What the user can cause, and is told of on one line.
+FAILURES = (
+    ActionError,
+    AgentError,
+    InputError,
+    UnknownRequest,
+    WorkspaceError,
+    ValueError,
+    OSError,
+)
+
+Request = events.ApprovalRequested | events.QuestionAsked
+
+
+class Terminal:
+    """One session after another on a terminal.
+
+    Args:
+      opener: opens other sessions.
+      session: that is open.
+      directory: of the project.
+      history: file of earlier lines; None for none.
+      console: to print on; None makes one for standard output.
+      keyboard: makes what lines are read with; None chooses by the kind of terminal.
+
+    Attributes:
+      opener: as given.
+      session: that is open now.
+      directory: as given.
+      screen: shows events.
+      queue: messages for the time after this turn.
+    """
+
+    def __init__(
+        self,
+        opener: Opener,
+        session: InterfaceSession,
+        directory: str,
+        *,
+        history: pathlib.Path | None = None,
+        console: Console | None = None,
+        keyboard: Callable[[Controls], Keyboard] | None = None,
+    ) -> None:
+        self.opener = opener
+        self.session = session
+        self.directory = directory
+        is_rich = is_rich_terminal()
+        self.screen = Screen(console or Console(highlight=False, force_terminal=is_rich or None))
+        self.queue: collections.deque[str] = collections.deque()
+        self._pending: dict[str, Request] = {}
+        self._work: asyncio.Task[None] | None = None
+        self._began = 0.0
+        self._interrupted = -QUIT_SECONDS
+        self._is_done = False
+        self._files = ProjectFiles(directory)
+        if keyboard is not None:
+            self.keyboard = keyboard(self)
+        elif is_rich:
+            self.keyboard = RichKeyboard(self, history)
+        else:
+            self.keyboard = PlainKeyboard(self)
+        self._stop_listening = session.agent.log.listen(self._take_event)
+
+    async def run(self, first: str = "") -> int:
+        """Talk with the user until the end; return the exit status.
+
+        Args:
+          first: what the user says first; "" for nothing.
+        """
+        agent = self.session.agent
+        agent.desk.is_attended = self.keyboard.is_interactive
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._on_signal)
+        with self.keyboard.shown():
+            self._welcome()
+            if first:
+                await self._take_line(first)
+            while not self._is_done:
+                if not self.keyboard.is_interactive and self._work is not None:
+                    await asyncio.wait([self._work])
+                line = await self.keyboard.read(is_answer=bool(self._pending))
+                if line is None:
+                    break
+                await self._take_line(line)
+            await self.close_session()
+        return 0
+
+    async def open(self, **choice: Any) -> None:
+        """Go over to another session: a new one, or `resume` with its id.
+
+        Raises:
+          ActionError: the agent works, or there is no such session.
+        """
+        if self.is_working:
+            raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
+        if choice.get("resume") == self.session.agent.session:
+            raise ActionError("this is that session")
+        try:
+            session = await self.opener.open(self.directory, **choice)
+        except KeyError as error:
+            raise ActionError(f"no session {choice.get('resume')!r}; /resume lists them") from error
+        await self.close_session()
+        self.session = session
+        self._pending.clear()
+        self._stop_listening = session.agent.log.listen(self._take_event)
+        session.agent.desk.is_attended = self.keyboard.is_interactive
+        self._welcome()
+
+    async def close_session(self) -> None:
+        """End the session and what is being done in it."""
+        self.session.agent.cancel("the user left")
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.wait([self._work], timeout=5)
+        await self.session.close()
+        self._stop_listening()
+
+    def quit(self) -> None:
+        """End the program after this line."""
+        self._is_done = True
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the agent, or a command of the user, works."""
+        return self._work is not None
+
+    # -- what the user types
+    # ---------------------------------------------------------------------------------------------
+
+    async def _take_line(self, line: str) -> None:
+        text = line.strip()
+        try:
+            if self._pending:
+                self._answer(text)
+            elif text:
+                await self._obey(text)
+        except FAILURES as error:
+            self.screen.say(f"{error}", "red")
+        self.keyboard.refresh()
+
+    async def _obey(self, text: str) -> None:
+        name, _, words = text[1:].partition(" ")
+        if text.startswith("/") and name in ACTIONS:
+            await ACTIONS[name].do(self, words.strip())
+        elif text.startswith("!") and len(text) > 1:
+            self.start(self._run_command(text[1:].strip()))
+        elif self.is_working:
+            self.session.agent.steer(await expand(text, self.session))
+            self.screen.say("the agent reads this before its next step (/later waits for its end)")
+        else:
+            self.start(self.play(text))
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something while the user may go on typing.
+
+        Raises:
+          ActionError: something is being done already.
+        """
+        if self._work is not None:
+            work.close()
+            raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
+        self._began = time.monotonic()
+        self._work = asyncio.ensure_future(self._do(work))
+
+    async def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something, then what waits for its end."""
+        try:
+            await work
+        except FAILURES as error:
+            self.screen.say(str(error), "red")
+        except Exception as error:  # a fault of the program must not end the session
+            self.screen.say(f"{type(error).__name__}: {error}", "red")
+        finally:
+            self._work = None
+            self._interrupted = -QUIT_SECONDS
+            self.keyboard.refresh()
+        if self.queue:
+            self.start(self.play(self.queue.popleft()))
+
+    async def play(self, text: str) -> None:
+        """Play a turn, and turns for what the agent should know by then."""
+        agent = self.session.agent
+        finished = await agent.run(await expand(text, self.session))
+        while finished.outcome == "finished" and agent.has_unread:
+            finished = await agent.run("")
+        await self.session.keep()
+
+    async def _run_command(self, command: str) -> None:
+        """Run a command of the user's, and let the agent know of it."""
+        self.screen.say(f"$ {command}", "bold")
+        done = await self.session.workspace.execute(command, timeout=SHELL_SECONDS)
+        output = printable(done.output).rstrip("\n")
+        self.screen.console.print(output, markup=False, highlight=False)
+        if done.exit_code:
+            self.screen.say(f"status {done.exit_code}", "red")
+        self.session.agent.notify(
+            f"The user ran this command:\n$ {command}\n{done.output[:20_000]}"
+        )
+
+    # -- answers
+    # ---------------------------------------------------------------------------------------------
+
+    def _answer(self, text: str) -> None:
+        """Answer the oldest approval or question that waits."""
+        request = next(iter(self._pending.values()))
+        agent = self.session.agent
+        if isinstance(request, events.QuestionAsked):
+            if not text:
+                return
+            place = int(text) - 1 if text.isdecimal() else -1
+            is_choice = 0 <= place < len(request.choices)
+            agent.respond(request.request, answer=request.choices[place] if is_choice else text)
+            return
+        word, _, note = text.partition(" ")
+        word = word.lower()
+        if word in ("y", "yes"):
+            agent.respond(request.request, "allow", note=note)
+        elif word in ("a", "always", "p") and request.rule:
+            scope = "project" if word == "p" else "session"
+            agent.respond(request.request, "allow", scope=scope)  # type: ignore[arg-type]
+        elif word in ("n", "no"):
+            agent.respond(request.request, "deny", note=note)
+        elif word in ("s", "stop"):
+            agent.respond(request.request, "stop", note=note)
+        elif text:
+            self.screen.say(self._hint(request), "yellow")
+
+    def _hint(self, request: events.ApprovalRequested) -> str:
+        if not request.rule:
+            return HINT
+        return f"y yes, a always {request.rule}, p always in this project, {HINT[7:]}"
+
+    def _on_signal(self) -> None:
+        """Take a Ctrl-C that came between two lines."""
+        if self.interrupt():
+            self.quit()
+            self.keyboard.wake()
+
+    # -- events
+    # ---------------------------------------------------------------------------------------------
+
+    def _take_event(self, event: Event) -> None:
+        self.screen.take(event)
+        if isinstance(event, Request):
+            self._pending[event.request] = event
+            if isinstance(event, events.ApprovalRequested) and self.keyboard.is_interactive:
+                self.screen.say(self._hint(event), "yellow")
+            self.keyboard.wake()
+            self._ring()
+        elif isinstance(event, events.ApprovalAnswered | events.QuestionAnswered):
+            was_shown = self._pending.pop(event.request, None) is not None
+            if was_shown and not self._pending:
+                self.keyboard.wake()
+        self.keyboard.refresh()
+
+    def _ring(self) -> None:
+        """Let the terminal tell a user who looks elsewhere."""
+        if not self.screen.is_plain:
+            self.screen.console.bell()
+
+    # -- controls, for the keyboard
+    # ---------------------------------------------------------------------------------------------
+
+    def prompt(self) -> str:
+        """Return what stands before the cursor: what is being written, and what is being done."""
+        request = next(iter(self._pending.values()), None)
+        if isinstance(request, events.QuestionAsked):
+            return "Your answer: "
+        if request is not None:
+            return "Allow? "
+        lines = self._tail()
+        if self._work is not None:
+            seconds = time.monotonic() - self._began
+            mark = SPINNER[int(seconds * 8) % len(SPINNER)]
+            doing = self.screen.doing or "working"
+            lines.append(self._cut(f"{mark} {seconds:.0f} s, Ctrl-C cancels: {doing}"))
+        lines.append("> ")
+        return "\n".join(lines)
+
+    def _tail(self) -> list[str]:
+        """Return the end of the answer that is being written, in lines that fit into the window."""
+        end = printable(self.screen.tail).rstrip("\n")[-TAIL_LINES * 400 :]
+        lines = [
+            part for line in end.split("\n") for part in textwrap.wrap(line, self._width) or [""]
+        ]
+        return lines[-TAIL_LINES:] if end else []
+
+    @property
+    def _width(self) -> int:
+        return max(20, self.screen.console.width) - 1
+
+    def _cut(self, line: str) -> str:
+        """Return the beginning of a line that fits into the window."""
+        return line if len(line) <= self._width else f"{line[: self._width - 1]}…"
+
+    def status(self) -> str:
+        """Return mode, model, context and price on one line; the most needed first."""
+        agent = self.session.agent
+        conversation = agent.conversation
+        share = conversation.context_tokens / max(1, agent.model.context_tokens)
+        parts = [conversation.mode, f"context {share:.0%}"]
+        if conversation.usage.price:
+            parts.append(f"cost {conversation.usage.price:.4g}")
+        if self.queue:
+            parts.append(f"{len(self.queue)} later")
+        if conversation.jobs:
+            parts.append(f"{len(conversation.jobs)} jobs")
+        if conversation.subagents:
+            parts.append(f"{len(conversation.subagents)} sub-agents")
+        parts.append(agent.model.name)
+        return " · ".join(parts)[: max(20, self.screen.console.width)]
+
+    def interrupt(self) -> bool:
+        """Take a Ctrl-C: it cancels what is being done; two without an effect end the program."""
+        now = time.monotonic()
+        is_again = now - self._interrupted < QUIT_SECONDS
+        self._interrupted = now
+        if self._work is not None:
+            if is_again:  # what was cancelled does not end
+                return True
+            self.queue.clear()
+            if self.session.agent.is_working:
+                self.session.agent.cancel()
+            else:
+                self._work.cancel()
+            return False
+        if not is_again:
+            self.screen.say("Ctrl-C once more ends the program")
+        return is_again
+
+    def next_mode(self) -> None:
+        """Go on to the next mode of approval."""
+        modes = list(MODES)
+        place = modes.index(self.session.agent.conversation.mode)
+        self.session.agent.set_mode(modes[(place + 1) % len(modes)])
+
+    def command_names(self) -> Iterable[tuple[str, str]]:
+        """Yield each slash command and what it does."""
+        for name, action in ACTIONS.items():
+            yield name, action.help
+        for command in self.session.commands.values():
+            yield command.name, command.description
+        for skill in self.session.skills.values():
+            yield skill.name, skill.description
+        for prompt in self.session.servers.prompts if self.session.servers is not None else ():
+            yield prompt.command, prompt.description
+
+    def files(self, prefix: str) -> Iterable[str]:
+        """Return what a mention may mean: the project's files that hold these letters."""
+        return self._files.fitting(prefix)
+
+    def _welcome(self) -> None:
+        agent = self.session.agent
+        self.screen.say(f"iFlow in {self.session.workspace.root}, model {agent.model.name}", "bold")
+        self.screen.say("/help shows the commands; Ctrl-C cancels, twice it ends")
+        said = [event for event in agent.log.events if isinstance(event, _SAID)]
+        for one in said[-REPLAYED:]:
+            self.screen.take(one)
+        for event in _since_last_turn(agent.log.events):
+            if isinstance(event, events.Notice):
+                self.screen.take(event)
+
+
+_SAID = events.AssistantMessage | events.UserMessage
+
+
+def _since_last_turn(stored: Sequence[Event]) -> list[Event]:
+    """Return the events that came while the session was opened."""
+    ends = [
+        place
+        for place, event in enumerate(stored)
+        if isinstance(event, events.TurnFinished | events.SessionEnded)
+    ]
+    return list(stored[ends[-1] + 1 :] if ends else stored)

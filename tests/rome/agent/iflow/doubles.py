@@ -1,0 +1,223 @@
+"""In-memory stand-ins for what surrounds the loop: a model with a script, tools, a workspace."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from rome.agent.iflow.events import ToolCall, Usage
+from rome.agent.iflow.model import Answer, ModelError
+from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.workspace import WorkspaceError
+from rome.agent.messages import Message
+
+Step = str | Answer | Exception | Callable[[Sequence[Message]], Any]
+
+
+def calls(*made: tuple[str, Mapping[str, Any] | str], text: str = "", price: float = 0.0) -> Answer:
+    """Return an answer with calls; ids are made unique by the model."""
+    tool_calls = tuple(
+        ToolCall("", name, given if isinstance(given, str) else json.dumps(given))
+        for name, given in made
+    )
+    return Answer(text, tool_calls=tool_calls, finish="tool_calls", usage=Usage(10, 5, price=price))
+
+
+class ScriptedModel:
+    """Says what its script says, one step an answer; the last step goes on for ever."""
+
+    name = "scripted"
+    context_tokens = 100_000
+
+    def __init__(self, *steps: Step) -> None:
+        self.steps = list(steps)
+        self.asked: list[list[Message]] = []
+        self.edges: list[Any] = []
+
+    async def ask(self, messages, tools, *, edge=None, max_tokens=None, on_text=None) -> Answer:
+        step = self.steps[min(len(self.asked), len(self.steps) - 1)]
+        number = len(self.asked)
+        self.asked.append(list(messages))
+        self.edges.append(edge)
+        await asyncio.sleep(0)
+        while callable(step) and not isinstance(step, Exception):
+            step = step(messages)
+            if asyncio.iscoroutine(step):
+                step = await step
+        if isinstance(step, Exception):
+            raise step
+        if isinstance(step, str):
+            if on_text is not None:
+                on_text(step, False)
+            step = Answer(step, usage=Usage(10, 5))
+        numbered = tuple(
+            dataclasses.replace(call, id=f"c{number}.{place}")
+            for place, call in enumerate(step.tool_calls)
+        )
+        return dataclasses.replace(step, tool_calls=numbered)
+
+    def count_tokens(self, messages, tools=()) -> int:
+        return sum(len(message.content) for message in messages) // 4
+
+    async def aclose(self) -> None:
+        """Do nothing."""
+
+
+class Folder:
+    """A workspace that only has a name; tools of these tests do not touch it."""
+
+    root = "/project"
+    is_isolated = True
+
+
+class Note(BaseTool):
+    """Records what it is called with; `wait` seconds pass meanwhile."""
+
+    name: ClassVar[str] = "note"
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "wait": {"type": "number"}},
+        "required": ["text"],
+    }
+
+    def __init__(self, name="note", *, access: Access = "none", is_parallel=False) -> None:
+        self.name = name  # type: ignore[misc]
+        self.accesses = access  # type: ignore[misc]
+        self.is_parallel = is_parallel  # type: ignore[misc]
+        self.seen: list[str] = []
+        self.running = self.most_running = 0
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(arguments.get("wait", 0))
+        finally:
+            self.running -= 1
+        text = arguments["text"]
+        self.seen.append(text)
+        if text == "fail":
+            raise ToolError("it failed as asked")
+        if text == "bug":
+            raise ZeroDivisionError("a fault inside")
+        if text == "broken place":
+            raise WorkspaceError("the sandbox is gone", is_infrastructure=True)
+        if text == "question":
+            return ToolResult(await context.asker.question("Which one?", ["a", "b"]))
+        return ToolResult(f"noted {text}", ends_turn=text == "the end")
+
+
+class Stubborn(BaseTool):
+    """A tool that ignores that it is cancelled."""
+
+    name: ClassVar[str] = "stubborn"
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        for _ in range(12):
+            try:
+                await asyncio.sleep(0.1)
+            except asyncio.CancelledError:
+                continue
+        return ToolResult("ended at last")
+
+
+@dataclasses.dataclass
+class Said:
+    """A verdict of a policy, an outcome of hooks, or a judgement of a supervisor."""
+
+    decision: str = ""
+    reason: str = ""
+    rule: str = ""
+    message: str = ""
+    context: str = ""
+    arguments: Mapping[str, Any] | None = None
+    stop: bool = False
+    ran: tuple[Any, ...] = ()
+    verdict: str = "pass"
+    severity: int = 0
+    cost: float = 0.0
+
+
+class Rules:
+    """A policy that says for each tool what it was told."""
+
+    def __init__(self, **decisions: str) -> None:
+        self.mode = "default"
+        self.decisions = decisions
+        self.added: list[tuple[str, str]] = []
+
+    def judge(self, tool, arguments) -> Said:
+        decision = self.decisions.get(tool.name, "allow")
+        return Said(decision, f"rule for {tool.name}", f"{tool.name}()")
+
+    def add_rule(self, rule, scope) -> None:
+        self.added.append((rule, scope))
+        self.decisions[rule.removesuffix("()")] = "allow"
+
+
+class Programs:
+    """Hooks: for each event a function of the payload, or what is always said."""
+
+    def __init__(self, **said: Said | Callable[[Mapping[str, Any]], Said]) -> None:
+        self.said = said
+        self.payloads: list[Mapping[str, Any]] = []
+
+    async def run(self, event, payload, *, matcher="") -> Said:
+        self.payloads.append(payload)
+        said = self.said.get(event, Said())
+        return said(payload) if callable(said) else said
+
+
+class Judge:
+    """A supervisor that says for each text of a call what it was told."""
+
+    def __init__(self, **verdicts: str) -> None:
+        self.verdicts = verdicts
+
+    async def judge(self, tool, arguments, *, conversation) -> Said:
+        verdict = self.verdicts.get(arguments["text"], "pass")
+        return Said(verdict=verdict, reason="secrets", rule="r1", severity=2, cost=0.5)
+
+    async def observe(self, tool, arguments, result) -> Said:
+        return Said()
+
+
+class Snapshots:
+    """Checkpoints that only count."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.restored: list[str] = []
+
+    async def take(self) -> str:
+        self.taken += 1
+        return f"checkpoint {self.taken}"
+
+    async def restore(self, checkpoint) -> None:
+        self.restored.append(checkpoint)
+
+
+class Shortener:
+    """A context that is replaced by a summary where the model refuses it."""
+
+    def __init__(self) -> None:
+        self.triggers: list[str] = []
+
+    async def prepare(self, conversation, model, schemas, log) -> list[Message]:
+        return conversation.messages
+
+    async def compact(self, conversation, model, schemas, log, *, trigger="user", focus="") -> None:
+        from rome.agent.iflow.events import ContextCompacted
+
+        self.triggers.append(trigger)
+        log.append(
+            ContextCompacted(
+                summary="all of it", kept_from=len(log.events), tokens_before=9, tokens_after=1
+            )
+        )
+
+
+CONTEXT_FULL = ModelError("too long", is_context_full=True)

@@ -1,0 +1,147 @@
+"""Sessions are found, listed, forked and gone on with; long ones stay quick."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rome.agent.iflow import events
+from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.sessions import SessionStore, SessionUnavailable
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def store(tmp_path):
+    return SessionStore(tmp_path / "project", tmp_path / "home")
+
+
+def say(session, text):
+    session.log.append(events.UserMessage(text=text))
+
+
+def begin(store, text):
+    session = store.new()
+    say(session, text)
+    session.close()
+    return session.id
+
+
+def test_sessions_are_listed_newest_first_with_their_first_request(store):
+    first = begin(store, "fix the parser\nplease")
+    second = begin(store, "write tests")
+    store.new().close()  # nothing was said in it
+    opened = store.open(first)
+    time.sleep(0.01)
+    say(opened, "go on")
+    opened.close()
+    assert [(one.id, one.title) for one in store.list()] == [
+        (first, "fix the parser"),
+        (second, "write tests"),
+    ]
+    latest = store.latest()
+    assert latest.id == first and len(latest.log.events) == 2
+    latest.close()
+
+
+def test_a_session_is_found_by_the_beginning_of_its_id(store):
+    id = begin(store, "a")
+    store.open(id[:-2]).close()
+    for wrong in ("nothing", "../x", ""):
+        with pytest.raises(SessionUnavailable):
+            store.open(wrong)
+    begin(store, "b")
+    with pytest.raises(SessionUnavailable, match="several sessions"):
+        store.open(id[:4])
+
+
+def test_projects_do_not_see_each_others_sessions(store, tmp_path):
+    begin(store, "a")
+    for other in ("project-x", "project/x", "x/project"):
+        assert SessionStore(tmp_path / other, tmp_path / "home").list() == []
+    with pytest.raises(SessionUnavailable, match="no session to continue"):
+        SessionStore(tmp_path / "other", tmp_path / "home").latest()
+
+
+def test_a_fork_goes_its_own_way(store):
+    id = begin(store, "a")
+    folder = store.folder / id
+    (folder / "subagents").mkdir()
+    (folder / "subagents" / "x").write_text("kept")
+    open_elsewhere = store.open(id)
+    fork = store.fork(id)
+    say(fork, "b")
+    assert len(fork.log.events) == 2 and len(open_elsewhere.log.events) == 1
+    assert (fork.folder / "subagents" / "x").read_text() == "kept"
+    fork.close()
+    open_elsewhere.close()
+
+
+def test_a_session_is_open_in_one_process_and_free_after_a_kill(store):
+    id = begin(store, "a")
+    program = (
+        "import sys, time, pathlib\n"
+        "from rome.agent.iflow.sessions import OpenSession\n"
+        "held = OpenSession(pathlib.Path(sys.argv[1]))\n"
+        "print('open', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(store.folder / id)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(SessionUnavailable, match="another process"):
+            store.open(id)
+        process.kill()
+        process.wait(10)
+    store.open(id).close()
+
+
+def test_a_torn_line_is_cut_and_a_damaged_file_named(store):
+    id = begin(store, "a")
+    path = store.folder / id / "events.jsonl"
+    with path.open("ab") as file:
+        file.write(b'{"kind": "user_message", "te')
+    session = store.open(id)
+    say(session, "b")
+    session.close()
+    assert [event.text for event in EventLog(path).events] == ["a", "b"]
+    path.write_bytes(b"nonsense\n" + path.read_bytes())
+    with pytest.raises(events.EventError, match=r"events.jsonl:1"):
+        store.open(id)
+
+
+def long_session(path: pathlib.Path, count: int) -> None:
+    """Write a session of so many events, as an agent would: calls of 200 characters of output."""
+    log = EventLog(path)
+    log.append(
+        events.SessionStarted(session="s", directory="/p", model="m", mode="yolo", system="s" * 999)
+    )
+    number = 0
+    while len(log.events) < count:
+        call = events.ToolCall(f"c{number}", "shell", '{"command": "ls"}')
+        log.append(events.AssistantMessage(text="I look", tool_calls=(call,), finish="tool_calls"))
+        log.append(events.ToolStarted(call=call))
+        log.append(events.ToolFinished(call_id=call.id, output="x" * 200))
+        number += 1
+    log.close()
+
+
+def seconds_to_open(path: pathlib.Path) -> float:
+    began = time.process_time()
+    log = EventLog(path)
+    conversation = Conversation.of(log.events)
+    assert len(conversation.messages) > len(log.events) / 2
+    log.close()
+    return time.process_time() - began
+
+
+def test_a_session_of_10000_events_is_linear_in_size_and_opens_at_once(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    long_session(small, 1_000)
+    long_session(large, 10_000)
+    ratio = large.stat().st_size / small.stat().st_size
+    assert 9 < ratio < 11
+    assert seconds_to_open(large) < 1
