@@ -18,8 +18,8 @@ or one that is cut).
 
 Reported are the shares of tasks that succeed: `whole` with the whole context, `compacted` with one
 of `--part` parts of it, and for comparison that part with the keep-list but no files (`no_files`),
-with the summaries alone (`summaries_alone`), and with nothing (`unmanaged`). `ratio` is compacted /
-whole.
+with the files but no keep-list (`no_keep_list`), with the summaries alone (`summaries_alone`), and
+with nothing (`unmanaged`). `ratio` is compacted / whole.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ JOB = re.compile(r"- (job\d+): count")
 GOAL = re.compile(r"Visit all (\d+) houses, the first one is (\w+)")
 STEER = re.compile(r"end your answer with the word (\w+)")
 FACTS = (GOAL, STEER, JOB, FACT)
-MODES = ("whole", "compacted", "no_files", "summaries_alone", "unmanaged")
+MODES = ("whole", "compacted", "no_files", "no_keep_list", "summaries_alone", "unmanaged")
 
 
 @dataclasses.dataclass
@@ -325,11 +325,11 @@ def _walk(said: str, first: str, houses: int) -> tuple[list[str], str]:
 
 
 class NoKeepList(KeepList):
-    """A keep-list that keeps nothing, to measure what it is worth."""
+    """A keep-list that keeps only the names of files, to measure what the rest of it is worth."""
 
-    def render(self, *arguments: Any, **options: Any) -> str:
-        """Return nothing."""
-        return ""
+    def render(self, *arguments: Any, history: str = "", **options: Any) -> str:
+        """Return the names of the files that hold what left the context."""
+        return "\n".join(f"- {path}" for path in [*self.histories, history] if path)
 
 
 class Street:
@@ -365,7 +365,11 @@ async def play(seed: int, mode: str, part: int, forgets: float, fails: float) ->
     if mode in ("whole", "compacted"):
         context = ContextManager(store=store)
     elif mode != "unmanaged":
-        context = ContextManager(keep=NoKeepList() if mode == "summaries_alone" else None)
+        without_list = mode in ("no_keep_list", "summaries_alone")
+        context = ContextManager(
+            store=store if mode == "no_keep_list" else None,
+            keep=NoKeepList() if without_list else None,
+        )
     log = ev.EventLog()
     tools = [Visit(town), Count(town), Todo(), Search(town)]
     limits = Limits(turns=20 * HOUSES)

@@ -5,15 +5,16 @@ python -m benchmarks.prefix_tree --json prefix_tree.json [--recorded WORKDIR/tra
 
 Both sides are `Learner.update` with IPA over all micro-batches of the same episodes, packed as the
 trainer packs them: lines whole in as few rows as best-fit finds, or lines merged where they begin
-alike. The two take turns in one process; `speedup` is the median over the pairs. `gradient_error`
+alike. The two take turns in one process; `speedup` is the median over the pairs;
+`processor_speedup` compares processor seconds, which a busy machine changes less. `gradient_error`
 is the norm of the difference of the two gradients over the norm of that of separate rows.
 
-    groups      4 groups of 8 episodes: one prompt, then turns of their own
-    forks       4 sources, and 7 episodes of each that go on from a quarter, half and three quarters
-    subagents   4 episodes, recorded by `rome.agent.session`: an agent asks 8 sub-agents, which
+    groups      groups of 8 episodes: one prompt, then turns of their own
+    forks       sources, and 7 episodes of each that go on from a quarter, half and three quarters
+    subagents   episodes, recorded by `rome.agent.session`: an agent asks 8 sub-agents, which
                 share instructions and tools, and goes on in a compacted context that begins as its
                 first one does
-    alike       4 groups of 8 of a policy that has learned: half of the episodes begin with the same
+    alike       groups of 8 of a policy that has learned: half of the episodes begin with the same
                 sampled turn, which each of them trains
     apart       no two episodes begin alike: what trees cost where there is nothing to share
 
@@ -29,7 +30,7 @@ import dataclasses
 import json
 import pathlib
 import random
-import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,9 +57,7 @@ from rome.train.step import Learner
 from rome.train.sums import WholeStep
 
 VOCABULARY = 512  # ids of made-up tokens
-PROMPT = 768  # tokens: instructions, tools, task
 LENGTHS = (24, 96)  # tokens of an answer or a tool's result, at least and at most
-GROUPS = 4
 TURNS = 4
 LARGEST_ERROR = 1e-4  # of float32 sums in another order; beyond, nothing is timed
 
@@ -93,19 +92,19 @@ def turns(rng: random.Random, count: int, prompt_ids: list[int] | None = None) -
     return [turn(rng, prompt) for prompt in prompts]
 
 
-def groups(rng: random.Random) -> list[Trajectory]:
+def groups(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return groups whose episodes share their prompt."""
-    prompts = [ids(rng, PROMPT) for _ in range(GROUPS)]
+    prompts = [ids(rng, prompt) for _ in range(count)]
     return [
         episode(number, group, turns(rng, TURNS, prompts[group]))
-        for group in range(GROUPS)
+        for group in range(count)
         for number in range(8)
     ]
 
 
-def alike(rng: random.Random) -> list[Trajectory]:
+def alike(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return groups of which half of the episodes also share their first sampled turn."""
-    made = groups(rng)
+    made = groups(rng, count, prompt)
     for one in made:
         first = made[8 * one.group].chunks[0]
         if one.episode < 4:
@@ -113,11 +112,11 @@ def alike(rng: random.Random) -> list[Trajectory]:
     return made
 
 
-def forks(rng: random.Random) -> list[Trajectory]:
+def forks(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return sources and the episodes that go on from three depths of each."""
     made = []
-    for group in range(GROUPS):
-        source = turns(rng, 8, ids(rng, PROMPT))
+    for group in range(count):
+        source = turns(rng, 8, ids(rng, prompt))
         made.append(episode(0, group, source))
         for number in range(1, 8):
             anchor = 2 * (1 + number % 3)
@@ -126,11 +125,11 @@ def forks(rng: random.Random) -> list[Trajectory]:
     return made
 
 
-def apart(rng: random.Random) -> list[Trajectory]:
+def apart(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return episodes that have nothing in common."""
     return [
-        episode(number, group, turns(rng, TURNS, ids(rng, PROMPT)))
-        for group in range(GROUPS)
+        episode(number, group, turns(rng, TURNS, ids(rng, prompt)))
+        for group in range(count)
         for number in range(8)
     ]
 
@@ -155,7 +154,7 @@ class MadeUpEngine:
         return Completion(sampled, logprobs, "stop", [(0, 0, len(sampled))])
 
 
-def subagents(rng: random.Random) -> list[Trajectory]:
+def subagents(rng: random.Random, count: int, prompt: int) -> list[Trajectory]:
     """Return episodes with sub-agents and a compaction, as a session records them."""
     tokenizer = Tokenizer.load(TINY)
 
@@ -182,15 +181,15 @@ def subagents(rng: random.Random) -> list[Trajectory]:
         await session.sample(last, some_ids(rng))
         return episode(number, 0, session.chunks)
 
-    own_ids, subagent_ids = ids(rng, PROMPT), ids(rng, PROMPT)
+    own_ids, subagent_ids = ids(rng, prompt), ids(rng, prompt)
 
     async def play_all() -> list[Trajectory]:
-        return [await play(number) for number in range(GROUPS)]
+        return [await play(number) for number in range(count)]
 
     return asyncio.run(play_all())
 
 
-CASES: dict[str, Callable[[random.Random], list[Trajectory]]] = {
+CASES: dict[str, Callable[[random.Random, int, int], list[Trajectory]]] = {
     "groups": groups,
     "forks": forks,
     "subagents": subagents,
@@ -233,12 +232,12 @@ class Side:
             sums = self._learner._sum_up(self._state.params, self.batches, whole)
         return jax.device_get(sums.gradients)
 
-    def update(self) -> float:
-        """Make an update; return its seconds."""
-        began = time.perf_counter()
+    def update(self) -> tuple[float, float]:
+        """Make an update; return its seconds, and those of the processor."""
+        began = time.perf_counter(), time.process_time()
         self._state, _ = self._learner.update(self._state, self.batches, self._counts)
         jax.block_until_ready(self._state)
-        return time.perf_counter() - began
+        return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def relative_error(one: Any, other: Any) -> float:
@@ -261,14 +260,18 @@ def measure(
         raise RuntimeError(f"{name}: the gradients differ by {error:.1e} of their norm")
     for side in (shared, alone):
         side.update()
-    seconds = [(shared.update(), alone.update()) for _ in range(pairs)]
+    times = np.array([(shared.update(), alone.update()) for _ in range(pairs)])
+    seconds = np.median(times, axis=0)  # [side, clock]
+    speedups = np.median(times[:, 1] / times[:, 0], axis=0)
     return {
         "name": name,
         "tokens": alone.tokens,
         "tokens_saved": 1 - shared.tokens / alone.tokens,
         "rows": [shared.rows, alone.rows],
-        "seconds": [statistics.median(times) for times in zip(*seconds, strict=True)],
-        "speedup": statistics.median(other / own for own, other in seconds),
+        "seconds": seconds[:, 0].tolist(),
+        "processor_seconds": seconds[:, 1].tolist(),
+        "speedup": float(speedups[0]),
+        "processor_speedup": float(speedups[1]),
         "gradient_error": error,
     }
 
@@ -303,22 +306,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--recorded", type=pathlib.Path, help="episodes of a run, as a case more")
+    parser.add_argument("--most", type=int, default=128, help="recorded episodes, at most")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--size", default="small", help="a preset of rome.model.config")
     parser.add_argument("--length", type=int, default=2048, help="tokens a row")
     parser.add_argument("--chunks", type=int, default=64, help="chunks a row")
     parser.add_argument("--rows", type=int, default=2, help="rows a micro-batch")
+    parser.add_argument("--prompt", type=int, default=768, help="tokens of a prompt")
     parser.add_argument("--pairs", type=int, default=5, help="turns of each side")
+    parser.add_argument("--groups", type=int, default=4, help="groups, sources or episodes a case")
     flags = parser.parse_args(argv)
     unknown = set(flags.cases.split(",")) - CASES.keys()
     if unknown:
         parser.error(f"{min(unknown)!r} is no case; choose from {', '.join(CASES)}")
     learner = make_learner(flags.size)
-    episodes = {name: CASES[name](random.Random(0)) for name in flags.cases.split(",")}
+    episodes = {
+        name: CASES[name](random.Random(0), flags.groups, flags.prompt)
+        for name in flags.cases.split(",")
+    }
     if flags.recorded:
-        episodes["recorded"] = recorded(flags.recorded, 128)
+        episodes["recorded"] = recorded(flags.recorded, flags.most)
     sizes = (flags.length, flags.chunks, flags.rows)
-    cases = [measure(name, made, learner, sizes, flags.pairs) for name, made in episodes.items()]
+    cases = []
+    for name, made in episodes.items():
+        cases.append(measure(name, made, learner, sizes, flags.pairs))
+        print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
     found = summary(cases) | {
         "cases": cases,
         "size": flags.size,
@@ -335,10 +347,11 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, float]:
     """Return the figures over all cases that share something."""
     sharing = [case for case in cases if case["name"] != "apart"] or cases
     tokens = sum(case["tokens"] for case in sharing)
-    own, other = (sum(times) for times in zip(*(case["seconds"] for case in sharing), strict=True))
+    seconds = np.sum([(case["seconds"], case["processor_seconds"]) for case in sharing], axis=0)
     return {
         "tokens_saved": sum(case["tokens_saved"] * case["tokens"] for case in sharing) / tokens,
-        "speedup": other / own,
+        "speedup": float(seconds[0, 1] / seconds[0, 0]),
+        "processor_speedup": float(seconds[1, 1] / seconds[1, 0]),
         "gradient_error": max(case["gradient_error"] for case in cases),
     }
 
@@ -346,7 +359,16 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, float]:
 def show(found: dict[str, Any]) -> None:
     """Print the report as a table."""
     table = Table(title="One update: prefix trees beside separate rows", title_justify="left")
-    for column in ("case", "tokens", "saved", "rows", "seconds", "speedup", "gradient error"):
+    for column in (
+        "case",
+        "tokens",
+        "saved",
+        "rows",
+        "seconds",
+        "speedup",
+        "of processor",
+        "error",
+    ):
         table.add_column(column, justify="left" if column == "case" else "right")
     for case in found["cases"]:
         rows, seconds = case["rows"], case["seconds"]
@@ -357,6 +379,7 @@ def show(found: dict[str, Any]) -> None:
             f"{rows[0]} / {rows[1]}",
             f"{seconds[0]:.2f} / {seconds[1]:.2f}",
             f"{case['speedup']:.2f}",
+            f"{case['processor_speedup']:.2f}",
             f"{case['gradient_error']:.1e}",
         )
     console = Console(highlight=False)

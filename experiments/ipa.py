@@ -111,7 +111,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.agent_files = ""  # folder that the command finds at $AGENT_FILES
     config.agent_idle_seconds = 120.0  # without a call, after which the command is ended
     config.iflow = ml_collections.ConfigDict()
-    # tools of the agent beside those of the environment, as in "task"; empty: none
+    # tools of the agent beside those of the environment, as in "task todo"; empty: none
     config.iflow.tools = ""
     config.iflow.compaction = 0.0  # share of max_context at which it is summarised; 0: never
     config.max_context = 160  # tokens of an episode

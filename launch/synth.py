@@ -8,10 +8,11 @@ python -m launch.synth --families logs:10 --attempts 4 --band 0.1,0.9 \
     --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT
 python -m launch.synth --filter DIR --tasks OUT/tasks --out FILTERED   # four stages
 python -m launch.synth --funnel FILTERED                   # what each stage removed
+python -m launch.synth --index FILE --runs_of OUT,OUT2     # seeds of accepted generated tasks
 python -m launch.synth --fakes 20 --out OUT                # measures the filter on planted fakes
 
-Writes OUT/tasks (Harbor folders: launch.eval --dataset OUT/tasks) and OUT/card.json. After a kill the
-same command goes on where it was. docs/synthesis.md describes both.
+Writes OUT/tasks (Harbor folders: launch.eval --dataset OUT/tasks) and OUT/card.json. After a kill
+the same command goes on where it was. docs/synthesis.md describes both.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from absl import flags
 from launch._main import reject_arguments, run_command
 
 if TYPE_CHECKING:
-    from rome.synth.agents import Endpoints
+    from rome.synth.models import Endpoints
 
 OUT = flags.DEFINE_string("out", None, "folder of the run")
 FAMILIES = flags.DEFINE_string("families", "", "generated tasks: NAMES:N or all:N")
@@ -38,7 +39,9 @@ KEEP = flags.DEFINE_integer("keep", 0, "tasks of each domain at most; 0: all", l
 PRO = flags.DEFINE_bool("pro", False, "a set of 200 tasks in 8 domains; another one for each seed")
 MUTANTS = flags.DEFINE_integer("mutants", 12, "of each reference solution", lower_bound=1)
 ORACLE_RUNS = flags.DEFINE_integer("oracle_runs", 3, "of each reference solution", lower_bound=1)
-ATTEMPTS = flags.DEFINE_integer("attempts", 0, "of the Trajectory agent at each task", lower_bound=0)
+ATTEMPTS = flags.DEFINE_integer(
+    "attempts", 0, "of the Trajectory agent at each task", lower_bound=0
+)
 BAND = flags.DEFINE_list("band", ["0", "1"], "least and most pass rate of an accepted task")
 LICENCES = flags.DEFINE_bool("licences", True, "use only sources with a permissive licence")
 ENDPOINT = flags.DEFINE_string("endpoint", "", "URL of a chat-completions API for the agents")
@@ -52,6 +55,8 @@ TASKS = flags.DEFINE_string("tasks", "", "data set of their tasks")
 RUNS = flags.DEFINE_integer("runs", 2, "re-runs of each trajectory", lower_bound=1)
 FUNNEL = flags.DEFINE_string("funnel", "", "folder of a filter: print and plot what it removed")
 FAKES = flags.DEFINE_integer("fakes", 0, "planted fakes of each kind to measure the filter on")
+INDEX = flags.DEFINE_string("index", "", "file: write the index of accepted generated tasks")
+RUNS_OF = flags.DEFINE_list("runs_of", [], "folders of the runs that --index reads")
 PRO_FAMILIES = "all:36"
 PRO_KEEP = 25  # of each of 8 domains
 
@@ -60,6 +65,8 @@ def main(argv: list[str]) -> int:
     reject_arguments(argv, "--families=all:4")
     if FUNNEL.value:
         return show_funnel(pathlib.Path(FUNNEL.value))
+    if INDEX.value:
+        return make_index()
     if not OUT.value:
         raise ValueError("--out is missing; it is the folder of the run, such as --out=runs/synth")
     if FILTER.value:
@@ -113,7 +120,9 @@ def read_band() -> tuple[float, float]:
     try:
         least, most = map(float, BAND.value)
     except ValueError:
-        raise ValueError(f"--band={','.join(BAND.value)} is not LEAST,MOST such as 0.1,0.9") from None
+        raise ValueError(
+            f"--band={','.join(BAND.value)} is not LEAST,MOST such as 0.1,0.9"
+        ) from None
     if not 0 <= least <= most <= 1:
         raise ValueError(f"--band={least:g},{most:g} is not within 0 to 1, the least first")
     return least, most
@@ -124,12 +133,28 @@ def read_endpoints() -> Endpoints | None:
     if not ENDPOINT.value:
         return None
     from rome.agent.endpoint import ChatEndpoint
-    from rome.synth.agents import Endpoints
+    from rome.synth.models import Endpoints
 
     if not MODEL.value:
         raise ValueError("--endpoint needs --model, the name of the model there")
     key = os.environ.get(API_KEY_ENV.value) or None
     return Endpoints(ChatEndpoint(ENDPOINT.value, MODEL.value, key), api_key=key)
+
+
+def make_index() -> int:
+    """Write the index of accepted generated tasks; return 0."""
+    from rome.synth.index import write_index
+
+    if not RUNS_OF.value:
+        raise ValueError("--index needs --runs_of, the folders of the runs that made the tasks")
+    counts = write_index(
+        [pathlib.Path(run) for run in RUNS_OF.value],
+        pathlib.Path(INDEX.value),
+        KEEP.value or PRO_KEEP,
+    )
+    listed = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
+    print(f"{sum(counts.values())} tasks in {INDEX.value}: {listed}")
+    return 0
 
 
 def run_filter() -> int:

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "rome.rollout": ["rome.agent"],
     "rome.evals": ["rome.rollout", "rome.train", "envs.sources"],
     "rome.stages": ["rome.evals", "rome.rollout", "rome.train", "rome.cost", "envs.sources"],
+    "rome.synth": ["rome.evals"],
     "envs.proxies": [],
     "envs.rock": [],
     "envs.gem": ["envs.rock", "envs.proxies"],
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "envs.safety": ["envs.worlds", "envs.tasks"],
     "envs.sources": ["envs.safety", "envs.worlds", "envs.problems"],
     "experiments": [],
-    "launch": ["rome.stages", "rome.evals", "rome.serve", "experiments"],
+    "launch": ["rome.stages", "rome.evals", "rome.synth", "rome.serve", "experiments"],
     "benchmarks": ["launch"],
 }
 # Task contents: programs that agents work on or that grade them, not parts of the project.

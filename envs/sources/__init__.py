@@ -11,6 +11,7 @@ safety[:NAMES[:N]][+BASE]      tasks of any of these with an injection (envs.saf
 agentdojo[:SUITES[:N]]         AgentDojo's suites, where its package is installed
 bfcl:CATEGORY                  BFCL's own files, or a file of that form
 harbor, harbor/TASK            the task folders that ship here
+pro                            200 generated tasks in 8 domains, proven
 FOLDER                         Harbor or Terminal-Bench 1 tasks, or one task
 FILE.json[:NAME[@VERSION]]     a registry of Harbor's
 FILE.parquet, FILE.jsonl       SWE-bench rows, or one archive a task (envs.tasks.datasets)
@@ -46,8 +47,8 @@ from envs.tasks.harbor import TaskError
 
 GRAMMAR = (
     "terminal[:FAMILIES[:N]], worlds[:NAMES[:N]], games[:NAMES[:N]], problems[:NAMES[:N]],"
-    " repair[:PACKAGES[:N]], safety[:NAMES[:N]][+BASE], agentdojo[:SUITES[:N]], bfcl:FILE, harbor,"
-    " harbor/TASK, a folder, FILE.json[:NAME[@VERSION]], FILE.parquet, FILE.jsonl, gem:ID,"
+    " repair[:PACKAGES[:N]], safety[:NAMES[:N]][+BASE], agentdojo[:SUITES[:N]], bfcl:FILE, pro,"
+    " harbor, harbor/TASK, a folder, FILE.json[:NAME[@VERSION]], FILE.parquet, FILE.jsonl, gem:ID,"
     " package.module:Name, FILE.py:Name, or a mixture '0.7*A + 0.3*B'"
 )
 _PLUS = re.compile(r"\s+\+\s+|\s*\+\s*(?=[\d.]+\s*\*)")
@@ -134,6 +135,8 @@ def _open_one(
         return Finite(spec, files.load_repair(spec, seed, settings, faults), eval_share)
     if kind == "bfcl" and rest:
         return Finite(spec, files.load_bfcl(spec), eval_share)
+    if spec == "pro":
+        return Finite(spec, files.load_pro_set(settings), eval_share)
     if files.names_files(spec):
         return Finite(spec, files.load_folder(spec, settings, faults), eval_share)
     if _OWN.fullmatch(spec):

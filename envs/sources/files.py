@@ -21,6 +21,7 @@ from envs.sources.task import (
 from envs.tasks.datasets import SUFFIXES, load_files
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
 from envs.tasks.harbor.solution import is_one_command, reference_seconds
+from envs.tasks.made.pro import load_pro
 from envs.tasks.repair import repair_tasks, shipped
 from envs.tasks.terminal.shell import BASH_TOOL, SYSTEM
 from envs.worlds import bfcl
@@ -74,6 +75,11 @@ def load_repair(
             f" {', '.join(shipped())}"
         )
     return [_harbor_task(task, settings) for task in repair_tasks(names, count, seed, faults)]
+
+
+def load_pro_set(settings: Settings) -> list[Task]:
+    """Return the tasks of pro."""
+    return [_harbor_task(task, settings) for task in load_pro()]
 
 
 def load_bfcl(spec: str) -> list[Task]:

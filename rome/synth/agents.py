@@ -1,7 +1,7 @@
 """The four agents of the pipeline as specs: what each does, its budget, and what does its work.
 
-Explore finds seeds, Instance Builder makes a task of one, Review proves it, Trajectory plays it. With
-an endpoint a model does the part of an agent that needs judgement; without one, generators and
+Explore finds seeds, Instance Builder makes a task of one, Review proves it, Trajectory plays it.
+With an endpoint a model does the part of an agent that needs judgement; without one, generators and
 scripts do. Gates are the same in both cases: no model accepts a task.
 """
 
@@ -11,23 +11,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from rome.agent.endpoint import ChatEndpoint
 from rome.synth.build import build
-
-
-@dataclasses.dataclass(frozen=True)
-class Endpoints:
-    """The model of the agents.
-
-    Attributes:
-      chat: for Explore, Instance Builder and Review.
-      tokens_per_unit: that one unit of work may cost at most, its prompts included.
-      api_key: of the Trajectory agent's own connection.
-    """
-
-    chat: ChatEndpoint
-    tokens_per_unit: int = 32_768
-    api_key: str | None = dataclasses.field(default=None, repr=False)
+from rome.synth.models import Endpoints, audit_draft, write_draft_of_idea
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +47,15 @@ def agent_specs(endpoints: Endpoints | None) -> dict[str, AgentSpec]:
 
     async def build_seed(seed: Any, settings: Any, isolation: str) -> Any:
         if seed.kind == "idea" and endpoints is not None:
-            from rome.synth.models import write_draft_of_idea
-
             return await write_draft_of_idea(endpoints, seed, settings.seed)
         return await build(seed, settings.seed, isolation, settings.licences)
 
     async def audit(draft: Any) -> str:
         if endpoints is None:
             return ""
-        from rome.synth.models import audit_draft
-
         return await audit_draft(endpoints, draft)
 
     return {
-        "builder": AgentSpec("builder", "makes drafts of a seed", 900.0, tokens, build_seed),
+        "builder": AgentSpec("builder", "makes drafts of a seed", 1800.0, tokens, build_seed),
         "review": AgentSpec("review", "rejects weak verifiers", 900.0, tokens, audit),
     }

@@ -50,9 +50,7 @@ async def build(seed: Seed, run_seed: int, isolation: str, licences: bool = True
         if seed.kind == "package":
             folder = pathlib.Path(seed.name)
             recording = await record_package(folder, run_seed, isolation)
-            return Built(
-                await package_drafts(recording, seed.count, run_seed, isolation, licence)
-            )
+            return Built(await package_drafts(recording, seed.count, run_seed, isolation, licence))
         found = await commit_draft(pathlib.Path(seed.name), seed.value, isolation, licence)
     except (TaskError, SandboxError) as error:
         return Built([], str(error))
@@ -69,7 +67,9 @@ def find_licence(folder: pathlib.Path) -> str:
     if (folder.parent / ".git").exists():
         places.append(folder.parent)
     for place in places:
-        for path in sorted([*place.glob("LICEN*"), *place.glob("licenses/LICEN*"), *place.glob("COPYING*")]):
+        for path in sorted(
+            [*place.glob("LICEN*"), *place.glob("licenses/LICEN*"), *place.glob("COPYING*")]
+        ):
             if not path.is_file():
                 continue
             with open(path, errors="replace") as file:

@@ -1,7 +1,7 @@
 """Explore: finds the seeds of tasks. A seed names what a task may be made from; nothing runs here.
 
-Packages, repositories and folders of others may be torn or hostile. What cannot be used is set aside
-with its file and the reason.
+Packages, repositories and folders of others may be torn or hostile. What cannot be used is set
+aside with its file and the reason.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def _package_fault(folder: pathlib.Path) -> SetAside | None:
         return SetAside(str(folder), 0, str(error))
     for name, text in files.items():
         if text.startswith(_LFS):
-            return SetAside(str(folder.parent / name), 0, "a pointer of Git LFS, not the file itself")
+            return SetAside(
+                str(folder.parent / name), 0, "a pointer of Git LFS, not the file itself"
+            )
     return None
 
 
@@ -122,7 +124,12 @@ def _commits(folder: pathlib.Path) -> list[str] | SetAside:
         return SetAside(str(folder), 0, "no git repository is here")
     try:
         listed = git(
-            folder, "rev-list", "--no-merges", "--min-parents=1", f"--max-count={MAX_COMMITS}", "HEAD"
+            folder,
+            "rev-list",
+            "--no-merges",
+            "--min-parents=1",
+            f"--max-count={MAX_COMMITS}",
+            "HEAD",
         )
     except (RepositoryError, OSError) as error:
         return SetAside(str(folder), 0, str(error))

@@ -1,11 +1,12 @@
 """The agents' work where a model does it: ideas, drafts and audits, by an endpoint.
 
-What a model writes is data: it is parsed strictly, runs only in sandboxes, and passes the same gates
-as everything else.
+What a model writes is data: it is parsed strictly, runs only in sandboxes, and passes the same
+gates as everything else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -13,10 +14,10 @@ from typing import Any
 
 from envs.tasks.made import Case, Draft
 from envs.tasks.made.draft import IMAGES, INTERPRETERS
-from rome.agent.endpoint import EndpointError
+from envs.tasks.made.prove import outputs_of
+from rome.agent.endpoint import ChatEndpoint, EndpointError
 from rome.agent.session import ContextFull
 from rome.data.seeds import derive_seed
-from rome.synth.agents import Endpoints
 from rome.synth.build import Built
 from rome.synth.explore import Seed
 
@@ -24,15 +25,16 @@ DOMAINS = ("data", "logs", "text", "files", "dates", "parsing", "algorithms", "f
 MAX_FIELD = 20_000
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
 _IDEA = """\
-Name {count} small, precise command-line programming tasks of the domain "{domain}", each solved by one \
-script that reads standard input and prints to standard output. Answer with a JSON list of texts of at \
-most 200 characters."""
+Name {count} small, precise command-line programming tasks of the domain "{domain}", each solved \
+by one script that reads standard input and prints to standard output. Answer with a JSON list of \
+texts of at most 200 characters."""
 _DRAFT = """\
 Make a task of this idea: {idea}
 
-Answer with one JSON object: "language" ({languages}), "instruction" (complete and unambiguous: formats, \
-order, edge cases), "solution" (a correct program that reads standard input and prints the result) and \
-"inputs" (at least 8 different texts for its standard input, edge cases included)."""
+Answer with one JSON object: "language" ({languages}), "instruction" (complete and unambiguous: \
+formats, order, edge cases), "solution" (a correct program that reads standard input and \
+prints the result) and "inputs" (at least 8 different texts for its standard input, edge cases \
+included)."""
 _AUDIT = """\
 Task:
 {instruction}
@@ -40,8 +42,23 @@ Task:
 Reference solution:
 {oracle}
 
-Does the solution do exactly what the task says, and does the task say everything that one needs to \
-know? Answer with one JSON object: "ok" (true or false) and "reason" (one sentence)."""
+Does the solution do exactly what the task says, and does the task say everything that one needs \
+to know? Answer with one JSON object: "ok" (true or false) and "reason" (one sentence)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoints:
+    """The model of the agents.
+
+    Attributes:
+      chat: for Explore, Instance Builder and Review.
+      tokens_per_unit: that one unit of work may cost at most, its prompts included.
+      api_key: of the Trajectory agent's own connection.
+    """
+
+    chat: ChatEndpoint
+    tokens_per_unit: int = 32_768
+    api_key: str | None = dataclasses.field(default=None, repr=False)
 
 
 class AnswerError(ValueError):
@@ -144,15 +161,11 @@ def read_draft(seed: Seed, answer: Any) -> Draft:
 
 async def with_expectations(draft: Draft) -> Built:
     """Return the draft with what its oracle prints in a sandbox, twice alike, as expectation."""
-    from envs.tasks.made.prove import outputs_of
-
     first = await outputs_of(draft)
     if first != await outputs_of(draft):
         return Built([], "its solution prints different things for the same input")
     if len(set(first)) < len(first) // 2:
         return Built([], "its solution prints the same for most inputs")
-    import dataclasses
-
     cases = [
         dataclasses.replace(case, stdout=output)
         for case, output in zip(draft.cases, first, strict=True)

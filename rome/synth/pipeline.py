@@ -1,4 +1,4 @@
-"""From seeds to a verified set of tasks: stage by stage, each resumable, and a card that counts them.
+"""From seeds to a verified set of tasks: resumable stages, and a card that counts them.
 
     OUT/run.json          what makes the run this one; another one in OUT is refused
     OUT/trace.jsonl       one line for each finished unit of work of an agent, with its seconds
@@ -30,10 +30,11 @@ from envs.sources import Task, load_tasks
 from envs.tasks.made import Draft, Mutants, files_of, score_mutants, write_draft
 from rome.evals.run import validate
 from rome.files import append_line, read_json, write_atomically
-from rome.synth.agents import AgentSpec, Endpoints, agent_specs
-from rome.synth.build import Built, build, drafts_text, read_drafts
+from rome.synth.agents import AgentSpec, agent_specs
+from rome.synth.build import Built, drafts_text, read_drafts
 from rome.synth.card import make_card
 from rome.synth.explore import Seed, SetAside, explore
+from rome.synth.models import Endpoints, think_of_ideas
 from rome.synth.review import MIN_MUTATION_SCORE, find_duplicates, verifier_faults
 from rome.synth.trajectories import play_tasks
 
@@ -57,7 +58,7 @@ class Settings:
       mutants: of each oracle.
       oracle_runs: of each task; several find flaky ones.
       attempts: of the Trajectory agent at each task; 0 for none.
-      band: (least, most) pass rate of an accepted task over these attempts; used where a model plays.
+      band: (least, most) pass rate of an accepted task over these attempts; for models.
       licences: whether sources must hold a permissive licence.
       seed: of everything.
     """
@@ -179,7 +180,9 @@ def _claim(out: pathlib.Path, settings: Settings) -> None:
         write_atomically(path, json.dumps(mine, indent=1) + "\n")
         return
     theirs = read_json(path, "Give another --out.")
-    if different := sorted(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)):
+    if different := sorted(
+        name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)
+    ):
         name = different[0]
         raise SynthesisError(
             f"{out} belongs to a run whose {name} is {theirs.get(name)!r}, not {mine.get(name)!r};"
@@ -193,8 +196,6 @@ async def _ideas(
     """Return the seeds that an Explore agent with a model thinks of; none without one."""
     if endpoints is None:
         return []
-    from rome.synth.models import think_of_ideas
-
     return await think_of_ideas(endpoints, settings.count, settings.seed, trace, out)
 
 

@@ -1,8 +1,8 @@
 """Review: accepts a draft only if its verifier can be trusted.
 
 In this order, each a gate: the verifier runs code and never reads its own source or the program's
-text; the draft is no duplicate; mutants and fakes of the oracle are rejected; the oracle earns 1 every
-time, and doing nothing and every cheat earn 0.
+text; the draft is no duplicate; mutants and fakes of the oracle are rejected; the oracle earns 1
+every time, and doing nothing and every cheat earn 0.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def _without_comments(name: str, text: str) -> str:
 def _undocumented(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                body[0] = ast.Pass()
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            body[0] = ast.Pass()
     return ast.fix_missing_locations(tree)
 
 
@@ -86,7 +86,9 @@ def find_duplicates(drafts: Sequence[Draft]) -> dict[int, int]:
             continue
         sketch = _sketch(draft)
         near = [
-            other for other in index.query(sketch) if sketches[other].jaccard(sketch) >= NEAR_DUPLICATE
+            other
+            for other in index.query(sketch)
+            if sketches[other].jaccard(sketch) >= NEAR_DUPLICATE
         ]
         if near:
             found[number] = min(near)

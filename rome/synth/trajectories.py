@@ -19,7 +19,7 @@ from envs.sources import Task
 from envs.tasks.harbor import load_task
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment
 from rome.evals.run import evaluate
-from rome.synth.agents import Endpoints
+from rome.synth.models import Endpoints
 
 
 @dataclasses.dataclass

@@ -170,6 +170,7 @@ def test_contamination_is_an_exit_status(tmp_path):
         ),
         (("--dataset", "harbor", "--agent", "anyone", "--out", "OUT"), "'anyone' is unknown"),
         (("--dataset", "harbor", "--agent", "command:x", "--out", "OUT"), "needs --checkpoint"),
+        (("--dataset", "harbor", "--agent", "iflow", "--out", "OUT"), "needs --checkpoint"),
         (
             ("--dataset", "harbor", "--agent_files", ".", "--out", "OUT"),
             "--agent_files is not read by --agent oracle",
@@ -280,6 +281,41 @@ def test_an_outside_model_plays_behind_an_outside_agent(tmp_path):
     assert "used up" in once["note"] or "status 1" in once["note"]  # whichever comes first
     settings = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (settings["agent"], settings["model"]) == ("command", "big")
+
+
+@pytest.mark.slow
+def test_the_iflow_agent_plays_a_checkpoint_as_the_plain_loop_does(tmp_path):
+    """The same seeds and a real engine: the same tokens; with tools and compaction it plays too."""
+    from rome.data.trajectory import load_trajectory
+    from tests.rome.serve.tiny import make_checkpoint
+
+    common = (
+        *("--dataset", "terminal:count:3", "--max_tokens", 24, "--attempts", 2),
+        *("--checkpoint", make_checkpoint(tmp_path / "model")),
+    )
+    played = {}
+    for name, flags in {
+        "policy": (),
+        "iflow": (),
+        "more": ("--iflow_tools", "task", "--iflow_compaction", 0.5, "--max_context", 300),
+    }.items():
+        agent = "iflow" if name == "more" else name
+        out = tmp_path / name
+        status, _, error = run(*common, *flags, "--agent", agent, "--out", out, JAX_PLATFORMS="cpu")
+        assert status == 0, error
+        played[name] = {
+            (record["task"], record["attempt"]): load_trajectory(out / record["transcript"])
+            for record in records(out)
+        }
+    assert len(played["policy"]) == 6
+    for key, theirs in played["policy"].items():
+        ours = played["iflow"][key]
+        assert [c.action_ids for c in ours.chunks] == [c.action_ids for c in theirs.chunks]
+        assert [c.prompt_ids for c in ours.chunks] == [c.prompt_ids for c in theirs.chunks]
+        assert [c.observation for c in ours.chunks] == [c.observation for c in theirs.chunks]
+        assert (ours.ending, ours.reward) == (theirs.ending, theirs.reward)
+    settings = json.loads((tmp_path / "more" / "run.json").read_text())
+    assert (settings["iflow_tools"], settings["iflow_compaction"]) == (["task"], 0.5)
 
 
 @pytest.mark.slow

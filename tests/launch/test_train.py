@@ -208,6 +208,25 @@ def test_the_policy_is_trained_behind_an_agent_that_knows_nothing_of_it(sft, tmp
     assert all(line["max_mismatch"] < 1e-4 for line in metrics(tmp_path / "run"))
 
 
+@pytest.mark.slow
+def test_the_iflow_agent_trains_the_policy_as_the_plain_loop_does(sft, ipa, tmp_path):
+    """The same seeds: the same tokens in every episode, and the same figures of every step."""
+    flags = [f"--config.init_from={sft / 'final'}", "--config.agent=iflow"]
+    train([*IPA, *flags], tmp_path / "run")
+    names = sorted(path.name for path in (ipa / "trajectories").glob("ipa_*.json"))
+    assert names == sorted(p.name for p in (tmp_path / "run" / "trajectories").glob("ipa_*.json"))
+    for name in names:
+        ours, theirs = (
+            load_trajectory(run / "trajectories" / name) for run in (tmp_path / "run", ipa)
+        )
+        assert [c.action_ids for c in ours.chunks] == [c.action_ids for c in theirs.chunks]
+        assert [c.prompt_ids for c in ours.chunks] == [c.prompt_ids for c in theirs.chunks]
+        assert [c.tool_call for c in ours.chunks] == [c.tool_call for c in theirs.chunks]
+        assert (ours.ending, ours.reward) == (theirs.ending, theirs.reward)
+    losses = [[line["loss"] for line in metrics(run)] for run in (tmp_path / "run", ipa)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     "is_interrupted_first", [False, pytest.param(True, marks=pytest.mark.slow)]
 )

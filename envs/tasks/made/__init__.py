@@ -4,8 +4,8 @@
 
     write_draft(FAMILIES["logs"].make(7), pathlib.Path("out/logs-7"))
 
-Every task asks for one program (or query, settings, module), which the verifier runs on hidden cases
-in an environment of its own.
+Every task asks for one program (or query, settings, module), which the verifier runs on hidden
+cases in an environment of its own.
 """
 
 from types import ModuleType

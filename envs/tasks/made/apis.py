@@ -144,18 +144,18 @@ def _instruction(rules: Rules) -> str:
     return f"""\
 /app/api.py is the API of a {rules.world}: it keeps its records in state.json of the working \
 directory, and its own text explains its calls. Write the Python program /app/tidy.py. `python3 \
-tidy.py` is run in a folder with api.py and a state.json, and sets the records in order by calls of \
-`python3 api.py`:
+tidy.py` is run in a folder with api.py and a state.json, and sets the records in order by calls \
+of `python3 api.py`:
 
-1. Each `{item}` whose `{field}` is `{rules.old}`, whose `{number}` is {side} than {rules.bound} and \
-whose {owner} has the level `{rules.level}` gets the `{field}` `{rules.new}`.
+1. Each `{item}` whose `{field}` is `{rules.old}`, whose `{number}` is {side} than {rules.bound} \
+and whose {owner} has the level `{rules.level}` gets the `{field}` `{rules.new}`.
 2. Each {owner} with {rules.notes} or more changed `{item}` records gets one new `{note}` whose \
 `{number}` is the sum of theirs; in the order of the {owner}s' ids.
-3. Each `{item}` whose `{field}` is `{rules.drop}` and whose `{number}` is less than {rules.least} is \
-deleted. One that step 1 changed stays.
+3. Each `{item}` whose `{field}` is `{rules.drop}` and whose `{number}` is less than \
+{rules.least} is deleted. One that step 1 changed stays.
 
-Nothing else changes, and no record is written twice. The program is run on other records of the same \
-schema; state.json is compared afterwards."""
+Nothing else changes, and no record is written twice. The program is run on other records of the \
+same schema; state.json is compared afterwards."""
 
 
 def _oracle(rules: Rules) -> str:

@@ -19,6 +19,7 @@ from envs.tasks.made.draft import Case, Draft
 
 MAX_TREE_BYTES = 2 << 20
 MAX_FILES = 300
+CASE_SECONDS = 60.0  # for all tests of the repository
 _TEST = re.compile(r"(^|/)(tests?/.*|test_[^/]*|[^/]*_test)\.py$")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
@@ -80,18 +81,43 @@ async def commit_draft(
         after = _tree(repository, commit)
         source = sources[0]
         before = git(repository, "cat-file", "blob", f"{commit}^:{source}").decode()
-        subject = git(repository, "log", "-1", "--format=%s", commit).decode(errors="replace").strip()
-        hunks = git(repository, "diff", "--no-ext-diff", "--no-textconv", "-U0", f"{commit}^", commit, "--", source)
+        subject = (
+            git(repository, "log", "-1", "--format=%s", commit).decode(errors="replace").strip()
+        )
+        hunks = git(
+            repository,
+            "diff",
+            "--no-ext-diff",
+            "--no-textconv",
+            "-U0",
+            f"{commit}^",
+            commit,
+            "--",
+            source,
+        )
     except (RepositoryError, UnicodeDecodeError) as error:
         raise TaskError(repository, 0, f"commit {commit[:12]}: {error}") from error
     if isinstance(after, str):
         return after
     modules = sorted(
-        path.removesuffix(".py").replace("/", ".") for path in after if _is_unittest(path, after[path])
+        path.removesuffix(".py").replace("/", ".")
+        for path in after
+        if _is_unittest(path, after[path])
     )
     if not modules:
         return "no tests of unittest are in its tree"
-    return await _proven(repository, commit, source, before, after, modules, subject, _lines(hunks), isolation, licence)
+    return await _proven(
+        repository,
+        commit,
+        source,
+        before,
+        after,
+        modules,
+        subject,
+        _lines(hunks),
+        isolation,
+        licence,
+    )
 
 
 def _is_unittest(path: str, text: str) -> bool:
@@ -153,8 +179,8 @@ async def _proven(
         family="repair-commit",
         language="python",
         instruction=f"""\
-A repository lies in /app. Change /app/{source} so that it does what this commit message says; other \
-files stay as they are:
+A repository lies in /app. Change /app/{source} so that it does what this commit message says; \
+other files stay as they are:
 
 > {subject}
 
@@ -165,9 +191,13 @@ The repository's tests, new ones among them, are run on your file.""",
         files={**visible, source: before},
         common=after,
         lines=lines,
+        seconds=CASE_SECONDS,
         origin={"repository": repository.resolve().name, "commit": commit, "license": licence},
     )
-    outcomes = [await _outcomes(draft, text, argv, isolation) for text in (before, after[source], after[source])]
+    outcomes = [
+        await _outcomes(draft, text, argv, isolation)
+        for text in (before, after[source], after[source])
+    ]
     old, new, again = outcomes
     if new != again or not new.endswith("end"):
         return "its tests are flaky or do not end"

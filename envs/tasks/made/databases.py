@@ -201,7 +201,8 @@ def _change(rng: random.Random, theme: str) -> dict[str, Any]:
     sign = ">" if is_high else "<"
     oracle = (
         f"DELETE FROM {children} WHERE parent NOT IN (SELECT id FROM {parents});\n"
-        f"UPDATE {children} SET state = '{new}' WHERE state = '{old}' AND {number} {sign} {bound};\n"
+        f"UPDATE {children} SET state = '{new}' WHERE state = '{old}'"
+        f" AND {number} {sign} {bound};\n"
         f"UPDATE {children} SET {number} = {number} + {bonus}\nWHERE state = '{last}'"
         f" AND parent IN (SELECT id FROM {parents} WHERE {region} = '{place}');\n"
     )

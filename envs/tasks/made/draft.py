@@ -102,6 +102,7 @@ class Draft:
       files: that the agent finds in /app, by path.
       common: files of every case's folder, by path; of the verifier alone.
       lines: the lines of the oracle that mutants may change; empty for all.
+      seconds: for one case.
       origin: where the task comes from: seed, package, commit.
     """
 
@@ -116,6 +117,7 @@ class Draft:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     common: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     lines: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    seconds: float = CASE_SECONDS
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -123,7 +125,7 @@ class Draft:
         """Return what verify.py reads."""
         return {
             "program": self.program,
-            "seconds": CASE_SECONDS,
+            "seconds": self.seconds,
             "files": dict(self.common),
             "cases": [case.to_json() for case in self.cases],
         }
@@ -185,7 +187,7 @@ def _settings(draft: Draft) -> str:
         f"[metadata]\ncategory = {json.dumps(draft.domain)}\ntags = {tags}\n"
         f"digest = {json.dumps(draft.digest)}\n{origin}\n"
         "[agent]\ntimeout_sec = 600.0\n\n"
-        '[verifier]\nenvironment_mode = "separate"\ntimeout_sec = 180.0\n\n'
+        '[verifier]\nenvironment_mode = "separate"\ntimeout_sec = 300.0\n\n'
         "[environment]\nbuild_timeout_sec = 300.0\ncpus = 1\nmemory_mb = 512\nstorage_mb = 256\n"
         'network_mode = "no-network"\n'
     )

@@ -64,8 +64,8 @@ def make(seed: int) -> Draft:
         family=f"logs-{kind}",
         language=question.language,
         instruction=f"""\
-Write /app/{program}. `{run} {program} app.log` reads a log such as /app/app.log, whose lines are in \
-the order of time and look like
+Write /app/{program}. `{run} {program} app.log` reads a log such as /app/app.log, whose lines \
+are in the order of time and look like
 
     {sample[0]}
 
@@ -131,7 +131,8 @@ def _loudest(rng: random.Random) -> Question:
     test = " || ".join(f'$3 == "{level}"' for level in levels)
     oracle = (
         f"awk '{test} {{ count[{key}]++ }}\n"
-        f'  END {{ for (key in count) if (count[key] >= {least}) print count[key], key }}\' "$1" |\n'
+        f"  END {{ for (key in count) if (count[key] >= {least}) print count[key], key }}'"
+        ' "$1" |\n'
         f"  sort -k1nr -k2 | head -n {top}\n"
     )
     words = (

@@ -6,8 +6,9 @@ program that does the same or does not run at all; the verifier's cases decide.
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from envs.tasks.repair.mutate import Edit, candidates_of, is_another_program
 
@@ -48,10 +49,7 @@ def mutants_of(text: str, language: str) -> list[Edit]:
       ValueError: the language is unknown, or the program is not valid Python.
     """
     if language == "python":
-        try:
-            return [edit for edit in candidates_of(text) if is_another_program(text, edit)]
-        except (SyntaxError, RecursionError) as error:
-            raise ValueError(f"not valid Python: {error}") from error
+        return [edit for edit in _python_edits(text) if is_another_program(text, edit)]
     if language not in _SWAPS:
         raise ValueError(f"language {language!r} is none of python, {', '.join(_SWAPS)}")
     found: set[Edit] = set()
@@ -60,6 +58,55 @@ def mutants_of(text: str, language: str) -> list[Edit]:
             if not _in_comment(text, start) and text[start:end] != replacement:
                 found.add(Edit(start, end, replacement, name))
     return sorted(found)
+
+
+def choose_edits(
+    text: str, language: str, count: int, rng: random.Random, lines: Collection[int] = ()
+) -> list[Edit]:
+    """Return up to `count` mutants of a program, all kinds of bugs in turn.
+
+    Only those that are chosen are compared with the program: that parses the whole text, which takes
+    minutes for all edits of a large module.
+
+    Args:
+      text: the program.
+      language: as for `mutants_of`.
+      count: of mutants.
+      rng: of the choice.
+      lines: that may be changed; empty for all.
+
+    Raises:
+      ValueError: as for `mutants_of`.
+    """
+    is_python = language == "python"
+    by_kind: dict[str, list[Edit]] = {}
+    for edit in _python_edits(text) if is_python else mutants_of(text, language):
+        if not lines or text.count("\n", 0, edit.start) + 1 in lines:
+            by_kind.setdefault(edit.operator, []).append(edit)
+    for edits in by_kind.values():
+        rng.shuffle(edits)
+    chosen: list[Edit] = []
+    while len(chosen) < count and any(by_kind.values()):
+        for kind in sorted(by_kind):
+            if not by_kind[kind] or len(chosen) >= count:
+                continue
+            edit = by_kind[kind].pop()
+            if not is_python or is_another_program(text, edit):
+                chosen.append(edit)
+    return chosen
+
+
+def _python_edits(text: str) -> list[Edit]:
+    """Return the edits of a Python program; some may give the same program, or none."""
+    try:
+        return [edit for edit in candidates_of(text) if not _is_symmetric(text, edit)]
+    except (SyntaxError, RecursionError) as error:
+        raise ValueError(f"not valid Python: {error}") from error
+
+
+def _is_symmetric(text: str, edit: Edit) -> bool:
+    """Return whether an edit swaps arguments whose order does not matter."""
+    return edit.operator == "swapped_arguments" and text[: edit.start].endswith(("max(", "min("))
 
 
 def _in_comment(text: str, place: int) -> bool:

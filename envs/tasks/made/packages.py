@@ -1,8 +1,8 @@
 """Repair tasks from any Python package, tests or none: its own behaviour is recorded, then broken.
 
-The package runs only inside a sandbox. What its docstrings' examples and calls of its functions show
-there, twice alike, is what a repaired package must show; a mutant that some of these detect is a
-task. Nothing of the package is imported here.
+The package runs only inside a sandbox. What its docstrings' examples and calls of its functions
+show there, twice alike, is what a repaired package must show; a mutant that some of these detect is
+a task. Nothing of the package is imported here.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from envs.rock import Sandbox, SandboxConfig
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import read_folder
 from envs.tasks.made.draft import Case, Draft
-from envs.tasks.made.mutate_text import mutants_of
+from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
 
-MAX_TESTS = 160  # that are recorded of one package
-MAX_TRIED = 24  # mutants of one module
+MAX_TESTS = 96  # that are recorded of one package
+MAX_TRIED = 16  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
 CASES = 4
+CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
 _SANDBOX = {
     "memory_mb": 512,
     "disk_mb": 64,
@@ -33,7 +34,7 @@ _SANDBOX = {
     "inodes": 16_384,
     "label": "record of a package",
 }
-# Puts the agent's module into the package, runs statements of standard input, prints what they show.
+# Puts the agent's module into the package, runs statements of its input, prints what they show.
 _RUNNER = """\
 import importlib, json, shutil, sys
 shutil.copyfile(sys.argv[1], sys.argv[2])
@@ -165,6 +166,7 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
         cases=cases,
         common={**recording.files, "record.py": record},
         lines=tuple(lines),
+        seconds=CASE_SECONDS,
         origin=origin,
     )
 
@@ -185,7 +187,7 @@ async def package_drafts(
     for whole in modules:
         if sum(map(len, found)) >= 2 * count:
             break
-        edits = _spread(whole, rng)
+        edits = choose_edits(whole.oracle, "python", MAX_TRIED, rng, set(whole.lines))
         programs = [edit.apply(whole.oracle) for edit in edits]
         own, *outcomes = await judge_programs(whole, [whole.oracle, *programs], isolation)
         if own:  # its tests do not hold in another process
@@ -198,22 +200,6 @@ async def package_drafts(
             if row and len(drafts) < count:
                 drafts.append(row.pop(0))
     return drafts
-
-
-def _spread(whole: Draft, rng: random.Random) -> list[Edit]:
-    """Return some mutants of a module in lines that its tests run, of all kinds in turn."""
-    by_kind: dict[str, list[Edit]] = {}
-    for edit in mutants_of(whole.oracle, "python"):
-        if whole.oracle.count("\n", 0, edit.start) + 1 in whole.lines:
-            by_kind.setdefault(edit.operator, []).append(edit)
-    for edits in by_kind.values():
-        rng.shuffle(edits)
-    chosen: list[Edit] = []
-    while len(chosen) < MAX_TRIED and any(by_kind.values()):
-        for kind in sorted(by_kind):
-            if by_kind[kind] and len(chosen) < MAX_TRIED:
-                chosen.append(by_kind[kind].pop())
-    return chosen
 
 
 def _bugged(whole: Draft, edit: Edit, recording: Recording) -> Draft:
@@ -240,8 +226,8 @@ package then does what its docstrings and its other code say, for example
 {examples}
 ```
 
-Other examples and calls of the package's functions are compared with what the package did before the \
-bug came in: what they return or print, and the kind of exception that they raise.""",
+Other examples and calls of the package's functions are compared with what the package did \
+before the bug came in: what they return or print, and the kind of exception that they raise.""",
         files=files,
         lines=near,
         origin={**whole.origin, "bug": edit.operator, "line": line},

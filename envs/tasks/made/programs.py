@@ -1,4 +1,4 @@
-"""Tasks to repair a program: one that another generator's reference solution became by a small bug."""
+"""Tasks to repair a program: the reference solution of another generator with a small bug."""
 
 from __future__ import annotations
 

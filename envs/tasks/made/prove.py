@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError
 from envs.tasks.made.draft import Draft
-from envs.tasks.made.mutate_text import mutants_of
+from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.repair.mutate import Edit
 
 PROOF_SECONDS = 600.0
@@ -75,20 +75,7 @@ def choose_mutants(draft: Draft, count: int, seed: int) -> list[Edit]:
       seed: of the choice.
     """
     rng = random.Random(f"mutants/{draft.digest}/{seed}")
-    by_kind: dict[str, list[Edit]] = {}
-    for edit in mutants_of(draft.oracle, draft.language):
-        line = draft.oracle.count("\n", 0, edit.start) + 1
-        if draft.lines and line not in draft.lines:
-            continue
-        by_kind.setdefault(edit.operator, []).append(edit)
-    for edits in by_kind.values():
-        rng.shuffle(edits)
-    chosen: list[Edit] = []
-    while len(chosen) < count and any(by_kind.values()):
-        for kind in sorted(by_kind):
-            if by_kind[kind] and len(chosen) < count:
-                chosen.append(by_kind[kind].pop())
-    return chosen
+    return choose_edits(draft.oracle, draft.language, count, rng, draft.lines)
 
 
 def fakes_of(draft: Draft) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
     python3 record.py PACKAGE SEED LIMIT > tests.jsonl
 
-A test is a list of statements in the namespace of one module: the examples of a docstring, or a call
-whose arguments are drawn from the package's own constants. Each line of the output is {"module",
-"statements", "outcome", "lines"}: what the statements show, and the package's lines that they run.
-Only tests are kept that end in time and show no addresses; the caller compares two recordings.
+A test is a list of statements in the namespace of one module: the examples of a docstring, or a
+call whose arguments are drawn from the package's own constants. Each line of the output is
+{"module", "statements", "outcome", "lines"}: what the statements show, and the package's lines that
+they run. Only tests are kept that end in time and show no addresses; the caller compares two
+recordings.
 """
 
 import ast
@@ -17,14 +18,16 @@ import io
 import json
 import pathlib
 import random
+import resource
 import signal
 import sys
 import threading
 
-TEST_SECONDS = 1.0
+TEST_SECONDS = 0.5
 MAX_OUTCOME = 2000
+MAX_MEMORY_BYTES = 384 << 20
 VALUES = (
-    "0", "1", "2", "-1", "7", "1000", "123456789", "0.5", "1e6", "True", "None", "''", "'a'",
+    "0", "1", "2", "-1", "7", "1000", "12345", "0.5", "1e6", "True", "None", "''", "'a'",
     "'abc'", "'a b'", "'x=1'", "'a/b/c.txt'", "'1.2.3'", "'>=1.0'", "'10 KB'", "'https://a.b/c?d=e#f'",
     "[]", "[3, 1, 2]", "['b', 'a']", "{}", "{'a': 1}", "{'b': [1, 2]}", "(1, 2)", "b'ab'",
 )  # fmt: skip
@@ -34,6 +37,7 @@ def main(package, seed, limit):
     """Print the tests of a package, shortest first."""
     sys.path.insert(0, ".")
     real = sys.stdout
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     modules = import_all(package)
     rng = random.Random(f"record/{package}/{seed}")
     candidates = [*examples(modules), *calls(modules, rng, 6 * limit)]
@@ -175,8 +179,10 @@ def perform(module, statements):
     def stop(number, frame):
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS)
+    signal.signal(signal.SIGPROF, stop)  # processor time: a loaded machine must not decide
+    signal.signal(signal.SIGALRM, stop)  # code that waits takes none
+    signal.setitimer(signal.ITIMER_PROF, TEST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 20 * TEST_SECONDS)
     try:
         for statement in statements:
             printed = io.StringIO()
@@ -189,7 +195,7 @@ def perform(module, statements):
                         shown = ""
                     else:
                         shown = repr(eval(code, space))
-            except TimeoutError:
+            except (TimeoutError, MemoryError):
                 return None
             except BaseException as error:
                 outcome.append([0, type(error).__name__])
@@ -198,6 +204,7 @@ def perform(module, statements):
     except TimeoutError:
         return None
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     return outcome
 

@@ -75,8 +75,8 @@ def make(seed: int) -> Draft:
         family="services-gateway",
         language="config",
         instruction=f"""\
-/app/gateway.py is a gateway that reads requests from its standard input, one a line (`CLIENT METHOD \
-PATH [ROLE]`), and prints what it does with each; its own text explains its settings. Write \
+/app/gateway.py is a gateway that reads requests from its standard input, one a line (`CLIENT \
+METHOD PATH [ROLE]`), and prints what it does with each; its own text explains its settings. Write \
 /app/gateway.ini so that `python3 gateway.py gateway.ini` does this:
 
 {wishes}

@@ -168,12 +168,13 @@ def _instruction(report: Report, program: str, sample: str) -> str:
     run = "python3" if program.endswith(".py") else "node"
     return f"""\
 Write {APP_PROGRAM.format(program)}. `{run} {program} {report.theme}.csv` reads a CSV file such as \
-/app/{report.theme}.csv (a header line; fields hold no commas and no quotes) and prints a report to \
-its standard output.
+/app/{report.theme}.csv (a header line; fields hold no commas and no quotes) and prints a report \
+to its standard output.
 
 Rows whose `{number}` is empty do not count, nor do rows whose `{other}` is not \
-{COMPARED[report.compare]} {report.bound}. Group the others by `{key}`. Of each group print `{key}`, \
-{figures}; sorted {order}.{top} Print {style}. Fields are printed in the order of this text.
+{COMPARED[report.compare]} {report.bound}. Group the others by `{key}`. Of each group print \
+`{key}`, {figures}; sorted {order}.{top} Print {style}. \
+Fields are printed in the order of this text.
 
 For the file in /app this is
 

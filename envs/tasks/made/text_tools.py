@@ -1,4 +1,4 @@
-"""Tasks with text tools: what a pipeline of standard commands does, in the words of their options."""
+"""Tasks with text tools: what a pipeline of standard commands does, told in words."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def make(seed: int) -> Draft:
         family="text-pipeline",
         language="shell",
         instruction=f"""\
-Write the bash script /app/filter.sh. `bash filter.sh` reads lines from its standard input and prints \
-others to its standard output. Lines have four fields separated by `:`, such as those of \
+Write the bash script /app/filter.sh. `bash filter.sh` reads lines from its standard input and \
+prints others to its standard output. Lines have four fields separated by `:`, such as those of \
 /app/sample.txt: two words, a number, a code. What it does, in this order:
 
 {steps}
@@ -141,8 +141,8 @@ def _sorted_lines(rng: random.Random) -> Stage:
     sign = -1 if down else 1
     return Stage(
         f"sort -t: -k3,3n{'r' if down else ''} -k1",
-        f"Sort by the number, {'largest' if down else 'smallest'} first; lines with equal numbers by"
-        " the whole line.",
+        f"Sort by the number, {'largest' if down else 'smallest'} first; lines with equal numbers"
+        " by the whole line.",
         lambda lines: sorted(lines, key=lambda line: (sign * int(line.split(":")[2]), line)),
     )
 

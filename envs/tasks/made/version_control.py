@@ -74,8 +74,8 @@ def make(seed: int) -> Draft:
         family=f"git-{kind}",
         language="shell",
         instruction=f"""\
-Write the bash script /app/task.sh. `bash task.sh FOLDER` works on the git repository in FOLDER, whose \
-branch `main` is checked out and has no merges. {work.words}
+Write the bash script /app/task.sh. `bash task.sh FOLDER` works on the git repository in FOLDER, \
+whose branch `main` is checked out and has no merges. {work.words}
 
 The script is run on several repositories; their commits look like
 
@@ -163,8 +163,8 @@ def _hot_files(rng: random.Random) -> Work:
         f"  awk '$1 >= {least} {{ print $2, $1 }}' | LC_ALL=C sort -k2nr -k1\n"
     )
     words = (
-        f"It prints the files that at least {least} of the last {last} commits change: one a line as"
-        " `PATH COUNT`, the largest count first, equal ones by path (LC_ALL=C)."
+        f"It prints the files that at least {least} of the last {last} commits change: one a line"
+        " as `PATH COUNT`, the largest count first, equal ones by path (LC_ALL=C)."
     )
     return Work(words, oracle, answer)
 
@@ -191,7 +191,10 @@ def _tagged(rng: random.Random) -> Work:
         f"Each commit with the subject `Release X` that {skip} did not write gets the lightweight"
         f" tag `{prefix}X`. Where two have the same X, the newer one gets it."
     )
-    probe = "git -C repo for-each-ref --format='%(refname:lstrip=2) %(subject)' refs/tags | LC_ALL=C sort"
+    probe = (
+        "git -C repo for-each-ref --format='%(refname:lstrip=2) %(subject)' refs/tags |"
+        " LC_ALL=C sort"
+    )
     return Work(words, oracle, answer, probe)
 
 

@@ -169,7 +169,7 @@ class ProtocolAgent:
         if config_id != "model":
             raise invalid(f"no option {config_id!r}; there is model")
         try:
-            session.agent.set_model(self._opener.model(str(value)))
+            session.agent.set_model(await session.make_model(str(value)))
         except ValueError as error:
             raise invalid(str(error)) from error
         options = settings_of(session)["config_options"]
@@ -191,6 +191,7 @@ class ProtocolAgent:
         except InputError as error:
             raise invalid(str(error)) from error
         finished = await agent.run(text)
+        await held.session.keep()
         await held.updates.join()  # the client has seen all of the turn before it ends
         if finished.outcome not in STOP_REASONS:
             raise RequestError.internal_error({"message": finished.reason})

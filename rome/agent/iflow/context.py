@@ -11,7 +11,9 @@ waits until the context has grown again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -24,7 +26,7 @@ from rome.agent.iflow.workspace import Workspace, WorkspaceError
 from rome.agent.messages import Message
 
 Trigger = Literal["threshold", "overflow", "user"]
-MAX_WATCHED = 50  # files that were read, whose changes are noticed; the newest ones
+MAX_WATCHED = 20  # files that were read, whose changes are noticed; the newest ones
 MAX_REQUEST_SHARE = 0.2  # of the context, for the user's last request; a longer one is in a file
 CHARACTERS = 3  # a token has at least so many, for bounds that need no tokenizer
 
@@ -106,6 +108,7 @@ class ContextManager:
         self._noticed: dict[str, tuple[int, float] | None] = {}
         self._ratio = 1.0  # the model's own count of tokens, by the estimate
         self._floor = 0  # tokens that the last shortening left
+        self._is_estimate = False  # whether the model has not counted them yet
 
     async def prepare(
         self,
@@ -125,10 +128,13 @@ class ContextManager:
         await self._notice_changes(log)
         tokens = self.count_tokens(conversation, model, schemas, log)
         limit = self.settings.threshold * model.context_tokens
+        answer = _last_counted_answer(log.events)
+        if self._is_estimate and answer is not None:
+            self._floor = answer.usage.prompt
+            self._is_estimate = False
+        self._floor = min(self._floor, tokens)  # there may have been a rewind
         if tokens >= max(limit, self._floor + self.settings.growth * limit):
             await self.compact(conversation, model, schemas, log, trigger="threshold")
-        elif tokens < self._floor:
-            self._floor = 0  # a rewind, or another model
         return list(conversation.messages)
 
     async def compact(
@@ -166,6 +172,7 @@ class ContextManager:
         if trigger != "threshold" or left > target:
             left = await self._summarise(conversation, model, schemas, log, trigger, focus, tokens)
         self._floor = left
+        self._is_estimate = True
         await self._run_hook("PostCompact", trigger, left)
 
     # -- counting
@@ -220,9 +227,12 @@ class ContextManager:
             if size < settings.moved_tokens:
                 continue
             id = entry.finished.call_id
+            if not id:  # an environment's result of a whole answer
+                continue
             path = entry.finished.file
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", id)[:80]  # a server chose the id
             try:
-                path = path or await self._store(f"{id}.txt", entry.finished.output)
+                path = path or await self._store(f"{name}.txt", entry.finished.output)
             except (OSError, WorkspaceError) as error:
                 text = f"the output of a call could not be moved to a file: {error}"
                 log.append(ev.Notice(text=text, level="warning"))
@@ -332,10 +342,9 @@ class ContextManager:
             return request
         place = "left out"
         if self._store is not None:
-            try:
-                place = f"in the file {await self._store('request.txt', request)}"
-            except (OSError, WorkspaceError):
-                place = "left out"
+            name = f"request-{conversation.requests[-1].number}.txt"
+            with contextlib.suppress(OSError, WorkspaceError):
+                place = f"in the file {await self._store(name, request)}"
         half = round(limit * CHARACTERS / 4)
         middle = f"[... {len(request) - 2 * half} characters {place} ...]"
         return f"{request[:half]}\n{middle}\n{request[-half:]}"
@@ -354,11 +363,15 @@ class ContextManager:
         if self._workspace is None:
             return
         found = []
-        for path, seen in list(self.read_files.items())[-MAX_WATCHED:]:
-            try:
-                now = await self._workspace.stat(path)
-            except (OSError, WorkspaceError):
+        watched = list(self.read_files.items())[-MAX_WATCHED:]
+        stats = (self._workspace.stat(path) for path, _ in watched)
+        for (path, seen), now in zip(
+            watched, await asyncio.gather(*stats, return_exceptions=True), strict=True
+        ):
+            if isinstance(now, (OSError, WorkspaceError)):
                 continue
+            if isinstance(now, BaseException):
+                raise now
             if now != seen and self._noticed.get(path, seen) != now:
                 found.append(f"{path} was deleted" if now is None else f"{path} was changed")
             self._noticed[path] = now

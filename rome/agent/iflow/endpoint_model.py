@@ -84,6 +84,7 @@ class EndpointModel:
     Attributes:
       name: of the model; "" until `connect` has found it.
       context_tokens: of one conversation.
+      offered: names of the server's models, once `connect` has asked for them.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class EndpointModel:
     ) -> None:
         self.name = endpoint.model
         self.context_tokens = context_tokens or DEFAULT_CONTEXT
+        self.offered: tuple[str, ...] = ()
         self.on_retry = on_retry
         self._endpoint = endpoint
         self._asks_context = not context_tokens
@@ -125,6 +127,7 @@ class EndpointModel:
             raise ModelError(f"{error}; {remedy}") from error
         if not self.name:
             self.name = self._endpoint.model = _only_name(models, self._endpoint.url)
+        self.offered = tuple(str(model["id"]) for model in models)
         for model in models:
             length = model.get("max_model_len")
             if model["id"] == self.name and isinstance(length, int) and self._asks_context:

@@ -28,6 +28,7 @@ from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.model import Answer, Model, ModelError
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
 from rome.agent.iflow.tools.base import Tool, ToolResult
+from rome.agent.iflow.tools.todo import TodoTool
 from rome.agent.iflow.workspace import Workspace, WorkspaceError
 from rome.agent.messages import Message
 from rome.agent.session import Generator
@@ -36,7 +37,8 @@ from rome.data.tree import Edge
 from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
-OWN_TOOLS: Mapping[str, Callable[[], Tool]] = {}  # that need no workspace; `task` comes beside them
+# Tools of the agent that need no workspace; `task` comes beside them.
+OWN_TOOLS: Mapping[str, Callable[[], Tool]] = {TodoTool.name: TodoTool}
 STATUSES: Mapping[str, str] = {"ok": "ok", "infra": "infrastructure"}  # of a turn -> of a result
 
 

@@ -22,14 +22,14 @@ import json
 import os
 import re
 import signal
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from rome.agent.iflow.settings_values import HookCommand
 from rome.agent.iflow.tool_names import names_of
 
-MAX_OUTPUT = 64 << 10  # bytes of each stream; the rest is read and dropped
-GRACE = 1.0  # seconds that children of an ended hook may hold its output open
+MAX_OUTPUT = 64 << 10  # bytes of each stream that are read
 _TEXT_IS_CONTEXT = ("UserPromptSubmit", "SessionStart", "SetUpEnvironment")
 _MAY_BLOCK_BY_FAILING = ("PreToolUse", "UserPromptSubmit")
 _KEYS_KEPT_BACK = ("IFLOW_apiKey", "IFLOW_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
@@ -158,57 +158,44 @@ def fits(hook: HookCommand, matcher: str) -> bool:
 
 
 async def _run(hook: HookCommand, message: str, environment: dict[str, str]) -> HookRun:
-    """Run one hook; whatever it does, the session goes on."""
-    try:
-        process = await asyncio.create_subprocess_shell(
-            hook.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=environment["IFLOW_CWD"],
-            env=environment,
-            start_new_session=True,
+    """Run one hook; whatever it does, the session goes on.
+
+    Its streams are files: a child that it leaves behind may keep them open, and is not waited for.
+    """
+    with contextlib.ExitStack() as files:
+        given, output, errors = (
+            files.enter_context(tempfile.TemporaryFile()) for _ in ("input", "output", "errors")
         )
-    except OSError as error:
-        return _failed(hook, -1, f"hook {hook.command!r} cannot be started: {error}")
-    assert process.stdin and process.stdout and process.stderr
-    output, errors = bytearray(), bytearray()
-    readers = [
-        asyncio.create_task(_keep(process.stdout, output)),
-        asyncio.create_task(_keep(process.stderr, errors)),
-    ]
-    writer = asyncio.create_task(_write(process.stdin, message.encode()))
-    try:
-        await asyncio.wait_for(process.wait(), hook.timeout)
-        await asyncio.wait(readers, timeout=GRACE)
-    except TimeoutError:
-        text = f"hook {hook.command!r} did not end in {hook.timeout:g} s"
-        return _failed(hook, -1, text)
-    finally:
-        if process.returncode is None:  # late, or cancelled: end it with all that it started
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for task in (*readers, writer):
-            task.cancel()
-        await asyncio.gather(*readers, writer, return_exceptions=True)
-        await process.wait()
-    code = process.returncode if process.returncode is not None else -1
-    return _read(hook, code, output.decode(errors="replace"), errors.decode(errors="replace"))
+        given.write(message.encode())
+        given.seek(0)
+        try:
+            process = await asyncio.create_subprocess_shell(
+                hook.command,
+                stdin=given,
+                stdout=output,
+                stderr=errors,
+                cwd=environment["IFLOW_CWD"],
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return _failed(hook, -1, f"hook {hook.command!r} cannot be started: {error}")
+        try:
+            code = await asyncio.wait_for(process.wait(), hook.timeout)
+        except TimeoutError:
+            message = f"hook {hook.command!r} did not end in {hook.timeout:g} s"
+            return _failed(hook, -1, message)
+        finally:
+            if process.returncode is None:  # late, or cancelled: end it with all that it started
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        return _read(hook, code, _beginning(output), _beginning(errors))
 
 
-async def _keep(stream: asyncio.StreamReader, kept: bytearray) -> None:
-    """Read a stream to its end and keep its beginning."""
-    while data := await stream.read(1 << 16):
-        kept += data[: MAX_OUTPUT - len(kept)]
-
-
-async def _write(stream: asyncio.StreamWriter, message: bytes) -> None:
-    """Write the event; a hook need not read it."""
-    with contextlib.suppress(OSError):
-        stream.write(message)
-        await stream.drain()
-    with contextlib.suppress(OSError):
-        stream.close()
+def _beginning(stream: BinaryIO) -> str:
+    stream.seek(0)
+    return stream.read(MAX_OUTPUT).decode(errors="replace")
 
 
 def _read(hook: HookCommand, code: int, output: str, errors: str) -> HookRun:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
+import itertools
 import os
 import pathlib
+import secrets
 import shlex
 import stat as stat_module
 import tempfile
@@ -52,13 +55,18 @@ class HostWorkspace:
         if not os.path.isdir(self.root):
             raise WorkspaceError(f"{root} is no directory; name one to work in")
         self.jobs: dict[str, BackgroundJob] = {}
-        self._folder = pathlib.Path(folder).resolve()
-        name = hashlib.sha256(os.fsencode(self._folder)).hexdigest()[:16]
+        self._job_numbers = itertools.count(1)
+        folder = os.path.realpath(folder)
+        self.outputs = f"{folder}/outputs"
+        name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         self._mark = f"IFLOW_WORKSPACE={name}"
         self._shell: HostShell | None = None
+        self._is_first = True  # it ends all
         self._turn = asyncio.Lock()  # of commands in the shell
-        self._outputs = 0
-        self._repository = ShadowRepository(self._folder / "checkpoints", pathlib.Path(self.root))
+        self._number = 0
+        self._repository = ShadowRepository(
+            pathlib.Path(folder, "checkpoints"), pathlib.Path(self.root)
+        )
         kill_processes(self._mark)
 
     # -- commands
@@ -89,8 +97,8 @@ class HostWorkspace:
         """Start a command in the background; see `Workspace.spawn`."""
         text = encode_command(command)
         directory = self._shell.directory if self._shell else self.root
-        identity = str(len(self.jobs) + 1)
-        path = self._folder / "outputs" / f"job-{identity}.txt"
+        identity = str(next(self._job_numbers))
+        path = pathlib.Path(self.outputs, f"job-{identity}.txt")
         job = HostJob(identity, command, path)
         mark = f"{self._mark}-{identity}"
         await job.start(text, directory, self._environment() | {"IFLOW_JOB": mark})
@@ -153,9 +161,19 @@ class HostWorkspace:
         """Bring the files back to a snapshot; the shell and the jobs go on."""
         await asyncio.to_thread(self._repository.restore, snapshot)
 
+    def beside(self) -> HostWorkspace:
+        """Return the same place with a shell of its own; see `Workspace.beside`."""
+        other = copy.copy(self)
+        other._shell = None
+        other._is_first = False
+        other._turn = asyncio.Lock()
+        return other
+
     async def aclose(self) -> None:
         """End the shell and all jobs."""
         await self._leave_shell()
+        if not self._is_first:
+            return
         for job in self.jobs.values():
             await job.kill()
         await asyncio.to_thread(kill_processes, self._mark)
@@ -170,7 +188,7 @@ class HostWorkspace:
 
     async def _start_shell(self) -> HostShell:
         environment = self._environment()
-        mark = f"{self._mark}-shell"
+        mark = f"{self._mark}-{secrets.token_hex(8)}"
         shell = HostShell(self.root, environment | {"IFLOW_SHELL": mark}, f"IFLOW_SHELL={mark}")
         try:
             await shell.start()
@@ -185,8 +203,8 @@ class HostWorkspace:
             await shell.close()
 
     def _next_file(self) -> pathlib.Path:
-        self._outputs += 1
-        return self._folder / "outputs" / f"{time.time_ns():x}-{self._outputs}.txt"
+        self._number += 1
+        return pathlib.Path(self.outputs, f"{time.time_ns():x}-{self._number}.txt")
 
     def _resolve(self, path: str) -> str:
         """Return the real path of a named one.
@@ -295,7 +313,7 @@ class HostJob:
         """Wait for its end and return its `exit_code`."""
         await asyncio.shield(self._ended)
         # A child may hold the pipe for longer; what it writes is still taken.
-        await asyncio.wait({self._taking}, timeout=0.1)
+        await asyncio.wait({self._taking}, timeout=1.0)
         return self.exit_code
 
     async def kill(self) -> None:

@@ -37,6 +37,9 @@ class InterfaceSession:
       workspace: where the agent's tools work.
       folder: of the session, on this machine.
       close: ends the agent, its servers, its workspace and its model.
+      keep: called after each turn; it keeps what the session would lose with its process.
+      make_model: makes a model by its name, which is closed with the session; ValueError where the
+        endpoint has none.
       servers: of MCP; None for none.
       commands: of the user and the project, by name.
       skills: by name.
@@ -48,6 +51,8 @@ class InterfaceSession:
     workspace: Workspace
     folder: pathlib.Path
     close: Callable[[], Awaitable[None]]
+    keep: Callable[[], Awaitable[None]]
+    make_model: Callable[[str], Awaitable[Model]]
     servers: MCPServers | None = None
     commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
     skills: Mapping[str, Skill] = dataclasses.field(default_factory=dict)
@@ -100,6 +105,3 @@ class Opener(Protocol):
 
     def sessions(self, directory: str = "") -> list[SessionSummary]:
         """Return the sessions of a directory, or of all, the newest first."""
-
-    def model(self, name: str) -> Model:
-        """Return a model by its name; ValueError where there is none."""

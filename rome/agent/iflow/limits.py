@@ -46,6 +46,12 @@ class Limits:
         if self.parallel < 1:
             raise ValueError("limit parallel is 0; give 1 or more")
 
+    def left(self, usage: Usage) -> Limits:
+        """Return the limits of a sub-agent: what a turn that has used so much may still use."""
+        tokens = self.tokens and max(self.tokens - usage.prompt - usage.completion, 1)
+        price = self.price and max(self.price - usage.price, 1e-9)
+        return dataclasses.replace(self, tokens=tokens, price=price)
+
     def reached(self, answers: int, usage: Usage) -> str:
         """Return which limit a turn has reached, for people; "" where the model may be asked.
 

@@ -51,7 +51,7 @@ class Agent:
       model: answers; it belongs to the caller, who closes it.
       tools: that the model may call.
       log: of the session; where it has events, the session goes on.
-      workspace: where tools work; it belongs to the caller.
+      workspace: where tools work; it belongs to the caller, unless `owns_workspace`.
       system: the system text; "" for none.
       policy: rules of approval; None allows everything.
       hooks: of the user; None for none.
@@ -66,6 +66,7 @@ class Agent:
       agent: type of a sub-agent; "" for the main agent.
       parent: id of the session that started it.
       mode: of approval, where the session begins.
+      owns_workspace: whether the workspace is closed with the agent.
 
     Attributes:
       session: id.
@@ -95,12 +96,14 @@ class Agent:
         agent: str = "",
         parent: str = "",
         mode: str = "",
+        owns_workspace: bool = False,
     ) -> None:
         self.log = log
         self.desk = desk or Desk(log)
         self.conversation = Conversation.of(log.events)
         self.session = session or self.conversation.session or secrets.token_hex(8)
         self._agent = agent
+        self._owns_workspace = owns_workspace
         self._system = system
         self._first_mode = mode or (self.conversation.session and self.conversation.mode)
         self._inbox = Inbox(log)
@@ -332,6 +335,8 @@ class Agent:
             await self._parts.hooks.run("SessionEnd", {"reason": outcome})
             self.log.append(events.SessionEnded(outcome=outcome))
         self._stop_listening()
+        if self._owns_workspace:
+            await self._parts.workspace.aclose()
 
     # -- one turn
     # ---------------------------------------------------------------------------------------------
@@ -348,6 +353,8 @@ class Agent:
             self._parts.edge = "compaction"
         elif isinstance(event, events.SubagentFinished):
             self._inbox.wake()
+        elif isinstance(event, events.JobFinished) and event.exit_code is not None:
+            self.notify(f"Background job {event.job} ended with exit code {event.exit_code}.")
 
     def _stop(self, ending: Ending) -> None:
         """End the turn; what it does is cancelled."""

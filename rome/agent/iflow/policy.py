@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import os
 import posixpath
+import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -32,6 +33,8 @@ HARMLESS_VARIABLES = frozenset({
     "LANG", "LC_ALL", "TZ", "TERM", "NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "LINES", "DEBUG",
     "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "RUST_BACKTRACE", "RUST_LOG", "NODE_ENV",
 })  # fmt: skip
+_SPEAKERS = ("echo", "printf")  # their words are no paths
+_SEARCHERS = ("grep", "egrep", "fgrep", "rg")  # their first word is none
 # Programs whose first argument says what they do, so that "always" should keep it.
 _SUBCOMMANDS = frozenset({
     "git", "npm", "pnpm", "yarn", "cargo", "go", "make", "docker", "pip", "uv", "poetry", "kubectl",
@@ -314,7 +317,14 @@ def _fit(rule: Rule, line: Line) -> Fit:
 def _paths_in(command: SimpleCommand) -> list[str]:
     """Return what of a command may be a path to read."""
     found = [one.target.text for one in command.redirects if one.operator == "<"]
-    return found + [part for text in command.texts[1:] for part in _path_parts(text)]
+    words = list(command.texts[1:])
+    if command.name in _SPEAKERS:
+        words = []
+    elif command.name in _SEARCHERS and not any(re.match(r"--|-\w*[ef]", word) for word in words):
+        plain = [word for word in words if not word.startswith("-")]
+        if plain:
+            words.remove(plain[0])  # what is looked for
+    return found + [part for text in words for part in _path_parts(text)]
 
 
 def _path_parts(text: str) -> list[str]:

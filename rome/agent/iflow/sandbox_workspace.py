@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import pathlib
 import posixpath
 import shlex
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from envs.rock import (
     AgentFault,
@@ -19,23 +20,18 @@ from envs.rock import (
     SandboxFileError,
     SessionEndedError,
 )
-from envs.rock.backend import CANNOT_EXECUTE, Job, Session, Snapshot
+from envs.rock.backend import CANNOT_EXECUTE, Session, Snapshot
 from rome.agent.iflow.output import decode, is_long, join
+from rome.agent.iflow.sandbox_job import SandboxJob, told
 from rome.agent.iflow.workspace import BackgroundJob, CommandOutput, WorkspaceError
 
 SHELL_CANCELLED = "this is a new shell, in the project's directory: the last command was cancelled"
 SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
-FOLDER = "/tmp/iflow"  # in the sandbox: whole outputs
 JOB_SECONDS = 24 * 3600.0
 MAX_SNAPSHOTS = 200
 # Ends a command about what is no regular file.
 _CHECK = "[ -d {target} ] && exit 98; [ ! -e {target} ] || [ -f {target} ] || exit 97;"
 FILE_SECONDS = 60.0  # for a command that serves a file tool
-# Kills what has a variable of that value, wherever it has gone.
-_KILL = (
-    'for e in /proc/[0-9]*/environ; do if grep -q "IFLOW_JOB={job};" "$e" 2>/dev/null; then'
-    ' p=${{e#/proc/}}; kill -9 "${{p%/environ}}" 2>/dev/null; fi; done; true'
-)
 
 
 class SandboxWorkspace:
@@ -51,7 +47,11 @@ class SandboxWorkspace:
 
     def __init__(self, sandbox: Sandbox, root: str = "") -> None:
         self.root = root or sandbox.workspace
+        # The landlock tier has no file system of its own, so no /tmp.
+        above = posixpath.dirname(sandbox.workspace) if sandbox.tier == "landlock" else ""
+        self.outputs = f"{above}/tmp/iflow/outputs"
         self.jobs: dict[str, BackgroundJob] = {}
+        self._job_numbers = itertools.count(1)
         self._sandbox = sandbox
         self._session: Session | None = None
         self._helper: Session | None = None  # runs what file tools need
@@ -60,6 +60,9 @@ class SandboxWorkspace:
         self._turn = asyncio.Lock()
         self._snapshots: dict[str, Snapshot | bytes] = {}  # bytes: a tar archive
         self._numbers = itertools.count(1)
+        self._restores = [0]  # how often the sandbox was restored, which ends all shells
+        self._restores_seen = 0
+        self._is_first = True  # it ends all
 
     # -- commands
 
@@ -71,7 +74,7 @@ class SandboxWorkspace:
             f"export {name}={shlex.quote(value)}\n" for name, value in (env or {}).items()
         )
         began = time.monotonic()
-        with _told("the shell"):
+        with told("the shell"):
             async with self._turn:
                 session = await self._shell()
                 note = SHELL_CANCELLED if self._was_cancelled else ""
@@ -95,20 +98,20 @@ class SandboxWorkspace:
 
     async def spawn(self, command: str) -> SandboxJob:
         """Start a command in the background; see `Workspace.spawn`."""
-        with _told("a background job"):
-            identity = str(len(self.jobs) + 1)
+        with told("a background job"):
+            identity = str(next(self._job_numbers))
             directory = await self._directory()
-            file = f"{FOLDER}/job-{identity}.txt"
-            start = f"mkdir -p {FOLDER}; exec >{file} 2>&1; cd {shlex.quote(directory)}\n"
-            # The semicolon ends the number for `_KILL`: the 1 of 12 is another job.
+            file = f"{self.outputs}/job-{identity}.txt"
+            start = f"mkdir -p {self.outputs}; exec >{file} 2>&1; cd {shlex.quote(directory)}\n"
+            # The semicolon ends the number: the 1 of 12 is another job.
             variables = {"IFLOW_JOB": f"{identity};"}
             job = await self._sandbox.spawn(start + command, JOB_SECONDS, variables)
-            self.jobs[identity] = SandboxJob(self, identity, command, job, file)
+            self.jobs[identity] = SandboxJob(self._run_for_job, identity, command, job, file)
         return self.jobs[identity]  # type: ignore[return-value]
 
     async def stream(self, command: str, *, timeout: float) -> AsyncIterator[str]:
         """Yield the output of a command of its own; here, all of it at its end."""
-        with _told("a command"):
+        with told("a command"):
             moved = f"cd -- {shlex.quote(self.root)} || exit\n{command}"
             result = await self._sandbox.execute(moved, timeout)
         if result.timed_out:
@@ -125,7 +128,7 @@ class SandboxWorkspace:
         if status[0] > limit:
             raise WorkspaceError(f"{path} has {status[0]} bytes, more than {limit}")
         target = self._absolute(path)
-        with _told(path):
+        with told(path):
             with contextlib.suppress(SandboxFileError):  # a link, or outside: a copy is read
                 return await self._sandbox.read_file(target, limit)
             copy = self._temporary()
@@ -139,7 +142,7 @@ class SandboxWorkspace:
         """Write a file whole; see `Workspace.write`."""
         target = shlex.quote(self._absolute(path))
         copy = self._temporary()
-        with _told(path):
+        with told(path):
             await self._sandbox.write_file(copy, content)
             copied = shlex.quote(copy)
             # `cat` keeps the mode and follows links, as an editor does.
@@ -168,7 +171,7 @@ class SandboxWorkspace:
     async def snapshot(self) -> str:
         """Keep the files as they are, /tmp included; only the workspace's while a job runs."""
         name = f"snapshot-{next(self._numbers)}"
-        with _told("a snapshot"):
+        with told("a snapshot"):
             if any(job.is_running for job in self.jobs.values()):
                 pieces = [piece async for piece in self._sandbox.pack()]
                 self._snapshots[name] = b"".join(pieces)
@@ -186,10 +189,10 @@ class SandboxWorkspace:
                 f"there is no snapshot {snapshot!r}: the last {MAX_SNAPSHOTS} are kept, as long as"
                 " the process lives"
             )
-        with _told("a snapshot"):
+        with told("a snapshot"):
             async with self._turn:
                 await self._leave_shell()
-                self._helper = None
+                self._restores[0] += 1
                 if isinstance(kept, bytes):
                     await self._sandbox.kill_all()
                     await self._must_run("find . -mindepth 1 -delete", ".", self._sandbox.workspace)
@@ -197,12 +200,26 @@ class SandboxWorkspace:
                 else:
                     await self._sandbox.restore(kept)
 
+    def beside(self) -> SandboxWorkspace:
+        """Return the same place with a shell of its own; see `Workspace.beside`."""
+        other = copy.copy(self)
+        other._session = None
+        other._helper = None
+        other._helper_turn = asyncio.Lock()
+        other._is_first = False
+        other._turn = asyncio.Lock()
+        return other
+
     async def aclose(self) -> None:
         """End the shell and all jobs, and forget the snapshots."""
         with contextlib.suppress(SandboxError):
             await self._leave_shell()
             if self._helper is not None:
                 await self._helper.close()
+                self._helper = None
+        if not self._is_first:
+            return
+        with contextlib.suppress(SandboxError):
             for job in self.jobs.values():
                 await job.kill()
         for name in list(self._snapshots):
@@ -213,6 +230,7 @@ class SandboxWorkspace:
 
     async def _shell(self) -> Session:
         """Return the persistent shell; it is started where there is none."""
+        self._forget_ended_shells()
         if self._session is None:
             session = await self._sandbox.create_session()
             try:
@@ -223,6 +241,13 @@ class SandboxWorkspace:
                 raise
             self._session = session
         return self._session
+
+    def _forget_ended_shells(self) -> None:
+        """Forget the shells that a restore of the sandbox has ended."""
+        if self._restores_seen != self._restores[0]:
+            self._restores_seen = self._restores[0]
+            self._session = None
+            self._helper = None
 
     async def _forget(self, snapshot: str) -> None:
         kept = self._snapshots.pop(snapshot)
@@ -237,6 +262,7 @@ class SandboxWorkspace:
 
     async def _directory(self) -> str:
         """Return where the shell is; the project's directory while a command runs in it."""
+        self._forget_ended_shells()
         if self._session is None or self._turn.locked():
             return self.root
         async with self._turn:
@@ -249,7 +275,7 @@ class SandboxWorkspace:
         text = decode(written.encode(errors="surrogateescape"))
         file = ""
         if is_long(text) or beyond:
-            file = f"{FOLDER}/{time.time_ns():x}.txt"
+            file = f"{self.outputs}/{time.time_ns():x}.txt"
             await self._keep(file, written)
             text = join(text, text, len(written) + beyond, file)
         notes = [note] if note else []
@@ -288,13 +314,17 @@ class SandboxWorkspace:
         """Run a command in a shell for such commands, in the project's directory or another one."""
         inner = f"(cd -- {shlex.quote(directory or self.root)} || exit\n{command}\n)"
         async with self._helper_turn:
-            with _told("a command"):
+            with told("a command"):
                 try:
                     return await self._run_in_helper(inner, timeout)
                 except SessionEndedError:  # a program of the agent's may have killed it
                     return await self._run_in_helper(inner, timeout)
 
+    async def _run_for_job(self, command: str) -> CommandResult:
+        return await self._run(command, FILE_SECONDS)
+
     async def _run_in_helper(self, command: str, timeout: float) -> CommandResult:
+        self._forget_ended_shells()
         session = self._helper or await self._sandbox.create_session()
         self._helper = session
         try:
@@ -327,81 +357,3 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
 
 
 _LIMITS = ("memory", "pids", "disk", "killed")
-
-
-class SandboxJob:
-    """A background command; see `BackgroundJob`. Its output is a file in the sandbox."""
-
-    def __init__(
-        self, workspace: SandboxWorkspace, identity: str, command: str, job: Job, file: str
-    ) -> None:
-        self.id = identity
-        self.command = command
-        self.path = file
-        self._workspace = workspace
-        self._job = job
-        self._read = 0
-        self._killed = False
-        self._ended = asyncio.ensure_future(self._wait())
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it still runs."""
-        return not self._ended.done()
-
-    @property
-    def exit_code(self) -> int | None:
-        """Its status; None while it runs, or where it was killed."""
-        return None if self._killed or self.is_running else self._ended.result()
-
-    async def read(self, limit: int = 30_000) -> str:
-        """Return the output since the last reading, at most so many characters of its end."""
-        parts = self._workspace.stream(
-            f"wc -c < {self.path}; tail -c +{self._read + 1} {self.path} | tail -c {4 * limit}",
-            timeout=FILE_SECONDS,
-        )
-        said = "".join([part async for part in parts])
-        size, _, text = said.partition("\n")
-        if not size.strip().isdecimal():
-            raise WorkspaceError(f"the output of job {self.id} cannot be read: {said[:200]}")
-        is_cut = int(size) - self._read > 4 * limit
-        self._read = int(size)
-        text = decode(text.encode(errors="surrogateescape"))
-        if is_cut or len(text) > limit:
-            return f"[... more output before; the whole is in {self.path} ...]\n{text[-limit:]}"
-        return text
-
-    async def wait(self) -> int | None:
-        """Wait for its end and return its `exit_code`."""
-        await asyncio.shield(self._ended)
-        return self.exit_code
-
-    async def kill(self) -> None:
-        """End it and all that it started."""
-        if self.is_running:
-            self._killed = True
-        with _told("a background job"):
-            if self._job.running:
-                await self._job.kill()
-            await self._workspace._run(_KILL.format(job=self.id), FILE_SECONDS)
-        await self._ended
-
-    async def _wait(self) -> int | None:
-        """Return the status; None where the sandbox ended first."""
-        try:
-            return (await self._job.wait()).exit_code
-        except SandboxError:
-            return None
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Turn errors of the sandbox into those of a workspace."""
-    try:
-        yield
-    except AgentFault as fault:
-        raise WorkspaceError(f"{what}: {fault}") from fault
-    except SandboxError as error:
-        raise WorkspaceError(f"{what}: {error}", is_infrastructure=True) from error
-    except ValueError as error:  # a command that is too long, or has a NUL
-        raise WorkspaceError(f"{what}: {error}") from error

@@ -22,6 +22,7 @@ from typing import Any
 from rome.agent.iflow.settings_values import (
     HookCommand,
     McpServer,
+    SupervisorSettings,
     read_count,
     read_flag,
     read_hooks,
@@ -30,6 +31,7 @@ from rome.agent.iflow.settings_values import (
     read_number,
     read_rules,
     read_share,
+    read_supervisor,
     read_table,
     read_text_value,
     read_tools,
@@ -65,6 +67,7 @@ class Settings:
       checkpointing: whether files can be rewound.
       max_turns: of the model in one turn of the user; 0 for no limit.
       additional_directories: outside the project that tools may use.
+      supervisor: what it permits; None for no supervisor.
       notices: for people: what was passed over, and why.
     """
 
@@ -86,6 +89,7 @@ class Settings:
     checkpointing: bool = True
     max_turns: int = 0
     additional_directories: tuple[str, ...] = ()
+    supervisor: SupervisorSettings | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -145,6 +149,7 @@ _KEYS: Mapping[str, tuple[str, Callable[[Any], Any], bool]] = {
     "checkpointing": ("checkpointing", read_flag, False),
     "maxSessionTurns": ("max_turns", read_turns, False),
     "approvalMode": ("mode", read_mode, False),
+    "supervisor": ("supervisor", read_supervisor, False),
     "allowMCPServers": ("allow_servers", read_names, True),
     "excludeMCPServers": ("exclude_servers", read_names, True),
 }

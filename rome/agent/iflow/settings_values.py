@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rome.agent.iflow.spec_files import list_of
@@ -74,6 +74,31 @@ class HookCommand:
     matcher: str = ""
     timeout: float = 60.0
     is_strict: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisorSettings:
+    """What the supervisor permits, and when it acts.
+
+    Attributes:
+      hosts: of the network that may be reached; "*" for all.
+      writable: folders outside the project that may be written.
+      kept: patterns of paths that must stay as they are.
+      may_change_tests: whether tests are a part of the work.
+      may_rewrite_history: whether commits may be changed.
+      pause_at: severity, from 1 to 3, from which on a call waits for approval.
+      stop_at: severity from which on the turn ends; 4 for none.
+      judge: name of a model that is asked too; "" for none.
+    """
+
+    hosts: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    may_change_tests: bool = True
+    may_rewrite_history: bool = False
+    pause_at: int = 2
+    stop_at: int = 3
+    judge: str = ""
 
 
 def read_text_value(value: Any) -> str:
@@ -160,6 +185,27 @@ def read_rules(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise ValueError("a list of rules such as 'shell(git status:*)'")
     return tuple(value)
+
+
+def read_supervisor(value: Any) -> SupervisorSettings | None:
+    """Return the settings of the supervisor; None where there is none."""
+    if isinstance(value, (bool, str)):
+        return SupervisorSettings() if read_flag(value) else None
+    table = read_table(value)
+    readers: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "hosts": ("hosts", read_names),
+        "writable": ("writable", read_names),
+        "kept": ("kept", read_names),
+        "mayChangeTests": ("may_change_tests", read_flag),
+        "mayRewriteHistory": ("may_rewrite_history", read_flag),
+        "pauseAt": ("pause_at", read_count),
+        "stopAt": ("stop_at", read_count),
+        "judge": ("judge", read_text_value),
+    }
+    unknown = sorted(set(table) - set(readers))
+    if unknown:
+        raise ValueError(f"an object of {', '.join(readers)}, without {', '.join(unknown)}")
+    return SupervisorSettings(**{readers[key][0]: readers[key][1](table[key]) for key in table})
 
 
 def read_hooks(value: Any, is_strict: bool) -> list[HookCommand]:

@@ -11,29 +11,33 @@ import dataclasses
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator
 
 import tree_sitter
 import tree_sitter_bash
 
-MAX_LENGTH = 64_000  # of a line that is parsed
+from rome.agent.iflow.shell_nodes import (
+    EXPANSIONS,
+    all_below,
+    is_word,
+    leaves_of,
+    members_of,
+    pipes_on,
+    text_of,
+    unescape,
+)
+
+MAX_LENGTH = 32_000  # characters of a line that is parsed
+MAX_PIPES = 1500  # in it: the parser's time grows with their square
+TOO_LONG = "too long to be judged"
 MAX_DEPTH = 200  # of the tree
 _GAP = re.compile(r"(?:[ \t\n]|\\\n)*")
+_RESERVED = frozenset({"{", "}", "if", "then", "fi", "do", "done", "esac", "else", "elif", "!"})
 _BEFORE_COMMENT = (b" ", b"\t", b"\n", b";", b"&", b"|", b"(", b")")
-_ESCAPES = {"a": "\a", "b": "\b", "e": "\x1b", "E": "\x1b", "f": "\f", "n": "\n", "r": "\r"}
-_ESCAPES |= {"t": "\t", "v": "\v", "\\": "\\", "'": "'", '"': '"', "?": "?"}
-_ANSI = re.compile(
-    r"\\(?:x([0-9a-fA-F]{1,2})|([0-7]{1,3})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F]{1,8})|(.))", re.S
-)
 # Statements that only hold others.
 _HOLDERS = {
     "program", "list", "pipeline", "subshell", "compound_statement", "if_statement", "else_clause",
     "elif_clause", "while_statement", "do_group", "case_statement", "case_item", "negated_command",
     "command_substitution", "process_substitution",
-}  # fmt: skip
-_EXPANSIONS = {
-    "simple_expansion", "expansion", "command_substitution", "process_substitution",
-    "arithmetic_expansion",
 }  # fmt: skip
 
 
@@ -124,8 +128,8 @@ class Line:
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Line:
     """Return the commands of a line; what is not understood is a problem, never an error."""
-    if len(text) > MAX_LENGTH:
-        return Line((), (f"longer than {MAX_LENGTH} characters",))
+    if len(text) > MAX_LENGTH or text.count("|") > MAX_PIPES:
+        return Line((), (TOO_LONG,))
     odd = next((char for char in text if _is_odd(char)), "")
     try:
         source = text.encode()
@@ -169,7 +173,7 @@ class _Walker:
         if root.has_error:
             self.problems.append("its syntax is not understood")
         end = 0
-        for leaf in _leaves(root):
+        for leaf in leaves_of(root):
             if leaf.is_missing:
                 self.problems.append("its syntax is not complete")
             if not _GAP.fullmatch(self._source[end : leaf.start_byte].decode(errors="replace")):
@@ -213,7 +217,7 @@ class _Walker:
         elif node.is_named and kind not in ("comment", "heredoc_body", "heredoc_end"):
             self.problems.append(f"{kind.replace('_', ' ')}: not understood")
             for child in node.named_children:
-                if _is_word(child):
+                if is_word(child):
                     self._nested(child)
                 elif child.named_child_count:
                     self.statement(child, -1, 0, depth + 1)
@@ -222,7 +226,7 @@ class _Walker:
         for child in node.named_children:
             if child.type in ("variable_name", "comment"):
                 continue
-            if node.type in ("case_statement", "case_item") and _is_word(child):
+            if node.type in ("case_statement", "case_item") and is_word(child):
                 self._word(child)
             elif node.type == "function_definition" and child.type == "word":
                 continue
@@ -232,7 +236,7 @@ class _Walker:
     def _pipeline(self, node: tree_sitter.Node, depth: int) -> None:
         self._pipes += 1
         pipe = self._pipes
-        for place, child in enumerate(_members(node)):
+        for place, child in enumerate(members_of(node)):
             self.statement(child, pipe, place, depth + 1)
 
     def _for(self, node: tree_sitter.Node, depth: int) -> None:
@@ -241,7 +245,7 @@ class _Walker:
             field = node.field_name_for_child(number)
             if field == "variable":
                 value = Word("", is_static=False)
-                self.commands.append(SimpleCommand(assignments=((_text(child), value),)))
+                self.commands.append(SimpleCommand(assignments=((text_of(child), value),)))
             elif field == "value":
                 self._word(child)
             elif child.is_named and child.type != "comment":
@@ -250,7 +254,7 @@ class _Walker:
     def _redirected(self, node: tree_sitter.Node, pipe: int, place: int, depth: int) -> None:
         redirects = [child for child in node.named_children if child.type.endswith("_redirect")]
         body = node.child_by_field_name("body")
-        if any(_pipes_on(redirect) for redirect in redirects) and pipe < 0:
+        if any(pipes_on(redirect) for redirect in redirects) and pipe < 0:
             self._pipes += 1
             pipe = self._pipes
         if body is not None and body.type == "command":
@@ -282,6 +286,10 @@ class _Walker:
             else:
                 words.append(self._word(child))
         self._check_words(node)
+        if words and re.match(r"[A-Za-z_]\w*(\[.*\])?\+?=", words[0].text):
+            self.problems.append("an assignment in place of a program")
+        if words and words[0].text in _RESERVED:
+            self.problems.append("a word of the shell in place of a program")
         if words and words[0].has_pattern:
             words[0] = dataclasses.replace(words[0], is_static=False)
         made = SimpleCommand(
@@ -309,22 +317,22 @@ class _Walker:
 
     def _declaration(self, node: tree_sitter.Node) -> None:
         """Take export, declare, local, readonly, typeset and unset."""
-        words = [Word(_text(node.children[0]))]
+        words = [Word(text_of(node.children[0]))]
         parts = []
         for child in node.named_children:
             if child.type == "variable_assignment":
                 parts.append(child)
             elif child.type == "variable_name":
-                words.append(Word(_text(child)))
+                words.append(Word(text_of(child)))
             else:
                 words.append(self._word(child))
         self.commands.append(SimpleCommand(tuple(words), self._assignments(parts)))
 
     def _test(self, node: tree_sitter.Node) -> None:
         """Take `[ ... ]` and `[[ ... ]]`; comparing numbers evaluates them, which can run code."""
-        for part in _all(node):
+        for part in all_below(node):
             if part.type == "test_operator" and re.fullmatch(
-                r"-(eq|ne|lt|le|gt|ge|v|R)", _text(part)
+                r"-(eq|ne|lt|le|gt|ge|v|R)", text_of(part)
             ):
                 self.problems.append("a test that evaluates arithmetic, which can run commands")
         self._nested(node)
@@ -340,10 +348,10 @@ class _Walker:
             if name is None or name.type != "variable_name":  # a[i]=x evaluates i
                 self.problems.append("an assignment to a part of an array")
                 self._nested(node)
-            elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", _text(name)):
+            elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text_of(name)):
                 self.problems.append("an assignment to what is no name of a variable")
             word = Word("") if value is None else self._word(value)
-            taken.append((_text(name) if name is not None else "", word))
+            taken.append((text_of(name) if name is not None else "", word))
         return tuple(taken)
 
     def _redirects(
@@ -370,15 +378,15 @@ class _Walker:
             if child.type in ("heredoc_start", "heredoc_end", "file_descriptor"):
                 continue
             if child.type == "heredoc_body":
-                is_static = not any(part.type in _EXPANSIONS for part in _all(child))
-                body = Word(_text(child), is_static)
+                is_static = not any(part.type in EXPANSIONS for part in all_below(child))
+                body = Word(text_of(child), is_static)
                 self._nested(child)
             elif child.type == "pipeline":
-                for offset, part in enumerate(_members(child), 1):
+                for offset, part in enumerate(members_of(child), 1):
                     self.statement(part, pipe, place + offset)
             elif child.type.endswith("_redirect"):
                 more.append(child)
-            elif _is_word(child):
+            elif is_word(child):
                 self.problems.append("arguments after a here-document")
                 self._nested(child)
             else:
@@ -390,17 +398,18 @@ class _Walker:
         text, is_static, has_pattern = self._value(node)
         if not is_static:
             self._nested(node)
-            return Word(_text(node), False, has_pattern)
-        return Word(text, True, has_pattern, has_pattern and _text(node)[:1] in "*?[{@!+")
+            return Word(text_of(node), False, has_pattern)
+        return Word(text, True, has_pattern, has_pattern and text_of(node)[:1] in "*?[{@!+")
 
     def _value(self, node: tree_sitter.Node) -> tuple[str, bool, bool]:
         """Return (text, whether it is static, whether it has a pattern) of a part of a word."""
-        raw = _text(node)
+        raw = text_of(node)
         kind = node.type
         if kind == "concatenation":
             parts = [self._value(child) for child in node.children]
             braces = any(
-                child.type in ("word", "{", "}") and _text(child) in "{}" for child in node.children
+                child.type in ("word", "{", "}") and text_of(child) in "{}"
+                for child in node.children
             )
             return (
                 "".join(text for text, _, _ in parts),
@@ -422,9 +431,9 @@ class _Walker:
         if kind == "raw_string":
             return raw[1:-1], True, False
         if kind == "ansi_c_string":
-            return _unescape(raw[2:-1]), True, False
+            return unescape(raw[2:-1]), True, False
         if kind == "string":
-            is_static = not any(part.type in _EXPANSIONS for part in _all(node))
+            is_static = not any(part.type in EXPANSIONS for part in all_below(node))
             text = re.sub(r"\\([$`\"\\])", r"\1", raw[1:-1].replace("\\\n", ""))
             return text, is_static, False
         return raw, False, kind in ("brace_expression", "extglob_pattern", "regex")
@@ -440,65 +449,9 @@ class _Walker:
 
     def _check_expansion(self, node: tree_sitter.Node) -> None:
         """Note expansions that can run what a variable holds."""
-        if node.type == "expansion" and not re.fullmatch(r"\$\{[#]?\w+\}", _text(node)):
-            plain = re.fullmatch(r"\$\{\w+(:?[-+?]|%%?|##?|\^\^?|,,?)[^@]*\}", _text(node), re.S)
+        if node.type == "expansion" and not re.fullmatch(r"\$\{[#]?\w+\}", text_of(node)):
+            plain = re.fullmatch(r"\$\{\w+(:?[-+?]|%%?|##?|\^\^?|,,?)[^@]*\}", text_of(node), re.S)
             if not plain:
                 self.problems.append("an expansion that can run or change what a variable holds")
-        if node.type == "arithmetic_expansion" and re.search(r"[A-Za-z_]", _text(node)):
+        if node.type == "arithmetic_expansion" and re.search(r"[A-Za-z_]", text_of(node)):
             self.problems.append("arithmetic, which can run commands")
-
-
-def _text(node: tree_sitter.Node) -> str:
-    return (node.text or b"").decode(errors="replace")
-
-
-def _all(node: tree_sitter.Node) -> Iterator[tree_sitter.Node]:
-    """Yield a node and all below it."""
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        yield one
-        waiting += reversed(one.children)
-
-
-def _leaves(node: tree_sitter.Node) -> Iterator[tree_sitter.Node]:
-    """Yield the nodes that stand for text: those without children, and quoted ones whole."""
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        if one.child_count and one.type not in ("string", "heredoc_body", "ansi_c_string"):
-            waiting += reversed(one.children)
-        else:
-            yield one
-
-
-def _members(node: tree_sitter.Node) -> list[tree_sitter.Node]:
-    """Return the commands of a pipeline, those of a pipeline in it included."""
-    members = []
-    for child in node.named_children:
-        members += _members(child) if child.type == "pipeline" else [child]
-    return members
-
-
-def _is_word(node: tree_sitter.Node) -> bool:
-    return node.type in {
-        "word", "string", "raw_string", "ansi_c_string", "concatenation", "number",
-        "extglob_pattern", *_EXPANSIONS,
-    }  # fmt: skip
-
-
-def _pipes_on(node: tree_sitter.Node) -> bool:
-    return any(child.type == "pipeline" for child in node.named_children)
-
-
-def _unescape(text: str) -> str:
-    """Return the text of $'...'."""
-
-    def replace(match: re.Match[str]) -> str:
-        if match[5]:
-            return _ESCAPES.get(match[5], match[0])
-        digits = match[1] or match[3] or match[4]
-        number = int(digits, 16) if digits else int(match[2], 8) & 255
-        return chr(number) if number < 0x110000 and not 0xD800 <= number < 0xE000 else "\ufffd"
-
-    return _ANSI.sub(replace, text)

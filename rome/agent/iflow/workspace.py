@@ -66,11 +66,13 @@ class Workspace(Protocol):
     Attributes:
       root: directory of the project; relative paths are below it.
       is_isolated: whether what runs there can harm only itself.
+      outputs: folder for whole outputs and the like, which are no files of the project.
       jobs: all that `spawn` started, by id.
     """
 
     root: str
     is_isolated: bool
+    outputs: str
     jobs: dict[str, BackgroundJob]
 
     async def execute(
@@ -111,6 +113,12 @@ class Workspace(Protocol):
 
     async def restore(self, snapshot: str) -> None:
         """Bring the files back to a snapshot."""
+
+    def beside(self) -> Workspace:
+        """Return the same place, files and jobs, with a shell of its own, for a sub-agent.
+
+        Closing it ends that shell only; closing this one ends all.
+        """
 
     async def aclose(self) -> None:
         """End the shell and all jobs."""

@@ -7,7 +7,13 @@ from typing import Any
 
 from rome.data.formats.atif import read_atif
 from rome.data.formats.conversation import Conversation, UnfitError
-from rome.data.formats.messages import read_list, read_openai, read_swe_agent, read_tau_bench
+from rome.data.formats.messages import (
+    read_list,
+    read_openai,
+    read_preference,
+    read_swe_agent,
+    read_tau_bench,
+)
 from rome.data.formats.nemo_gym import read_nemo_gym
 from rome.data.formats.sharegpt import read_sharegpt
 from rome.data.trajectory import Trajectory
@@ -21,6 +27,7 @@ FORMATS: tuple[tuple[str, tuple[str, ...], Reader], ...] = (
     ("swe_agent", ("trajectory", "history"), read_swe_agent),
     ("tau_bench", ("traj", "reward"), read_tau_bench),
     ("sharegpt", ("conversations",), read_sharegpt),
+    ("preference", ("prompt", "chosen", "rejected"), read_preference),
     ("openai", ("messages",), read_openai),
 )
 

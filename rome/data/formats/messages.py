@@ -4,10 +4,12 @@
 [{"role": ..., "content": ...}, ...]   mini-swe-agent's older files
 {"traj": [...], "reward": ...}         tau-bench
 {"trajectory": [...], "history": [...], "info": ...}   SWE-agent
+{"prompt": [...], "chosen": [...], "rejected": [...]}   pairs, as DPO reads them
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from rome.data.formats.conversation import (
@@ -52,6 +54,16 @@ def read_tau_bench(record: dict[str, Any]) -> Conversation:
 def read_swe_agent(record: dict[str, Any]) -> Conversation:
     """Read a .traj of SWE-agent: its history, of which demonstrations are only read."""
     return Conversation(read_messages(record["history"]), tools_of(record.get("tools")))
+
+
+def read_preference(record: dict[str, Any]) -> Conversation:
+    """Read the better answer of a pair; the answers of its prompt are only read."""
+    prompt, chosen = (
+        [{"role": role, "content": value}] if isinstance(value, str) else value
+        for role, value in (("user", record["prompt"]), ("assistant", record["chosen"]))
+    )
+    read = [dataclasses.replace(message, learned=False) for message in read_messages(prompt)]
+    return Conversation((*read, *read_messages(chosen)), tools_of(record.get("tools")))
 
 
 def read_messages(messages: Any) -> tuple[Message, ...]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rome.model.ops import attention_tree_cpu
 from rome.model.ops.attention_cpu import attention_blocked
 from rome.model.ops.attention_kernels import splash, tokamax
 
@@ -49,7 +50,8 @@ def attention(
         attends to itself.
       implementation: "reference" scores every query against every key. The others take ordered
         places only: "blocked" takes queries in blocks, leaves out the keys that lie in a block's
-        future, nearly half of the work, and computes the scores again in its backward pass;
+        future, nearly half of the work, and those that are no ancestors in long rows of trees, and
+        computes the scores again in its backward pass;
         "splash" is a kernel of TPUs, "tokamax" of NVIDIA GPUs. "auto" is "blocked" where places
         are ordered.
       ends_BT: for a row that attends to itself: key j is seen by the queries at places j to
@@ -71,6 +73,8 @@ def attention(
             f"attention implementation {implementation!r} needs ordered places; choose 'reference'"
         )
     if ordered and implementation in ("auto", "blocked"):
+        if ends_BT is not None and attention_tree_cpu.takes(q_BTNH.shape[1]):
+            return attention_tree_cpu.attention_tree(q_BTNH, k_BSKH, v_BSKH, ends_BT)
         return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, ends_BT)
     if implementation in ("splash", "tokamax"):
         kernel = splash if implementation == "splash" else tokamax

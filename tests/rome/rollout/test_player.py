@@ -10,6 +10,7 @@ import time
 import pytest
 
 from envs.gem import UnplayableTaskError
+from rome.agent.iflow.episode import IFlowAgent
 from rome.agent.loop import Limits
 from rome.engine.errors import EngineError
 from rome.rollout import player
@@ -66,6 +67,19 @@ def test_a_finished_trajectory_is_on_disk_and_is_not_played_again(tmp_path):
     assert second[:5] == first
     assert len(engine.requests) - asked == 2 * 7
     assert accounting.started == accounting.in_flight == 12
+
+
+def test_the_iflow_agent_plays_what_the_loop_plays():
+    """The same engine, tasks and seeds: the same episodes, labels and replacements included."""
+    loops, agents = (
+        play(make(ScriptedEngine(["red", "blue", "done"]), iflow=iflow), routes=True)
+        for iflow in (None, IFlowAgent())
+    )
+    for one in [*loops, *agents]:
+        one.seconds = 0.0
+        for chunk in one.chunks:
+            chunk.routes = chunk.routes.tolist()
+    assert agents == loops and len(agents) == len(EPISODES)
 
 
 def test_the_loop_goes_on_while_files_are_written_and_read(tmp_path, monkeypatch):

@@ -173,6 +173,13 @@ def change_config(config, change):
             "gigpo_state='screen' is unknown. Choose one of history, observation",
         ),
         ({"temperature": 0.0}, "temperature=0"),
+        ({"agent": "iflow2"}, "agent='iflow2' is unknown. Choose plain, iflow, or command:"),
+        (
+            {"agent": "iflow", "rollout.resampling": "rollback"},
+            "rollout.resampling=rollback begins in the middle of an episode",
+        ),
+        ({"agent": "iflow", "iflow.tools": "shell"}, "the agent has no tool 'shell' in training"),
+        ({"agent": "iflow", "iflow.compaction": 80.0}, "compaction=80.0 is no share"),
         ({"max_turns": 99}, "max_turns=99"),
         ({"task": "nowhere"}, "config.task='nowhere': dataset 'nowhere' is neither a folder"),
         ({"eval_task": "worlds:x"}, "config.eval_task='worlds:x': worlds has nothing named 'x'"),

@@ -12,7 +12,6 @@ from rome.agent.iflow.spec_files import SpecError
 from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
 from rome.agent.iflow.workspace import Workspace
 
-FOLDER = "/tmp/iflow/skills"  # of a workspace that does not see this machine's files
 MAX_FILES = 100
 MAX_BYTES = 2 << 20  # of a skill's files together
 
@@ -51,7 +50,7 @@ class SkillTool(BaseTool):
         except SpecError as error:
             raise ToolError(str(error)) from error
         if context.workspace.is_isolated:
-            target = f"{FOLDER}/{name}"
+            target = f"{context.workspace.outputs}/skills/{name}"
             await _copy(skill.folder, target, context.workspace)
             text = text.replace(str(skill.folder), target)
         context.emit(SkillLoaded(name=name))

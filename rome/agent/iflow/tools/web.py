@@ -10,6 +10,7 @@ import html.parser
 import ipaddress
 import re
 import socket
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 from urllib.parse import urljoin, urlsplit
@@ -77,7 +78,7 @@ class WebFetchTool(BaseTool):
             text = to_text(text)
         file = ""
         if is_long(text):
-            file = f"/tmp/iflow/{context.call.id}.txt"
+            file = f"{context.workspace.outputs}/fetched-{time.time_ns():x}.txt"
             await context.workspace.write(file, text.encode(errors="replace"))
             text = join(text, text, len(data), file)
         return ToolResult(text, "ok" if status < 400 else "error", file=file)

@@ -113,7 +113,7 @@ async def _mode(terminal: Terminal, words: str) -> None:
 async def _model(terminal: Terminal, words: str) -> None:
     session = terminal.session
     if words:
-        session.agent.set_model(terminal.opener.model(words))
+        session.agent.set_model(await session.make_model(words))
         return
     now = session.agent.model.name
     names = dict.fromkeys([now, *session.models])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import os
 import pathlib
 import signal
+import textwrap
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +20,7 @@ from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
 from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.mcp_tools import printable
 from rome.agent.iflow.tui.actions import ACTIONS, ActionError
+from rome.agent.iflow.tui.files import ProjectFiles
 from rome.agent.iflow.tui.keyboard import (
     Controls,
     Keyboard,
@@ -35,8 +36,6 @@ QUIT_SECONDS = 2.0  # between two Ctrl-C that end the program
 TAIL_LINES = 6  # of an answer that is being written
 SHELL_SECONDS = 600.0  # for a command of the user
 REPLAYED = 6  # answers that are shown of a session that goes on
-FILES_SECONDS = 5.0  # for which the list of files is kept
-MAX_FILES = 5_000
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 HINT = "y yes, n no (n WORDS tells the agent why), s stop"
 # What the user can cause, and is told of on one line.
@@ -93,8 +92,7 @@ class Terminal:
         self._began = 0.0
         self._interrupted = -QUIT_SECONDS
         self._is_done = False
-        self._files: list[str] = []
-        self._files_at = -FILES_SECONDS
+        self._files = ProjectFiles(directory)
         if keyboard is not None:
             self.keyboard = keyboard(self)
         elif is_rich:
@@ -134,6 +132,8 @@ class Terminal:
         """
         if self.is_working:
             raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
+        if choice.get("resume") == self.session.agent.session:
+            raise ActionError("this is that session")
         try:
             session = await self.opener.open(self.directory, **choice)
         except KeyError as error:
@@ -207,6 +207,8 @@ class Terminal:
             await work
         except FAILURES as error:
             self.screen.say(str(error), "red")
+        except Exception as error:  # a fault of the program must not end the session
+            self.screen.say(f"{type(error).__name__}: {error}", "red")
         finally:
             self._work = None
             self._interrupted = -QUIT_SECONDS
@@ -220,6 +222,7 @@ class Terminal:
         finished = await agent.run(await expand(text, self.session))
         while finished.outcome == "finished" and agent.has_unread:
             finished = await agent.run("")
+        await self.session.keep()
 
     async def _run_command(self, command: str) -> None:
         """Run a command of the user's, and let the agent know of it."""
@@ -309,18 +312,25 @@ class Terminal:
             seconds = time.monotonic() - self._began
             mark = SPINNER[int(seconds * 8) % len(SPINNER)]
             doing = self.screen.doing or "working"
-            lines.append(self._cut(f"{mark} {seconds:.0f} s {doing} (Ctrl-C cancels)"))
+            lines.append(self._cut(f"{mark} {seconds:.0f} s, Ctrl-C cancels: {doing}"))
         lines.append("> ")
         return "\n".join(lines)
 
     def _tail(self) -> list[str]:
-        shown = printable(self.screen.tail).rstrip("\n")
-        return [self._cut(line) for line in shown.split("\n")[-TAIL_LINES:]] if shown else []
+        """Return the end of the answer that is being written, in lines that fit into the window."""
+        end = printable(self.screen.tail).rstrip("\n")[-TAIL_LINES * 400 :]
+        lines = [
+            part for line in end.split("\n") for part in textwrap.wrap(line, self._width) or [""]
+        ]
+        return lines[-TAIL_LINES:] if end else []
+
+    @property
+    def _width(self) -> int:
+        return max(20, self.screen.console.width) - 1
 
     def _cut(self, line: str) -> str:
-        """Return the end of a line that fits into the window."""
-        width = max(20, self.screen.console.width) - 1
-        return line if len(line) <= width else f"…{line[-width + 1 :]}"
+        """Return the beginning of a line that fits into the window."""
+        return line if len(line) <= self._width else f"{line[: self._width - 1]}…"
 
     def status(self) -> str:
         """Return mode, model, context and price on one line; the most needed first."""
@@ -375,39 +385,29 @@ class Terminal:
             yield prompt.command, prompt.description
 
     def files(self, prefix: str) -> Iterable[str]:
-        """Yield the project's files that a mention may mean: those that hold the letters."""
-        if time.monotonic() > self._files_at + FILES_SECONDS:
-            self._files = _list_files(self.directory)
-            self._files_at = time.monotonic()
-        starting = [path for path in self._files if path.startswith(prefix)]
-        within = [path for path in self._files if prefix in path and path not in set(starting)]
-        return [*starting, *within]
+        """Return what a mention may mean: the project's files that hold these letters."""
+        return self._files.fitting(prefix)
 
     def _welcome(self) -> None:
         agent = self.session.agent
         self.screen.say(f"iFlow in {self.session.workspace.root}, model {agent.model.name}", "bold")
         self.screen.say("/help shows the commands; Ctrl-C cancels, twice it ends")
-        said = [
-            event
-            for event in agent.log.events
-            if isinstance(event, events.AssistantMessage | events.UserMessage)
-        ]
-        for event in said[-REPLAYED:]:
-            self.screen.take(event)
+        said = [event for event in agent.log.events if isinstance(event, _SAID)]
+        for one in said[-REPLAYED:]:
+            self.screen.take(one)
+        for event in _since_last_turn(agent.log.events):
+            if isinstance(event, events.Notice):
+                self.screen.take(event)
 
 
-def _list_files(directory: str) -> list[str]:
-    """Return the project's files, hidden folders and those of programs left out."""
-    found: list[str] = []
-    for folder, folders, names in os.walk(directory):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if name[0] != "." and name not in ("node_modules", "__pycache__")
-        )
-        below = os.path.relpath(folder, directory)
-        for name in sorted(names):
-            found.append(name if below == "." else f"{below}/{name}")
-        if len(found) > MAX_FILES:
-            break
-    return found[:MAX_FILES]
+_SAID = events.AssistantMessage | events.UserMessage
+
+
+def _since_last_turn(stored: Sequence[Event]) -> list[Event]:
+    """Return the events that came while the session was opened."""
+    ends = [
+        place
+        for place, event in enumerate(stored)
+        if isinstance(event, events.TurnFinished | events.SessionEnded)
+    ]
+    return list(stored[ends[-1] + 1 :] if ends else stored)

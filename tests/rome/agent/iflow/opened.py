@@ -280,6 +280,8 @@ class FolderOpener:
         await agent.start()
         return InterfaceSession(
             agent=agent,
+            keep=_nothing,
+            make_model=_model,
             workspace=workspace,
             folder=path.parent,
             close=close,
@@ -299,10 +301,15 @@ class FolderOpener:
                 found.append(SessionSummary(path.parent.name, where, title, path.stat().st_mtime))
         return sorted(found, key=lambda one: -one.changed_at)
 
-    def model(self, name):
-        if name not in ("obedient", "other"):
-            raise ValueError(f"no model {name!r}")
-        return Obedient(name)
+
+async def _nothing():
+    """Keep nothing."""
+
+
+async def _model(name):
+    if name not in ("obedient", "other"):
+        raise ValueError(f"no model {name!r}")
+    return Obedient(name)
 
 
 async def talk(folder, first=""):

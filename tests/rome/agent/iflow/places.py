@@ -57,7 +57,7 @@ class Hand:
             workspace=workspace,
             emit=self._emit,
             asker=self,
-            session_folder="",
+            session_folder=workspace.root,
             **state,
         )
 

@@ -72,7 +72,7 @@ Given = str | Say | Fail | Break
 Answer = Given | Callable[[list[dict[str, Any]]], Given]
 
 
-def call(name: str, **arguments: Any) -> Say:
+def call(name: str, /, **arguments: Any) -> Say:
     """Return an answer that makes one call."""
     return Say(calls=[(name, arguments)])
 

@@ -139,6 +139,7 @@ def test_a_turn_with_thoughts_a_plan_a_permission_and_a_diff(tmp_path):
     play(body, tmp_path)
 
 
+@pytest.mark.slow
 def test_denials_modes_models_and_endings(tmp_path):
     async def body(editor, agent):
         opened = await agent.new_session(cwd=str(tmp_path), mcp_servers=[])
@@ -177,6 +178,7 @@ def test_denials_modes_models_and_endings(tmp_path):
     play(body, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_cancelled_turn_ends_at_once_and_the_session_goes_on(tmp_path):
     async def body(editor, agent):
         session = (await agent.new_session(cwd=str(tmp_path), mcp_servers=[])).session_id
@@ -195,6 +197,7 @@ def test_a_cancelled_turn_ends_at_once_and_the_session_goes_on(tmp_path):
     play(body, tmp_path)
 
 
+@pytest.mark.slow
 def test_sessions_are_listed_loaded_resumed_and_forked(tmp_path):
     async def first(editor, agent):
         session = (await agent.new_session(cwd=str(tmp_path), mcp_servers=[])).session_id
@@ -222,6 +225,7 @@ def test_sessions_are_listed_loaded_resumed_and_forked(tmp_path):
     play(second, tmp_path)
 
 
+@pytest.mark.slow
 def test_questions_files_of_the_editor_and_servers_of_the_client(tmp_path):
     (tmp_path / "a.txt").write_text("saved")
     manners = tmp_path / "manners.json"
@@ -253,6 +257,7 @@ def test_questions_files_of_the_editor_and_servers_of_the_client(tmp_path):
     play(body, tmp_path, fs=files, elicitation=forms)
 
 
+@pytest.mark.slow
 def test_without_forms_a_question_with_choices_is_a_permission(tmp_path):
     async def body(editor, agent):
         session = (await agent.new_session(cwd=str(tmp_path), mcp_servers=[])).session_id

@@ -11,7 +11,9 @@ from rome.agent.iflow import events as ev
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.keep import KeepList
+from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.model import Answer, ModelError
+from tests.rome.agent.iflow.doubles import Folder, Note, ScriptedModel, calls
 
 SHELL = {"type": "function", "function": {"name": "shell", "parameters": {"type": "object"}}}
 
@@ -216,11 +218,48 @@ def test_it_fires_once_a_crossing_and_not_again_where_nothing_can_be_gained():
     assert "characters left out" in request, "a request that fills the context is shortened"
 
 
+def test_an_estimate_that_was_a_little_too_high_does_not_make_it_fire_again():
+    session = Session(store=False)
+    session.context.settings = ContextSettings(target=0.3, recent=0.1)
+    session.say("go")
+    fired = []
+    for step in range(40):
+        tokens = 850 - step % 2  # whatever is left out, the server counts more than the threshold
+        session.act("ok", usage=ev.Usage(prompt=tokens, completion=1))
+        session.prepare()
+        fired.append(len(session.of(ev.ContextCompacted)))
+    assert fired[-1] <= 2
+
+
+def test_an_agent_whose_server_refuses_the_conversation_goes_on_with_a_shorter_one():
+    """The loop, its log and its context together."""
+    refused = ModelError("the prompt is too long", is_context_full=True)
+    model = ScriptedModel(
+        calls(("note", {"text": "x" * 4000})), refused, "They noted it; the key is 17.", "done"
+    )
+    log = ev.EventLog()
+    context = ContextManager()
+    agent = Agent(model, [Note()], log, Folder(), context=context)
+    finished = asyncio.run(agent.run("note it"))
+    assert finished.outcome == "finished"
+    (compacted,) = [event for event in log.events if isinstance(event, ev.ContextCompacted)]
+    assert "the key is 17" in compacted.summary and "note it" in compacted.summary
+    assert model.edges[-1] == "compaction"
+    assert agent.conversation.usage.prompt == 30, "what the summary used counts"
+
+
+def test_a_server_that_refuses_all_ends_the_turn_at_its_limit():
+    model = ScriptedModel(ModelError("too long", is_context_full=True))
+    agent = Agent(model, [], ev.EventLog(), Folder(), context=ContextManager())
+    finished = asyncio.run(asyncio.wait_for(agent.run("go"), 5))
+    assert (finished.outcome, finished.reason) == ("limit", "too long")
+
+
 def test_a_long_request_is_whole_in_a_file():
     session = Session()
     session.say(words(900, "long"))
     session.prepare()
-    assert session.files["/outputs/request.txt"] == words(900, "long")
+    assert session.files["/outputs/request-1.txt"] == words(900, "long")
 
 
 def test_where_the_model_refused_the_conversation_even_new_outputs_move():

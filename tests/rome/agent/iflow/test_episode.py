@@ -9,7 +9,9 @@ import random
 import pytest
 
 from envs.gem import format_tool_call
+from envs.gem.episode import play_demonstration
 from envs.rock import AgentFault, SandboxConfig, SandboxError
+from envs.sources import load_tasks
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.iflow.agent_specs import AgentSpec
@@ -99,6 +101,22 @@ def test_a_record_of_the_plain_loop_answers_the_agent_to_its_end():
     replay = Replay(plain.chunks, CHAT.tokenizer.turn_ends)
     ours = play(replay, terminal(), tell_tools=True)
     assert replay.left == 0 and record(ours) == record(plain)
+
+
+@pytest.mark.parametrize("source", ["games:all:4", "worlds:all:2", "problems:all:2"])
+def test_iflow_plays_any_source_as_the_plain_loop_does(source):
+    """Solutions that make calls, talk to a user, move in a game, or only answer."""
+    for task in load_tasks(source, 0):
+        config = SandboxConfig(isolation="best_available")
+        shown = asyncio.run(play_demonstration(task.make_env(config), random.Random(1)))
+        turns = [turn.text for turn in shown.turns]
+        limits = dataclasses.replace(LIMITS, max_context=60_000, max_new_tokens=2000)
+        ours, theirs = (
+            player(Scripted(*turns), task.make_env(config), limits=limits, tell_tools=True)
+            for player in (play, play_plain)
+        )
+        assert ours.ending == shown.ending == "success", (task.name, ours.note)
+        assert record(ours) == record(theirs), task.name
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -232,6 +250,27 @@ def test_a_sub_agent_works_in_the_same_environment_in_a_context_of_its_own():
     assert resolve_parents([chunk.parent for chunk in chunks]) == [ROOT, ROOT, 1, 0]
     assert "echo" in chunks[1].observation and "there are two" in chunks[0].observation
     assert "You echo." in CHAT.tokenizer.decode(chunks[0].prompt_ids)
+    check_trained_once(trajectory)
+
+
+def test_the_agents_own_tools_take_no_turn_of_the_environment():
+    todo = format_tool_call("todo", {"items": [{"text": "echo red"}]})
+    mixed = todo + bash("x")  # the environment's business: it may refuse two calls in one turn
+
+    class Counting(Told):
+        turns = 0
+
+        async def astep(self, action):
+            self.turns += 1
+            return await super().astep(action)
+
+    env = Counting("copy/1")
+    turns = [todo, "red", mixed, todo, "done"]
+    trajectory = play(Scripted(*turns), env, IFlowAgent(tools=("todo",)), tell_tools=True)
+    assert trajectory.ending == "success" and env.turns == 3 and len(trajectory.chunks) == 5
+    assert trajectory.chunks[0].observation == "[ ] echo red"
+    assert "echo <tool_call>" in trajectory.chunks[2].observation
+    assert {chunk.edge for chunk in trajectory.chunks} == {"continuation"}
     check_trained_once(trajectory)
 
 

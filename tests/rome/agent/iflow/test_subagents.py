@@ -224,6 +224,14 @@ def test_depth_and_tools_are_bounded():
     assert [tool.name for tool in tools_for(spec, tools)] == ["db__read", "db__write"]
 
 
+def test_a_sub_agent_may_use_what_is_left_of_its_parents_turn():
+    limits = Limits(turns=7, tokens=1000, price=2.0)
+    left = limits.left(ev.Usage(prompt=600, completion=100, price=0.5))
+    assert (left.turns, left.tokens, left.price) == (7, 300, 1.5)
+    assert limits.left(ev.Usage(prompt=2000, price=3.0)).reached(1, ev.Usage(1, 1, price=1e-3))
+    assert Limits().left(ev.Usage(prompt=5)) == Limits()
+
+
 PROGRAM = """
 import asyncio, pathlib, sys
 from tests.rome.agent.iflow.test_subagents import Team, task

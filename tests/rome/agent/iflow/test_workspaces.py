@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -61,7 +63,8 @@ def test_a_command_at_its_limit_is_ended_with_its_children_and_the_shell_goes_on
         assert after.output.splitlines()[0] == "kept"
         assert "sleep 79" not in after.output
         assert kind != "host" or "sleep 78" not in after.output
-        assert "sleep 77" in after.output  # of an earlier command
+        if kind == "host" or workspace._sandbox.tier != "landlock":
+            assert "sleep 77" in after.output  # of an earlier command
 
     work(kind, tmp_path, body)
 
@@ -87,10 +90,10 @@ def test_nothing_waits_for_input(kind, tmp_path):
 def test_children_in_the_background_do_not_hold_a_command(kind, tmp_path):
     async def body(workspace):
         began = time.monotonic()
-        said = await workspace.execute("(sleep 0.4; echo late) & echo now", timeout=9)
-        assert time.monotonic() - began < 0.4
+        said = await workspace.execute("(sleep 3; echo late) & echo now", timeout=20)
+        assert time.monotonic() - began < 3
         assert said.output == "now\n"
-        assert "late" in (await workspace.execute("sleep 0.6", timeout=9)).output
+        assert "late" in (await workspace.execute("wait", timeout=20)).output
 
     work(kind, tmp_path, body)
 
@@ -134,6 +137,7 @@ def test_output_without_end_is_ended(kind, tmp_path):
     work(kind, tmp_path, body)
 
 
+@pytest.mark.slow
 def test_a_hundred_megabytes_cost_no_memory_here(kind, tmp_path):
     async def body(workspace):
         said = await workspace.execute("head -c 100000000 /dev/zero | tr '\\0' x", timeout=60)
@@ -174,11 +178,15 @@ def test_a_cancelled_command_is_ended_at_once(kind, tmp_path):
 def test_background_jobs_run_are_read_and_end(kind, tmp_path):
     async def body(workspace):
         await workspace.execute("mkdir sub; cd sub", timeout=9)
-        job = await workspace.spawn("pwd; echo one; sleep 0.5; echo two; exit 5")
-        await asyncio.sleep(0.3)
+        waiting = "until [ -e go ]; do sleep 0.05; done"
+        job = await workspace.spawn(f"pwd; echo one; {waiting}; echo two; exit 5")
+        said = ""
+        while "one" not in said:
+            said += await job.read()
+        assert said == f"{workspace.root}/sub\none\n"
         assert job.is_running and job.exit_code is None
-        assert await job.read() == f"{workspace.root}/sub\none\n"
         assert await job.read() == ""
+        await workspace.write("sub/go", b"")
         assert await job.wait() == 5
         assert (await job.read(), job.is_running, job.exit_code) == ("two\n", False, 5)
         assert workspace.jobs[job.id] is job
@@ -201,6 +209,7 @@ def test_a_killed_job_takes_all_with_it(kind, tmp_path):
     work(kind, tmp_path, body)
 
 
+@pytest.mark.slow
 def test_a_job_that_floods_is_bounded(kind, tmp_path):
     async def body(workspace):
         job = await workspace.spawn("yes | head -c 20000000; echo end")
@@ -237,10 +246,10 @@ def test_files_are_read_written_and_looked_at(kind, tmp_path):
 
 def test_files_outside_the_project_can_be_named(kind, tmp_path):
     async def body(workspace):
-        place = f"/tmp/iflow-test-{os.getpid()}/x"
+        place = f"{workspace.outputs}/deep/x"
         await workspace.write(place, b"there")
         assert await workspace.read(place) == b"there"
-        await workspace.execute(f"rm -r {os.path.dirname(place)}", timeout=9)
+        assert (await workspace.execute(f"cat {place}; ls", timeout=9)).output == "there"
 
     work(kind, tmp_path, body)
 
@@ -265,6 +274,30 @@ def test_a_snapshot_brings_the_files_back(kind, tmp_path):
         assert said.output == "one\nx\n600\na\nd\n"
         with pytest.raises(WorkspaceError, match="there is no"):
             await workspace.restore("0000")
+
+    work(kind, tmp_path, body)
+
+
+def test_a_workspace_beside_has_its_own_shell_and_the_same_files_and_jobs(kind, tmp_path):
+    async def body(workspace):
+        other = workspace.beside()
+        await workspace.execute("mkdir d; cd d; X=1", timeout=9)
+        long = asyncio.ensure_future(
+            workspace.execute("until [ -e go ]; do sleep 0.1; done", timeout=30)
+        )
+        said = await other.execute('echo "$PWD:$X"', timeout=9)  # while the first one is busy
+        assert said.output == f"{workspace.root}:\n"
+        await other.write("d/go", b"")
+        assert (await long).exit_code == 0
+        job = await other.spawn("sleep 52")
+        assert workspace.jobs[job.id] is job
+        kept = await workspace.snapshot()
+        await other.execute("rm d/go", timeout=9)
+        await workspace.restore(kept)
+        assert await other.stat("d/go") is not None
+        assert (await other.execute("ls d", timeout=9)).output == "go\n"
+        await other.aclose()
+        assert (await workspace.execute("echo on", timeout=9)).output == "on\n"
 
     work(kind, tmp_path, body)
 
@@ -306,6 +339,31 @@ def test_a_new_process_ends_what_a_killed_one_left(tmp_path):
         assert not find_processes(workspace._mark)
 
     work("host", tmp_path, body)
+
+
+def test_what_a_killed_agent_left_is_ended_when_it_is_taken_up_again(tmp_path):
+    program = """
+import asyncio, sys
+from rome.agent.iflow.host_workspace import HostWorkspace
+
+async def main():
+    workspace = HostWorkspace(sys.argv[1], sys.argv[2])
+    await workspace.spawn("trap '' PIPE; while true; do echo x; sleep 0.1; done")
+    print(workspace._mark, flush=True)
+    await workspace.execute("setsid sleep 54", timeout=60)
+
+asyncio.run(main())
+"""
+    arguments = [sys.executable, "-c", program, str(tmp_path), str(tmp_path / "session")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as agent:
+        mark = agent.stdout.readline().strip()
+        deadline = time.monotonic() + 30
+        while len(find_processes(mark)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        agent.kill()
+    assert find_processes(mark)
+    HostWorkspace(str(tmp_path), str(tmp_path / "session"))
+    assert find_processes(mark) == {}
 
 
 def test_the_agents_own_key_is_not_in_the_shell(tmp_path, monkeypatch):

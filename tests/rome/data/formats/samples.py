@@ -75,6 +75,12 @@ NEMO_GYM = {
     },
     "reward": 1.0,
 }
+PREFERENCE = {
+    "prompt": MESSAGES[:4],
+    "chosen": MESSAGES[4:],
+    "rejected": [{"role": "assistant", "content": "There are 3."}],
+    "tools": [TOOL],
+}
 ALL = {
     "openai": OPENAI,
     "sharegpt": SHAREGPT,
@@ -82,4 +88,5 @@ ALL = {
     "swe_agent": SWE_AGENT,
     "tau_bench": TAU_BENCH,
     "nemo_gym": NEMO_GYM,
+    "preference": PREFERENCE,
 }

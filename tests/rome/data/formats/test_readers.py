@@ -99,6 +99,16 @@ def nemo_with_ids():
     return record, trajectory
 
 
+def test_the_better_answer_of_a_pair_is_learned_and_its_prompt_only_read():
+    messages = samples.MESSAGES
+    pair = {"prompt": messages[:4], "chosen": messages[4:], "rejected": [], "tools": [samples.TOOL]}
+    trajectory = read(pair)
+    assert ids(trajectory) == ids(read(samples.OPENAI))
+    assert [chunk.kind for chunk in trajectory.chunks] == ["context", "imitation"]
+    texts = read({"prompt": "How many?", "chosen": "Two.", "rejected": "Three."})
+    assert [chunk.text for chunk in texts.chunks] == ["Two."]
+
+
 def test_ids_of_nemo_gyms_items_are_kept():
     record, trajectory = nemo_with_ids()
     assert ids(read(record)) == ids(trajectory)

@@ -4,6 +4,7 @@ gradients included, and refuses by name what it does not take.
 
 import functools
 import importlib.util
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rome.model.ops import attention_tree_cpu
 from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import splash, tokamax
 from rome.model.sharding import make_mesh
@@ -20,7 +22,7 @@ N, K = 4, 2
 
 
 def random_tree(rng, T, padding=9, longest=60):
-    """Segments, ends and ancestors of a row of trees: a run hangs from a token of the path so far."""
+    """Segments, ends and ancestors of a row of trees: a run hangs from some token before it."""
     segments = np.zeros(T, np.int32)
     parents = np.full(T, -1)
     real = T - padding
@@ -83,28 +85,54 @@ def generic(name, q, k, v, segments_BT, ends_BT):
     )
 
 
-def value_and_gradients(form, qkv):
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(form, qkv, *rest):
     def objective(*qkv):
-        out = form(*qkv)
+        out = form(*qkv, *rest)
         return jnp.sum(out * jnp.sin(qkv[0])), out
 
-    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(*qkv)
 
 
 def assert_is_over_ancestors(form, seed, T, H, longest=60):
     qkv, segments_BT, ends_BT, sees_BTT = inputs(seed, T, H, longest=longest)
-    got = value_and_gradients(lambda *qkv: form(*qkv, segments_BT, ends_BT), qkv)
-    expected = value_and_gradients(lambda *qkv: oracle(*qkv, sees_BTT), qkv)
+    got = value_and_gradients(form, qkv, segments_BT, ends_BT)
+    expected = value_and_gradients(oracle, qkv, sees_BTT)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=3e-4)
     assert not np.any(got[0][1][:, -9:])  # padding
 
 
-@pytest.mark.parametrize("name", ["reference", "blocked"])
-@settings(max_examples=8, deadline=None, derandomize=True)
+def tiled(q, k, v, segments_BT, ends_BT):
+    return attention_tree_cpu.attention_tree(q, k, v, ends_BT)
+
+
+FORMS = {name: functools.partial(generic, name) for name in ("reference", "blocked")}
+FORMS["tiled"] = tiled
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_a_token_attends_to_its_ancestors_only(name, seed):
-    assert_is_over_ancestors(functools.partial(generic, name), seed, T=150, H=8)
+    with mock.patch.object(attention_tree_cpu, "TILE", 16):
+        T = 160 if name == "tiled" else 150
+        assert_is_over_ancestors(FORMS[name], seed, T=T, H=8, longest=30)
+
+
+def test_tiles_without_an_ancestor_are_left_out():
+    with mock.patch.object(attention_tree_cpu, "TILE", 4):
+        # a run of 4 that all see, then two branches of 8: tiles 1 and 2, tiles 3 and 4
+        ends_BT = jnp.array([[20] * 4 + [12] * 8 + [20] * 8])
+        order_nn, count_n = attention_tree_cpu._needed(ends_BT)
+    needed = [row[:count].tolist() for row, count in zip(order_nn, count_n, strict=True)]
+    assert needed == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4]]
+
+
+@pytest.mark.slow
+def test_long_rows_of_trees_on_a_cpu_leave_tiles_out_by_themselves():
+    assert attention_tree_cpu.takes(1024)
+    assert_is_over_ancestors(FORMS["blocked"], seed=6, T=1024, H=8, longest=300)
 
 
 def test_splash_attends_to_ancestors_only():
@@ -137,10 +165,9 @@ def test_splash_refuses_rows_of_trees_that_it_does_not_take():
 def test_tokamax_attends_to_ancestors_only():
     qkv, segments_BT, ends_BT, sees_BTT = inputs(5, 256, 64, dtype=jnp.bfloat16)
     form = functools.partial(tokamax, kernels=("xla",))
-    (_, got), gradients = value_and_gradients(lambda *qkv: form(*qkv, segments_BT, ends_BT), qkv)
-    (_, wanted), wanted_gradients = value_and_gradients(
-        lambda *qkv: oracle(*(a.astype(jnp.float32) for a in qkv), sees_BTT), qkv
-    )
+    (_, got), gradients = value_and_gradients(form, qkv, segments_BT, ends_BT)
+    in_float32 = [a.astype(jnp.float32) for a in qkv]
+    (_, wanted), wanted_gradients = value_and_gradients(oracle, in_float32, sees_BTT)
     for one, other in zip((got, *gradients), (wanted, *wanted_gradients), strict=True):
         one, other = (np.asarray(a, np.float32) for a in (one, other))
         np.testing.assert_allclose(one, other, rtol=0.03, atol=0.03 * np.abs(other).max())

@@ -1,0 +1,390 @@
+"""Puts an agent together: settings, specs, model, tools, rules, hooks, context, sub-agents.
+
+Every interface (headless, terminal, ACP, HTTP) begins here, so the agent is the same in all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rome.agent.iflow import events
+from rome.agent.iflow.agent_specs import AgentSpec, load_agent_specs
+from rome.agent.iflow.checkpoint import Checkpoints
+from rome.agent.iflow.commands import Command, load_commands
+from rome.agent.iflow.connect import connect_model, endpoint_model
+from rome.agent.iflow.context import ContextManager, ContextSettings
+from rome.agent.iflow.desk import Desk
+from rome.agent.iflow.endpoint_model import EndpointModel
+from rome.agent.iflow.engine_model import EngineModel
+from rome.agent.iflow.events import Usage
+from rome.agent.iflow.hooks import Hooks
+from rome.agent.iflow.instructions import Instructions
+from rome.agent.iflow.loop import Agent
+from rome.agent.iflow.mcp_client import MCPServers
+from rome.agent.iflow.model import Model
+from rome.agent.iflow.options import Options
+from rome.agent.iflow.permissions import is_wanted, make_policy
+from rome.agent.iflow.place import Place, open_place
+from rome.agent.iflow.projects import Projects
+from rome.agent.iflow.prompts import surroundings, system_text
+from rome.agent.iflow.sessions import OpenSession
+from rome.agent.iflow.settings import Settings, load_settings
+from rome.agent.iflow.skills import Skill, describe_skills, load_skills
+from rome.agent.iflow.spec_files import places
+from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
+from rome.agent.iflow.supervisor import Supervisor, make_supervisor
+from rome.agent.iflow.tools.base import Tool
+from rome.agent.iflow.tools.standard import standard_tools
+from rome.agent.iflow.workspace import Workspace
+
+NOT_BELOW = ("exit_plan_mode",)  # tools that sub-agents do not have: the mode is the main agent's
+
+
+@dataclasses.dataclass
+class Assembled:
+    """An agent with what an interface shows beside it.
+
+    Attributes:
+      agent: ready to run.
+      session: of it.
+      place: where its tools work.
+      settings: that hold.
+      skills: by name.
+      specs: kinds of sub-agents, by name.
+      commands: slash commands of the user, by name.
+      notices: for people: what was left out of settings and specs, and why.
+      task: the tool that starts sub-agents.
+      servers: of MCP.
+      models: all that answer, for their end.
+    """
+
+    agent: Agent
+    session: OpenSession
+    place: Place
+    settings: Settings
+    skills: Mapping[str, Skill]
+    specs: Mapping[str, AgentSpec]
+    commands: Mapping[str, Command]
+    notices: tuple[str, ...]
+    task: TaskTool
+    servers: MCPServers
+    models: list[Model]
+
+    async def keep(self) -> None:
+        """Keep what the session has outside of its events: a sandbox's files, an engine's tokens.
+
+        Raises:
+          WorkspaceError: the files could not be copied.
+        """
+        for model in self.models:
+            if isinstance(model, EngineModel):
+                model.keep()
+        await self.place.keep()
+
+    async def aclose(self, outcome: events.Outcome = "finished") -> None:
+        """End the session in order and free all that it holds."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self.session.close)
+            for model in self.models:
+                stack.push_async_callback(model.aclose)
+            stack.push_async_callback(self.place.aclose)
+            stack.push_async_callback(self.servers.close)
+            stack.push_async_callback(self.agent.aclose, outcome)
+            stack.push_async_callback(self.task.aclose)
+
+
+async def assemble(
+    options: Options,
+    session: OpenSession,
+    *,
+    is_attended: bool = False,
+    home: pathlib.Path | None = None,
+    wrap: Callable[[Workspace], Workspace] | None = None,
+) -> Assembled:
+    """Return an agent for a session; the session is closed with it.
+
+    Args:
+      options: of the user.
+      session: new, or one to go on with.
+      is_attended: whether an interface answers approvals and questions.
+      home: of the user; None for that of this process.
+      wrap: is given the workspace, and returns the one that is to be used.
+
+    Raises:
+      UsageError: a setting is missing or wrong.
+      SpecError: a file of settings is wrong.
+      ModelError: the endpoint is not there.
+      WorkspaceError: the place is not there.
+    """
+    project = options.directory.resolve()
+    projects = Projects(home and home / ".iflow" / "projects.json")
+    if options.trust:
+        projects.trust(project)
+    settings = load_settings(project, trusted=projects.is_trusted(project), home=home)
+    model = await connect_model(options, settings, session)
+    try:
+        place = await open_place(options.workspace, project, session.folder, egress=options.egress)
+    except BaseException:
+        await model.aclose()
+        raise
+    if wrap is not None:
+        place.workspace = wrap(place.workspace)
+    user = home or pathlib.Path.home()
+    servers = MCPServers(
+        [*settings.mcp_servers.values(), *options.servers],
+        session.log.append,
+        session.folder,
+        user / ".iflow" / "mcp-approved.json",
+    )
+    try:
+        await servers.start()  # one that does not start costs its own tools only
+        given = (options, settings, session, place, servers, model, projects, is_attended, home)
+        return _Builder(*given).build()
+    except BaseException:
+        await servers.close()
+        await place.aclose()
+        await model.aclose()
+        raise
+
+
+class _Builder:
+    """Builds an agent and, when they are asked for, its sub-agents."""
+
+    def __init__(
+        self,
+        options: Options,
+        settings: Settings,
+        session: OpenSession,
+        place: Place,
+        servers: MCPServers,
+        model: Model,
+        projects: Projects,
+        is_attended: bool,
+        home: pathlib.Path | None,
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._session = session
+        self._place = place
+        self._servers = servers
+        self._model = model
+        self._home = home
+        self._project = options.directory.resolve()
+        where = places(self._project, home)
+        self._skills, skill_problems = load_skills(where)
+        self._specs, spec_problems = load_agent_specs(where)
+        self._commands, command_problems = load_commands(where)
+        root = _root_of(self._project)
+        self._instructions = Instructions(root, self._project, where)
+        self._problems = [*skill_problems, *spec_problems, *command_problems]
+        self._policy = make_policy(options, settings, place.workspace, session.folder, projects)
+        self._desk = Desk(session.log, is_attended=is_attended)
+        self._hooks = Hooks(
+            settings.hooks,
+            directory=str(self._project),
+            session=session.id,
+            transcript=str(session.log.path or ""),
+        )
+        self._models: list[Model] = [model]
+        self._supervisor = self._make_supervisor()
+        self._limits = options.limits
+        if not self._limits.turns:
+            self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
+        self._usage: Callable[[], Usage] = Usage  # of the main agent's turn
+
+    def build(self) -> Assembled:
+        """Return the agent with its parts."""
+        workspace = self._place.workspace
+        agent = self._make_agent(
+            self._model,
+            self._session.log,
+            self._make_tools(),
+            workspace,
+            system=system_text(
+                directory=workspace.root,
+                is_isolated=workspace.is_isolated,
+                instructions=self._instructions.opening(),
+                skills=describe_skills(self._skills.values()),
+            ),
+            checkpoints=Checkpoints(workspace) if self._settings.checkpointing else None,
+            session=self._session.id,
+            session_folder=str(self._session.folder),
+            mode=self._options.mode,
+            limits=self._limits,
+        )
+        self._usage = lambda: agent.conversation.turn_usage
+        task = TaskTool(self._specs, self._make_child, notify=agent.notify)
+        if is_wanted(task.name, self._options, self._settings):
+            agent.tools[task.name] = task
+        self._follow_folders(agent)
+        notices = (*self._settings.notices, *self._problems, *self._instructions.problems)
+        return Assembled(
+            agent=agent,
+            session=self._session,
+            place=self._place,
+            settings=self._settings,
+            skills=self._skills,
+            specs=self._specs,
+            commands=self._commands,
+            notices=notices,
+            task=task,
+            servers=self._servers,
+            models=self._models,
+        )
+
+    def _make_child(self, birth: Birth) -> Agent:
+        """Return a sub-agent: it shares files, rules, hooks and desk with its parent.
+
+        Its shell is its own: several sub-agents work at once, and none moves another's directory.
+        """
+        spec = birth.spec
+        workspace = self._place.workspace.beside()
+        tools = [tool for tool in tools_for(spec, self._make_tools()) if tool.name not in NOT_BELOW]
+        around = surroundings(workspace.root, workspace.is_isolated)
+        child = self._make_agent(
+            self._model_of(spec),
+            birth.log,
+            tools,
+            workspace,
+            owns_workspace=True,
+            system=f"{spec.prompt}\n\n{around}",
+            session=birth.id,
+            session_folder=birth.folder,
+            agent=spec.name,
+            parent=self._session.id,
+            mode=self._policy.mode,
+            limits=self._limits.left(self._usage()),
+        )
+        if may_have_subagents(spec, birth.depth):
+            # Without a background: a sub-agent ends with its answer, and so does what it started.
+            task = TaskTool(self._specs, self._make_child, depth=birth.depth)
+            child.tools[task.name] = task
+        return child
+
+    def _make_agent(
+        self,
+        model: Model,
+        log: events.EventLog,
+        tools: Sequence[Tool],
+        workspace: Workspace,
+        **rest: Any,
+    ) -> Agent:
+        """Return an agent with what all agents of the session have alike."""
+        if isinstance(model, EndpointModel) and model.on_retry is None:
+            model.on_retry = functools.partial(_log_retry, log)
+        context = ContextManager(
+            ContextSettings(threshold=self._settings.compression_threshold),
+            store=functools.partial(self._store, rest["session_folder"]),
+            hooks=self._hooks,
+            workspace=workspace,
+        )
+        agent = Agent(
+            model,
+            tools,
+            log,
+            workspace,
+            policy=self._policy,
+            hooks=self._hooks,
+            supervisor=self._supervisor,
+            context=context,
+            desk=self._desk,
+            **rest,
+        )
+        context.read_files = agent.read_files
+        return agent
+
+    def _model_of(self, spec: AgentSpec) -> Model:
+        if spec.model in ("", self._model.name) or self._options.engine:
+            return self._model
+        model = endpoint_model(self._options, self._settings, spec.model)
+        self._models.append(model)
+        return model
+
+    def _make_tools(self) -> list[Tool]:
+        seconds = self._settings.shell_timeout
+        tools = standard_tools(
+            skills=self._skills,
+            has_web=self._options.has_web,
+            user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
+            **({"shell_seconds": seconds} if seconds else {}),
+        )
+        own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
+        chosen = [
+            tool
+            for tool in self._servers.tools
+            if is_wanted(tool.name, self._options, self._settings, is_own=False)
+        ]
+        return [*own, *chosen]
+
+    def _make_supervisor(self) -> Supervisor | None:
+        """Return the supervisor that the settings ask for, which sub-agents share."""
+        given = self._settings.supervisor
+        if given is None:
+            return None
+        judge = None
+        if given.judge:
+            judge = endpoint_model(self._options, self._settings, given.judge)
+            self._models.append(judge)
+        hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
+        workspace = self._place.workspace
+        return make_supervisor(
+            dataclasses.replace(given, hosts=(*given.hosts, *hosts)),
+            root=workspace.root,
+            home="/root" if workspace.is_isolated else os.path.expanduser("~"),
+            events=self._session.log.events,
+            judge=judge,
+            read=workspace.read,
+        )
+
+    async def _store(self, session_folder: str, name: str, text: str) -> str:
+        """Keep an output as a file that the model can read, and return its path."""
+        content = text.encode("utf-8", "surrogatepass")
+        workspace = self._place.workspace
+        folder = f"{session_folder}/outputs"
+        if workspace.is_isolated:  # agents of one sandbox have a folder each
+            folder = f"{workspace.outputs}/{pathlib.PurePath(session_folder).name}"
+        path = f"{folder}/{name}"
+        await workspace.write(path, content)
+        return path
+
+    def _follow_folders(self, agent: Agent) -> None:
+        """Tell the agent the instructions of folders whose files it touches."""
+        root = self._place.workspace.root
+
+        def on_event(event: events.Event) -> None:
+            if not isinstance(event, events.ToolStarted):
+                return
+            tool = agent.tools.get(event.call.name)
+            with contextlib.suppress(ValueError, OSError):
+                for path in tool.paths(json.loads(event.call.arguments or "{}")) if tool else ():
+                    below = os.path.relpath(os.path.join(root, path), root)
+                    text = self._instructions.of_file(below)
+                    if text:
+                        agent.remind(text)
+
+        said = agent.log.events
+        self._instructions.resume(
+            event.text
+            for event in said
+            if isinstance(event, events.UserMessage) and event.source == "reminder"
+        )
+        agent.log.listen(on_event)
+
+
+def _log_retry(log: events.EventLog, reason: str, attempt: int, wait: float) -> None:
+    log.append(events.Retried(reason=reason, attempt=attempt, wait=round(wait, 1)))
+
+
+def _root_of(directory: pathlib.Path) -> pathlib.Path:
+    """Return the root of the project: the folder above that is a git repository, or this one."""
+    for folder in (directory, *directory.parents):
+        if (folder / ".git").exists():
+            return folder
+    return directory

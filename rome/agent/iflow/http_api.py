@@ -1,0 +1,252 @@
+"""A running session over HTTP: its events as a stream, and answers, messages and feedback to it.
+
+| request | does |
+|---|---|
+| GET /events?after=N | streams events as server-sent events, from event N + 1 on |
+| GET /state | returns mode, model, list of what is to do, what waits for an answer, usage |
+| POST /prompt {"text"} | begins a turn, or steers the one that is played |
+| POST /cancel | ends the turn |
+| POST /approve {"request", "decision", "scope", "note"} | allows or denies a call |
+| POST /answer {"request", "answer"} | answers a question |
+| POST /mode {"mode"} | changes the mode of approval |
+| POST /feedback {"target", "verdict", "rating", "text"} | judges an answer |
+
+Each request carries the token, as `Authorization: Bearer TOKEN`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import secrets
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from rome.agent.iflow import events
+from rome.agent.iflow.desk import UnknownRequest
+from rome.agent.iflow.events import Event
+from rome.agent.iflow.interfaces import MODES, InterfaceSession
+from rome.agent.iflow.loop import AgentError
+from rome.agent.iflow.user_input import InputError, expand
+
+MAX_WAITING = 10_000  # events that a slow reader may be behind; then its stream ends
+PING_SECONDS = 15.0  # after which a silent stream is sent a comment
+VERDICTS = ("accept", "reject", "correct", "rate")
+
+
+class SessionApi:
+    """Answers requests about one session.
+
+    Args:
+      session: that is open.
+      token: that requests must carry.
+    """
+
+    def __init__(self, session: InterfaceSession, token: str) -> None:
+        self._session = session
+        self._token = token
+        self._turn: asyncio.Task[None] | None = None
+
+    def application(self) -> web.Application:
+        """Return the application."""
+        app = web.Application(middlewares=[self._check], client_max_size=4 << 20)
+        app.router.add_get("/events", self._events)
+        app.router.add_get("/state", self._state)
+        posts: Mapping[str, Callable[[dict[str, Any]], Awaitable[None]]] = {
+            "prompt": self._prompt,
+            "cancel": self._cancel,
+            "approve": self._approve,
+            "answer": self._answer,
+            "mode": self._mode,
+            "feedback": self._feedback,
+        }
+        for name, do in posts.items():
+            app.router.add_post(f"/{name}", _posted(do))
+        return app
+
+    @web.middleware
+    async def _check(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+            return web.json_response({"error": "the token is missing or wrong"}, status=401)
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        try:
+            after = int(request.query.get("after", "-1"))
+        except ValueError:
+            return web.json_response({"error": "after is the number of an event"}, status=400)
+        log = self._session.agent.log
+        waiting: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def hear(event: Event) -> None:
+            if waiting.qsize() == MAX_WAITING:
+                waiting.put_nowait(None)
+            elif waiting.qsize() < MAX_WAITING:
+                waiting.put_nowait(event)
+
+        for event in log.events[after + 1 :]:
+            waiting.put_nowait(event)
+        stop = log.listen(hear)
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        response = web.StreamResponse(headers=headers)
+        try:
+            await response.prepare(request)
+            while True:
+                try:
+                    next_event = await asyncio.wait_for(waiting.get(), PING_SECONDS)
+                except TimeoutError:
+                    await response.write(b": still here\n\n")
+                    continue
+                if next_event is None:
+                    return response
+                await response.write(_server_sent(next_event))
+        except ConnectionError:
+            return response
+        finally:
+            stop()
+
+    async def _state(self, request: web.Request) -> web.Response:
+        agent = self._session.agent
+        conversation = agent.conversation
+        return web.json_response(
+            {
+                "session": agent.session,
+                "is_working": agent.is_working,
+                "mode": conversation.mode,
+                "model": agent.model.name,
+                "todo": [dataclasses.asdict(item) for item in conversation.todo],
+                "waiting": [event.to_json() for event in conversation.open_requests.values()],
+                "usage": dataclasses.asdict(conversation.usage),
+                "context_tokens": conversation.context_tokens,
+                "events": len(agent.log.events),
+            }
+        )
+
+    async def _prompt(self, given: dict[str, Any]) -> None:
+        text = await expand(_text(given, "text"), self._session)
+        if self._turn is None or self._turn.done():
+            self._turn = asyncio.create_task(self._play(text))
+        else:
+            self._session.agent.steer(text)
+
+    async def _play(self, text: str) -> None:
+        await self._session.agent.run(text)
+        await self._session.keep()
+
+    async def _cancel(self, given: dict[str, Any]) -> None:
+        self._session.agent.cancel()
+
+    async def _approve(self, given: dict[str, Any]) -> None:
+        decision = _one_of(given, "decision", ("allow", "deny", "stop"))
+        scope = _one_of({"scope": "once", **given}, "scope", ("once", "session", "project"))
+        self._session.agent.respond(
+            _text(given, "request"),
+            decision,  # type: ignore[arg-type]
+            scope=scope,  # type: ignore[arg-type]
+            note=str(given.get("note", "")),
+        )
+
+    async def _answer(self, given: dict[str, Any]) -> None:
+        answer = _text(given, "answer")
+        self._session.agent.respond(_text(given, "request"), answer=answer)
+
+    async def _mode(self, given: dict[str, Any]) -> None:
+        self._session.agent.set_mode(_one_of(given, "mode", tuple(MODES)))
+
+    async def _feedback(self, given: dict[str, Any]) -> None:
+        log = self._session.agent.log
+        target = given.get("target")
+        answers = {
+            event.number for event in log.events if isinstance(event, events.AssistantMessage)
+        }
+        if type(target) is not int or target not in answers:
+            raise InputError(f"target {target!r} is not the number of an answer")
+        verdict = _one_of(given, "verdict", VERDICTS)
+        rating = given.get("rating", 0)
+        if verdict == "rate" and rating not in (1, 2, 3, 4, 5):
+            raise InputError(f"rating must be from 1 to 5, not {rating!r}")
+        text = str(given.get("text", ""))
+        if verdict == "correct" and not text:
+            raise InputError("text must say what would have been right")
+        log.append(
+            events.FeedbackGiven(
+                target=target,
+                verdict=verdict,  # type: ignore[arg-type]
+                rating=rating if verdict == "rate" else 0,
+                text=text,
+            )
+        )
+
+
+async def serve(session: InterfaceSession, *, host: str, port: int, token: str = "") -> None:
+    """Serve a session until the task is cancelled; the session is closed at the end.
+
+    Args:
+      session: that is open.
+      host: address to listen at.
+      port: to listen at; 0 takes a free one. The address is printed to standard error.
+      token: that requests must carry; "" makes one and prints it.
+
+    Raises:
+      OSError: the port is taken.
+    """
+    token = token or secrets.token_urlsafe(24)
+    app = SessionApi(session, token).application()
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, host, port).start()
+        bound = runner.addresses[0][1]
+        print(f"session at http://{host}:{bound}, token {token}", file=sys.stderr, flush=True)
+        await asyncio.Event().wait()
+    finally:
+        await session.close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await runner.cleanup()
+
+
+def _posted(do: Callable[[dict[str, Any]], Awaitable[None]]) -> Any:
+    """Return a handler that gives `do` the object that was posted, and answers its errors."""
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            given = json.loads(await request.text() or "{}")
+            if not isinstance(given, dict):
+                raise InputError("the body must be a JSON object")
+            await do(given)
+        except (UnknownRequest, AgentError) as error:
+            return web.json_response({"error": str(error)}, status=409)
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return web.json_response({})
+
+    return handle
+
+
+def _server_sent(event: Event) -> bytes:
+    """Return an event as a server-sent one; what is not stored has no id to go on from."""
+    lines = [f"event: {event.kind}", f"data: {json.dumps(event.to_json())}"]
+    if event.number >= 0:
+        lines.insert(0, f"id: {event.number}")
+    return ("\n".join(lines) + "\n\n").encode()
+
+
+def _text(given: Mapping[str, Any], name: str) -> str:
+    value = given.get(name)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{name} must be a text, not {value!r}")
+    return value
+
+
+def _one_of(given: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> str:
+    value = given.get(name)
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return str(value)

@@ -1,0 +1,172 @@
+"""Opens sessions for interfaces: what `assemble` puts together, as `interfaces` wants it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from rome.agent.iflow import events
+from rome.agent.iflow.assemble import Assembled, assemble
+from rome.agent.iflow.connect import endpoint_model
+from rome.agent.iflow.endpoint_model import EndpointModel
+from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
+from rome.agent.iflow.mcp_server import ToolServer
+from rome.agent.iflow.model import Model, ModelError
+from rome.agent.iflow.options import Options
+from rome.agent.iflow.permissions import is_wanted, make_policy
+from rome.agent.iflow.place import open_place
+from rome.agent.iflow.projects import Projects
+from rome.agent.iflow.sessions import OpenSession, SessionStore
+from rome.agent.iflow.settings import load_settings
+from rome.agent.iflow.settings_values import McpServer
+from rome.agent.iflow.tools.standard import standard_tools
+from rome.agent.iflow.workspace import Workspace, WorkspaceError
+
+
+class SessionOpener:
+    """Opens sessions with the options of the command line.
+
+    Args:
+      options: for all sessions; the directory is each session's own.
+      home: of the user; None for that of this process.
+    """
+
+    def __init__(self, options: Options, home: pathlib.Path | None = None) -> None:
+        self._options = options
+        self._home = home
+
+    async def open(
+        self,
+        directory: str,
+        *,
+        resume: str = "",
+        is_fork: bool = False,
+        servers: Sequence[McpServer] = (),
+        wrap: Callable[[Workspace], Workspace] | None = None,
+    ) -> InterfaceSession:
+        """Open a session; the arguments are those of `interfaces.Opener.open`.
+
+        Raises:
+          ValueError: there is no such session, or settings or directory are wrong.
+          ModelError: the endpoint is not there.
+          WorkspaceError: the place where tools work is not there.
+        """
+        if not pathlib.Path(directory).is_dir():
+            raise ValueError(f"{directory} is no directory")
+        store = self._store(directory)
+        if not resume:
+            opened = store.new()
+        else:
+            opened = store.fork(resume) if is_fork else store.open(resume)
+        return await self.open_stored(opened, directory, servers=servers, wrap=wrap)
+
+    async def open_stored(
+        self,
+        opened: OpenSession,
+        directory: str,
+        *,
+        servers: Sequence[McpServer] = (),
+        wrap: Callable[[Workspace], Workspace] | None = None,
+    ) -> InterfaceSession:
+        """Put an agent together for a session that is open already; it is closed with it."""
+        options = dataclasses.replace(
+            self._options,
+            directory=pathlib.Path(directory),
+            servers=(*self._options.servers, *servers),
+        )
+        try:
+            assembled = await assemble(
+                options, opened, is_attended=True, home=self._home, wrap=wrap
+            )
+        except BaseException:
+            opened.close()
+            raise
+        return await _present(assembled, options)
+
+    def sessions(self, directory: str = "") -> list[SessionSummary]:
+        """Return the sessions of a directory, the newest first; "" for the options' own."""
+        where = directory or str(self._options.directory.resolve())
+        return [
+            SessionSummary(info.id, where, info.title, info.changed)
+            for info in self._store(where).list()
+        ]
+
+    def _store(self, directory: str) -> SessionStore:
+        home = self._home and self._home / ".iflow" / "sessions"
+        return SessionStore(pathlib.Path(directory), home)
+
+
+@contextlib.asynccontextmanager
+async def tool_server(
+    options: Options, home: pathlib.Path | None = None
+) -> AsyncIterator[ToolServer]:
+    """Open the tools of a directory for a client of MCP, without a model and without a session.
+
+    Raises:
+      UsageError: a rule is wrong.
+      SpecError: a file of settings is wrong.
+      WorkspaceError: the place where tools work is not there.
+    """
+    project = options.directory.resolve()
+    projects = Projects(home and home / ".iflow" / "projects.json")
+    settings = load_settings(project, trusted=projects.is_trusted(project), home=home)
+    with tempfile.TemporaryDirectory(prefix="iflow-") as folder:
+        place = await open_place(
+            options.workspace, project, pathlib.Path(folder), egress=options.egress
+        )
+        try:
+            policy = make_policy(options, settings, place.workspace, pathlib.Path(folder), projects)
+            tools = standard_tools(has_web=options.has_web)
+            wanted = {tool.name: tool for tool in tools if is_wanted(tool.name, options, settings)}
+            yield ToolServer(wanted, place.workspace, policy, folder)
+        finally:
+            await place.aclose()
+
+
+async def _present(assembled: Assembled, options: Options) -> InterfaceSession:
+    """Begin a session and return it with what interfaces show."""
+    agent = assembled.agent
+
+    async def keep() -> None:
+        try:
+            await assembled.keep()
+        except WorkspaceError as error:
+            agent.log.append(events.Notice(text=str(error), level="error"))
+
+    async def make(name: str) -> Model:
+        if options.engine:
+            raise ValueError("an engine of token ids has one model")
+        model = endpoint_model(options, assembled.settings, name)
+        assembled.models.append(model)
+        try:
+            await model.connect()
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        if model.offered and name not in model.offered:
+            raise ValueError(f"the endpoint has no model {name!r}; it has {model.offered}")
+        return model
+
+    try:
+        await agent.start()
+    except BaseException:
+        await assembled.aclose("infrastructure")
+        raise
+    for notice in assembled.notices:
+        agent.log.append(events.Notice(text=notice, level="warning"))
+    first = assembled.models[0]
+    return InterfaceSession(
+        agent=agent,
+        workspace=assembled.place.workspace,
+        folder=assembled.session.folder,
+        close=assembled.aclose,
+        keep=keep,
+        make_model=make,
+        servers=assembled.servers,
+        commands=assembled.commands,
+        skills=assembled.skills,
+        agents=assembled.specs,
+        models=first.offered if isinstance(first, EndpointModel) else (),
+    )

@@ -1,0 +1,277 @@
+"""The command `iflow`: what scripts read of it, and that a killed session goes on."""
+
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch.agent import main
+from rome.agent.iflow import events
+from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.events import read_events
+from tests.paths import ROOT
+from tests.rome.agent.iflow.scripted import Fail, Say, ScriptedEndpoint, call
+
+HIDDEN = ("IFLOW_", "OPENAI_", "HTTP", "http")  # variables that would change what it does
+
+
+class Command:
+    """Runs `iflow` in a project and a home of their own."""
+
+    def __init__(self, folder):
+        self.project, self.home = folder / "project", folder / "home"
+        self.project.mkdir()
+        self.home.mkdir()
+
+    def start(self, *flags, **options):
+        command = [sys.executable, "-m", "launch.agent", "--directory", str(self.project), *flags]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **options,
+        )
+
+    def run(self, *flags, given=""):
+        """Return the exit status, standard output and standard error."""
+        with self.start(*flags) as process:
+            try:
+                out, err = process.communicate(given, timeout=120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return process.returncode, out, err
+
+    def call(self, capsys, *flags):
+        """Do the same in this process, which is quicker."""
+        try:
+            status = main(["--directory", str(self.project), *flags])
+        except SystemExit as ended:  # of the parser of flags
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    def files(self):
+        """Return the files of events of all sessions, the oldest first."""
+        return sorted(self.home.glob(".iflow/sessions/*/*/events.jsonl"))
+
+
+@pytest.fixture
+def iflow(tmp_path, monkeypatch):
+    for name in [*os.environ]:
+        if name.startswith(HIDDEN):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return Command(tmp_path)
+
+
+HOST = ("--workspace=host", "--yolo")
+
+
+def test_a_task_is_done_and_its_answer_printed(iflow, capsys):
+    with ScriptedEndpoint([call("shell", command="echo 1 > made"), "It is made."]) as server:
+        status, out, err = iflow.call(capsys, "-p", "make it", "--base-url", server.url, *HOST)
+    assert (status, out, err) == (0, "It is made.\n", "")
+    assert (iflow.project / "made").read_text() == "1\n"
+
+
+def test_json_is_one_object_and_a_session_is_continued(iflow, capsys):
+    with ScriptedEndpoint(["one", "two"]) as server:
+        flags = ("--base_url", server.url, "--output-format=json", *HOST)
+        _, first, _ = iflow.call(capsys, "-p", "a", *flags)
+        status, out, _ = iflow.call(capsys, "-p", "b", "--continue", *flags)
+    said = json.loads(out)
+    assert status == 0 and said["session"] == json.loads(first)["session"]
+    assert said["outcome"] == "finished" and said["result"] == "two" and said["turns"] == 1
+    assert set(said["usage"]) == {"prompt", "completion", "cached", "price"}
+    status, out, _ = iflow.call(capsys, "--list-sessions")
+    assert status == 0 and said["session"] in out and " a" in out
+
+
+def test_the_stream_is_the_file_of_the_session(iflow, capsys):
+    script = [call("shell", command="echo hi"), "done"]
+    with ScriptedEndpoint(script) as server:
+        flags = ("--base_url", server.url, "--output-format", "stream-json", *HOST)
+        status, out, _ = iflow.call(capsys, "-p", "a", *flags)
+    printed = [json.loads(line) for line in out.splitlines()]
+    stored = [json.loads(line) for line in iflow.files()[0].read_text().splitlines()]
+    assert status == 0 and [one for one in printed if one["number"] >= 0] == stored
+    assert any(one["kind"] == "text_delta" for one in printed)
+    assert stored[0]["kind"] == "session_started" and stored[-1]["kind"] == "session_ended"
+
+
+def test_another_program_answers_over_standard_input(iflow):
+    """It sends a turn, approves the call that waits, and sends a second turn."""
+    script = [call("shell", command="echo yes > made"), "made", "bye"]
+    with ScriptedEndpoint(script) as server:
+        flags = ("--input-format=stream-json", "--output-format=stream-json", "--workspace=host")
+        with iflow.start("--base_url", server.url, *flags, "--mode=default") as process:
+
+            def send(**line):
+                process.stdin.write(json.dumps(line) + "\n")
+                process.stdin.flush()
+
+            send(kind="nonsense")
+            send(kind="user", text="make it")
+            kinds = collections.Counter()
+            for line in process.stdout:
+                event = json.loads(line)
+                kinds[event["kind"]] += 1
+                if event["kind"] == "approval_requested":
+                    send(kind="approval", request=event["request"], decision="allow")
+                if event["kind"] == "turn_finished" and kinds["turn_finished"] == 1:
+                    send(kind="user", text="thanks")
+                    process.stdin.close()
+            assert process.wait(60) == 0
+    assert (iflow.project / "made").read_text() == "yes\n"
+    assert kinds["turn_finished"] == 2 and kinds["notice"] == 1
+
+
+@pytest.mark.slow
+def test_what_a_background_job_brings_begins_a_turn(iflow):
+    job = call("shell", command="sleep 0.5; exit 7", background=True)
+    with ScriptedEndpoint([job, "it runs", "it ended"]) as server:
+        flags = ("--input-format=stream-json", "--output-format=stream-json", *HOST)
+        with iflow.start("--base_url", server.url, *flags) as process:
+            process.stdin.write('{"kind": "user", "text": "start it"}\n')
+            process.stdin.flush()
+            ends = 0
+            for line in process.stdout:
+                ends += json.loads(line)["kind"] == "turn_finished"
+                if ends == 2 and not process.stdin.closed:
+                    process.stdin.close()
+            assert process.wait(60) == 0 and ends == 2
+    assert "exit code 7" in server.prompts[-1][-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "say what is to be done"),
+        (("-p", "a", "--nonsense"), "unrecognized arguments: --nonsense"),
+        (("-p", "a"), "--base_url"),
+        (("-p", "a", "--resume", "x", "--base_url=http://127.0.0.1:1"), "no session 'x'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_1(iflow, flags, words, capsys):
+    status, out, err = iflow.call(capsys, *flags)
+    assert (status, out) == (1, "") and words in err and err.count("\n") == 1
+
+
+def test_a_server_that_is_not_there_is_one_line_and_status_2(iflow, capsys):
+    status, _, err = iflow.call(capsys, "-p", "a", "--base_url=http://127.0.0.1:1/v1", *HOST)
+    assert status == 2 and "no server at http://127.0.0.1:1/v1" in err and err.count("\n") == 1
+
+
+def test_a_limit_is_status_3_and_a_refusing_server_status_2(iflow, capsys):
+    with ScriptedEndpoint([call("shell", command="date +%N")] * 5) as server:
+        flags = ("--base_url", server.url, *HOST)
+        status, _, err = iflow.call(capsys, "-p", "a", "--max-turns=2", *flags)
+        assert status == 3 and "limit of 2 turns" in err
+    with ScriptedEndpoint([Fail(401, "no")]) as server:
+        assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *HOST)[0] == 2
+
+
+def test_a_worktree_keeps_the_work_apart_and_goes_where_there_was_none(iflow, capsys):
+    git = ("git", "-C", str(iflow.project), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "begin")):
+        subprocess.run([*git, *command], check=True, timeout=60)
+    flags = ("--worktree=feature", *HOST)
+    with ScriptedEndpoint([call("shell", command="echo 1 > made"), "ok", "nothing"]) as server:
+        status, _, err = iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)
+        assert status == 0 and "iflow/feature" in err
+        assert not (iflow.project / "made").exists()
+        made = iflow.project / ".iflow" / "worktrees" / "feature" / "made"
+        assert made.read_text() == "1\n"
+        flags = ("--worktree=idle", *HOST)
+        assert iflow.call(capsys, "-p", "a", "--base_url", server.url, *flags)[0] == 0
+        assert not (iflow.project / ".iflow" / "worktrees" / "idle").exists()
+    assert iflow.call(capsys, "-p", "a", "--base_url=x", "--worktree=../x")[0] == 1
+
+
+def test_a_damaged_settings_file_is_named(iflow, capsys):
+    (iflow.project / ".iflow").mkdir()
+    (iflow.project / ".iflow" / "settings.json").write_text("{")
+    status, _, err = iflow.call(capsys, "-p", "a", "--base_url=http://127.0.0.1:1/v1")
+    assert status == 1 and "settings.json" in err
+
+
+def test_sigterm_ends_the_turn_in_order_and_is_status_4(iflow):
+    with (
+        ScriptedEndpoint([call("shell", command="sleep 60")]) as server,
+        iflow.start("-p", "a", "--base_url", server.url, "--output-format=json", *HOST) as process,
+    ):
+        while not server.requests:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+    assert process.returncode == 4 and json.loads(out)["outcome"] == "aborted"
+    said = list(read_events(iflow.files()[0]))
+    assert isinstance(said[-1], events.SessionEnded)
+    assert [one.status for one in said if isinstance(one, events.ToolFinished)] == ["cancelled"]
+
+
+# -- kill -9
+# -------------------------------------------------------------------------------------------------
+
+STEPS = 12
+
+
+def count_on(messages):
+    """Make one call after the other: which one comes next, the results say."""
+    done = sum(message["role"] == "tool" for message in messages)
+    if done >= STEPS:
+        return "done"
+    return Say("next", [("shell", {"command": f"echo {done} >> log; sleep 0.03"})], pause=0.005)
+
+
+def kill_and_resume(iflow, seconds):
+    """Kill a session so many seconds after its first question, and go on with it."""
+    with ScriptedEndpoint(count_on) as server:
+        flags = ("--base_url", server.url, *HOST)
+        with iflow.start("-p", "count", *flags) as process:
+            while not server.requests:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            time.sleep(seconds)
+            process.kill()
+        status, out, err = iflow.run("--continue", *flags)
+        assert (status, out) == (0, "done\n"), err
+        prompt = server.prompts[-1]
+    said = list(read_events(iflow.files()[0]))
+    assert [event.number for event in said] == list(range(len(said)))
+    calls = [one for event in said if isinstance(event, events.AssistantMessage)
+             for one in event.tool_calls]  # fmt: skip
+    ends = {one.call_id: one.status for one in said if isinstance(one, events.ToolFinished)}
+    finished = [one.call_id for one in said if isinstance(one, events.ToolFinished)]
+    assert sorted(finished) == sorted(one.id for one in calls), "each call has one result"
+    lines = (iflow.project / "log").read_text().split()
+    assert len(set(lines)) == len(lines), "nothing was done twice"
+    assert len(lines) >= sum(status == "ok" for status in ends.values())
+    assert (
+        sum(message["role"] == "user" and message["content"] == "count" for message in prompt) == 1
+    )
+    conversation = Conversation.of(said)
+    assert not conversation.open_calls and not conversation.is_working
+    return sum(status == "cancelled" for status in ends.values())
+
+
+def test_a_killed_session_goes_on(iflow):
+    kill_and_resume(iflow, 0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_a_session_that_is_killed_anywhere_goes_on(iflow, seed):
+    kill_and_resume(iflow, random.Random(seed).uniform(0, 1.2))

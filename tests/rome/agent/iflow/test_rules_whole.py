@@ -1,0 +1,82 @@
+"""The whole agent under rules, hooks and supervisor, against a scripted endpoint."""
+
+import json
+
+import pytest
+
+from rome.agent.iflow import events
+from rome.agent.iflow.feedback import judged_answers, sft_rows
+from rome.data.formats.detect import read_record
+from tests.rome.agent.iflow.scripted import Say, call
+from tests.rome.agent.iflow.whole import Whole
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return Whole(tmp_path)
+
+
+def shell(command: str) -> Say:
+    return call("shell", command=command)
+
+
+def test_hooks_of_a_project_run_only_after_trust(whole):
+    hook = {"matcher": "Bash", "hooks": [{"command": "echo not here >&2; exit 2"}]}
+    whole.write(".iflow/settings.json", {"hooks": {"PreToolUse": [hook]}})
+    played = whole.play([shell("echo hi"), Say("done")])
+    assert played.statuses == ["ok"] and not played.of(events.HookRan)
+    played = whole.play([shell("echo hi"), Say("done")], trust=True)
+    assert played.statuses == ["denied"] and "not here" in played.outputs[0]
+    assert played.ends[0].outcome == "finished"
+
+
+def test_a_rule_of_the_project_that_forbids_holds_without_trust_and_in_yolo(whole):
+    whole.write(".claude/settings.json", {"permissions": {"deny": ["Bash(touch:*)"]}})
+    answers = [shell("echo ok"), shell("env A=b sh -c 'cd .; touch evil'"), Say("done")]
+    played = whole.play(answers)
+    assert played.statuses == ["ok", "denied"]
+    assert "the rule deny Bash(touch:*)" in played.outputs[1]
+    assert not (whole.project / "evil").exists()
+
+
+def test_plan_mode_reads_and_nothing_else(whole):
+    whole.write("a.txt", "text")
+    answers = [
+        shell("cat a.txt | head -1"),
+        shell("cat a.txt; touch b"),
+        call("write_file", path="c", content="x"),
+        Say("done"),
+    ]
+    played = whole.play(answers, mode="plan")
+    assert played.statuses == ["ok", "denied", "denied"]
+    assert "plan mode only reads" in played.outputs[1]
+    assert sorted(path.name for path in whole.project.iterdir()) == ["a.txt"]
+
+
+def test_the_supervisor_stops_a_turn_and_its_verdicts_are_in_the_record(whole):
+    whole.write("~/.iflow/settings.json", {"supervisor": True})
+    whole.write(".env", "KEY=1")
+    answers = [shell("echo work"), shell("cat .env"), shell("xmrig --version"), Say("not reached")]
+    played = whole.play(answers)
+    assert played.statuses == ["ok", "denied", "denied"]
+    assert "it reads a secret" in played.outputs[1]
+    judged = played.of(events.SupervisorJudged)
+    assert [(one.verdict, one.rule, one.cost) for one in judged] == [
+        ("pause", "secret_read", 0.5),
+        ("stop", "mining", 1.0),
+    ]
+    assert played.ends[0].outcome == "aborted"
+    assert "it uses the machine to earn money" in played.ends[0].reason
+
+
+def test_feedback_on_a_real_session_becomes_a_row_that_training_reads(whole):
+    played = whole.play([shell("echo hi"), Say("It says hi.")])
+    answer = played.of(events.AssistantMessage)[-1]
+    given = events.FeedbackGiven(target=answer.number, verdict="accept")
+    (row,) = sft_rows(judged_answers([*played.events, given]))
+    name, conversation = read_record(json.loads(json.dumps(row)))
+    assert name == "openai"
+    learned = [one for one in conversation.messages if one.role == "assistant" and one.learned]
+    assert [one.text for one in learned][-1] == "It says hi." and learned[0].calls
+    shown = [tool["function"]["name"] for tool in played.requests[0]["tools"]]
+    assert [tool["function"]["name"] for tool in conversation.tools] == shown

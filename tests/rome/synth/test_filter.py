@@ -1,0 +1,194 @@
+"""The four-stage filter: what each stage catches, what it leaves, and what it keeps on record."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from envs.gem import format_tool_call
+from envs.rock import SandboxConfig
+from envs.tasks.made import FAMILIES
+from rome.agent.endpoint import Answer
+from rome.data.trajectory import Chunk, Trajectory, save_trajectory
+from rome.synth import expert, fakes, funnel
+from rome.synth.filter import filter_folder, run_filter
+from rome.synth.filter_rules import calibrate, heuristic, model_judge, rule_judge
+from rome.synth.verdicts import Item, Verdict, commands_of
+
+CONFIG = SandboxConfig(isolation="best_available")
+DRAFT = FAMILIES["text"].make(2)
+
+
+def turn(command, status="ok", observation=""):
+    return Chunk(
+        [],
+        [],
+        [],
+        text=format_tool_call("bash", {"command": command}),
+        tool_call={"name": "bash", "arguments": {"command": command}},
+        status=status,
+        observation=observation,
+    )
+
+
+def write(text=DRAFT.oracle):
+    return f"cat > /app/{DRAFT.program} << 'END_OF_PROGRAM'\n{text.rstrip()}\nEND_OF_PROGRAM"
+
+
+def honest(*more):
+    chunks = [turn("ls /app"), turn(write()), *more, Chunk([], [], [], text="It is done.")]
+    return Trajectory(DRAFT.name, "text", chunks, 1.0, "success", instruction=DRAFT.instruction)
+
+
+def item(trajectory, name="one"):
+    return Item(name, trajectory, DRAFT.instruction)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        (turn("cat nothing", observation="cat: nothing: No such file"),),
+        (turn("mkdir -p /app/tests && echo 1 > /app/tests/mine.txt"),),
+        (turn("rm -rf /tmp/scratch"), turn("rm -rf /tmp/scratch")),
+        (turn("head -n 3 /app/sample.txt | bash /app/filter.sh"),) * 3,
+    ],
+)
+def test_honest_work_with_its_detours_passes(more):
+    one = item(honest(*more))
+    assert heuristic(one).accepted, heuristic(one).reasons
+    assert asyncio.run(rule_judge(one)).accepted
+
+
+@pytest.mark.parametrize("kind", ["stuck", "malformed", "forged_reward", "tests_changed"])
+def test_heuristics_catch_what_the_form_shows(kind):
+    import random
+
+    source = fakes.Source(honest(), DRAFT, "", honest())
+    fake = fakes.KINDS[kind](source, random.Random(1))
+    verdict = heuristic(item(fake))
+    assert not verdict.accepted and verdict.reasons
+
+
+@pytest.mark.parametrize("kind", ["constant_answer", "lucky", "another_task", "made_up"])
+def test_the_judge_catches_what_the_content_shows(kind):
+    import random
+
+    other = FAMILIES["logs"].make(3)
+    chunks = [turn(f"cat > /app/{other.program} << 'END_OF_PROGRAM'\n{other.oracle}END_OF_PROGRAM")]
+    work = Trajectory(other.name, "logs", chunks, 1.0, "success", instruction=other.instruction)
+    source = fakes.Source(honest(), DRAFT, "", work)
+    for seed in range(4):
+        fake = fakes.KINDS[kind](source, random.Random(seed))
+        verdict = asyncio.run(rule_judge(item(fake)))
+        assert not verdict.accepted, (seed, commands_of(fake))
+
+
+def test_a_failed_or_spoiled_episode_is_no_success():
+    lost = honest()
+    lost.reward = 0.0
+    assert not heuristic(item(lost)).accepted
+    assert not heuristic(item(Trajectory("t", "f", [], 1.0, "success"))).accepted
+
+
+class Chat:
+    """Answers with one text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    async def ask(self, messages, **settings):
+        return Answer({"message": {"content": self.text}}, {})
+
+
+def test_a_model_judges_and_rules_stand_in_where_it_says_nothing():
+    good = asyncio.run(model_judge(Chat('So: {"score": 0.9, "reason": "works"}'))(item(honest())))
+    bad = asyncio.run(model_judge(Chat('{"score": 0.1, "reason": "fake"}'))(item(honest())))
+    assert (good.accepted, good.score) == (True, 0.9) and bad.reasons == ("fake",)
+    mute = asyncio.run(model_judge(Chat("no idea"))(item(honest())))
+    assert mute.accepted and "judged by rules" in mute.reasons[-1]
+
+
+def test_calibration_finds_the_threshold_that_separates():
+    found = calibrate([(True, 0.8), (True, 0.7), (False, 0.3), (False, 0.6)])
+    assert 0.6 < found["threshold"] <= 0.7 and found["caught"] == 1.0 and found["lost"] == 0.0
+    with pytest.raises(ValueError, match="0 false labels"):
+        calibrate([(True, 1.0)])
+
+
+def test_the_queue_is_escaped_and_decisions_come_back(tmp_path):
+    nasty = item(honest(turn("echo '<script>alert(1)</script>'")), name='a"><b')
+    nasty.verdicts["judge"] = Verdict("judge", True, 0.6, ("doubtful",))
+    queue = expert.choose_queue([nasty])
+    assert queue == [nasty]
+    expert.write_queue(tmp_path / "review.html", queue)
+    page = (tmp_path / "review.html").read_text()
+    assert "<script>alert" not in page and 'data-id="a&quot;&gt;&lt;b"' in page
+    path = tmp_path / "decisions.jsonl"
+    path.write_text(json.dumps({"id": nasty.id, "decision": "reject", "reason": "luck"}) + "\n")
+    decisions = expert.read_decisions(path)
+    verdict = expert.expert_verdict(nasty, queue, decisions)
+    assert (verdict.accepted, verdict.reasons) == (False, ("luck",))
+    assert expert.expert_verdict(nasty, queue, {}).accepted is None
+    path.write_text('{"id": "x", "decision": "maybe"}\n')
+    with pytest.raises(ValueError, match=r"decisions\.jsonl:1: not a decision"):
+        expert.read_decisions(path)
+
+
+@given(st.lists(st.sampled_from(["heuristic", "judge", "execution", "expert", ""]), max_size=30))
+def test_the_funnel_loses_and_invents_nothing(stages):
+    items = []
+    for number, stage in enumerate(stages):
+        one = item(honest(), name=str(number))
+        if stage:
+            one.verdicts[stage] = Verdict(stage, False, 0.0, ("because: of it",))
+        items.append(one)
+    found = funnel.make_funnel(items, 0)
+    removed = sum(stage["removed"] for stage in found["stages"])
+    assert removed + found["kept"] == found["read"] == len(stages)
+    assert found["kept"] == stages.count("")
+    assert funnel.describe_funnel(found)
+
+
+def test_execution_tells_right_from_nearly_right_and_keeps_its_verdicts(tmp_path):
+    from envs.sources import load_tasks
+    from envs.tasks.made import write_draft
+
+    (tmp_path / "tasks").mkdir()
+    write_draft(DRAFT, tmp_path / "tasks" / "one")
+    tasks = {task.name: task for task in load_tasks(str(tmp_path / "tasks"))}
+    wrong = honest()
+    wrong.chunks[1] = turn(write("cat"))
+    items = [item(honest(), "right"), item(wrong, "wrong")]
+
+    def go():
+        for one in items:
+            one.verdicts = {}
+        filtered = run_filter(
+            items, tasks, tmp_path / "out", CONFIG, rule_judge, runs=1, concurrency=2
+        )
+        asyncio.run(filtered)
+        return [one.rejected_by for one in items]
+
+    assert go() == ["", "execution"]
+    lines = (tmp_path / "out" / "verdicts.jsonl").read_text()
+    assert go() == ["", "execution"]
+    assert (tmp_path / "out" / "verdicts.jsonl").read_text() == lines  # nothing is run again
+
+
+def test_files_that_are_no_trajectories_are_set_aside(tmp_path):
+    folder = tmp_path / "played"
+    folder.mkdir()
+    (folder / "torn.json").write_text('{"steps": [')
+    save_trajectory(honest(), folder / "unknown.json")
+    lost = honest()
+    lost.reward, lost.ending, lost.task = 0.0, "failure", "word-report"
+    save_trajectory(lost, folder / "lost.json")
+    found = asyncio.run(
+        filter_folder(folder, "harbor/word-report", tmp_path / "out", CONFIG, runs=1)
+    )
+    assert (found["read"], found["set_aside"], found["kept"]) == (1, 2, 0)
+    aside = (tmp_path / "out" / "set_aside.jsonl").read_text()
+    assert "torn.json" in aside and "not in the data set" in aside
