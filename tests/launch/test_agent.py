@@ -76,31 +76,31 @@ def iflow(tmp_path, monkeypatch):
 HOST = ("--workspace=host", "--yolo")
 
 
-def test_a_task_is_done_and_its_answer_printed(iflow):
+def test_a_task_is_done_and_its_answer_printed(iflow, capsys):
     with ScriptedEndpoint([call("shell", command="echo 1 > made"), "It is made."]) as server:
-        status, out, err = iflow.run("-p", "make it", "--base-url", server.url, *HOST)
+        status, out, err = iflow.call(capsys, "-p", "make it", "--base-url", server.url, *HOST)
     assert (status, out, err) == (0, "It is made.\n", "")
     assert (iflow.project / "made").read_text() == "1\n"
 
 
-def test_json_is_one_object_and_a_session_is_continued(iflow):
+def test_json_is_one_object_and_a_session_is_continued(iflow, capsys):
     with ScriptedEndpoint(["one", "two"]) as server:
         flags = ("--base_url", server.url, "--output-format=json", *HOST)
-        _, first, _ = iflow.run("-p", "a", *flags)
-        status, out, _ = iflow.run("-p", "b", "--continue", *flags)
+        _, first, _ = iflow.call(capsys, "-p", "a", *flags)
+        status, out, _ = iflow.call(capsys, "-p", "b", "--continue", *flags)
     said = json.loads(out)
     assert status == 0 and said["session"] == json.loads(first)["session"]
     assert said["outcome"] == "finished" and said["result"] == "two" and said["turns"] == 1
     assert set(said["usage"]) == {"prompt", "completion", "cached", "price"}
-    status, out, _ = iflow.run("--list-sessions")
+    status, out, _ = iflow.call(capsys, "--list-sessions")
     assert status == 0 and said["session"] in out and " a" in out
 
 
-def test_the_stream_is_the_file_of_the_session(iflow):
+def test_the_stream_is_the_file_of_the_session(iflow, capsys):
     script = [call("shell", command="echo hi"), "done"]
     with ScriptedEndpoint(script) as server:
         flags = ("--base_url", server.url, "--output-format", "stream-json", *HOST)
-        status, out, _ = iflow.run("-p", "a", *flags)
+        status, out, _ = iflow.call(capsys, "-p", "a", *flags)
     printed = [json.loads(line) for line in out.splitlines()]
     stored = [json.loads(line) for line in iflow.files()[0].read_text().splitlines()]
     assert status == 0 and [one for one in printed if one["number"] >= 0] == stored

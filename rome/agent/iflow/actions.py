@@ -40,6 +40,7 @@ class Action:
       reads: absolute paths that it names without writing them.
       writes: absolute paths that it writes, removes or changes.
       hosts: of the network that it names; "?" where it reaches one that it does not name.
+      programs: absolute paths of files that it runs: scripts, and programs named with their folder.
       text: all of its arguments.
       is_written: whether the commands are only written to a script.
     """
@@ -51,6 +52,7 @@ class Action:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
     text: str = ""
     is_written: bool = False
 
@@ -72,7 +74,7 @@ def action_of(tool: Tool, arguments: Mapping[str, Any], root: str, home: str) ->
     text = "\n".join(_texts(arguments))
     hosts = tuple(_hosts_in(text))
     if access == "execute" and isinstance(arguments.get("command"), str):
-        return _of_script(arguments["command"], tool.name, text, root, home)
+        return of_script(arguments["command"], root, home, tool=tool.name, text=text)
     paths = tuple(absolute(path, root, home) for path in tool.paths(arguments))
     if access != "write":
         return Action(tool.name, access, reads=paths, hosts=hosts, text=text)
@@ -84,11 +86,16 @@ def action_of(tool: Tool, arguments: Mapping[str, Any], root: str, home: str) ->
     )
 
 
-def _of_script(command: str, tool: str, text: str, root: str, home: str) -> Action:
-    line = commands_of(command)
+def of_script(
+    script: str, root: str, home: str, *, tool: str = "shell", text: str | None = None
+) -> Action:
+    """Return what a script of the shell would do; the arguments are those of `action_of`."""
+    line = commands_of(script)
+    commands = list(line.commands)
     reads: list[str] = []
     writes: list[str] = []
     hosts: list[str] = []
+    programs: list[str] = []
     directory = root
     for one in line.commands:
         if base_name(one) == "cd" and len(one.words) == 2 and one.words[1].is_static:
@@ -98,16 +105,37 @@ def _of_script(command: str, tool: str, text: str, root: str, home: str) -> Acti
         writes += written
         reads += [path for path in named if path not in written]
         hosts += _hosts_of(one)
+        programs += [absolute(path, directory, home) for path in _programs_of(one)]
+        commands += _commands_written_by(one)
     return Action(
         tool=tool,
         access="execute",
-        commands=line.commands,
+        commands=tuple(commands),
         doubts=line.problems,
         reads=tuple(dict.fromkeys(reads)),
         writes=tuple(dict.fromkeys(writes)),
         hosts=tuple(dict.fromkeys(hosts)),
-        text=text,
+        programs=tuple(dict.fromkeys(programs)),
+        text=script if text is None else text,
     )
+
+
+def _programs_of(command: SimpleCommand) -> list[str]:
+    """Return the files that a command runs."""
+    name = base_name(command)
+    found = [command.name] if "/" in command.name else []
+    if name.rstrip("0123456789.") in INTERPRETERS or name in ("source", "."):
+        plain = (word.text for word in command.words[1:] if not word.text.startswith("-"))
+        found += [next(plain, "")]
+    return [path for path in found if path]
+
+
+def _commands_written_by(command: SimpleCommand) -> tuple[SimpleCommand, ...]:
+    """Return the commands of a script that a command writes from a here-document."""
+    body = next((one.target.text for one in command.redirects if one.operator == "<<"), "")
+    files = _written_by(command)
+    is_script = bool(_SCRIPT.match(body)) or any(path.endswith(".sh") for path in files)
+    return commands_of(body).commands if body and files and is_script else ()
 
 
 def _written_by(command: SimpleCommand) -> list[str]:

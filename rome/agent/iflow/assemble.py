@@ -30,7 +30,7 @@ from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.mcp_client import MCPServers
 from rome.agent.iflow.model import Model
 from rome.agent.iflow.options import Options
-from rome.agent.iflow.permissions import OUTPUTS, is_wanted, make_policy
+from rome.agent.iflow.permissions import is_wanted, make_policy
 from rome.agent.iflow.place import Place, open_place
 from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.prompts import surroundings, system_text
@@ -263,7 +263,8 @@ class _Builder:
             limits=self._limits.left(self._usage()),
         )
         if may_have_subagents(spec, birth.depth):
-            task = TaskTool(self._specs, self._make_child, notify=child.notify, depth=birth.depth)
+            # Without a background: a sub-agent ends with its answer, and so does what it started.
+            task = TaskTool(self._specs, self._make_child, depth=birth.depth)
             child.tools[task.name] = task
         return child
 
@@ -339,6 +340,7 @@ class _Builder:
             home="/root" if workspace.is_isolated else os.path.expanduser("~"),
             events=self._session.log.events,
             judge=judge,
+            read=workspace.read,
         )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
@@ -347,7 +349,7 @@ class _Builder:
         workspace = self._place.workspace
         folder = f"{session_folder}/outputs"
         if workspace.is_isolated:  # agents of one sandbox have a folder each
-            folder = f"{OUTPUTS}/{pathlib.PurePath(session_folder).name}"
+            folder = f"{workspace.outputs}/{pathlib.PurePath(session_folder).name}"
         path = f"{folder}/{name}"
         await workspace.write(path, content)
         return path

@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import subprocess
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ _SETTINGS = {
     "user.name": "iflow",
     "user.email": "iflow@localhost",
 }
+_EXCLUDED = b"\n/.iflow/worktrees/\n"  # where other agents may be at work
 _ATTRIBUTES = "* -text -eol -filter -ident -working-tree-encoding -crlf -diff -merge\n"
 
 
@@ -81,6 +83,9 @@ class ShadowRepository:
     def __init__(self, folder: pathlib.Path, root: pathlib.Path) -> None:
         self._folder = folder
         self._root = root
+        self._is_prepared = False
+        # A call that was cancelled goes on in its thread, and the next one waits for it.
+        self._turn = threading.RLock()
 
     def take(self) -> str:
         """Keep the files and return the checkpoint's name, a commit.
@@ -88,6 +93,21 @@ class ShadowRepository:
         Raises:
           WorkspaceError: git is missing or failed.
         """
+        with self._turn:
+            return self._take()
+
+    def restore(self, checkpoint: str) -> None:
+        """Bring the files back to a checkpoint; what is there now is kept as another one.
+
+        Raises:
+          WorkspaceError: there is no such checkpoint, or git failed.
+        """
+        with self._turn:
+            self._restore(checkpoint)
+
+    # -- steps of the above
+
+    def _take(self) -> str:
         self._prepare()
         files = self._list("--cached", "--others", "--modified", "--deleted")
         gone = {path for tag, path in files if tag == "R"} | self._behind_links(files)
@@ -101,12 +121,7 @@ class ShadowRepository:
         tree = self._git("write-tree").strip()
         return self._git("commit-tree", tree, given=json.dumps(details)).strip()
 
-    def restore(self, checkpoint: str) -> None:
-        """Bring the files back to a checkpoint; what is there now is kept as another one.
-
-        Raises:
-          WorkspaceError: there is no such checkpoint, or git failed.
-        """
+    def _restore(self, checkpoint: str) -> None:
         self._root.mkdir(parents=True, exist_ok=True)  # a repository below may be gone
         details = self._details(checkpoint)
         self.take()
@@ -124,8 +139,6 @@ class ShadowRepository:
             shutil.rmtree(self._root / name, ignore_errors=True)
         for name, commit in details["nested"].items():
             self._nested(name).restore(commit)
-
-    # -- steps of the above
 
     def _list(self, *kinds: str) -> list[tuple[str, str]]:
         """Return (tag, path) of the index and of what is not ignored; a path may come twice.
@@ -191,14 +204,21 @@ class ShadowRepository:
         return ShadowRepository(folder, self._root / name)
 
     def _prepare(self) -> None:
-        """Create the shadow repository where there is none."""
-        if (self._folder / "git" / "HEAD").exists():
+        """Create the shadow repository where there is none, or only a part of one."""
+        if self._is_prepared:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
+        # A process that was killed may have left it; two of them never have one session.
+        (self._folder / "git" / "index.lock").unlink(missing_ok=True)
         self._git("init", "--quiet")
         info = self._folder / "git" / "info"
         info.mkdir(exist_ok=True)
         (info / "attributes").write_text(_ATTRIBUTES)
+        own = b""  # what the user's repository ignores without telling others
+        with contextlib.suppress(OSError):
+            own = (self._root / ".git" / "info" / "exclude").read_bytes()
+        (info / "exclude").write_bytes(own + _EXCLUDED)
+        self._is_prepared = True
 
     def _git(self, *arguments: str, given: str = "") -> str:
         """Run git on the shadow repository and return its output."""

@@ -11,6 +11,7 @@ waits until the context has grown again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -226,6 +227,8 @@ class ContextManager:
             if size < settings.moved_tokens:
                 continue
             id = entry.finished.call_id
+            if not id:  # an environment's result of a whole answer
+                continue
             path = entry.finished.file
             name = re.sub(r"[^A-Za-z0-9_-]", "_", id)[:80]  # a server chose the id
             try:
@@ -339,10 +342,9 @@ class ContextManager:
             return request
         place = "left out"
         if self._store is not None:
-            try:
-                place = f"in the file {await self._store('request.txt', request)}"
-            except (OSError, WorkspaceError):
-                place = "left out"
+            name = f"request-{conversation.requests[-1].number}.txt"
+            with contextlib.suppress(OSError, WorkspaceError):
+                place = f"in the file {await self._store(name, request)}"
         half = round(limit * CHARACTERS / 4)
         middle = f"[... {len(request) - 2 * half} characters {place} ...]"
         return f"{request[:half]}\n{middle}\n{request[-half:]}"

@@ -313,7 +313,7 @@ class HostJob:
         """Wait for its end and return its `exit_code`."""
         await asyncio.shield(self._ended)
         # A child may hold the pipe for longer; what it writes is still taken.
-        await asyncio.wait({self._taking}, timeout=0.1)
+        await asyncio.wait({self._taking}, timeout=1.0)
         return self.exit_code
 
     async def kill(self) -> None:

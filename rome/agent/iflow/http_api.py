@@ -163,8 +163,10 @@ class SessionApi:
     async def _feedback(self, given: dict[str, Any]) -> None:
         log = self._session.agent.log
         target = given.get("target")
-        is_number = type(target) is int and 0 <= target < len(log.events)
-        if not is_number or not isinstance(log.events[target], events.AssistantMessage):
+        answers = {
+            event.number for event in log.events if isinstance(event, events.AssistantMessage)
+        }
+        if type(target) is not int or target not in answers:
             raise InputError(f"target {target!r} is not the number of an answer")
         verdict = _one_of(given, "verdict", VERDICTS)
         rating = given.get("rating", 0)

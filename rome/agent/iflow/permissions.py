@@ -13,8 +13,6 @@ from rome.agent.iflow.projects import Projects
 from rome.agent.iflow.settings import Settings
 from rome.agent.iflow.workspace import Workspace
 
-OUTPUTS = "/tmp/iflow/outputs"  # of a sandbox: where old outputs are moved to
-
 
 def is_wanted(name: str, options: Options, settings: Settings, *, is_own: bool = True) -> bool:
     """Return whether neither the options nor the settings leave a tool out.
@@ -53,7 +51,7 @@ def make_policy(
     project = options.directory.resolve()
     # What runs in a sandbox can harm only itself.
     mode = settings.mode or ("yolo" if workspace.is_isolated else "default")
-    outputs = OUTPUTS if workspace.is_isolated else str(folder)
+    outputs = workspace.outputs if workspace.is_isolated else str(folder)
     try:
         return Policy(
             mode=options.mode or mode,

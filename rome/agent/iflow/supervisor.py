@@ -1,29 +1,34 @@
 """Judges each call against the task's bounds: let pass, wait for approval, or stop.
 
-Rules decide (`rome.agent.iflow.supervisor_rules`); a judge model, where one is given, may only be
-stricter. After a call, the sandbox's record counts too: what it denied, and which files changed.
+Rules decide (`rome.agent.iflow.supervisor_rules`), on a call and on the scripts that it runs; a
+judge model, where one is given, may only be stricter. After a call, the sandbox's record counts
+too: what it denied, and which files changed.
 Every verdict that is not "pass", and every cost, is an event of the session.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from rome.agent.iflow.actions import Action, action_of
+from rome.agent.iflow.actions import Action, action_of, of_script
 from rome.agent.iflow.events import Event, SupervisorJudged
 from rome.agent.iflow.model import Model, ModelError
 from rome.agent.iflow.rules import absolute
 from rome.agent.iflow.settings_values import SupervisorSettings
 from rome.agent.iflow.supervisor_rules import RULES, Bounds, SupervisorRule
 from rome.agent.iflow.tools.base import Tool, ToolResult
+from rome.agent.iflow.workspace import WorkspaceError
 from rome.agent.messages import Message
 
 COSTS: Mapping[int, float] = {0: 0.0, 1: 0.1, 2: 0.5, 3: 1.0}  # by severity
 JUDGE_SECONDS = 20.0
+READ_SECONDS = 5.0  # for the scripts that a call runs
+MAX_SCRIPTS = 8  # of one call, those that scripts run included
 MAX_SHOWN = 4000  # characters of a call that the judge model sees
 # What a change of files breaks, once it has happened.
 _AFTER = (
@@ -82,6 +87,8 @@ class Supervisor:
       stop_at: severity from which on the turn ends.
       judge: a model that is asked about calls which do more than read; None for none. One that does
         not answer in JUDGE_SECONDS, or not in its form, changes nothing.
+      read: returns a file of the workspace, so that scripts are judged which a call runs; None
+        judges what the call says alone.
     """
 
     def __init__(
@@ -92,12 +99,14 @@ class Supervisor:
         pause_at: int = 2,
         stop_at: int = 3,
         judge: Model | None = None,
+        read: Callable[[str], Awaitable[bytes]] | None = None,
     ) -> None:
         self.bounds = bounds or Bounds()
         self._rules = tuple(rules)
         self._pause_at = pause_at
         self._stop_at = stop_at
         self._judge = judge
+        self._read = read
         self._has_secret = False  # a secret was read: what is sent from now on may hold it
 
     def resume(self, events: Iterable[Event]) -> None:
@@ -110,7 +119,8 @@ class Supervisor:
         self, tool: Tool, arguments: Mapping[str, Any], *, conversation: Requested | None = None
     ) -> Judgement:
         """Judge a call before it runs."""
-        judgement = self.check(tool, arguments)
+        scripts = await self._scripts(tool, arguments)
+        judgement = self.check(tool, arguments, scripts)
         may_harm = tool.access(arguments) not in ("none", "read")
         if self._judge is None or judgement.verdict == "stop" or not may_harm:
             return judgement
@@ -137,10 +147,18 @@ class Supervisor:
             return dataclasses.replace(judgement, verdict="pass")
         return judgement
 
-    def check(self, tool: Tool, arguments: Mapping[str, Any]) -> Judgement:
-        """Judge a call by the rules alone; nothing is awaited."""
-        action = action_of(tool, arguments, self.bounds.root, self.bounds.home)
-        found = [(rule, what) for rule in self._rules if (what := rule.find(action, self.bounds))]
+    def check(
+        self, tool: Tool, arguments: Mapping[str, Any], scripts: Sequence[Action] = ()
+    ) -> Judgement:
+        """Judge a call, and scripts that it runs, by the rules alone; nothing is awaited."""
+        bounds = self.bounds
+        call = action_of(tool, arguments, bounds.root, bounds.home)
+        found = [
+            (rule, what)
+            for action in (call, *scripts)
+            for rule in self._rules
+            if (what := rule.find(action, bounds))
+        ]
         names = {rule.name for rule, _ in found}
         if self._has_secret and "data_sent" in names:
             rule = SupervisorRule("secret_sent", 3, "a secret was read before", _never)
@@ -148,6 +166,27 @@ class Supervisor:
         if "secret_read" in names:
             self._has_secret = True
         return self._judgement(found)
+
+    async def _scripts(self, tool: Tool, arguments: Mapping[str, Any]) -> list[Action]:
+        """Return what the scripts do that a call runs, and those that they run."""
+        if self._read is None:
+            return []
+        bounds = self.bounds
+        waiting = list(action_of(tool, arguments, bounds.root, bounds.home).programs)
+        found: dict[str, Action] = {}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(READ_SECONDS):
+                while waiting and len(found) < MAX_SCRIPTS:
+                    path = waiting.pop(0)
+                    if path in found:
+                        continue
+                    try:
+                        text = (await self._read(path)).decode()
+                    except (WorkspaceError, OSError, ValueError):
+                        continue  # it is not there, or no text
+                    found[path] = _script(text, bounds)
+                    waiting += found[path].programs
+        return list(found.values())
 
     def _judgement(self, found: Sequence[tuple[SupervisorRule, str]]) -> Judgement:
         """Return the verdict of what rules found: that of the worst, with the reasons of all."""
@@ -202,6 +241,7 @@ def make_supervisor(
     home: str,
     events: Iterable[Event] = (),
     judge: Model | None = None,
+    read: Callable[[str], Awaitable[bytes]] | None = None,
 ) -> Supervisor:
     """Return the supervisor that a user's settings ask for.
 
@@ -211,6 +251,7 @@ def make_supervisor(
       home: of the user, where the tools work.
       events: of the session so far.
       judge: the model that `given.judge` names.
+      read: returns a file of the workspace.
     """
     bounds = Bounds(
         root=root,
@@ -221,9 +262,19 @@ def make_supervisor(
         may_change_tests=given.may_change_tests,
         may_rewrite_history=given.may_rewrite_history,
     )
-    supervisor = Supervisor(bounds, pause_at=given.pause_at, stop_at=given.stop_at, judge=judge)
+    supervisor = Supervisor(
+        bounds, pause_at=given.pause_at, stop_at=given.stop_at, judge=judge, read=read
+    )
     supervisor.resume(events)
     return supervisor
+
+
+def _script(text: str, bounds: Bounds) -> Action:
+    """Return what a script does; of one in another language only its text is looked at."""
+    first = text.partition("\n")[0]
+    if first.startswith("#!") and "sh" not in first.rpartition("/")[2]:
+        return Action("shell", "execute", text=text)
+    return of_script(text, bounds.root, bounds.home)
 
 
 def _read_verdict(text: str) -> Judgement:

@@ -232,7 +232,12 @@ def _touches_tests(action: Action, bounds: Bounds) -> str:
 
 
 def _changes_kept(action: Action, bounds: Bounds) -> str:
-    return first_of(action.writes, bounds.kept)
+    found = first_of(action.writes, bounds.kept)
+    if found or not action.runs("rm", "mv", "chmod", "chown"):
+        return found
+    return next(
+        (path for path in action.writes if any(is_below(k, [path]) for k in bounds.kept)), ""
+    )
 
 
 def _weakens(action: Action, bounds: Bounds) -> str:

@@ -63,6 +63,7 @@ class Screen:
             events.TextDelta: self._delta,
             events.AssistantMessage: self._answer,
             events.ToolStarted: self._start,
+            events.ToolOutput: self._output,
             events.ToolFinished: self._finish,
             events.ApprovalRequested: self._approval,
             events.QuestionAsked: self._question,
@@ -159,6 +160,13 @@ class Screen:
         self._summaries[event.call.id] = summary
         self.doing = _one_line(summary)
         self.console.print(Text(f"{self._mark('●', '*')} {_one_line(summary)}", style="bold"))
+
+    def _output(self, event: events.ToolOutput) -> None:
+        """Note the newest line of a call that runs; the whole is shown at its end."""
+        lines = printable(event.text).split("\n")
+        newest = next((line for line in reversed(lines) if line.strip()), "")
+        if newest and event.call_id in self._summaries:
+            self.doing = f"{_one_line(self._summaries[event.call_id])[:40]}: {newest[:200]}"
 
     def _finish(self, event: events.ToolFinished) -> None:
         self._summaries.pop(event.call_id, None)

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import pathlib
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
@@ -206,6 +207,8 @@ class Terminal:
             await work
         except FAILURES as error:
             self.screen.say(str(error), "red")
+        except Exception as error:  # a fault of the program must not end the session
+            self.screen.say(f"{type(error).__name__}: {error}", "red")
         finally:
             self._work = None
             self._interrupted = -QUIT_SECONDS
@@ -309,18 +312,25 @@ class Terminal:
             seconds = time.monotonic() - self._began
             mark = SPINNER[int(seconds * 8) % len(SPINNER)]
             doing = self.screen.doing or "working"
-            lines.append(self._cut(f"{mark} {seconds:.0f} s {doing} (Ctrl-C cancels)"))
+            lines.append(self._cut(f"{mark} {seconds:.0f} s, Ctrl-C cancels: {doing}"))
         lines.append("> ")
         return "\n".join(lines)
 
     def _tail(self) -> list[str]:
-        shown = printable(self.screen.tail).rstrip("\n")
-        return [self._cut(line) for line in shown.split("\n")[-TAIL_LINES:]] if shown else []
+        """Return the end of the answer that is being written, in lines that fit into the window."""
+        end = printable(self.screen.tail).rstrip("\n")[-TAIL_LINES * 400 :]
+        lines = [
+            part for line in end.split("\n") for part in textwrap.wrap(line, self._width) or [""]
+        ]
+        return lines[-TAIL_LINES:] if end else []
+
+    @property
+    def _width(self) -> int:
+        return max(20, self.screen.console.width) - 1
 
     def _cut(self, line: str) -> str:
-        """Return the end of a line that fits into the window."""
-        width = max(20, self.screen.console.width) - 1
-        return line if len(line) <= width else f"…{line[-width + 1 :]}"
+        """Return the beginning of a line that fits into the window."""
+        return line if len(line) <= self._width else f"{line[: self._width - 1]}…"
 
     def status(self) -> str:
         """Return mode, model, context and price on one line; the most needed first."""
@@ -383,8 +393,8 @@ class Terminal:
         self.screen.say(f"iFlow in {self.session.workspace.root}, model {agent.model.name}", "bold")
         self.screen.say("/help shows the commands; Ctrl-C cancels, twice it ends")
         said = [event for event in agent.log.events if isinstance(event, _SAID)]
-        for event in said[-REPLAYED:]:
-            self.screen.take(event)
+        for one in said[-REPLAYED:]:
+            self.screen.take(one)
         for event in _since_last_turn(agent.log.events):
             if isinstance(event, events.Notice):
                 self.screen.take(event)

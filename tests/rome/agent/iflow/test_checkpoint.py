@@ -1,5 +1,6 @@
 """Checkpoints: after any edits the files are, byte for byte, what they were."""
 
+import asyncio
 import os
 import pathlib
 import shutil
@@ -82,7 +83,7 @@ def test_any_edits_are_taken_back(before, between, after):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(before=EDITS, between=EDITS, after=EDITS)
 def test_very_many_edits_are_taken_back(before, between, after):
     take_back(before, between, after)
@@ -149,6 +150,24 @@ def test_a_repository_inside_is_kept_as_well(tmp_path):
     assert tree(root) == state
 
 
+def test_worktrees_of_other_agents_are_left_alone(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    (root / ".git" / "info" / "exclude").write_text("mine")
+    shadow = ShadowRepository(tmp_path / "shadow", root)
+    kept = shadow.take()
+    other = root / ".iflow" / "worktrees" / "w"
+    other.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", str(other)], check=True)
+    (other / "work").write_text("x")
+    (root / "mine").write_text("x")
+    (root / "new").write_text("x")
+    shadow.restore(kept)
+    assert (other / "work").exists() and (root / "mine").exists()
+    assert not (root / "new").exists()
+
+
 def test_a_restored_state_can_be_left_again(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
@@ -161,6 +180,35 @@ def test_a_restored_state_can_be_left_again(tmp_path):
     assert (root / "a").read_text() == "one"
     shadow.restore(second)
     assert (root / "a").read_text() == "two"
+
+
+def test_a_killed_git_stands_in_nobodys_way(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a").write_bytes(b"a\r\n")
+    (root / ".gitattributes").write_text("* text eol=lf\n")
+    first = ShadowRepository(tmp_path / "shadow", root).take()
+    (tmp_path / "shadow" / "git" / "index.lock").write_text("")
+    (tmp_path / "shadow" / "git" / "info" / "attributes").unlink()  # killed before it was there
+    shadow = ShadowRepository(tmp_path / "shadow", root)
+    (root / "a").write_bytes(b"b\r\n")
+    second = shadow.take()
+    shadow.restore(first)
+    assert (root / "a").read_bytes() == b"a\r\n"
+    shadow.restore(second)
+    assert (root / "a").read_bytes() == b"b\r\n"
+
+
+def test_calls_at_the_same_time_wait_for_each_other(tmp_path):
+    async def body(workspace):
+        await workspace.write("a", b"x")
+        cancelled = asyncio.ensure_future(workspace.snapshot())
+        await asyncio.sleep(0.01)
+        cancelled.cancel()
+        names = await asyncio.gather(*(workspace.snapshot() for _ in range(3)))
+        assert len(set(names)) == 1  # equal files have equal checkpoints
+
+    work("host", tmp_path, body)
 
 
 @pytest.mark.parametrize("name", ["", "x", "--help", "HEAD", "0" * 40])

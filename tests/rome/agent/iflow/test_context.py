@@ -259,7 +259,7 @@ def test_a_long_request_is_whole_in_a_file():
     session = Session()
     session.say(words(900, "long"))
     session.prepare()
-    assert session.files["/outputs/request.txt"] == words(900, "long")
+    assert session.files["/outputs/request-1.txt"] == words(900, "long")
 
 
 def test_where_the_model_refused_the_conversation_even_new_outputs_move():

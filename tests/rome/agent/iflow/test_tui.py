@@ -150,7 +150,7 @@ def test_while_it_works_one_steers_queues_and_cancels(tmp_path):
     with terminal(tmp_path) as screen:
         screen.wait_for("iFlow in")
         screen.enter("slow " + "word " * 300)
-        screen.wait_for("writing (Ctrl-C cancels)", "word word")
+        screen.wait_for("Ctrl-C cancels: writing", "word word")
         screen.enter("/later say this was queued")
         screen.enter("say this was steered")
         screen.wait_for("reads this before its next step", "1 later")
