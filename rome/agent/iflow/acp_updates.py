@@ -195,17 +195,22 @@ def diff_contents(diff: str, root: str) -> list[Any]:
         new.clear()
 
     in_hunk = False
+    ended: tuple[list[str], ...] = ()
     for line in diff.splitlines(keepends=True):
         if line.startswith("--- ") and not in_hunk:
             close()
             is_new_file = line[4:].strip() == "/dev/null"
         elif line.startswith("+++ ") and not in_hunk:
-            path = re.sub(r"^b/", "", line[4:].split("\t")[0].strip())
+            path = line[4:].split("\t")[0].rstrip("\n")
         elif line.startswith("@@"):
             close()
-            in_hunk = True
             left, right = _hunk_lengths(line)
+            in_hunk = left > 0 or right > 0
+        elif line.startswith("\\") and (old or new):  # the line before ends without a break
+            for side in ended:
+                side[-1] = side[-1].removesuffix("\n")
         elif in_hunk and line[:1] in " -+":
+            ended = {" ": (old, new), "-": (old,), "+": (new,)}[line[0]]
             if line[0] in " -":
                 old.append(line[1:])
                 left -= 1

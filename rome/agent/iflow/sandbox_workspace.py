@@ -102,7 +102,9 @@ class SandboxWorkspace:
             identity = str(next(self._job_numbers))
             directory = await self._directory()
             file = f"{self.outputs}/job-{identity}.txt"
-            start = f"mkdir -p {self.outputs}; exec >{file} 2>&1; cd {shlex.quote(directory)}\n"
+            # It may be read before the job has begun.
+            await self._run_for_job(f"mkdir -p {self.outputs}; : > {file}")
+            start = f"exec >{file} 2>&1; cd {shlex.quote(directory)}\n"
             # The semicolon ends the number: the 1 of 12 is another job.
             variables = {"IFLOW_JOB": f"{identity};"}
             job = await self._sandbox.spawn(start + command, JOB_SECONDS, variables)

@@ -145,7 +145,7 @@ class Write(BaseTool):
         except WorkspaceError:
             before = ""
         lines = (text.splitlines(keepends=True) for text in (before, arguments["content"]))
-        return "".join(difflib.unified_diff(*lines, f"a/{path}", f"b/{path}"))
+        return "".join(difflib.unified_diff(*lines, path, path))
 
     async def run(self, arguments, context):
         diff = await self.preview(arguments, context)
