@@ -143,7 +143,7 @@ async def run_filter(
 
 
 def _read_verdicts(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Verdict]]:
-    """Return the verdicts of an earlier run by (id, digest); a line that a kill cut off is skipped."""
+    """Return the verdicts of an earlier run by (id, digest), without a line that was cut off."""
     found: dict[tuple[str, str], dict[str, Verdict]] = {}
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
