@@ -16,6 +16,7 @@ from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.markdown import MarkdownBlocks
 
 OUTPUT_LINES = 6  # that are shown of a call's output
+HEAD_LINES = 2  # of these, from its beginning
 DIFF_LINES = 60
 MARKS = {"pending": "☐", "in_progress": "▶", "done": "☑"}
 PLAIN_MARKS = {"pending": "[ ]", "in_progress": "[>]", "done": "[x]"}
@@ -57,6 +58,7 @@ class Screen:
         self._blocks = MarkdownBlocks()
         self._is_streamed = False
         self._summaries: dict[str, str] = {}  # of the calls that run
+        self._is_after_call = False  # whether an answer is parted from what stands above it
         self._shown_diffs: set[str] = set()  # ids of calls whose diff was shown for approval
         self._show: dict[type[Event], Callable[..., None]] = {
             events.UserMessage: self._user,
@@ -149,6 +151,9 @@ class Screen:
             self.say(f"a call could not be read: {event.malformed}", "yellow")
 
     def _markdown(self, text: str) -> None:
+        if self._is_after_call:
+            self.console.print()
+        self._is_after_call = False
         shown = printable(text)
         if self.is_plain:
             self.console.print(Text(shown.strip("\n")))
@@ -169,6 +174,7 @@ class Screen:
             self.doing = f"{_one_line(self._summaries[event.call_id])[:40]}: {newest[:200]}"
 
     def _finish(self, event: events.ToolFinished) -> None:
+        self._is_after_call = True
         self._summaries.pop(event.call_id, None)
         self.doing = next(iter(self._summaries.values()), "")
         if event.diff and event.status == "ok":
@@ -177,10 +183,11 @@ class Screen:
             return
         style = {"ok": "dim", "error": "red", "denied": "yellow"}.get(event.status, "yellow")
         lines = printable(event.output).splitlines() or ["(no output)"]
-        for line in lines[:OUTPUT_LINES]:
+        if len(lines) > OUTPUT_LINES:  # its end says most: what failed, how many
+            left_out = len(lines) - OUTPUT_LINES
+            lines[HEAD_LINES : HEAD_LINES + left_out] = [f"... {left_out} more lines"]
+        for line in lines:
             self.console.print(Text(f"  {line[:500]}", style=style))
-        if len(lines) > OUTPUT_LINES:
-            self.say(f"  ... {len(lines) - OUTPUT_LINES} more lines")
         if event.exit_code:
             self.say(f"  status {event.exit_code}, {event.seconds:.1f} s", style)
 
