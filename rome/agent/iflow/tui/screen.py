@@ -16,6 +16,7 @@ from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.markdown import MarkdownBlocks
 
 OUTPUT_LINES = 6  # that are shown of a call's output
+USER_LINES = 12  # of a message of the user
 HEAD_LINES = 2  # of these, from its beginning
 DIFF_LINES = 60
 MARKS = {"pending": "☐", "in_progress": "▶", "done": "☑"}
@@ -58,6 +59,7 @@ class Screen:
         self._blocks = MarkdownBlocks()
         self._is_streamed = False
         self._summaries: dict[str, str] = {}  # of the calls that run
+        self._has_todo = False  # whether the last call changed the list, which was shown then
         self._is_after_call = False  # whether an answer is parted from what stands above it
         self._shown_diffs: set[str] = set()  # ids of calls whose diff was shown for approval
         self._show: dict[type[Event], Callable[..., None]] = {
@@ -123,8 +125,11 @@ class Screen:
 
     def _user(self, event: events.UserMessage) -> None:
         if event.source in ("user", "steer"):
+            lines = printable(event.text).split("\n")  # a file that was brought in may be long
+            if len(lines) > USER_LINES:
+                lines[USER_LINES:] = [f"... {len(lines) - USER_LINES} more lines"]
             self.console.print()
-            self.console.print(Text(f"> {printable(event.text)}", style="bold cyan"))
+            self.console.print(Text("> " + "\n".join(lines), style="bold cyan"))
         elif event.source == "hook":
             self.say(f"hook: {_one_line(event.text)}")
 
@@ -163,6 +168,7 @@ class Screen:
     def _start(self, event: events.ToolStarted) -> None:
         summary = event.summary or event.call.name
         self._summaries[event.call.id] = summary
+        self._has_todo = False
         self.doing = _one_line(summary)
         self.console.print(Text(f"{self._mark('●', '*')} {_one_line(summary)}", style="bold"))
 
@@ -177,6 +183,8 @@ class Screen:
         self._is_after_call = True
         self._summaries.pop(event.call_id, None)
         self.doing = next(iter(self._summaries.values()), "")
+        if self._has_todo and event.status == "ok":
+            return
         if event.diff and event.status == "ok":
             if event.call_id not in self._shown_diffs:
                 self.print_diff(event.diff)
@@ -210,6 +218,7 @@ class Screen:
             self.console.print(Text(f"  {number}. {printable(choice)}"))
 
     def _todo(self, event: events.TodoChanged) -> None:
+        self._has_todo = True
         marks = PLAIN_MARKS if self.is_plain else MARKS
         for item in event.items:
             style = {"done": "dim strike", "in_progress": "bold"}.get(item.status, "")

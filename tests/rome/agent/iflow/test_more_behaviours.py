@@ -132,6 +132,17 @@ def test_the_supervisor_stops_what_destroys_and_pauses_what_is_hidden(whole):
     assert all(one.rule and one.cost > 0 for one in judged)
 
 
+def test_a_plan_is_approved_by_yes(whole):
+    async def approve(assembled):
+        while not (waiting := assembled.agent.conversation.open_requests):
+            await asyncio.sleep(0.02)
+        assembled.agent.respond(next(iter(waiting)), answer="y")
+
+    script = [call("exit_plan_mode", plan="Write."), "ok"]
+    played = whole.play(script, mode="plan", attended=True, during=approve)
+    assert [event.mode for event in played.of(events.ModeChanged)] == ["default"]
+
+
 # -- trust and settings
 # -------------------------------------------------------------------------------------------------
 
