@@ -25,9 +25,13 @@ from rome.agent.iflow.places.checkpoint import ShadowRepository
 from rome.agent.iflow.places.host_processes import kill_processes
 from rome.agent.iflow.places.host_shell import HostShell
 from rome.agent.iflow.places.output import MAX_OUTPUT_BYTES, OutputKeeper, decode
-from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput, WorkspaceError
+from rome.agent.iflow.places.workspace import (
+    SHELL_ENDED,
+    BackgroundJob,
+    CommandOutput,
+    WorkspaceError,
+)
 
-SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
 _READ_BYTES = 1 << 16
 # Programs must not wait for somebody at a terminal.
 _ENVIRONMENT = {
