@@ -21,8 +21,8 @@ from rome.train.state import make_optimizer
 from rome.train.step import Learner
 from rome.train.workdir import ConfigError
 
-# Forms of attention with which rows of prefix trees were timed beside separate rows, and pay:
-# none yet (python -m benchmarks.prefix_tree).
+# Forms of attention with which rows of prefix trees were timed beside separate rows, over all cases
+# of benchmarks/prefix_tree.py, and pay: none yet.
 TREES_PAY: tuple[str, ...] = ()
 
 
