@@ -25,6 +25,7 @@ from envs.tasks.repair.mutate import Edit
 MAX_TESTS = 96  # that are recorded of one package
 MAX_TRIED = 16  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
+MODULES = 3  # whose bugs are looked for, at least, where a package has so many
 CASES = 4
 CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
 _SANDBOX = {
@@ -185,7 +186,7 @@ async def package_drafts(
     rng.shuffle(modules)
     found: list[list[Draft]] = []
     for whole in modules:
-        if sum(map(len, found)) >= 2 * count:
+        if len(found) >= MODULES and sum(map(len, found)) >= count:
             break
         edits = choose_edits(whole.oracle, "python", MAX_TRIED, rng, set(whole.lines))
         programs = [edit.apply(whole.oracle) for edit in edits]
