@@ -50,6 +50,10 @@ def few_open_rows():
         yield
 
 
+def documents_of(folder):
+    return read_corpus(str(folder), 0.2).training[0][0]
+
+
 def all_of(documents):
     return [documents[number] for number in range(len(documents))]
 
@@ -57,7 +61,12 @@ def all_of(documents):
 def stream(documents, seed=0, rows=2, row_length=24):
     return iter(
         text_batches(
-            documents, TOKENIZER, rows=rows, row_length=row_length, chunks_per_row=4, seed=seed
+            [(documents, 1.0)],
+            TOKENIZER,
+            rows=rows,
+            row_length=row_length,
+            chunks_per_row=4,
+            seed=seed,
         )
     )
 
@@ -130,7 +139,11 @@ def test_each_epoch_of_many_documents_has_every_one_once_and_another_order():
     )
     found, rows = (
         [],
-        iter(text_batches(texts, TOKENIZER, rows=1, row_length=512, chunks_per_row=8, seed=3)),
+        iter(
+            text_batches(
+                [(texts, 1.0)], TOKENIZER, rows=1, row_length=512, chunks_per_row=8, seed=3
+            )
+        ),
     )
     while len(found) < 2 * expected.total():
         found += [tuple(tokens.tolist()) for tokens, _ in pieces_of(next(rows))]
@@ -170,18 +183,18 @@ def test_a_document_ends_with_the_end_token_and_control_tokens_in_it_are_letters
 
 @pytest.mark.parametrize("consumed", [0, 1, 7, 40, 300])
 def test_a_stream_resumes_from_a_json_position(folder, consumed):
-    documents = read_corpus(str(folder), 0.2).training
+    documents = documents_of(folder)
     going = stream(documents)
     take(going, consumed)
     position = json.loads(json.dumps(going.get_state()))
     rest = take(going, 60)
-    resumed = stream(read_corpus(str(folder), 0.2).training)
+    resumed = stream(documents_of(folder))
     resumed.set_state(position)
     assert all(map(same, rest, take(resumed, 60)))
 
 
 def test_seed_and_epoch_decide_the_order(folder):
-    documents = read_corpus(str(folder), 0.2).training
+    documents = documents_of(folder)
     one, again, other = (take(stream(documents, seed), 6) for seed in (7, 7, 8))
     assert all(map(same, one, again)) and not all(map(same, one, other))
 
@@ -206,7 +219,7 @@ def test_pieces_of_one_document_do_not_fill_a_batch():
 
 def test_files_and_lines_are_documents_and_each_is_on_one_side(folder):
     corpus = read_corpus(str(folder), 0.2)
-    training, held_out = all_of(corpus.training), all_of(corpus.held_out)
+    training, held_out = all_of(corpus.training[0][0]), all_of(corpus.held_out)
     assert sorted(training + held_out) == sorted(text_of(number) for number in range(60))
     assert not corpus.skipped and 0 < len(held_out) < len(training)
 
@@ -214,7 +227,9 @@ def test_files_and_lines_are_documents_and_each_is_on_one_side(folder):
 def test_held_out_documents_are_never_trained_on_wherever_they_lie(folder, tmp_path_factory):
     corpus = read_corpus(str(folder), 0.2)
     other = tmp_path_factory.mktemp("other")
-    for number, text in enumerate(reversed(all_of(corpus.training) + all_of(corpus.held_out))):
+    for number, text in enumerate(
+        reversed(all_of(corpus.training[0][0]) + all_of(corpus.held_out))
+    ):
         (other / f"{number}.txt").write_text(text)
     moved = read_corpus(str(other), 0.2)
     assert all_of(moved.held_out) == all_of(corpus.held_out)
@@ -233,7 +248,8 @@ def test_held_out_documents_are_never_trained_on_wherever_they_lie(folder, tmp_p
 
 def test_the_standard_library_is_there_without_tests_and_packages():
     corpus = read_corpus("", 0.02)
-    names = [corpus.training.name(number) for number in range(len(corpus.training))]
+    documents = corpus.training[0][0]
+    names = [documents.name(number) for number in range(len(documents))]
     assert any(
         name.endswith("json/decoder.py")
         for name in names + [corpus.held_out.name(number) for number in range(len(corpus.held_out))]
@@ -253,7 +269,10 @@ def test_what_is_no_text_is_skipped_and_counted(folder):
     (folder / "nowhere").symlink_to(folder / "gone")
     os.mkfifo(folder / "pipe")
     after = read_corpus(str(folder), 0.2)
-    assert all_of(after.training) == all_of(before.training) and after.digest == before.digest
+    assert (
+        all_of(after.training[0][0]) == all_of(before.training[0][0])
+        and after.digest == before.digest
+    )
     assert sorted(os.path.basename(name) for name in after.skipped) == [
         "binary",
         "blank.md",
@@ -295,7 +314,7 @@ def test_text_that_is_not_there_or_too_little_is_refused(tmp_path):
 
 
 def test_a_file_that_changes_under_the_run_is_named(folder):
-    documents = read_corpus(str(folder), 0.2).training
+    documents = documents_of(folder)
     (folder / "2.md").write_text("")
     with pytest.raises(ValueError, match=r"2.md is no text any more"):
         all_of(documents)
@@ -304,8 +323,8 @@ def test_a_file_that_changes_under_the_run_is_named(folder):
 def test_an_index_spares_the_reading_until_a_file_is_another_one(folder, monkeypatch):
     index = folder / ".index.npz"
     scanned = []
-    scan = text_module._scan
-    monkeypatch.setattr(text_module, "_scan", lambda path: scanned.append(path) or scan(path))
+    scan = text_module.scan
+    monkeypatch.setattr(text_module, "scan", lambda path: scanned.append(path) or scan(path))
 
     def reads(share=0.2, **options):
         """Whether files are read; what is found is the same in any case."""
