@@ -11,10 +11,11 @@ import difflib
 import re
 from collections.abc import Mapping
 
+from envs.tasks.git import RepositoryError
 from rome.synth.cpt.document import Document, make_document
 from rome.synth.cpt.edits import EditError, write_edits
 from rome.synth.cpt.execute import Runs, Tree
-from rome.synth.cpt.repository import Commit, Repository
+from rome.synth.cpt.repository import Commit, Repository, read_tree
 
 MAX_SHOWN_CHARACTERS = 60_000  # of the files that a document shows
 MAX_LISTED_FILES = 400
@@ -74,9 +75,7 @@ def repair_document(repository: Repository, commit: Commit) -> Document | str:
     return make_document("repair", [text], _origin(repository, commit))
 
 
-async def tests_document(
-    repository: Repository, commit: Commit, tree: Mapping[str, str], runs: Runs
-) -> Document | str:
+async def tests_document(repository: Repository, commit: Commit, runs: Runs) -> Document | str:
     """Return the document that asks for a commit's tests, or the reason why there is none.
 
     Its tests fail on the sources before the commit, and pass twice on those after it.
@@ -84,7 +83,6 @@ async def tests_document(
     Args:
       repository: of the commit.
       commit: that changes sources and tests.
-      tree: all texts of the commit.
       runs: runs tests in sandboxes.
     """
     if fault := _message_fault(commit):
@@ -99,10 +97,16 @@ async def tests_document(
         return "changes no Python source together with tests"
     if sum(map(len, [*tests.values(), *sources.values()])) > MAX_SHOWN_CHARACTERS:
         return f"its files have more than {MAX_SHOWN_CHARACTERS} characters"
+    if lacking := await runs.lacking(tests.values()):
+        return f"its tests need {lacking}, which the sandbox's Python does not have"
+    try:
+        tree, _ = read_tree(repository, commit.id)
+    except RepositoryError as error:
+        return f"its tree cannot be read: {error}"
     old_sources = {path: commit.before.get(path) for path in commit.after if path not in tests}
     modules = sorted(tests)
     outcomes = await runs.run(
-        dict(tree), [Tree(old_sources, modules), Tree({}, modules), Tree({}, modules)]
+        tree, [Tree(old_sources, modules), Tree({}, modules), Tree({}, modules)]
     )
     if isinstance(outcomes, str):
         return outcomes

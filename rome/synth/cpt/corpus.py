@@ -34,8 +34,11 @@ from rome.synth.cpt.filters import Duplicates
 from rome.synth.cpt.repository import Repository, list_commits, open_repository
 
 COMMITS_A_UNIT = 20
-# The sets that models of this project are evaluated on; `harbor` and `pro` are read from files.
-EVALUATION_SETS = ("terminal:all:8", "worlds::8", "problems::8", "games::8", "harbor", "pro")
+# The sets that models of this project are evaluated on; instances stand for their generators.
+EVALUATION_SETS = (
+    *("terminal:all:200", "worlds::100", "problems::100", "games::60", "repair::6"),
+    *("safety", "harbor", "pro"),
+)
 STAGES = ("candidates", "made", "exact", "near", "contaminated", "kept")
 
 

@@ -6,8 +6,9 @@ import asyncio
 import dataclasses
 import json
 import pathlib
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError
@@ -16,6 +17,7 @@ MAX_TREE_BYTES = 16 << 20
 MAX_TREE_FILES = 3000
 MAX_RESULT_BYTES = 8 << 20
 RUN_SECONDS = 300.0  # for all trees of one call
+_NEEDS_PYTEST = re.compile(r"^\s*(?:import|from) pytest\b", re.MULTILINE)
 _INSIDE = pathlib.Path(__file__).parent / "inside.py"
 
 
@@ -73,8 +75,25 @@ class Runs:
             label="tests of a corpus",
         )
         self._places = asyncio.Semaphore(concurrency)
+        self._asking = asyncio.Lock()
+        self._has_pytest: bool | None = None
         self.seconds = 0.0
         self.count = 0
+
+    async def lacking(self, tests: Iterable[str]) -> str:
+        """Return the package that tests need and the sandbox's Python does not have, or "".
+
+        Only pytest is looked for: without it most tests cannot even be imported, and trying them
+        would cost a sandbox each.
+        """
+        if not any(_NEEDS_PYTEST.search(text) for text in tests):
+            return ""
+        async with self._asking:
+            if self._has_pytest is None:
+                async with Sandbox(self._config) as sandbox:
+                    asked = await sandbox.execute("python3 -c 'import pytest'", timeout=60.0)
+                self._has_pytest = asked.exit_code == 0
+        return "" if self._has_pytest else "pytest"
 
     async def run(
         self, base: Mapping[str, str], trees: Sequence[Tree]

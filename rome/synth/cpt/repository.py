@@ -138,6 +138,17 @@ def read_tree(repository: Repository, commit: str = "") -> tuple[dict[str, str],
     return texts, aside
 
 
+def list_paths(repository: Repository, commit: str) -> list[str]:
+    """Return the paths of a commit's tree that could be used, sorted.
+
+    Raises:
+      RepositoryError: it cannot be read.
+    """
+    listed = git(repository.folder, "ls-tree", "-r", "-z", "--name-only", commit)
+    paths = [os.fsdecode(raw) for raw in listed.split(b"\0") if raw]
+    return sorted(path for path in paths if not path_fault(path))
+
+
 def _entry_fault(path: str, mode: str, size: str) -> str:
     if mode not in _REGULAR:
         return "a link or a submodule"

@@ -46,9 +46,18 @@ async def step_documents(
       runs: runs tests in sandboxes.
     """
     place = str(repository.folder)
-    modules = [path for path in sorted(texts) if is_test(path)][:MAX_TEST_MODULES]
+    modules = []
+    lacking = ""
+    for path in sorted(texts):
+        if not is_test(path) or len(modules) >= MAX_TEST_MODULES:
+            continue
+        package = await runs.lacking([texts[path]])
+        lacking = lacking or package
+        if not package:
+            modules.append(path)
     if not modules:
-        return [], [SetAside(place, "steps", "no Python tests are in its tree")]
+        needed = f" without {lacking}" if lacking else ""
+        return [], [SetAside(place, "steps", f"no Python tests{needed} are in its tree")]
     traced = await runs.trace(texts, [Tree({}, modules, trace=True), Tree({}, modules)])
     if isinstance(traced, str):
         return [], [SetAside(place, "steps", traced)]

@@ -16,7 +16,7 @@ from rome.model.tokenizer import Tokenizer
 from rome.synth.cpt.commits import is_test, localisation_document, repair_document, tests_document
 from rome.synth.cpt.document import Document, SetAside, document_of
 from rome.synth.cpt.execute import Runs
-from rome.synth.cpt.repository import Commit, Repository, read_commit, read_tree
+from rome.synth.cpt.repository import Commit, Repository, list_paths, read_commit, read_tree
 from rome.synth.cpt.steps import step_documents
 from rome.synth.cpt.texts import file_documents, repository_documents
 from rome.synth.cpt.trajectories import trajectory_documents
@@ -147,23 +147,19 @@ async def work_on_commits(repository: Repository, commits: list[str], runs: Runs
 async def _work_on_commit(
     repository: Repository, commit: Commit, runs: Runs | None, made: Made
 ) -> None:
-    tree: dict[str, str] = {}
     began = time.monotonic()
-    has_tests = any(is_test(path) for path in commit.after)
-    if commit.before:
-        try:
-            tree, _ = read_tree(repository, commit.id)
-        except (RepositoryError, ValueError) as error:
-            made.aside.append(SetAside(str(repository.folder), commit.id, str(error)))
-            return
-    paths = [path for path in tree if path not in commit.after or path in commit.before]
-    paths = sorted({*paths, *commit.before})
-    made.take("localisation", localisation_document(repository, commit, paths), began)
+    try:
+        paths = {*list_paths(repository, commit.id), *commit.before}
+    except (RepositoryError, ValueError) as error:
+        made.aside.append(SetAside(str(repository.folder), commit.id, str(error)))
+        return
+    paths -= {path for path in commit.after if path not in commit.before}
+    made.take("localisation", localisation_document(repository, commit, sorted(paths)), began)
     began = time.monotonic()
     made.take("repair", repair_document(repository, commit), began)
-    if has_tests and runs is not None:
+    if runs is not None and any(is_test(path) for path in commit.after):
         began = time.monotonic()
-        made.take("tests", await tests_document(repository, commit, tree, runs), began)
+        made.take("tests", await tests_document(repository, commit, runs), began)
 
 
 async def work_on_steps(repository: Repository, runs: Runs) -> Made:
