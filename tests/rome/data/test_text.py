@@ -5,13 +5,20 @@ import itertools
 import json
 import os
 
+import grain
+import grain.experimental
 import numpy as np
+import pyarrow as pa
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from rome.data import text as text_module
 from rome.data.batch import IMITATION
+from rome.data.packing import pack_stream, to_batch
+from rome.data.sources import READ_OPTIONS, Each, endless_order
 from rome.data.text import cut, document_ids, read_corpus, text_batches, text_rows
 from rome.losses import count_denominators
 from rome.model.tokenizer import TINY, Tokenizer
@@ -353,3 +360,69 @@ def test_an_index_spares_the_reading_until_a_file_is_another_one(folder, monkeyp
     for damaged in (b"", index.read_bytes()[:-40], b"PK\x03\x04" + bytes(40)):
         index.write_bytes(damaged)
         assert reads() and not reads()
+
+
+def test_rows_of_text_are_those_that_whole_examples_pack_to(folder):
+    documents = documents_of(folder)
+    made = take(stream(documents, row_length=40), 12)
+    order = endless_order([(documents, 1.0)], 0)
+
+    def pieces(text, rng):
+        examples = cut(document_ids(TOKENIZER, text), 40)
+        return [examples[place] for place in rng.permutation(len(examples))]
+
+    rows = []
+    for number in range(2):
+        own = order.random_map(pieces, seed=0)[number::2].to_iter_dataset(READ_OPTIONS)
+        flat = grain.experimental.FlatMapIterDataset(own, Each())
+        rows.append(take(iter(pack_stream(flat, 40, 4, bins=1)), 12))
+    for batch, *pair in zip(made, *rows, strict=True):
+        expected = to_batch(pair)._replace(lines_BC=None)
+        assert all(map(np.array_equal, batch, expected))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".array_record"])
+def test_rows_and_records_are_documents_like_lines(folder, tmp_path_factory, suffix):
+    texts = [text_of(number) for number in range(40, 60)]
+    other = tmp_path_factory.mktemp("other")
+    path = other / f"some{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(
+            pa.table({"text": texts, "id": list(range(20))}), path, row_group_size=7
+        )
+    else:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for text in texts:
+            writer.write(json.dumps({"text": text}).encode())
+        writer.close()
+    (lines := tmp_path_factory.mktemp("lines")).joinpath("some.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
+    found, expected = read_corpus(str(other), 0.2), read_corpus(str(lines), 0.2)
+    assert found.digest == expected.digest and found.count + len(found.held_out) == 20
+    assert all_of(found.training[0][0]) == all_of(expected.training[0][0])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="some"):
+        read_corpus(str(other), 0.2)
+
+
+def test_a_mixture_draws_exact_shares_whatever_the_sizes(tmp_path):
+    for name, count in (("a", 6), ("b", 90)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} {n} " * 3}) + "\n" for n in range(count))
+        )
+    corpus = read_corpus(f"0.75*{tmp_path}/a.jsonl + 0.25*{tmp_path}/b.jsonl", 0.05)
+    order = endless_order(corpus.training, 0)
+    drawn = [order[number][0] for number in range(400)]
+    for count in (4, 40, 400):
+        assert abs(drawn[:count].count("a") - 0.75 * count) <= 1
+    with pytest.raises(ValueError, match="weight to some"):
+        read_corpus(f"0.75*{tmp_path}/a.jsonl + {tmp_path}/b.jsonl", 0.05)
+
+
+def test_the_place_of_a_control_token_must_be_within_the_text(tmp_path):
+    path = tmp_path / "some.jsonl"
+    for control in ([[0, 99]], [[3, 2]], [["a", "b"]], 7, [[0, 2], [1, 3]]):
+        path.write_text(json.dumps({"text": "<|im_end|>", "control": control}))
+        with pytest.raises(ValueError, match=r"some.jsonl line 1.*Mend"):
+            read_corpus(str(tmp_path), 0.2)
