@@ -209,16 +209,24 @@ def _read(path: pathlib.Path, start: int, size: int) -> bytes:
         return file.read(size)
 
 
-@functools.lru_cache(maxsize=READERS_KEPT)
 def _array_reader(path: pathlib.Path) -> Any:
+    """Return an open reader of a file, another one once the file has changed."""
+    status = path.stat()
+    return _open_reader(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=READERS_KEPT)
+def _open_reader(path: pathlib.Path, changed_ns: int, size: int) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    try:
-        reader = ArrayRecordReader(str(path))
-        reader.num_records()
-    except (ValueError, RuntimeError, OSError) as error:
-        shown = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is no ArrayRecord that can be read: {shown}. {_REMEDY}") from None
+    reader = ArrayRecordReader(str(path))
+    if not reader.ok():  # it counts no record then, and says why only when one is read
+        try:
+            reader.read([0])
+            reason = ""
+        except (RuntimeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is no ArrayRecord that can be read: {reason}. {_REMEDY}")
     return reader
 
 

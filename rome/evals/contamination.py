@@ -119,7 +119,9 @@ class TaskIndex:
         for task in tasks:
             for canary in canaries_of(task):
                 self.canary_owners[canary].append(task.name)
-        self._sizes = sorted({len(ngram) for ngram in self.ngram_owners})
+        self._sizes_of_head: dict[NGram, set[int]] = collections.defaultdict(set)
+        for ngram in self.ngram_owners:
+            self._sizes_of_head[ngram[:MIN_WORDS]].add(len(ngram))
 
     def owners_in(self, text: str) -> set[str]:
         """Return the names of the tasks that share an n-gram or a canary with a text."""
@@ -129,11 +131,11 @@ class TaskIndex:
             for match in _GUID.finditer(shown):
                 found.update(self.canary_owners.get(match[0], ()))
         words = _WORD.findall(shown)
-        for size in self._sizes:
-            for start in range(len(words) - size + 1):
+        for start in range(len(words) - MIN_WORDS + 1):
+            head = tuple(words[start : start + MIN_WORDS])
+            for size in self._sizes_of_head.get(head, ()):
                 ngram = tuple(words[start : start + size])
-                if ngram in self.ngram_owners:
-                    found.update(self.ngram_owners[ngram])
+                found.update(self.ngram_owners.get(ngram, ()))
         return found
 
 

@@ -426,3 +426,26 @@ def test_the_place_of_a_control_token_must_be_within_the_text(tmp_path):
         path.write_text(json.dumps({"text": "<|im_end|>", "control": control}))
         with pytest.raises(ValueError, match=r"some.jsonl line 1.*Mend"):
             read_corpus(str(tmp_path), 0.2)
+
+
+def test_a_position_of_a_mixture_goes_on_with_another_number_of_processes(folder):
+    lines = folder / "lines.jsonl"
+
+    def open_rows(own):
+        parts = read_corpus(f"0.6*{folder / 'deep'} + 0.4*{lines}", 0.1).training
+        return text_batches(
+            parts, TOKENIZER, rows=4, row_length=24, chunks_per_row=4, seed=0, own=own
+        )
+
+    alone = open_rows(None)
+    take(alone, 9)
+    expected = take(alone, 9)
+    halves = [open_rows([0, 1]), open_rows([2, 3])]
+    for half in halves:
+        take(half, 9)
+    position = json.loads(json.dumps(halves[0].get_state() | halves[1].get_state()))
+    quarters = [open_rows([number]) for number in range(4)]
+    for number, quarter in enumerate(quarters):
+        quarter.set_state(position)
+        for batch, whole in zip(take(quarter, 9), expected, strict=True):
+            assert np.array_equal(batch.tokens_BT[number], whole.tokens_BT[number])
