@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.labelled_turns import labelled_turns, make_trajectory, turn
 from rome.data.batch import CONTEXT, IMITATION
 from rome.data.lines import ExampleOptions, to_examples
 from rome.data.relevance import ERRORS, MASKS, REASONS, irrelevant_turns, mask_turns, parse_masks
 from rome.data.trajectory import Chunk
 from rome.data.tree import LAST, ROOT
-from tests.rome.data.labelled_turns import labelled_turns, make_trajectory, turn
 
 SEEDS = (1, 2, 3)  # 0 is what the heuristic was written on
 

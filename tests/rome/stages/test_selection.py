@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from benchmarks.labelled_turns import make_trajectory, turn
 from rome.stages.selection import first_objection, prefer, quality, select
-from tests.rome.data.labelled_turns import make_trajectory, turn
 
 GOOD = [turn("cat harbor.txt", "3\n1"), turn("sort harbor.txt > meadow.txt", "")]
 TASK = "Sort harbor.txt into meadow.txt."
