@@ -187,8 +187,9 @@ def show_result(workdir: pathlib.Path) -> None:
     report = read_report(workdir)
     before, after = before_and_after(report["evals"])
     print_table(before, after)
-    if len(report["stages"]) > 1:
-        Console(highlight=False).print(table_of_stages(report["stages"]))
+    stages = report.get("stages", ())
+    if len(stages) > 1:
+        Console(highlight=False).print(table_of_stages(stages))
     try:
         curves = " ".join(os.path.relpath(path) for path in plot_curves(workdir))
     except Exception as error:  # the run is complete without pictures
