@@ -67,8 +67,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.negative_weight = 1.0  # weight of failures relative to successes
     # failures with more sampled tokens are masked from the loss; 0: no limit
     config.negative_tokens = 0
-    # subtracted from the reward of an episode that tried to reach a network it was not granted
-    config.denial_penalty = 0.0
+    # costs of harm by kind (docs/safety.md), such as "egress:1 secret_sent:2", taken from the
+    # return of the turn that did it; egress: an address was tried that is not granted. "": none
+    config.safety_cost = ""
     # weights of what an episode's branches earn, such as "subagent:0.5 rewind:0"; "": all weigh 1.
     # compaction, subagent: turns in a context that was opened so. rewind: turns that were taken
     # back. A turn of weight 0 is only read

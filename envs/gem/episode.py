@@ -61,6 +61,7 @@ class Turn(NamedTuple):
       exit_code: exit status of the turn's command; None without one.
       network_denials: attempts to reach addresses that the sandbox does not grant.
       note: more about the ending.
+      events: kinds of harm that the turn did, where the environment looks for any (`envs.safety`).
     """
 
     observation: str
@@ -70,6 +71,7 @@ class Turn(NamedTuple):
     exit_code: int | None = None
     network_denials: int = 0
     note: str = ""
+    events: tuple[str, ...] = ()
 
 
 class OutOfTime(Exception):
@@ -225,6 +227,7 @@ class PlayedEnv:
             exit_code=info.get("exit_code"),
             network_denials=info.get("network_denials", 0),
             note=str(info.get("note", "")),
+            events=tuple(map(str, info.get("safety_events", ()))),
         )
 
     def _ending(self, terminated: bool, info: Info) -> str:

@@ -19,7 +19,7 @@ from envs.safety.shell import SafetyShellEnv, SafetyTask
 from envs.safety.worlds import WORLD_SEEDS, SafetyWorldEnv, WorldSeed
 
 
-def compose_env(family: str, number: int, base: Env, name: str = "") -> Env:
+def compose_env(family: str, number: int, base: Env, name: str = "", is_gated: bool = True) -> Env:
     """Return a base environment with the injection of a family and a number.
 
     Args:
@@ -27,6 +27,7 @@ def compose_env(family: str, number: int, base: Env, name: str = "") -> Env:
       number: draws names, wording and difficulty.
       base: not started yet; it is used up.
       name: of the task; FAMILY/NUMBER by default.
+      is_gated: whether harm makes the reward 0.
 
     Raises:
       CompositionError: the family is unknown, or the base cannot carry it.
@@ -34,9 +35,9 @@ def compose_env(family: str, number: int, base: Env, name: str = "") -> Env:
     task = SafetyTask(name or f"{family}/{number}", family, number)
     seed = WORLD_SEEDS.get(family.removeprefix(CLEAN))
     if seed is None:
-        return SafetyShellEnv(base, compose(family, number), task)
+        return SafetyShellEnv(base, compose(family, number), task, is_gated)
     draw = Draw(f"safety/{seed.name}/{number}")
-    return SafetyWorldEnv(base, seed, draw, task, family.startswith(CLEAN))
+    return SafetyWorldEnv(base, seed, draw, task, family.startswith(CLEAN), is_gated)
 
 
 def draw_difficulty(family: str, number: int) -> int:

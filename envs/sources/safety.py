@@ -28,6 +28,7 @@ from envs.tasks.terminal import EVAL_SEED_START, FAMILIES, HELD_OUT_FAMILIES
 KIND = "safety"
 SHELL_BASE = f"terminal:{','.join((*FAMILIES, *HELD_OUT_FAMILIES))}"
 WORLD_BASE = "worlds:shop/easy,travel/easy"
+UNGATED = "ungated"
 MAX_DRAWS = 8  # of a base task that can carry a family
 SORTS = ("attack", "cue", "impossible", "unspecified", "stop")
 _SEEDS = {**SEEDS, **WORLD_SEEDS}
@@ -73,7 +74,8 @@ def open_safety(
 
     NAMES are families, channels, pillars, sorts, or splits (train, held_out, all), with commas
     between them. Without NAMES, or where they name no split and no family, training draws from the
-    families of the split "train", and `tasks` has those of "held_out".
+    families of the split "train", and `tasks` has those of "held_out". The name "ungated" leaves
+    the reward at the utility, whatever harm was done: for training with `config.safety_cost`.
 
     Args:
       spec: the text.
@@ -86,6 +88,8 @@ def open_safety(
     if len(parts) > 3 or (plus and not base_spec.strip()):
         raise SourceError(f"dataset {spec!r} is not safety[:NAMES[:N]][+BASE]")
     names = [name for name in parts[1].split(",") if name] if len(parts) > 1 else []
+    is_gated = UNGATED not in names
+    names = [name for name in names if name != UNGATED]
     bases = _Bases(base_spec.strip(), open_base)
     chosen = [name for name in _choose(names) if bases.carries(name)]
     if not chosen:
@@ -106,7 +110,7 @@ def open_safety(
             raise SourceError(f"dataset {spec!r}: {parts[2]!r} is no number of tasks above 0")
 
     def make(family: str, number: int) -> Task:
-        return _make_task(family, number, bases)
+        return _make_task(family, number, bases, is_gated)
 
     return SafetySource(spec, make, trained, held_out, listed=listed, count=count, seed=seed)
 
@@ -188,14 +192,14 @@ class _Bases:
                 yield source.task(f"{rng.choice(kinds)}/{number}")
 
 
-def _make_task(family: str, number: int, bases: _Bases) -> Task:
+def _make_task(family: str, number: int, bases: _Bases, is_gated: bool) -> Task:
     base = bases.draw(family, number)
     seed = _SEEDS[family.removeprefix(CLEAN)]
     name = f"{family}/{number}"
     is_world = seed.name in WORLD_SEEDS
 
     def new_env(config: SandboxConfig) -> Env:
-        return compose_env(family, number, base.make_env(config), name)
+        return compose_env(family, number, base.make_env(config), name, is_gated)
 
     def read() -> Content:
         env = new_env(SandboxConfig())

@@ -245,6 +245,7 @@ async def _play(session: Session, played: PlayedEnv, chat: Chat, instruction: st
         chunk.status = turn.status
         chunk.exit_code = turn.exit_code
         chunk.network_denials = turn.network_denials
+        chunk.events = list(turn.events)
         chunk.tool_call = turn.tool_call
         if turn.ending:
             return _result_of(played, turn)

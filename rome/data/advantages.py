@@ -24,11 +24,12 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from rome.data.costs import chunk_costs
 from rome.data.trajectory import Trajectory
 from rome.data.tree import ROOT
 
@@ -66,7 +67,7 @@ def group_advantages(
     *,
     gamma: float = 1.0,
     anchor: Anchor = "history",
-    denial_penalty: float = 0.0,
+    safety_cost: Mapping[str, float] | None = None,
 ) -> list[np.ndarray]:
     """Return the advantages of every trajectory's turns, one array [K] for each trajectory.
 
@@ -78,12 +79,15 @@ def group_advantages(
       estimator: one of the table in the module's docstring, or own code.
       gamma: discount a turn, read by "steps".
       anchor: which turns "steps" takes to be in the same state (`anchor_states`).
-      denial_penalty: as in `loss_reward`.
+      safety_cost: of each kind of event, subtracted from the reward (`rome.data.costs`).
 
     Raises:
       ValueError: estimator or anchor is unknown, or own code returned no advantages.
     """
-    rewards = [loss_reward(one, failure_reward, denial_penalty) for one in trajectories]
+    rewards = []
+    for one in trajectories:
+        cost = float(chunk_costs(one, safety_cost or {}).sum())
+        rewards.append(loss_reward(one, failure_reward) - cost)
     if callable(estimator):
         return _own_advantages(trajectories, rewards, estimator)
     if estimator not in get_args(Estimator) or anchor not in get_args(Anchor):
@@ -131,23 +135,18 @@ def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
     return states
 
 
-def loss_reward(
-    trajectory: Trajectory, failure_reward: float, denial_penalty: float = 0.0
-) -> float:
-    """Return the reward that losses see.
+def loss_reward(trajectory: Trajectory, failure_reward: float) -> float:
+    """Return the reward that losses see, before the costs of events.
 
     Args:
       trajectory: one episode.
       failure_reward: replaces every reward of 0 or less of a verifier. One that own code gave
         (`Trajectory.training_reward`) is taken as it is.
-      denial_penalty: subtracted where the episode tried to reach a network address that its sandbox
-        does not grant.
     """
     reward = trajectory.learned_reward
     if trajectory.training_reward is None and reward <= 0:
         reward = failure_reward
-    penalised = trajectory.network_denials > 0
-    return reward - denial_penalty * penalised
+    return reward
 
 
 def _own_advantages(

@@ -18,6 +18,7 @@ import numpy as np
 
 from rome.data.advantages import chunk_returns, loss_reward
 from rome.data.batch import CONTEXT, IMITATION, RL
+from rome.data.costs import chunk_costs, discounted_costs
 from rome.data.trajectory import KINDS, Chunk, Trajectory
 from rome.data.tree import credits_of, lines_of, path_to
 
@@ -51,7 +52,7 @@ class ExampleOptions:
     failure_reward: float
     purpose: Purpose = "rl"
     with_places: bool = False  # where the route of each token is: "places" of the example
-    denial_penalty: float = 0.0
+    safety_cost: Mapping[str, float] = dataclasses.field(default_factory=dict)
     negative_weight: float = 1.0
     negative_tokens: int = 0
     edge_credit: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -160,7 +161,11 @@ def _chunk_features(
     trajectory: Trajectory, advantage: float | np.ndarray, options: ExampleOptions
 ) -> Example:
     turns = trajectory.turns
-    reward = loss_reward(trajectory, options.failure_reward, options.denial_penalty)
+    cost_K = chunk_costs(trajectory, options.safety_cost)
+    before_costs = loss_reward(trajectory, options.failure_reward)
+    reward = before_costs - float(cost_K.sum())
+    return_K = chunk_returns(before_costs, len(turns), options.gamma)
+    return_K = return_K - discounted_costs(cost_K, options.gamma)
     is_positive = reward > 0  # T+ of Eq. 9, also where the task is only partly solved
     weight = 1.0 if is_positive else options.negative_weight
     kinds_K = np.array([_kind(chunk, options.purpose) for _, chunk in turns])
@@ -169,10 +174,12 @@ def _chunk_features(
     ones_K = np.ones(len(turns))
     advantage_weight_K = np.where(advantage * ones_K < 0, options.negative_weight, 1.0)
     credit_K = _credits(trajectory, options)
+    # A turn that costs more than it leads to fades out as it becomes unlikely, as a failure's do.
+    is_gain_K = is_positive & (return_K > 0)
     return {
-        "return": credit_K * weight * chunk_returns(reward, len(turns), options.gamma),
+        "return": credit_K * weight * return_K,
         "reward": credit_K * weight * reward * ones_K,
-        "sign": (1.0 if is_positive else -1.0) * ones_K,
+        "sign": np.where(is_gain_K, 1.0, -1.0),
         "advantage": credit_K * advantage_weight_K * advantage,
         "kind": np.where(credit_K > 0, kinds_K, CONTEXT),
     }

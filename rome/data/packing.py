@@ -50,7 +50,7 @@ def pack(
     routes_for: ModelConfig | None = None,
     advantage: Estimator | Comparison = "normalised",
     anchor: Anchor = "history",
-    denial_penalty: float = 0.0,
+    safety_cost: Mapping[str, float] | None = None,
     negative_weight: float = 1.0,
     negative_tokens: int = 0,
     edge_credit: Mapping[str, float] | None = None,
@@ -77,8 +77,8 @@ def pack(
         the batch has no routes.
       advantage: how the episodes of a group are compared (`rome.data.advantages`).
       anchor: which turns the "steps" advantage takes to be in one state (`anchor_states`).
-      denial_penalty: subtracted from the reward of an episode that tried to reach a network address
-        which its sandbox does not grant.
+      safety_cost: of each kind of event; a turn's return loses those of its own events and, as
+        they are discounted, of later ones; the episode's reward loses all (`rome.data.costs`).
       negative_weight: multiplies return and reward of failures, and advantages below 0.
       negative_tokens: failures with more action tokens than this are only read; 0: learn from all.
         Negatives that grow longer come before a collapse.
@@ -105,7 +105,7 @@ def pack(
         failure_reward=failure_reward,
         purpose=purpose,
         with_places=routes_for is not None,
-        denial_penalty=denial_penalty,
+        safety_cost=safety_cost or {},
         negative_weight=negative_weight,
         negative_tokens=negative_tokens,
         edge_credit=edge_credit or {},
@@ -117,7 +117,7 @@ def pack(
         advantage,
         gamma=gamma,
         anchor=anchor,
-        denial_penalty=denial_penalty,
+        safety_cost=safety_cost,
     )
     examples = []
     keys = []

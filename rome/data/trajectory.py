@@ -89,6 +89,7 @@ class Chunk:
       cached_tokens: prompt tokens that the engine found in its prefix cache.
       exit_code: exit status of the turn's command; None without one.
       network_denials: attempts of the turn's command to reach addresses the sandbox does not grant.
+      events: kinds of harm that the environment found the turn to have done (`rome.data.costs`).
       routes: experts of prompt and action tokens, [tokens, layers, k] (`rome.data.routes`); None
         where the engine was not asked for them.
       parent: the chunk whose context it goes on with: LAST, ROOT or a number (`rome.data.tree`).
@@ -113,6 +114,7 @@ class Chunk:
     routes: np.ndarray | None = None
     parent: int = LAST
     edge: str = "continuation"
+    events: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.action_ids):
@@ -462,6 +464,8 @@ def _chunk_to_step(number: int, chunk: Chunk, history: int) -> dict[str, Any]:
         "network_denials": chunk.network_denials,
         "exit_code": chunk.exit_code,
     }
+    if chunk.events:
+        step["extra"]["events"] = list(chunk.events)
     if chunk.parent != LAST or chunk.edge != "continuation":
         step["extra"] |= {"parent": chunk.parent, "edge": chunk.edge}
     if chunk.versions:
@@ -496,4 +500,5 @@ def _chunk_from_step(step: dict[str, Any]) -> Chunk:
         exit_code=extra.get("exit_code"),
         parent=extra.get("parent", LAST),
         edge=extra.get("edge", "continuation"),
+        events=list(extra.get("events", ())),
     )

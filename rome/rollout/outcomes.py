@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from rome.data.costs import events_of
 from rome.data.trajectory import Trajectory, rewards_differ
 from rome.data.tree import ROOT
 
@@ -57,6 +58,7 @@ def rollout_metrics(
     succeeded = np.array([trajectory.succeeded for trajectory in trajectories])
     chunks = [chunk for own in turns for chunk in own]
     denied = [any(chunk.network_denials for chunk in own) for own in turns]
+    harmed = [any(events_of(chunk) for chunk in own) for own in turns]
     statuses = [chunk.status for chunk in chunks]
     failed_commands = sum(bool(chunk.exit_code) for chunk in chunks)
     ages = staleness(trajectories, version) or [0]
@@ -73,6 +75,7 @@ def rollout_metrics(
         "tool_error_share": statuses.count("tool_error") / max(1, len(statuses)),
         "malformed_share": statuses.count("malformed") / max(1, len(statuses)),
         "network_denial_share": float(np.mean(denied)),
+        "safety_event_share": float(np.mean(harmed)),
         "cached_token_share": cached_tokens / max(1, sent_tokens),
     }
     shaped = [one.training_reward for one in trajectories if one.training_reward is not None]

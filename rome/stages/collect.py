@@ -21,6 +21,7 @@ import ml_collections
 
 from envs.rock.sync import run as run_async
 from rome.data.batch import Batch
+from rome.data.costs import parse_costs
 from rome.data.lines import fits_row
 from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Trajectory, load_trajectory
@@ -200,7 +201,7 @@ class Collector:
             routes_for=self._model_config if config.routing_replay == "rollout" else None,
             advantage=self._advantage,
             anchor=config.gigpo_state,
-            denial_penalty=config.denial_penalty,
+            safety_cost=parse_costs(config.safety_cost),
             negative_weight=config.negative_weight,
             negative_tokens=config.negative_tokens,
             edge_credit=parse_credit(config.edge_credit),

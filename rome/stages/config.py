@@ -16,6 +16,7 @@ from typing import Any, get_args
 import ml_collections
 
 from envs.rock.config import BACKENDS
+from rome.data.costs import parse_costs
 from rome.data.mixture import parse_mixture
 from rome.data.relevance import parse_masks
 from rome.data.tree import parse_credit
@@ -123,7 +124,7 @@ MAY_BE_ZERO = {
     "lambda_il",
     "negative_weight",
     "negative_tokens",
-    "denial_penalty",
+    "safety_cost",
     "temperature",
     "eval_temperature",
     "lora.rank",
@@ -443,6 +444,7 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         parse_credit(config.edge_credit)
     except ValueError as error:
         raise ConfigError(f"edge_credit={config.edge_credit!r}: {error}.") from None
+    _check_costs(config.safety_cost)
     reason = unbounded_weight(loss, config.dual_clip)
     if config.rollout.async_ratio and reason:
         raise ConfigError(
@@ -458,6 +460,22 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
             "routing_replay=recompute records routes while logp_old is scored, and"
             " logp_old_from=rollout scores nothing. Set logp_old_from=trainer, or"
             " routing_replay=rollout."
+        )
+
+
+def _check_costs(text: str) -> None:
+    try:
+        costs = parse_costs(text)
+    except ValueError as error:
+        raise ConfigError(f"safety_cost={text!r}: {error}.") from None
+    if not costs:
+        return
+    from envs.safety import KINDS  # its tasks take a while to import
+
+    if unknown := [kind for kind in costs if kind not in KINDS]:
+        raise ConfigError(
+            f"safety_cost={text!r}: there is no kind {unknown[0]!r} of harm. Use some of"
+            f" {', '.join(KINDS)}."
         )
 
 

@@ -45,12 +45,14 @@ def make_card(
     tokens = {name: trace.tokens(name) for name in agents}
     total = sum(seconds.values())
     number = len(accepted)
+    mutants = _mutation_score(accepted)
     return {
         "settings": dataclasses.asdict(settings),
         "yield_by_stage": stages,
         "accepted": number,
-        "mutation_score": _mutation_score(accepted),
-        "mutation_score_all": _mutation_score([unit for unit in units if unit.mutants]),
+        "mutation_score": mutants["score"] if mutants else None,
+        "mutants": mutants,
+        "mutants_of_all_drafts": _mutation_score([unit for unit in units if unit.mutants]),
         "cost_seconds_per_accepted": round(total / number, 2) if number else None,
         "cost_tokens_per_accepted": round(sum(tokens.values()) / number, 1) if number else None,
         "seconds_by_agent": seconds,
@@ -111,8 +113,8 @@ def describe_card(card: Mapping[str, Any]) -> list[str]:
     """Return the card as lines for a terminal."""
     stages = ", ".join(f"{name} {number}" for name, number in card["yield_by_stage"].items())
     lines = [f"yield by stage: {stages}; {card['set_aside']} inputs set aside"]
-    if card["mutation_score"]:
-        score = card["mutation_score"]
+    if card["mutants"]:
+        score = card["mutants"]
         lines.append(
             f"mutation score of the set {score['score']:.3f} ({score['rejected']} of"
             f" {score['tried']}), least {score['least']:.2f}"

@@ -65,8 +65,8 @@ def choose_edits(
 ) -> list[Edit]:
     """Return up to `count` mutants of a program, all kinds of bugs in turn.
 
-    Only those that are chosen are compared with the program: that parses the whole text, which takes
-    minutes for all edits of a large module.
+    Only those that are chosen are compared with the program, for that parses the whole text: all
+    edits of a large module would take minutes.
 
     Args:
       text: the program.

@@ -188,3 +188,11 @@ def test_a_repair_task_whose_solution_has_files_carries_an_injection():
         env = compose_env("issue-claim", 2, HarborEnv(task, SandboxConfig()))
         result = play(env, script)
         assert result["reward"] == (1.0 if script is None else 0.0), result["note"]
+
+
+def test_an_ungated_reward_is_the_utility_and_events_reach_the_turn():
+    base = TerminalEnv("count/7", SandboxConfig())
+    env = compose_env("readme-outside", 0, base, is_gated=False)
+    result = play(env, env.attack(random.Random(0)))
+    assert (result["reward"], result["ending"], harms(result)) == (1.0, "success", ["outside"])
+    assert ["outside"] in result["events"]

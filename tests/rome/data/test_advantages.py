@@ -131,17 +131,22 @@ def test_each_turn_carries_its_own_advantage_into_its_row():
 
 
 def test_an_episode_that_reached_for_the_network_is_worth_less():
-    """The penalty is taken once, whatever the number of attempts, and a success that it costs more
+    """The cost is taken once a turn, whatever the number of attempts, and a success that costs more
     than it earned is a failure.
     """
     step = [episode(([1], LIST), reward=reward, group=0) for reward in (1.0, 1.0, 0.0)]
     step[1].chunks[0].network_denials = 3
     np.testing.assert_allclose(
-        group_advantages(step, -1.0, "centred", denial_penalty=1.5),
+        group_advantages(step, -1.0, "centred", safety_cost={"egress": 1.5}),
         np.array([[1.0], [-0.5], [-1.0]]) + 0.5 / 3,
     )
     batch = pack(
-        step, row_length=2, chunks_per_row=1, gamma=1.0, failure_reward=-1.0, denial_penalty=1.5
+        step,
+        row_length=2,
+        chunks_per_row=1,
+        gamma=1.0,
+        failure_reward=-1.0,
+        safety_cost={"egress": 1.5},
     )
     assert sorted(zip(batch.reward_BC.ravel(), batch.sign_BC.ravel(), strict=True)) == [
         (-1, -1),

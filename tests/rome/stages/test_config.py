@@ -155,6 +155,14 @@ def change_config(config, change):
             "mismatch_limit=5.0 is not read by loss=topr. Set it to 0; it is read by ipa, token",
         ),
         (
+            {"safety_cost": "egress:1 theft:1"},
+            "safety_cost='egress:1 theft:1': there is no kind 'theft' of harm. Use some of secret_",
+        ),
+        (
+            {"safety_cost": "egress"},
+            "safety_cost='egress': 'egress' is no cost of a kind of event; write each kind at most",
+        ),
+        (
             {"edge_credit": "subagent:0.5 return:1"},
             "edge_credit='subagent:0.5 return:1': 'return:1' is no credit of an edge; write each",
         ),

@@ -26,7 +26,11 @@ class Result:
 def rows_of(lengths) -> types.SimpleNamespace:
     """A micro-batch of one row, of which only the lengths of its sequences are there."""
     segments_T = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    return types.SimpleNamespace(segments_BT=np.append(segments_T, [0, 0])[None])
+    positions_T = [place for length in lengths for place in range(length)]
+    return types.SimpleNamespace(
+        segments_BT=np.append(segments_T, [0, 0])[None],
+        positions_BT=np.append(positions_T, [0, 0])[None],
+    )
 
 
 MINIBATCH = Minibatch([rows_of([3, 4])], None)

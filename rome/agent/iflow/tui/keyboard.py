@@ -19,7 +19,6 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.patch_stdout import patch_stdout
 
 MAX_LISTED = 40  # files that a completion offers
-REFRESH_SECONDS = 0.25
 
 
 class Controls(Protocol):
@@ -89,7 +88,6 @@ class RichKeyboard:
             multiline=True,
             history=FileHistory(str(history)) if history is not None else InMemoryHistory(),
             erase_when_done=True,
-            refresh_interval=REFRESH_SECONDS,
             reserve_space_for_menu=4,
             prompt_continuation="  ",
         )

@@ -18,7 +18,8 @@ from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
 from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
 from rome.agent.iflow.loop import AgentError
-from rome.agent.iflow.mcp_tools import printable
+from rome.agent.iflow.places.workspace import WorkspaceError
+from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.actions import ACTIONS, ActionError
 from rome.agent.iflow.tui.files import ProjectFiles
 from rome.agent.iflow.tui.keyboard import (
@@ -30,12 +31,12 @@ from rome.agent.iflow.tui.keyboard import (
 )
 from rome.agent.iflow.tui.screen import Screen
 from rome.agent.iflow.user_input import InputError, expand
-from rome.agent.iflow.workspace import WorkspaceError
 
 QUIT_SECONDS = 2.0  # between two Ctrl-C that end the program
 TAIL_LINES = 6  # of an answer that is being written
 SHELL_SECONDS = 600.0  # for a command of the user
 REPLAYED = 6  # answers that are shown of a session that goes on
+TICK_SECONDS = 0.25
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 HINT = "y yes, n no (n WORDS tells the agent why), s stop"
 # What the user can cause, and is told of on one line.
@@ -203,6 +204,7 @@ class Terminal:
 
     async def _do(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something, then what waits for its end."""
+        ticking = asyncio.ensure_future(self._tick())
         try:
             await work
         except FAILURES as error:
@@ -210,11 +212,18 @@ class Terminal:
         except Exception as error:  # a fault of the program must not end the session
             self.screen.say(f"{type(error).__name__}: {error}", "red")
         finally:
+            ticking.cancel()
             self._work = None
             self._interrupted = -QUIT_SECONDS
             self.keyboard.refresh()
         if self.queue:
             self.start(self.play(self.queue.popleft()))
+
+    async def _tick(self) -> None:
+        """Show how the time passes."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.keyboard.refresh()
 
     async def play(self, text: str) -> None:
         """Play a turn, and turns for what the agent should know by then."""

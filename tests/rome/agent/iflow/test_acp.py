@@ -6,12 +6,17 @@ import os
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.paths import ROOT
 from tests.rome.agent.iflow.test_mcp_client import SERVER
 
 acp = pytest.importorskip("acp")
 from acp import schema  # noqa: E402
+
+from rome.agent.iflow.protocols.acp_updates import diff_contents  # noqa: E402
+from rome.agent.iflow.tools.text import unified_diff  # noqa: E402
 
 
 class Editor:
@@ -93,6 +98,25 @@ def play(body, folder, **can):
 async def say(agent, session, *lines):
     prompt = [acp.text_block("\n".join(lines))]
     return await agent.prompt(session_id=session, prompt=prompt)
+
+
+LINES = st.lists(
+    st.sampled_from(["", "a", "b", "--- a", "+++ b", "-- c", "++ d", "@@ -1 +1 @@", "\\ no"])
+)
+
+
+@given(LINES, LINES, st.booleans())
+def test_a_diff_has_the_old_and_the_new_text(old, new, is_ended):
+    before, after = ("".join(f"{line}\n" for line in lines) for lines in (old, new))
+    if not is_ended:
+        before, after = before.removesuffix("\n"), after.removesuffix("\n")
+    contents = diff_contents(unified_diff("b/x.py", before, after), "/project")
+    assert all(one.path == "/project/b/x.py" for one in contents)
+    whole = before
+    for one in reversed(contents):
+        place = whole.rindex(one.old_text or "")
+        whole = whole[:place] + one.new_text + whole[place + len(one.old_text or "") :]
+    assert whole == after or len(contents) > 1  # with several, a text may fit at several places
 
 
 def test_a_turn_with_thoughts_a_plan_a_permission_and_a_diff(tmp_path):
