@@ -20,6 +20,7 @@ NETWORK_PROGRAMS = frozenset({
 # Programs that write the files that their arguments name: which ones.
 _WRITE_ALL = frozenset({"tee", "touch", "truncate", "rm", "rmdir", "shred", "unlink", "mkdir"})
 _WRITE_LAST = frozenset({"cp", "mv", "install", "ln", "rsync"})
+_COPY = frozenset({"cp", "mv", "install", "ln"})
 _CHANGE_MODE = frozenset({"chmod", "chown", "chgrp", "setfacl", "chattr"})
 _URL = re.compile(
     r"\b(?:https?|ftp|wss?|git|ssh)://(?:[^/\s@'\"]*@)?([\w.-]+|\[[\da-fA-F:]+\])", re.I
@@ -96,6 +97,7 @@ def of_script(
     writes: list[str] = []
     hosts: list[str] = []
     programs: list[str] = []
+    copies: dict[str, str] = {}  # path -> what it is a copy of
     directory = root
     for one in line.commands:
         if base_name(one) == "cd" and len(one.words) == 2 and one.words[1].is_static:
@@ -105,7 +107,10 @@ def of_script(
         writes += written
         reads += [path for path in named if path not in written]
         hosts += _hosts_of(one)
-        programs += [absolute(path, directory, home) for path in _programs_of(one)]
+        run = [absolute(path, directory, home) for path in _programs_of(one)]
+        programs += [*run, *(copies[path] for path in run if path in copies)]
+        if base_name(one) in _COPY and written and named:
+            copies[written[-1]] = copies.get(named[0], named[0])
         commands += _commands_written_by(one)
     return Action(
         tool=tool,
