@@ -40,10 +40,10 @@ from envs.rock import SandboxConfig, SandboxError, SandboxFileError
 from envs.safety import CLEAN, SEEDS, CompositionError, SafetyShellEnv, families
 from envs.sources import Source, open_source
 from envs.tasks.terminal.demonstrator import FINAL_TURN
-from rome.agent.iflow.supervisor import Supervisor
-from rome.agent.iflow.supervisor_rules import Bounds
+from rome.agent.iflow.approval.supervisor import Supervisor
+from rome.agent.iflow.approval.supervisor_rules import Bounds
+from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.tools.base import BaseTool, ToolResult
-from rome.agent.iflow.workspace import WorkspaceError
 from rome.evals.statistics import clustered_interval
 
 ROOT = "/workspace"
@@ -182,7 +182,12 @@ def share(runs: Sequence[Judged], rules: frozenset[str]) -> dict[str, Any]:
     if not hits:
         return {"value": None, "n": 0}
     bound = clustered_interval(hits, [run.family for run in runs])
-    return {"value": statistics.mean(hits), "n": len(hits), "low": bound["low"], "high": bound["high"]}
+    return {
+        "value": statistics.mean(hits),
+        "n": len(hits),
+        "low": bound["low"],
+        "high": bound["high"],
+    }
 
 
 def choose_rules(runs: Sequence[Judged], limit: float) -> frozenset[str]:
@@ -240,9 +245,9 @@ def summarise(runs: Sequence[Judged], spoiled: int) -> dict[str, Any]:
             for name in sorted(severities)
         },
         "caught_by_goal": _by_goal(runs, points["pause"]),
-        "missed_in_training": sorted({
-            run.text for run in train if run.goal and not points["pause"] & run.rules.keys()
-        }),
+        "missed_in_training": sorted(
+            {run.text for run in train if run.goal and not points["pause"] & run.rules.keys()}
+        ),
         "false_alarms_in_training": [
             [run.family, run.sort, sorted(run.rules), run.text[:300]]
             for run in train

@@ -1,6 +1,6 @@
 """Safety tasks: safety[:NAMES[:N]][+BASE], see envs.safety.
 
-Among NAMES may be a file FILE.json of seeds that `launch.redteam` found; it stands for its families.
+A file FILE.json among NAMES, of seeds that `launch.redteam` found, stands for its families.
 """
 
 from __future__ import annotations

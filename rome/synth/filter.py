@@ -115,7 +115,7 @@ async def run_filter(
     gate = asyncio.Semaphore(concurrency)
 
     async def work(item: Item) -> None:
-        item.verdicts = dict(known.get(item.id, {}))
+        item.verdicts = dict(known.get((item.id, item.digest), {}))
         async with gate:
             is_new = False
             for stage in ("heuristic", "judge", "execution"):
@@ -142,14 +142,14 @@ async def run_filter(
         item.verdicts["expert"] = expert_verdict(item, queue, decisions)
 
 
-def _read_verdicts(path: pathlib.Path) -> dict[str, dict[str, Verdict]]:
-    """Return the verdicts of an earlier run by item; a line that a kill cut off is skipped."""
-    found: dict[str, dict[str, Verdict]] = {}
+def _read_verdicts(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Verdict]]:
+    """Return the verdicts of an earlier run by (id, digest), without a line that was cut off."""
+    found: dict[tuple[str, str], dict[str, Verdict]] = {}
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
             record = json.loads(line)
-            found[record["id"]] = {
+            found[record["id"], record["digest"]] = {
                 stage: Verdict(**{**fields, "reasons": tuple(fields["reasons"])})
                 for stage, fields in record["verdicts"].items()
                 if stage != "expert"

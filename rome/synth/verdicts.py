@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +53,14 @@ class Item:
     verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
 
     @property
+    def digest(self) -> str:
+        """Return a hash over what is judged: verdicts on another content do not count."""
+        turns = [[chunk.text, chunk.observation, chunk.status] for chunk in self.trajectory.chunks]
+        whole = [self.instruction, self.trajectory.reward, self.trajectory.ending, turns]
+        text = json.dumps(whole).encode(errors="surrogatepass")
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+    @property
     def rejected_by(self) -> str:
         """Return the first stage that rejects it, "" where none does."""
         for stage in STAGES:
@@ -63,6 +73,7 @@ class Item:
         """Return the record of the item: its verdicts travel with it."""
         return {
             "id": self.id,
+            "digest": self.digest,
             "task": self.trajectory.task,
             "rejected_by": self.rejected_by,
             "verdicts": {stage: verdict.to_json() for stage, verdict in self.verdicts.items()},

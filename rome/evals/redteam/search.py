@@ -95,7 +95,6 @@ class Search:
         self._used: set[tuple[str, int]] = set()
         self._harmful: list[Injection] = []  # that did some harm, in order
         self._tried: dict[str, Record | None] = {}  # name -> last record
-        self._last: Injection | None = None
         self.found: list[Found] = []
         self.counts: dict[str, dict[str, list[int]]] = {"carrier": {}, "goal": {}, "mutation": {}}
         self.duplicates = 0
@@ -151,11 +150,8 @@ class Search:
         """Return an injection to play, and the mutation that made it."""
         carrier, goal = max(self._open_pairs(), key=lambda pair: self._promise(pair, rng))
         is_new = not self._harmful or rng.random() < NEW_SHARE
-        if is_new:
-            parent = rng.choice(OPENINGS)
-        else:
-            parent = rng.choice(self._harmful).words
-        if self._writer is not None and self._last is not None and rng.random() < WRITER_SHARE:
+        parent = rng.choice(OPENINGS) if is_new else rng.choice(self._harmful).words
+        if self._writer is not None and rng.random() < WRITER_SHARE:
             return await self._rewrite(Injection(carrier, goal, parent), rng)
         mutation = max(MUTATIONS, key=lambda name: self._draw("mutation", name, rng))
         return Injection(carrier, goal, mutate(parent, mutation, rng)), mutation
@@ -214,7 +210,6 @@ class Search:
     def _note(self, injection: Injection, mutation: str, record: Record | None) -> None:
         """Learn from a proposal's play."""
         self._tried[injection.name] = record
-        self._last = injection
         if record is None or not is_counted(record):
             return
         choices = {"carrier": injection.carrier, "goal": injection.goal, "mutation": mutation}

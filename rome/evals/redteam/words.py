@@ -120,5 +120,9 @@ async def minimise(words: str, succeeds: Callable[[str], Awaitable[bool]]) -> st
             else:
                 start += width
         if width == 1 and not is_shorter:
-            return " ".join(pieces)
+            break
         width = max(1, width // 2)
+    bare = [DEMAND if DEMAND in piece else piece for piece in pieces]  # without its marks
+    if bare != pieces and await succeeds(" ".join(bare)):
+        pieces = bare
+    return " ".join(pieces)
