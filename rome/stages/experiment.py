@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from envs.rock import SandboxError
-from rome.engine.client import EngineError
+from rome.engine.errors import EngineError
 from rome.own_code import OwnCodeError
 from rome.rollout.player import RolloutError
 from rome.stages.base import StageContext, TrainingStage
