@@ -104,4 +104,73 @@ void for_each(ffi::ThreadPool& pool, int64_t count, const std::function<void(int
   while (shared->done.load() < count) std::this_thread::yield();
 }
 
+// out[r][0:columns] = sum over d of x[r][d] * w[d][0:columns], for `Rows` rows.
+template <int Rows, int Wide>
+inline __attribute__((always_inline)) void multiply_block(const float* const* x, const float* w,
+                                                          int64_t depth, int64_t stride,
+                                                          Vec out[Rows][Wide]) {
+  const float* row[Rows];
+  Vec sum[Rows][Wide];  // in registers
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    row[r] = x[r];
+#pragma GCC unroll 8
+    for (int v = 0; v < Wide; ++v) sum[r][v] = Vec{};
+  }
+  for (int64_t d = 0; d < depth; ++d, w += stride) {
+    Vec w_row[Wide];
+#pragma GCC unroll 8
+    for (int v = 0; v < Wide; ++v) w_row[v] = load(w + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Vec x_r = all(row[r][d]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Wide; ++v) sum[r][v] += x_r * w_row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Wide; ++v) out[r][v] = sum[r][v];
+  }
+}
+
+// Call block<Rows> over `rows` rows, at most kMaxRows at a time: block(Rows as a constant, first).
+template <typename Block>
+void over_rows(int64_t rows, const Block& block) {
+  for (int64_t first = 0; first < rows;) {
+    const int64_t left = std::min<int64_t>(rows - first, kMaxRows);
+    switch (left) {
+      case 1: block(std::integral_constant<int, 1>{}, first); break;
+      case 2: block(std::integral_constant<int, 2>{}, first); break;
+#ifdef __AVX512F__
+      case 3: block(std::integral_constant<int, 3>{}, first); break;
+      case 4: block(std::integral_constant<int, 4>{}, first); break;
+      case 5: block(std::integral_constant<int, 5>{}, first); break;
+      default: block(std::integral_constant<int, 6>{}, first); break;
+#endif
+    }
+    first += left;
+  }
+}
+
+// Call block(Wide as a constant, first column) over columns [begin, end): whole vectors, at most
+// kColumns at a time.
+template <typename Block>
+void over_columns(int64_t begin, int64_t end, const Block& block) {
+  while (begin < end) {
+    const int64_t left = (end - begin) / kLanes;
+    if (left >= kWide) {
+      block(std::integral_constant<int, kWide>{}, begin);
+      begin += kColumns;
+    } else if (left >= 2) {
+      block(std::integral_constant<int, 2>{}, begin);
+      begin += 2 * kLanes;
+    } else {
+      block(std::integral_constant<int, 1>{}, begin);
+      begin += kLanes;
+    }
+  }
+}
+
 }  // namespace

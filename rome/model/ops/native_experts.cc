@@ -11,37 +11,6 @@
 
 namespace {
 
-// out[r][0:columns] = sum over d of x[r][d] * w[d][0:columns], for `Rows` rows.
-template <int Rows, int Wide>
-inline __attribute__((always_inline)) void multiply_block(const float* const* x, const float* w,
-                                                          int64_t depth, int64_t stride,
-                                                          Vec out[Rows][Wide]) {
-  const float* row[Rows];
-  Vec sum[Rows][Wide];  // in registers
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-    row[r] = x[r];
-#pragma GCC unroll 8
-    for (int v = 0; v < Wide; ++v) sum[r][v] = Vec{};
-  }
-  for (int64_t d = 0; d < depth; ++d, w += stride) {
-    Vec w_row[Wide];
-#pragma GCC unroll 8
-    for (int v = 0; v < Wide; ++v) w_row[v] = load(w + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      const Vec x_r = all(row[r][d]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Wide; ++v) sum[r][v] += x_r * w_row[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Wide; ++v) out[r][v] = sum[r][v];
-  }
-}
-
 struct Mlp {
   int64_t D, F;
   const float *gate, *up, *down;  // of one expert
@@ -90,35 +59,6 @@ void down_columns(const Mlp& mlp, const float* const* hidden, const Addend& low,
   add_low_rank<Rows, Wide>(low, at, mlp.D, sum);
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Wide; ++v) store(out[r] + at + v * kLanes, sum[r][v]);
-  }
-}
-
-// Call block(Wide as a constant, first column) over columns [begin, end).
-template <typename Block>
-void over_columns(int64_t begin, int64_t end, const Block& block) {
-  if (end - begin == kColumns) {
-    block(std::integral_constant<int, kWide>{}, begin);
-    return;
-  }
-  for (; begin < end; begin += kLanes) block(std::integral_constant<int, 1>{}, begin);
-}
-
-// Call block<Rows> over `rows` rows, at most kMaxRows at a time: block(Rows as a constant, first).
-template <typename Block>
-void over_rows(int64_t rows, const Block& block) {
-  for (int64_t first = 0; first < rows;) {
-    const int64_t left = std::min<int64_t>(rows - first, kMaxRows);
-    switch (left) {
-      case 1: block(std::integral_constant<int, 1>{}, first); break;
-      case 2: block(std::integral_constant<int, 2>{}, first); break;
-#ifdef __AVX512F__
-      case 3: block(std::integral_constant<int, 3>{}, first); break;
-      case 4: block(std::integral_constant<int, 4>{}, first); break;
-      case 5: block(std::integral_constant<int, 5>{}, first); break;
-      default: block(std::integral_constant<int, 6>{}, first); break;
-#endif
-    }
-    first += left;
   }
 }
 
