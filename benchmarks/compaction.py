@@ -42,9 +42,9 @@ from rome.agent.iflow.context import ContextManager
 from rome.agent.iflow.keep import KeepList
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.model import Answer, ModelError
+from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
-from rome.agent.iflow.workspace import Workspace
 from rome.agent.messages import Message
 from rome.data.tree import Edge
 

@@ -136,7 +136,7 @@ def apply_pod_sizes(config: ml_collections.ConfigDict, preset: str) -> Pod:
     return pod
 
 
-def unknown_preset(experiment: str, preset: str) -> ValueError:
+def unknown_preset(experiment: str, preset: str, more: tuple[str, ...] = ()) -> ValueError:
     """Return the error for a preset that an experiment file does not have."""
-    known = ", ".join(("tiny", "smoke", *PODS))
+    known = ", ".join(("tiny", "smoke", *PODS, *more))
     return ValueError(f"{experiment} has no preset {preset!r}. Choose one of {known}.")

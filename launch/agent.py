@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args([_as_flag(word) for word in given])
     from rome.agent.iflow.events import EventError
-    from rome.agent.iflow.model import ModelError
+    from rome.agent.iflow.models.model import ModelError
     from rome.agent.iflow.options import UsageError
+    from rome.agent.iflow.places.workspace import WorkspaceError
+    from rome.agent.iflow.places.worktree import WorktreeError
     from rome.agent.iflow.sessions import SessionUnavailable
-    from rome.agent.iflow.spec_files import SpecError
-    from rome.agent.iflow.workspace import WorkspaceError
-    from rome.agent.iflow.worktree import WorktreeError
+    from rome.agent.iflow.specs.spec_files import SpecError
 
     try:
         if arguments.list_sessions:
@@ -82,7 +82,7 @@ def _end_for_sure(work: Coroutine[Any, Any, int]) -> int:
 @contextlib.contextmanager
 def _worktree(arguments: argparse.Namespace) -> Iterator[None]:
     """Let the agent work in a git worktree; one where nothing was done is removed."""
-    from rome.agent.iflow.worktree import close_worktree, open_worktree
+    from rome.agent.iflow.places.worktree import close_worktree, open_worktree
 
     worktree = open_worktree(arguments.directory, arguments.worktree)
     arguments.directory = str(worktree.path)
@@ -139,11 +139,11 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     opener = SessionOpener(options)
     if arguments.acp:
-        from rome.agent.iflow.acp_agent import serve
+        from rome.agent.iflow.protocols.acp_agent import serve
 
         await serve(opener)
         return 0
-    from rome.agent.iflow import http_api
+    from rome.agent.iflow.protocols import http_api
     from rome.agent.iflow.tui.terminal import Terminal
 
     directory = str(options.directory.resolve())
@@ -157,8 +157,8 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
 
 async def _serve_mcp(arguments: argparse.Namespace) -> int:
     """Serve the tools to a client of MCP, on stdio or by HTTP."""
-    from rome.agent.iflow.mcp_server import serve_http, serve_stdio
     from rome.agent.iflow.opening import tool_server
+    from rome.agent.iflow.protocols.mcp_server import serve_http, serve_stdio
 
     async with tool_server(_options(arguments)) as served:
         if arguments.serve_mcp == "stdio":
@@ -176,8 +176,8 @@ def _mcp_way(text: str) -> str:
 
 
 def _options(arguments: argparse.Namespace):
-    from rome.agent.iflow.endpoint_model import Prices
     from rome.agent.iflow.limits import Limits
+    from rome.agent.iflow.models.endpoint_model import Prices
     from rome.agent.iflow.options import Options
 
     tools = None

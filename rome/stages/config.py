@@ -103,6 +103,7 @@ MAY_BE_ZERO = {
     "seed",
     "warmup_updates",
     "weight_decay",
+    "final_weight_decay",
     "eval_every",
     "eval_tasks",
     "keep_trajectories",
@@ -133,6 +134,7 @@ MAY_BE_ZERO = {
 MAY_BE_NEGATIVE = {"failure_reward"}
 MAY_BE_MINUS_ONE = {
     "lambda_il",
+    "final_weight_decay",
     "learner.router_aux_loss_coef",
     *(f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")),
 }
@@ -296,6 +298,10 @@ def _check_cpt(config: ml_collections.ConfigDict) -> None:
             f"row_length={config.row_length} must be 2 or more,"
             f" held_out_share={config.held_out_share} below 1. Change them."
         )
+    try:
+        parse_mixture(config.text or "stdlib")
+    except ValueError as error:
+        raise ConfigError(f"config.text: {error}") from None
     if config.init_from.endswith(".py"):
         raise ConfigError(
             f"init_from={config.init_from!r}: CPT is the first stage and runs no other before it."

@@ -114,4 +114,5 @@ def _bug(draft: Draft) -> str:
         return ""
     own = set(draft.oracle.splitlines())
     changed = "\n".join(line for line in broken.splitlines() if line not in own)
-    return f"{changed}\n" * 20
+    place = f"{draft.origin.get('bug', '')} {draft.origin.get('line', '')}"
+    return f"{changed}\n{place}\n" * 20

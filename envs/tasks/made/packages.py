@@ -7,6 +7,7 @@ a task. Nothing of the package is imported here.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -22,9 +23,10 @@ from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
 
-MAX_TESTS = 96  # that are recorded of one package
+MAX_TESTS = 200  # that are recorded of one package
 MAX_TRIED = 16  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
+MIN_TESTS_OF_LINE = 4
 MODULES = 3  # whose bugs are looked for, at least, where a package has so many
 CASES = 4
 CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
@@ -152,7 +154,9 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
                 stdout="\n".join(json.dumps(one["outcome"]) for one in chosen),
             )
         )
-    lines = sorted({line for test in tests for line in test["lines"][path]})
+    counts = collections.Counter(line for test in tests for line in test["lines"][path])
+    # Bugs in lines that few tests run would be detected, and their neighbours' would not.
+    lines = sorted(line for line, count in counts.items() if count >= MIN_TESTS_OF_LINE)
     origin = {"package": recording.name}
     if licence:
         origin["license"] = licence
@@ -206,7 +210,7 @@ async def package_drafts(
 def _bugged(whole: Draft, edit: Edit, recording: Recording) -> Draft:
     """Return the task whose package has one bug; mutants of its proof stay near the bug."""
     line = whole.oracle.count("\n", 0, edit.start) + 1
-    near = tuple(other for other in whole.lines if abs(other - line) <= 40)
+    near = tuple(other for other in whole.lines if abs(other - line) <= 15)
     files = {**recording.files, whole.program: edit.apply(whole.oracle)}
     shown = []
     for case in whole.cases[:2]:

@@ -15,34 +15,34 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rome.agent.iflow import events
-from rome.agent.iflow.agent_specs import AgentSpec, load_agent_specs
-from rome.agent.iflow.checkpoint import Checkpoints
-from rome.agent.iflow.commands import Command, load_commands
+from rome.agent.iflow.approval.permissions import is_wanted, make_policy
+from rome.agent.iflow.approval.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.endpoint_model import EndpointModel
-from rome.agent.iflow.engine_model import EngineModel
 from rome.agent.iflow.events import Usage
-from rome.agent.iflow.hooks import Hooks
-from rome.agent.iflow.instructions import Instructions
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.model import Model
+from rome.agent.iflow.models.endpoint_model import EndpointModel
+from rome.agent.iflow.models.engine_model import EngineModel
+from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.options import Options
-from rome.agent.iflow.permissions import is_wanted, make_policy
-from rome.agent.iflow.place import Place, open_place
-from rome.agent.iflow.projects import Projects
+from rome.agent.iflow.places.checkpoint import Checkpoints
+from rome.agent.iflow.places.place import Place, open_place
+from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.prompts import surroundings, system_text
+from rome.agent.iflow.protocols.mcp_client import MCPServers
 from rome.agent.iflow.sessions import OpenSession
-from rome.agent.iflow.settings import Settings, load_settings
-from rome.agent.iflow.skills import Skill, describe_skills, load_skills
-from rome.agent.iflow.spec_files import places
+from rome.agent.iflow.specs.agent_specs import AgentSpec, load_agent_specs
+from rome.agent.iflow.specs.commands import Command, load_commands
+from rome.agent.iflow.specs.hooks import Hooks
+from rome.agent.iflow.specs.instructions import Instructions
+from rome.agent.iflow.specs.projects import Projects
+from rome.agent.iflow.specs.settings import Settings, load_settings
+from rome.agent.iflow.specs.skills import Skill, describe_skills, load_skills
+from rome.agent.iflow.specs.spec_files import places
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
-from rome.agent.iflow.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
-from rome.agent.iflow.workspace import Workspace
 
 NOT_BELOW = ("exit_plan_mode",)  # tools that sub-agents do not have: the mode is the main agent's
 

@@ -19,8 +19,8 @@ from rome.agent.iflow.desk import Approval, Desk
 from rome.agent.iflow.events import EventLog, Outcome, ToolCall
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.parts import Hooks, Judgement, Policy, Supervisor
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, read_arguments
-from rome.agent.iflow.workspace import Workspace, WorkspaceError
 
 MAX_OUTPUT = 400_000  # characters that stay of an output whose tool did not shorten it
 CLEAN_UP_SECONDS = 0.3  # for a tool that was cancelled; then it is left behind

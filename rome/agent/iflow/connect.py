@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rome.agent.endpoint import ChatEndpoint
 from rome.agent.iflow import events
-from rome.agent.iflow.endpoint_model import EndpointModel
-from rome.agent.iflow.engine_model import connect_engine
-from rome.agent.iflow.model import Model
+from rome.agent.iflow.models.endpoint_model import EndpointModel
+from rome.agent.iflow.models.engine_model import connect_engine
+from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.options import Options, UsageError
 from rome.agent.iflow.sessions import OpenSession
-from rome.agent.iflow.settings import Settings
+from rome.agent.iflow.specs.settings import Settings
 
 TOKENS = "trajectory.json"  # in the session's folder, where an engine of token ids answers
 REQUEST_SECONDS = 1800.0  # for one answer of a model, with its retries

@@ -20,9 +20,9 @@ from typing import Any, Literal, Protocol
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.conversation import Conversation, Entry
 from rome.agent.iflow.keep import KeepList, last_request
-from rome.agent.iflow.model import Answer, Model, ModelError
+from rome.agent.iflow.models.model import Answer, Model, ModelError
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.summary import HEAD, INSTRUCTION, SUMMARY, describe_steps, transcript
-from rome.agent.iflow.workspace import Workspace, WorkspaceError
 from rome.agent.messages import Message
 
 Trigger = Literal["threshold", "overflow", "user"]
@@ -68,7 +68,7 @@ class ContextSettings:
 
 
 class RunsHooks(Protocol):
-    """Runs the user's hooks around a compaction (`rome.agent.iflow.hooks`)."""
+    """Runs the user's hooks around a compaction (`rome.agent.iflow.specs.hooks`)."""
 
     async def run(self, event: str, payload: Mapping[str, Any], *, matcher: str = "") -> Any: ...
 

@@ -19,17 +19,17 @@ from envs.gem.episode import EnvironmentFault, OutOfTime, PlayedEnv, Turn
 from rome.agent import loop as plain
 from rome.agent.command import sampling_dialogue
 from rome.agent.dialogue import Dialogue
-from rome.agent.iflow.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.context import ContextManager, ContextSettings
-from rome.agent.iflow.dialogue_model import DialogueModel
 from rome.agent.iflow.events import AssistantMessage, EventLog, TurnFinished
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.model import Answer, Model, ModelError
+from rome.agent.iflow.models.dialogue_model import DialogueModel
+from rome.agent.iflow.models.model import Answer, Model, ModelError
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+from rome.agent.iflow.specs.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
 from rome.agent.iflow.tools.base import Tool, ToolResult
 from rome.agent.iflow.tools.todo import TodoTool
-from rome.agent.iflow.workspace import Workspace, WorkspaceError
 from rome.agent.messages import Message
 from rome.agent.session import Generator
 from rome.data.trajectory import Chunk, Trajectory

@@ -31,7 +31,7 @@ from rome.agent.iflow import events
 from rome.agent.iflow.assemble import Assembled
 from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import EXIT_CODES, TurnFinished
-from rome.agent.iflow.workspace import WorkspaceError
+from rome.agent.iflow.places.workspace import WorkspaceError
 
 Format = Literal["text", "json", "stream-json"]
 FORMATS: tuple[Format, ...] = ("text", "json", "stream-json")

@@ -11,14 +11,14 @@ import pathlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from rome.agent.iflow.agent_specs import AgentSpec
-from rome.agent.iflow.commands import Command
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.model import Model
-from rome.agent.iflow.settings_values import McpServer
-from rome.agent.iflow.skills import Skill
-from rome.agent.iflow.workspace import Workspace
+from rome.agent.iflow.models.model import Model
+from rome.agent.iflow.places.workspace import Workspace
+from rome.agent.iflow.protocols.mcp_client import MCPServers
+from rome.agent.iflow.specs.agent_specs import AgentSpec
+from rome.agent.iflow.specs.commands import Command
+from rome.agent.iflow.specs.settings_values import McpServer
+from rome.agent.iflow.specs.skills import Skill
 
 MODES: Mapping[str, str] = {
     "default": "asks before it edits files or runs commands",

@@ -20,7 +20,7 @@ from rome.agent.iflow.desk import Desk, Scope
 from rome.agent.iflow.events import Decision, EventLog, TurnFinished
 from rome.agent.iflow.inbox import Inbox, LoggedHooks
 from rome.agent.iflow.limits import Limits
-from rome.agent.iflow.model import Model
+from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.parts import (
     Checkpoints,
     Context,
@@ -31,10 +31,10 @@ from rome.agent.iflow.parts import (
     Supervisor,
     Unhindered,
 )
+from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.recovery import events_after_a_kill
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.turn import Parts, Turn
-from rome.agent.iflow.workspace import Workspace
 from rome.version import VERSION
 
 CANCEL_SECONDS = 0.5  # for what a turn does to come to its end; then it is left behind

@@ -9,21 +9,21 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from rome.agent.iflow import events
+from rome.agent.iflow.approval.permissions import is_wanted, make_policy
 from rome.agent.iflow.assemble import Assembled, assemble
 from rome.agent.iflow.connect import endpoint_model
-from rome.agent.iflow.endpoint_model import EndpointModel
 from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
-from rome.agent.iflow.mcp_server import ToolServer
-from rome.agent.iflow.model import Model, ModelError
+from rome.agent.iflow.models.endpoint_model import EndpointModel
+from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.options import Options
-from rome.agent.iflow.permissions import is_wanted, make_policy
-from rome.agent.iflow.place import open_place
-from rome.agent.iflow.projects import Projects
+from rome.agent.iflow.places.place import open_place
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+from rome.agent.iflow.protocols.mcp_server import ToolServer
 from rome.agent.iflow.sessions import OpenSession, SessionStore
-from rome.agent.iflow.settings import load_settings
-from rome.agent.iflow.settings_values import McpServer
+from rome.agent.iflow.specs.projects import Projects
+from rome.agent.iflow.specs.settings import load_settings
+from rome.agent.iflow.specs.settings_values import McpServer
 from rome.agent.iflow.tools.standard import standard_tools
-from rome.agent.iflow.workspace import Workspace, WorkspaceError
 
 
 class SessionOpener:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from rome.agent.iflow.endpoint_model import Prices
 from rome.agent.iflow.limits import Limits
-from rome.agent.iflow.place import Kind
-from rome.agent.iflow.settings_values import McpServer
+from rome.agent.iflow.models.endpoint_model import Prices
+from rome.agent.iflow.places.place import Kind
+from rome.agent.iflow.specs.settings_values import McpServer
 
 
 class UsageError(ValueError):

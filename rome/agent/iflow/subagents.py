@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from rome.agent.iflow import events as ev
-from rome.agent.iflow.agent_specs import AgentSpec
 from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.specs.agent_specs import AgentSpec
 from rome.agent.iflow.tools.base import Access, BaseTool, Tool, ToolContext, ToolError, ToolResult
 
 MAX_DEPTH = 2  # agents below the main one

@@ -15,10 +15,10 @@ from rome.agent.iflow.events import AssistantMessage, EventLog
 from rome.agent.iflow.guard import Finding, Guard
 from rome.agent.iflow.inbox import Inbox, LoggedHooks
 from rome.agent.iflow.limits import Limits
-from rome.agent.iflow.model import Answer, Model, ModelError
+from rome.agent.iflow.models.model import Answer, Model, ModelError
 from rome.agent.iflow.parts import Checkpoints, Context, Environment, Policy, Supervisor
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.tools.base import Tool, ToolResult, schema_of
-from rome.agent.iflow.workspace import Workspace, WorkspaceError
 from rome.agent.messages import Message
 from rome.data.tree import Edge
 

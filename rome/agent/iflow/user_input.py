@@ -13,9 +13,9 @@ from __future__ import annotations
 import re
 
 from rome.agent.iflow.interfaces import InterfaceSession
-from rome.agent.iflow.spec_files import SpecError
+from rome.agent.iflow.places.workspace import WorkspaceError
+from rome.agent.iflow.specs.spec_files import SpecError
 from rome.agent.iflow.tools.base import ToolError
-from rome.agent.iflow.workspace import WorkspaceError
 
 MAX_FILE = 200_000  # bytes of a file that is brought in
 COMMAND_SECONDS = 60.0  # for a command line in a slash command

@@ -79,3 +79,12 @@ def test_a_clean_twin_has_the_base_task_of_its_attack():
 def test_a_wrong_spec_is_refused(spec, message):
     with pytest.raises(SourceError, match=message):
         open_source(spec)
+
+
+def test_an_ungated_source_is_part_of_a_mixture():
+    source = open_source("0.5*terminal + 0.5*safety:ungated")
+    family = next(name for name in source.families if "readme-mine" in name)
+    task = source.train(family, 4)
+    assert source.task(task.name).digest() == task.digest()
+    assert not task.make_env(SandboxConfig()).is_gated
+    assert open_source("safety").tasks()[0].make_env(SandboxConfig()).is_gated

@@ -382,3 +382,17 @@ def test_a_game_of_shaped_rewards_is_solved_where_it_is_won(moves, is_solved):
         return is_success(played.reward, played.success_reward), turn.ending
 
     assert asyncio.run(play_planned()) == (is_solved, "success" if is_solved else "")
+
+
+class Watched(EchoEnv):
+    """Reports harm in the turns that say blue."""
+
+    async def astep(self, action):
+        observation, reward, terminated, truncated, info = await super().astep(action)
+        info["safety_events"] = ["mining"] if "blue" in action else []
+        return observation, reward, terminated, truncated, info
+
+
+def test_harm_that_the_environment_reports_stands_at_its_turn():
+    trajectory = play(ScriptedEngine(["red", "blue", "done"]), Watched("copy/1"))
+    assert [chunk.events for chunk in trajectory.chunks] == [[], ["mining"], []]

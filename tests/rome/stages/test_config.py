@@ -45,6 +45,17 @@ def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
 
+@pytest.mark.parametrize("preset", ["stage1", "stage2", "stage1_qwen3_30b_a3b", "stage2_smoke"])
+def test_the_stages_of_pre_training_are_accepted(preset):
+    config = load_config("experiments/cpt.py", preset)
+    check_config(config)
+    assert ("corpus/stage2" in config.text) == preset.startswith("stage2")
+    assert (config.final_weight_decay == 0.01) == preset.startswith("stage2")
+    if preset.endswith("a3b"):  # the paper's batch of 32M tokens, and 500B tokens in all
+        assert config.rows * config.row_length == 32 << 20
+        assert abs(config.steps * config.rows * config.row_length - 500e9) < 32 << 20
+
+
 KEYS = sorted({key for kind in ("cpt", "sft", "rl") for key in flatten(schema_of_kind(kind))})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 from rome.agent.iflow.events import Event, TodoItem, ToolCall
-from rome.agent.iflow.workspace import Workspace
+from rome.agent.iflow.places.workspace import Workspace
 
 # What a call may touch, for approval: nothing outside the session, files to read, files to write,
 # commands, hosts outside, or a program that says nothing about it (a tool of an MCP server).

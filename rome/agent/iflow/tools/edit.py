@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 from rome.agent.iflow.tools.matching import apply_edit
 from rome.agent.iflow.tools.text import Text, key_of, read_text, unified_diff, write_text
-from rome.agent.iflow.workspace import WorkspaceError
 
 MAX_REMEMBERED = 100  # failed edits
 _PATH = {"type": "string", "description": "File, relative to the project or absolute."}

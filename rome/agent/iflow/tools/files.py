@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 from rome.agent.iflow.tools.text import (
     MAX_FILE_BYTES,
@@ -19,7 +20,6 @@ from rome.agent.iflow.tools.text import (
     write_text,
 )
 from rome.agent.iflow.tools.walking import list_entries
-from rome.agent.iflow.workspace import WorkspaceError
 
 DEFAULT_LINES = 2000
 MAX_LINE = 2000  # characters that are shown

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rome.agent.iflow.events import JobFinished, JobStarted
+from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
-from rome.agent.iflow.workspace import BackgroundJob, CommandOutput
 
 DEFAULT_SECONDS = 120.0
 MAX_SECONDS = 600.0

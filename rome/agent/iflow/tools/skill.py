@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rome.agent.iflow.events import SkillLoaded
-from rome.agent.iflow.skills import Skill
-from rome.agent.iflow.spec_files import SpecError
+from rome.agent.iflow.places.workspace import Workspace
+from rome.agent.iflow.specs.skills import Skill
+from rome.agent.iflow.specs.spec_files import SpecError
 from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
-from rome.agent.iflow.workspace import Workspace
 
 MAX_FILES = 100
 MAX_BYTES = 2 << 20  # of a skill's files together

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Mapping
 
-from rome.agent.iflow.skills import Skill
+from rome.agent.iflow.specs.skills import Skill
 from rome.agent.iflow.tools.ask import AskUserTool, ExitPlanModeTool
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.edit import EditTool, MultiEditTool

@@ -9,8 +9,8 @@ import os
 import posixpath
 import re
 
+from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.tools.base import ToolContext, ToolError
-from rome.agent.iflow.workspace import Workspace
 
 MAX_FILE_BYTES = 4 << 20  # that a tool reads whole
 MAX_DIFF_LINES = 3000  # that are compared line by line

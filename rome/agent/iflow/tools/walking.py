@@ -10,10 +10,10 @@ import shlex
 import sys
 from typing import Any
 
+from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.tools import walk
 from rome.agent.iflow.tools.base import ToolError
 from rome.agent.iflow.tools.text import key_of
-from rome.agent.iflow.workspace import Workspace
 
 SECONDS = 30.0
 MAX_BYTES = 2_000_000  # of an answer

@@ -19,7 +19,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
-from rome.agent.iflow.output import is_long, join
+from rome.agent.iflow.places.output import is_long, join
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 
 SECONDS = 30.0

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rome.agent.iflow import events
 from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
-from rome.agent.iflow.mcp_tools import printable
+from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.screen import Screen
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rome.agent.iflow import events
 from rome.agent.iflow.events import Event
-from rome.agent.iflow.mcp_tools import printable
+from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.markdown import MarkdownBlocks
 
 OUTPUT_LINES = 6  # that are shown of a call's output

@@ -18,7 +18,8 @@ from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
 from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
 from rome.agent.iflow.loop import AgentError
-from rome.agent.iflow.mcp_tools import printable
+from rome.agent.iflow.places.workspace import WorkspaceError
+from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.actions import ACTIONS, ActionError
 from rome.agent.iflow.tui.files import ProjectFiles
 from rome.agent.iflow.tui.keyboard import (
@@ -30,7 +31,6 @@ from rome.agent.iflow.tui.keyboard import (
 )
 from rome.agent.iflow.tui.screen import Screen
 from rome.agent.iflow.user_input import InputError, expand
-from rome.agent.iflow.workspace import WorkspaceError
 
 QUIT_SECONDS = 2.0  # between two Ctrl-C that end the program
 TAIL_LINES = 6  # of an answer that is being written

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rome.agent.iflow.events import ToolCall, Usage
-from rome.agent.iflow.model import Answer, ModelError
+from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
-from rome.agent.iflow.workspace import WorkspaceError
 from rome.agent.messages import Message
 
 Step = str | Answer | Exception | Callable[[Sequence[Message]], Any]

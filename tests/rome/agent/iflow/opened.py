@@ -29,10 +29,10 @@ from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.events import EventLog, TodoChanged, TodoItem, ToolCall, ToolOutput, Usage
 from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.model import Answer, ModelError
+from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.places.workspace import CommandOutput, WorkspaceError
+from rome.agent.iflow.protocols.mcp_client import MCPServers
 from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
-from rome.agent.iflow.workspace import CommandOutput, WorkspaceError
 from tests.rome.agent.iflow.doubles import Said, Shortener, Snapshots
 
 
@@ -314,7 +314,7 @@ async def _model(name):
 
 async def talk(folder, first=""):
     """Run the terminal interface here."""
-    from rome.agent.iflow.commands import Command
+    from rome.agent.iflow.specs.commands import Command
     from rome.agent.iflow.tui.terminal import Terminal
 
     commands = {"greet": Command("greet", "Greets.", "say hello $ARGUMENTS")}
@@ -325,7 +325,7 @@ async def talk(folder, first=""):
 
 if __name__ == "__main__":
     if sys.argv[1] == "acp":  # an agent of the Agent Client Protocol on stdio
-        from rome.agent.iflow.acp_agent import serve
+        from rome.agent.iflow.protocols.acp_agent import serve
 
         asyncio.run(serve(FolderOpener(sys.argv[2])))
     else:

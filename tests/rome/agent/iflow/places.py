@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from envs.rock import Sandbox, SandboxConfig
 from rome.agent.iflow.events import Event, ToolCall
-from rome.agent.iflow.host_workspace import HostWorkspace
-from rome.agent.iflow.sandbox_workspace import SandboxWorkspace
+from rome.agent.iflow.places.host_workspace import HostWorkspace
+from rome.agent.iflow.places.sandbox_workspace import SandboxWorkspace
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, read_arguments
-from rome.agent.iflow.workspace import Workspace, WorkspaceError
 
 KINDS = ("host", "sandbox")
 T = TypeVar("T")

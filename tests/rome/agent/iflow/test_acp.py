@@ -15,7 +15,7 @@ from tests.rome.agent.iflow.test_mcp_client import SERVER
 acp = pytest.importorskip("acp")
 from acp import schema  # noqa: E402
 
-from rome.agent.iflow.acp_updates import diff_contents  # noqa: E402
+from rome.agent.iflow.protocols.acp_updates import diff_contents  # noqa: E402
 from rome.agent.iflow.tools.text import unified_diff  # noqa: E402
 
 

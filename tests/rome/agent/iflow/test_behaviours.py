@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from rome.agent.iflow import events
-from rome.agent.iflow.endpoint_model import Prices
 from rome.agent.iflow.limits import Limits
+from rome.agent.iflow.models.endpoint_model import Prices
 from tests.rome.agent.iflow.scripted import Fail, Say, call
 from tests.rome.agent.iflow.whole import Whole
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.agent.iflow.checkpoint import Checkpoints, ShadowRepository
-from rome.agent.iflow.workspace import WorkspaceError
+from rome.agent.iflow.places.checkpoint import Checkpoints, ShadowRepository
+from rome.agent.iflow.places.workspace import WorkspaceError
 from tests.rome.agent.iflow.places import KINDS, work
 
 NAMES = ("a", "b c", "d\ne", "ü.txt", "-x", "sub/a", "sub/deep/b", "a.crlf", ".hidden", "sub")

@@ -12,7 +12,7 @@ from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.keep import KeepList
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.model import Answer, ModelError
+from rome.agent.iflow.models.model import Answer, ModelError
 from tests.rome.agent.iflow.doubles import Folder, Note, ScriptedModel, calls
 
 SHELL = {"type": "function", "function": {"name": "shell", "parameters": {"type": "object"}}}

@@ -3,9 +3,9 @@
 import asyncio
 
 from rome.agent.dialogue import Dialogue
-from rome.agent.iflow.dialogue_model import DialogueModel
 from rome.agent.iflow.events import AssistantMessage, EventLog
 from rome.agent.iflow.loop import Agent
+from rome.agent.iflow.models.dialogue_model import DialogueModel
 from rome.agent.session import Session
 from rome.data.tree import ROOT
 from rome.engine.completion import Completion

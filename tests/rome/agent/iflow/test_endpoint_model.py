@@ -7,8 +7,8 @@ import json
 import pytest
 
 from rome.agent.endpoint import ChatEndpoint
-from rome.agent.iflow.endpoint_model import EndpointModel, Prices
-from rome.agent.iflow.model import ModelError
+from rome.agent.iflow.models.endpoint_model import EndpointModel, Prices
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.messages import Call, Message
 from tests.rome.agent.iflow.scripted import Break, Fail, Say, ScriptedEndpoint, call
 

@@ -8,10 +8,10 @@ import pytest
 from rome.agent.iflow import events
 from rome.agent.iflow.assemble import assemble
 from rome.agent.iflow.connect import TOKENS
-from rome.agent.iflow.engine_model import connect_engine
 from rome.agent.iflow.events import EventLog
 from rome.agent.iflow.feedback import export
-from rome.agent.iflow.model import ModelError
+from rome.agent.iflow.models.engine_model import connect_engine
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.options import Options
 from rome.data.formats.records import read_trajectory
 from rome.data.trajectory import load_trajectory

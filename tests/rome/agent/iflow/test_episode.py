@@ -14,8 +14,8 @@ from envs.rock import AgentFault, SandboxConfig, SandboxError
 from envs.sources import load_tasks
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import TerminalEnv
-from rome.agent.iflow.agent_specs import AgentSpec
 from rome.agent.iflow.episode import IFlowAgent, IFlowError, run_iflow_episode
+from rome.agent.iflow.specs.agent_specs import AgentSpec
 from rome.agent.loop import Limits, run_episode
 from rome.agent.replay import Replay
 from rome.data.batch import RL

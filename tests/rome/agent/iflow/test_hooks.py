@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from rome.agent.iflow.hooks import Hooks, fits
-from rome.agent.iflow.settings_values import HookCommand
+from rome.agent.iflow.specs.hooks import Hooks, fits
+from rome.agent.iflow.specs.settings_values import HookCommand
 
 
 def run(*commands, event="PreToolUse", matcher="", payload=None, folder=".", **fields):

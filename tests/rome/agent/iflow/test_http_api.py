@@ -7,7 +7,7 @@ import json
 from aiohttp import ClientSession, web
 
 from rome.agent.iflow import events
-from rome.agent.iflow.http_api import SessionApi
+from rome.agent.iflow.protocols.http_api import SessionApi
 from tests.rome.agent.iflow.opened import FolderOpener
 
 TOKEN = "secret"

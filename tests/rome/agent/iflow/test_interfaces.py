@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from rome.agent.iflow.settings_values import McpServer
+from rome.agent.iflow.specs.settings_values import McpServer
 from tests.paths import ROOT
 from tests.rome.agent.iflow.mcp_test_server import __file__ as SERVER
 from tests.rome.agent.iflow.pseudo_terminal import PseudoTerminal

@@ -12,7 +12,7 @@ from rome.agent.iflow.desk import Desk, UnknownRequest
 from rome.agent.iflow.events import EventLog
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent, AgentError
-from rome.agent.iflow.model import Answer, ModelError
+from rome.agent.iflow.models.model import Answer, ModelError
 from tests.rome.agent.iflow.doubles import (
     CONTEXT_FULL,
     Folder,

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from rome.agent.iflow.events import ToolCall
-from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.mcp_tools import MAX_NAME, WITHHELD, tool_name
-from rome.agent.iflow.settings_values import McpServer
+from rome.agent.iflow.protocols.mcp_client import MCPServers
+from rome.agent.iflow.protocols.mcp_tools import MAX_NAME, WITHHELD, tool_name
+from rome.agent.iflow.specs.settings_values import McpServer
 from rome.agent.iflow.tools.base import ToolContext, ToolError, read_arguments, schema_of
 
 SERVER = pathlib.Path(__file__).with_name("mcp_test_server.py")

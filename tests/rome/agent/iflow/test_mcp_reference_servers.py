@@ -13,8 +13,8 @@ import time
 import pytest
 
 from rome.agent.iflow.events import ToolCall
-from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.settings_values import McpServer
+from rome.agent.iflow.protocols.mcp_client import MCPServers
+from rome.agent.iflow.specs.settings_values import McpServer
 from rome.agent.iflow.tools.base import ToolContext, ToolError, read_arguments
 from tests.rome.agent.iflow.doubles import Folder
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from rome.agent.iflow.mcp_client import MCPServers
-from rome.agent.iflow.mcp_server import ToolServer, protocol_server, serve_http
-from rome.agent.iflow.settings_values import McpServer
+from rome.agent.iflow.protocols.mcp_client import MCPServers
+from rome.agent.iflow.protocols.mcp_server import ToolServer, protocol_server, serve_http
+from rome.agent.iflow.specs.settings_values import McpServer
 from tests.rome.agent.iflow.doubles import Folder, Note, Rules
 
 mcp = pytest.importorskip("mcp")

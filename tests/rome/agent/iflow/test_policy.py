@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from rome.agent.iflow.policy import Policy
-from rome.agent.iflow.rules import parse_rule
+from rome.agent.iflow.approval.policy import Policy
+from rome.agent.iflow.approval.rules import parse_rule
 from rome.agent.iflow.tools.base import BaseTool
 
 

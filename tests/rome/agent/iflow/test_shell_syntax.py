@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from rome.agent.iflow.shell_programs import commands_of
-from rome.agent.iflow.shell_syntax import parse
+from rome.agent.iflow.approval.shell_programs import commands_of
+from rome.agent.iflow.approval.shell_syntax import parse
 
 PIECES = [
     "p0", "p1 -a", "p2 'a b'", 'p3 "x y"', "&&", "||", ";", "|", "&", "\n", "(", ")", "{ ", "}",

@@ -7,14 +7,14 @@ import pathlib
 
 import pytest
 
-from rome.agent.iflow.agent_specs import load_agent_specs
-from rome.agent.iflow.commands import load_commands
-from rome.agent.iflow.instructions import Instructions
-from rome.agent.iflow.projects import Projects
-from rome.agent.iflow.settings import load_settings
-from rome.agent.iflow.skills import describe_skills, load_skills
-from rome.agent.iflow.spec_files import SpecError, places, read_text, split_front_matter
-from rome.agent.iflow.supervisor import make_supervisor
+from rome.agent.iflow.approval.supervisor import make_supervisor
+from rome.agent.iflow.specs.agent_specs import load_agent_specs
+from rome.agent.iflow.specs.commands import load_commands
+from rome.agent.iflow.specs.instructions import Instructions
+from rome.agent.iflow.specs.projects import Projects
+from rome.agent.iflow.specs.settings import load_settings
+from rome.agent.iflow.specs.skills import describe_skills, load_skills
+from rome.agent.iflow.specs.spec_files import SpecError, places, read_text, split_front_matter
 
 
 def write(path: pathlib.Path, content) -> pathlib.Path:

@@ -11,11 +11,11 @@ import time
 import pytest
 
 from rome.agent.iflow import events as ev
-from rome.agent.iflow.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.events import EventLog
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.model import ModelError
+from rome.agent.iflow.models.model import ModelError
+from rome.agent.iflow.specs.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.subagents import MAX_DEPTH, TaskTool, may_have_subagents, tools_for
 from rome.agent.iflow.tools.base import ToolContext, ToolError
 from tests.paths import ROOT

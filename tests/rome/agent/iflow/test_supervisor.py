@@ -5,12 +5,12 @@ import types
 
 import pytest
 
+from rome.agent.iflow.approval.supervisor import Supervisor
+from rome.agent.iflow.approval.supervisor_rules import RULES, Bounds
 from rome.agent.iflow.events import SupervisorJudged
-from rome.agent.iflow.model import Answer, ModelError
-from rome.agent.iflow.supervisor import Supervisor
-from rome.agent.iflow.supervisor_rules import RULES, Bounds
+from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.tools.base import BaseTool, ToolResult
-from rome.agent.iflow.workspace import WorkspaceError
 
 BOUNDS = Bounds(root="/app", home="/root", hosts=("pypi.org",), kept=("/app/data/ledger.csv",))
 
@@ -277,7 +277,7 @@ class Judge:
     ],
 )
 def test_a_judge_model_may_only_be_stricter(monkeypatch, answer, verdict):
-    monkeypatch.setattr("rome.agent.iflow.supervisor.JUDGE_SECONDS", 0.05)
+    monkeypatch.setattr("rome.agent.iflow.approval.supervisor.JUDGE_SECONDS", 0.05)
     judge = Judge(answer)
     supervisor = Supervisor(BOUNDS, judge=judge)
     conversation = types.SimpleNamespace(requests=[types.SimpleNamespace(text="Fix {the} bug")])

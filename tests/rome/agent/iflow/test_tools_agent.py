@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from rome.agent.iflow import events
-from rome.agent.iflow.checkpoint import Checkpoints
 from rome.agent.iflow.events import EventLog
 from rome.agent.iflow.loop import Agent
+from rome.agent.iflow.places.checkpoint import Checkpoints
 from rome.agent.iflow.tools.standard import standard_tools
 from tests.rome.agent.iflow.doubles import ScriptedModel, calls
 from tests.rome.agent.iflow.places import KINDS, work

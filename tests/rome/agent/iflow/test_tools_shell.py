@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rome.agent.iflow.events import JobFinished, JobStarted
-from rome.agent.iflow.sandbox_workspace import SHELL_ENDED
+from rome.agent.iflow.places.sandbox_workspace import SHELL_ENDED
 from rome.agent.iflow.tools.shell import ShellKillTool, ShellListTool, ShellOutputTool, ShellTool
 from tests.rome.agent.iflow.places import KINDS, Hand, work
 

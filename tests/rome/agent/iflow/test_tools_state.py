@@ -7,8 +7,8 @@ import aiohttp.web
 import pytest
 
 from rome.agent.iflow.events import ModeChanged, SkillLoaded, TodoChanged, TodoItem
-from rome.agent.iflow.skills import load_skills
-from rome.agent.iflow.spec_files import Place
+from rome.agent.iflow.specs.skills import load_skills
+from rome.agent.iflow.specs.spec_files import Place
 from rome.agent.iflow.tools.ask import APPROVE, APPROVE_EDITS, REJECT, AskUserTool, ExitPlanModeTool
 from rome.agent.iflow.tools.base import Tool, schema_of
 from rome.agent.iflow.tools.memory import SaveMemoryTool, add_fact

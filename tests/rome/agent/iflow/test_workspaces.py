@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from rome.agent.iflow.host_processes import find_processes
-from rome.agent.iflow.host_workspace import HostWorkspace
-from rome.agent.iflow.output import HEAD_CHARACTERS, TAIL_CHARACTERS, OutputKeeper, decode
-from rome.agent.iflow.workspace import WorkspaceError
+from rome.agent.iflow.places.host_processes import find_processes
+from rome.agent.iflow.places.host_workspace import HostWorkspace
+from rome.agent.iflow.places.output import HEAD_CHARACTERS, TAIL_CHARACTERS, OutputKeeper, decode
+from rome.agent.iflow.places.workspace import WorkspaceError
 from tests.rome.agent.iflow.places import KINDS, work
 
 pytestmark = pytest.mark.timeout(120)
@@ -344,7 +344,7 @@ def test_a_new_process_ends_what_a_killed_one_left(tmp_path):
 def test_what_a_killed_agent_left_is_ended_when_it_is_taken_up_again(tmp_path):
     program = """
 import asyncio, sys
-from rome.agent.iflow.host_workspace import HostWorkspace
+from rome.agent.iflow.places.host_workspace import HostWorkspace
 
 async def main():
     workspace = HostWorkspace(sys.argv[1], sys.argv[2])

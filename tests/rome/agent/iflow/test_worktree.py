@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from rome.agent.iflow.worktree import WorktreeError, close_worktree, open_worktree
+from rome.agent.iflow.places.worktree import WorktreeError, close_worktree, open_worktree
 
 
 def git(folder, *arguments):

@@ -1,0 +1,1 @@
+"""Which calls may run: modes, rules, the syntax of commands, and the supervisor."""

@@ -1,0 +1,379 @@
+"""Which calls run at once, which wait for the user, and which never run.
+
+Modes: `plan` only reads; `default` reads in the project and asks for the rest; `accept_edits` also
+writes files in the project; `yolo` asks for nothing. Rules (`approval.rules`) come on top.
+What is stricter holds, wherever it stands: deny, then plan mode, then ask, then allow, then the
+mode. So `deny` and `ask` hold in yolo too, and no order of files opens what another file closed.
+
+A command line is judged by its syntax tree: every command in it must be allowed, one that is
+denied denies all, and what is not understood is never allowed by a rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import os
+import posixpath
+import re
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from rome.agent.iflow.approval.rules import Fit, Rule, absolute, parse_rule, parse_rules
+from rome.agent.iflow.approval.shell_programs import INTERPRETERS, RIGHTS, commands_of, is_read_only
+from rome.agent.iflow.approval.shell_syntax import Line, SimpleCommand
+from rome.agent.iflow.specs.settings_values import MODES
+from rome.agent.iflow.tools.base import Tool
+
+# In these, a file can make programs run later: writing them is asked for in every mode but yolo.
+PROTECTED = (".git", ".iflow", ".claude", ".agents", ".husky", ".vscode", ".idea", ".mcp.json")
+# Variables that change how much programs say, and not what they do.
+HARMLESS_VARIABLES = frozenset({
+    "LANG", "LC_ALL", "TZ", "TERM", "NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "LINES", "DEBUG",
+    "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "RUST_BACKTRACE", "RUST_LOG", "NODE_ENV",
+})  # fmt: skip
+_SPEAKERS = ("echo", "printf")  # their words are no paths
+_SEARCHERS = ("grep", "egrep", "fgrep", "rg")  # their first word is none
+# Programs whose first argument says what they do, so that "always" should keep it.
+_SUBCOMMANDS = frozenset({
+    "git", "npm", "pnpm", "yarn", "cargo", "go", "make", "docker", "pip", "uv", "poetry", "kubectl",
+    "apt", "apt-get", "brew", "systemctl", "gh", "dotnet", "mvn", "gradle", "bundle", "rails",
+})  # fmt: skip
+# Programs that can do anything: "always" keeps all of their arguments.
+_ANYTHING = INTERPRETERS | RIGHTS | {"ssh", "env", "xargs", "find", "awk", "sed", "rm", "curl"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the policy says of a call.
+
+    Attributes:
+      decision: "allow", "ask" or "deny".
+      reason: for people, and for the model where it is denied.
+      rule: which "allow always" would add; "" where none would be right.
+    """
+
+    decision: Literal["allow", "ask", "deny"]
+    reason: str = ""
+    rule: str = ""
+
+
+class Policy:
+    """The modes and rules of one session.
+
+    Args:
+      mode: one of `settings_values.MODES`.
+      root: directory of the project, as the tools see it.
+      allow, ask, deny: rules.
+      directories: outside the project that tools may use as if they were in it.
+      servers: names of MCP servers whose tools need no approval.
+      home: of the user, where the tools work.
+      follow: returns a path with links followed; None where the files are on another machine.
+      keep_rule: stores a rule that the user allowed for the project.
+
+    Attributes:
+      mode: as it is now; an interface may set it.
+
+    Raises:
+      ValueError: a rule or the mode is not understood.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: str = "default",
+        root: str = "/",
+        allow: Sequence[str] = (),
+        ask: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        directories: Sequence[str] = (),
+        servers: Iterable[str] = (),
+        home: str = "",
+        follow: Callable[[str], str] | None = None,
+        keep_rule: Callable[[str], None] | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} unknown; known: {', '.join(MODES)}")
+        self.mode = mode
+        self._follow = follow or (lambda path: path)
+        self._home = home or os.path.expanduser("~")
+        self._root = self._follow(posixpath.abspath(root))
+        self._open = [self._root, *(self._resolve(path) for path in directories)]
+        self._allow = list(parse_rules(allow))
+        self._ask = parse_rules(ask)
+        self._deny = parse_rules(deny)
+        self._servers = tuple(servers)
+        self._keep_rule = keep_rule
+
+    def judge(self, tool: Tool, arguments: Mapping[str, Any]) -> Verdict:
+        """Return whether a call may run.
+
+        Args:
+          tool: that is called.
+          arguments: checked against its schema.
+        """
+        access = tool.access(arguments)
+        command = arguments.get("command")
+        if access == "execute" and isinstance(command, str):
+            return self._judge_command(tool.name, command)
+        found = self._rule_of(self._deny, tool, arguments, some=True)
+        if found:
+            return Verdict("deny", f"the rule deny {found.text} forbids it")
+        is_open = access == "none" or (access == "read" and self._are_open(tool.paths(arguments)))
+        if self.mode == "plan" and access not in ("none", "read"):
+            return Verdict("deny", _plan_mode(tool.name))
+        found = self._rule_of(self._ask, tool, arguments, some=True)
+        if found:
+            return Verdict("ask", f"the rule ask {found.text} wants it to be asked for")
+        found = self._rule_of(self._allow, tool, arguments, some=False)
+        server = tool.name.partition("__")[0] if "__" in tool.name else ""
+        if found or is_open or self.mode == "yolo" or (server and server in self._servers):
+            return Verdict("allow", f"the rule allow {found.text}" if found else "")
+        if access == "write" and self.mode == "accept_edits":
+            paths = tool.paths(arguments)
+            if paths and all(self._may_write(path) for path in paths):
+                return Verdict("allow", "edits are accepted")
+        return Verdict("ask", self._why(tool, arguments, access), _always(tool, arguments, access))
+
+    def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
+        """Allow what a rule says from now on.
+
+        Args:
+          rule: as `Verdict.rule`.
+          scope: "session", or "project" to keep it in the user's folder for later sessions.
+        """
+        self._allow.append(parse_rule(rule))
+        if scope == "project" and self._keep_rule:
+            self._keep_rule(rule)
+
+    # -- commands
+
+    def _judge_command(self, tool: str, text: str) -> Verdict:
+        line = commands_of(text)
+        deny = [rule for rule in self._deny if rule.names(tool)]
+        ask = [rule for rule in self._ask if rule.names(tool)]
+        is_doubtful = False
+        for rule in deny:
+            fit = _fit(rule, line)
+            if fit is Fit.YES:
+                return Verdict("deny", f"the rule deny {rule.text} forbids it")
+            is_doubtful = is_doubtful or fit is Fit.MAYBE
+        fit, found = self._denied_path(line)
+        if found and fit is Fit.YES:
+            return Verdict("deny", f"the rule deny {found.text} forbids it")
+        is_doubtful = is_doubtful or fit is Fit.MAYBE
+        reads = not line.problems and all(self._reads(command) for command in line.commands)
+        if self.mode == "plan" and not reads:
+            return Verdict("deny", _plan_mode(tool))
+        if is_doubtful:
+            return Verdict("ask", "it may do what a rule forbids; only the running shell knows")
+        for rule in ask:
+            if _fit(rule, line) is not Fit.NO:
+                return Verdict("ask", f"the rule ask {rule.text} wants it to be asked for")
+        allow = [rule for rule in self._allow if rule.names(tool)]
+        whole = next((rule for rule in allow if not rule.pattern), None)
+        if whole or self.mode == "yolo":
+            return Verdict("allow", f"the rule allow {whole.text}" if whole else "")
+        if line.problems:
+            return Verdict("ask", f"a part of it cannot be judged: {line.problems[0]}")
+        left = [one for one in line.commands if not self._is_allowed(one, allow)]
+        if not left:
+            return Verdict("allow", "only reads" if reads else "rules allow all of its commands")
+        rules = {_always_command(tool, command) for command in left}
+        shown = " ".join(left[0].texts)[:80] or "an assignment or a redirection"
+        reason = f"no rule allows: {shown}"
+        return Verdict("ask", reason, rules.pop() if len(rules) == 1 else "")
+
+    def _reads(self, command: SimpleCommand) -> bool:
+        """Return whether a command only reads, and only in the project."""
+        return is_read_only(command) and self._are_open(_paths_in(command))
+
+    def _is_allowed(self, command: SimpleCommand, allow: Sequence[Rule]) -> bool:
+        """Return whether a command needs no approval, its variables and redirections included."""
+        if not all(name in HARMLESS_VARIABLES for name, _ in command.assignments):
+            return False
+        if command.runs_as:
+            return False
+        written = [redirect.target.text for redirect in command.redirects if redirect.writes]
+        if not all(word.target.is_certain for word in command.redirects if word.operator != "<<"):
+            return False
+        if not all(self._may_redirect(path) for path in written):
+            return False
+        read = [one.target.text for one in command.redirects if one.operator == "<"]
+        if not self._are_open(read):
+            return False
+        bare = dataclasses.replace(command, assignments=(), redirects=())
+        if not bare.words:
+            return True
+        return self._reads(bare) or any(rule.fits_command(bare) for rule in allow)
+
+    def _may_redirect(self, path: str) -> bool:
+        if self.mode == "accept_edits" and self._may_write(path):
+            return True
+        rules = [rule for rule in self._allow if rule.names("write_file") and rule.pattern]
+        return any(rule.fits_path(self._resolve(path), self._root) for rule in rules)
+
+    def _denied_path(self, line: Line) -> tuple[Fit, Rule | None]:
+        """Return the rule on files that forbids something which a line names, if any does."""
+        doubtful = None
+        for command in line.commands:
+            written = [one.target.text for one in command.redirects if one.writes]
+            named = [one.target.text for one in command.redirects if one.operator != "<<"]
+            named += [part for text in command.texts[1:] for part in _path_parts(text)]
+            patterns = [word.text for word in command.words[1:] if word.has_pattern]
+            for rule in self._deny:
+                if not rule.pattern:
+                    continue
+                reads, writes = rule.names("read_file"), rule.names("write_file")
+                only_reads = is_read_only(command)
+                paths = named if reads or (writes and not only_reads) else []
+                paths = [*paths, *written] if writes else paths
+                if any(self._fits(rule, path) for path in paths):
+                    return Fit.YES, rule
+                last = posixpath.basename(rule.pattern.rstrip("/*"))
+                if (reads or writes) and any(
+                    fnmatch.fnmatchcase(last, posixpath.basename(one)) for one in patterns
+                ):
+                    doubtful = rule
+        return (Fit.MAYBE, doubtful) if doubtful else (Fit.NO, None)
+
+    # -- files
+
+    def _resolve(self, path: str) -> str:
+        return self._follow(absolute(path, self._root, self._home))
+
+    def _fits(self, rule: Rule, path: str) -> bool:
+        """Return whether a rule is about a path as it is written, or where it leads."""
+        written = absolute(path, self._root, self._home)
+        return any(rule.fits_path(one, self._root) for one in {written, self._follow(written)})
+
+    def _are_open(self, paths: Iterable[str]) -> bool:
+        return all(self._is_open(path) for path in paths)
+
+    def _is_open(self, path: str) -> bool:
+        resolved = self._resolve(path)
+        if resolved == "/dev/null":
+            return True
+        return any(
+            resolved == one or resolved.startswith(f"{one.rstrip('/')}/") for one in self._open
+        )
+
+    def _may_write(self, path: str) -> bool:
+        """Return whether a file is the project's, and makes no program run by being there."""
+        written = absolute(path, self._root, self._home)
+        parts = {*written.split("/"), *self._follow(written).split("/")}
+        return self._is_open(path) and not {part.lower() for part in parts} & set(PROTECTED)
+
+    def _rule_of(
+        self, rules: Iterable[Rule], tool: Tool, arguments: Mapping[str, Any], *, some: bool
+    ) -> Rule | None:
+        """Return the rule that fits a call: one of its files (`some`), or all of them."""
+        for rule in rules:
+            if not rule.names(tool.name):
+                continue
+            if not rule.pattern:
+                return rule
+            if tool.name == "web_fetch":
+                if rule.fits_host(_host(arguments)):
+                    return rule
+                continue
+            paths = tool.paths(arguments)
+            if not paths:
+                if rule.pattern in arguments.values():
+                    return rule
+                continue
+            if some and any(self._fits(rule, path) for path in paths):
+                return rule
+            if not some and all(rule.fits_path(self._resolve(path), self._root) for path in paths):
+                return rule
+        return None
+
+    def _why(self, tool: Tool, arguments: Mapping[str, Any], access: str) -> str:
+        outside = [path for path in tool.paths(arguments) if not self._is_open(path)]
+        if outside:
+            return f"{outside[0]} is outside the project"
+        if access == "write":
+            guarded = [path for path in tool.paths(arguments) if not self._may_write(path)]
+            if guarded:
+                return f"{guarded[0]} can make programs run later"
+        return {
+            "write": "it writes files",
+            "execute": "it runs a command",
+            "network": "it reaches the network",
+        }.get(access, "what it touches is not known")
+
+
+def _fit(rule: Rule, line: Line) -> Fit:
+    """Return whether a rule that forbids or asks fits any command of a line."""
+    if not rule.pattern:
+        return Fit.YES
+    fits = [rule.may_fit_command(command) for command in line.commands]
+    if line.problems:
+        fits.append(Fit.MAYBE)
+    return max(fits, default=Fit.NO)
+
+
+def _paths_in(command: SimpleCommand) -> list[str]:
+    """Return what of a command may be a path to read."""
+    found = [one.target.text for one in command.redirects if one.operator == "<"]
+    words = list(command.texts[1:])
+    if command.name in _SPEAKERS:
+        words = []
+    elif command.name in _SEARCHERS and not any(re.match(r"--|-\w*[ef]", word) for word in words):
+        plain = [word for word in words if not word.startswith("-")]
+        if plain:
+            words.remove(plain[0])  # what is looked for
+    return found + [part for text in words for part in _path_parts(text)]
+
+
+def _path_parts(text: str) -> list[str]:
+    """Return what of an argument may be a path: all of it, or the value of an option."""
+    parts = [text]
+    if text.startswith("-"):
+        parts = [text[2:]] if not text.startswith("--") and len(text) > 2 else []
+    if "=" in text:
+        parts.append(text.partition("=")[2])
+    return [part for part in parts if part]
+
+
+def _host(arguments: Mapping[str, Any]) -> str:
+    url = str(arguments.get("url", ""))
+    try:
+        return (urllib.parse.urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _plan_mode(tool: str) -> str:
+    return (
+        f"plan mode only reads, and this call of {tool} may do more; present the plan with"
+        " exit_plan_mode first"
+    )
+
+
+def _always(tool: Tool, arguments: Mapping[str, Any], access: str) -> str:
+    """Return the rule that "allow always" would add for a call that is no command."""
+    if access == "network" and _host(arguments):
+        return f"{tool.name}(domain:{_host(arguments)})"
+    paths = tool.paths(arguments)
+    if access in ("read", "write") and paths:
+        folder = posixpath.dirname(paths[0])
+        family = "edit" if access == "write" else "read_file"
+        return f"{family}({folder}/**)" if folder.strip("/") else f"{family}({paths[0]})"
+    return tool.name
+
+
+def _always_command(tool: str, command: SimpleCommand) -> str:
+    """Return the rule that "allow always" would add for a command; "" where none would be right."""
+    words = command.texts
+    is_plain = command.is_static and not command.redirects and not command.assignments
+    if not words or not is_plain or command.runs_as or "/" in words[0]:
+        return ""
+    if any(set(word) & set("*?[]()'\"\\\n") for word in words):
+        return ""  # a rule would read these as patterns
+    if words[0].rstrip("0123456789.") in _ANYTHING:
+        return f"{tool}({' '.join(words)})" if " " not in "".join(words) else ""
+    if words[0] in _SUBCOMMANDS and len(words) > 1:
+        return "" if words[1].startswith("-") else f"{tool}({words[0]} {words[1]}:*)"
+    return f"{tool}({words[0]}:*)"

@@ -1,0 +1,1 @@
+"""What answers the agent: a policy on token ids, an engine, or any endpoint."""

@@ -1,0 +1,96 @@
+"""A policy as the agent's model: every answer is a chunk of a session, with its exact tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from envs.gem import ToolCallError
+from envs.gem.tool_call import iterate_tool_calls
+from rome.agent.dialogue import Dialogue, DialogueError
+from rome.agent.iflow.events import ToolCall, Usage
+from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.messages import Message
+from rome.data.tree import Edge
+from rome.engine.errors import EngineError
+
+
+class DialogueModel:
+    """A policy whose tokens are recorded.
+
+    Args:
+      dialogue: of the episode; it belongs to the caller, who closes it. Several agents of one
+        episode, such as sub-agents, may share it.
+      name: of the policy.
+
+    Attributes:
+      name: as given.
+      context_tokens: of one context, answers included.
+      fault: the engine's, once one ended an answer; it says nothing about the agent.
+    """
+
+    def __init__(self, dialogue: Dialogue, name: str = "policy") -> None:
+        self.name = name
+        self.context_tokens = dialogue.session.max_context
+        self.fault: EngineError | None = None
+        self._dialogue = dialogue
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        *,
+        edge: Edge | None = None,
+        max_tokens: int | None = None,
+        on_text: Callable[[str, bool], None] | None = None,
+    ) -> Answer:
+        """Answer a conversation; each call samples, also one that repeats another.
+
+        Raises:
+          ModelError: there is no answer.
+        """
+        try:
+            reply = await self._dialogue.complete(
+                messages, tools, max_new_tokens=max_tokens, retry=False, edge=edge
+            )
+        except DialogueError as error:
+            full = error.reason == "context_full"
+            raise ModelError(str(error), is_context_full=full) from error
+        except EngineError as error:
+            self.fault = error
+            raise ModelError(str(error)) from error
+        if on_text is not None:
+            for text, is_thought in ((reply.reasoning, True), (reply.text, False)):
+                if text:
+                    on_text(text, is_thought)
+        chunk = self._dialogue.session.chunks[reply.chunk]
+        is_malformed = chunk.status == "malformed" and reply.finish_reason != "length"
+        return Answer(
+            text=reply.text,
+            reasoning=reply.reasoning,
+            tool_calls=tuple(
+                ToolCall(call.id, call.name, call.arguments) for call in reply.tool_calls
+            ),
+            finish=reply.finish_reason,
+            usage=Usage(reply.prompt_tokens, reply.completion_tokens, chunk.cached_tokens),
+            chunk=reply.chunk,
+            malformed=_why_malformed(chunk.text) if is_malformed else "",
+        )
+
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> int:
+        """Return how many tokens a conversation has, as the template writes it."""
+        return self._dialogue.count_tokens(messages, tools)
+
+    async def aclose(self) -> None:
+        """Do nothing: the dialogue belongs to the episode."""
+
+
+def _why_malformed(text: str) -> str:
+    """Return why the calls of a turn cannot be read."""
+    try:
+        list(iterate_tool_calls(text))
+    except ToolCallError as error:
+        return str(error)
+    return "the answer cannot be read"

@@ -1,0 +1,1 @@
+"""Where tools work: this machine or a sandbox, with checkpoints of their files."""

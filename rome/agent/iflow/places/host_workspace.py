@@ -1,0 +1,396 @@
+"""This machine as the place where tools work: files below a folder, and a bash.
+
+Nothing is isolated here: what may be run is the policy's to say. A path that is named inside the
+folder cannot lead out of it by a symbolic link, so that a rule on paths holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import hashlib
+import itertools
+import os
+import pathlib
+import secrets
+import shlex
+import stat as stat_module
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+
+from envs.rock.backend import MAX_COMMAND_BYTES
+from rome.agent.iflow.places.checkpoint import ShadowRepository
+from rome.agent.iflow.places.host_processes import kill_processes
+from rome.agent.iflow.places.host_shell import HostShell
+from rome.agent.iflow.places.output import MAX_OUTPUT_BYTES, OutputKeeper, decode
+from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput, WorkspaceError
+
+SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
+_READ_BYTES = 1 << 16
+# Programs must not wait for somebody at a terminal.
+_ENVIRONMENT = {
+    "PAGER": "cat",
+    "GIT_PAGER": "cat",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_EDITOR": "true",
+    "TERM": "dumb",
+}
+
+
+class HostWorkspace:
+    """A folder of this machine; see `Workspace`.
+
+    Args:
+      root: the folder.
+      folder: of the session, for whole outputs and checkpoints. Processes that an earlier process
+        with the same folder left are ended at the start.
+    """
+
+    is_isolated = False
+
+    def __init__(self, root: str, folder: str) -> None:
+        self.root = os.path.realpath(root)
+        if not os.path.isdir(self.root):
+            raise WorkspaceError(f"{root} is no directory; name one to work in")
+        self.jobs: dict[str, BackgroundJob] = {}
+        self._job_numbers = itertools.count(1)
+        folder = os.path.realpath(folder)
+        self.outputs = f"{folder}/outputs"
+        name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+        self._mark = f"IFLOW_WORKSPACE={name}"
+        self._shell: HostShell | None = None
+        self._is_first = True  # it ends all
+        self._turn = asyncio.Lock()  # of commands in the shell
+        self._number = 0
+        self._repository = ShadowRepository(
+            pathlib.Path(folder, "checkpoints"), pathlib.Path(self.root)
+        )
+        kill_processes(self._mark)
+
+    # -- commands
+
+    async def execute(
+        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+    ) -> CommandOutput:
+        """Run a command in the persistent shell; see `Workspace.execute`."""
+        text = encode_command(command, env)
+        keeper = OutputKeeper(self._next_file())
+        began = time.monotonic()
+        async with self._turn:
+            if self._shell is None:
+                self._shell = await self._start_shell()
+            try:
+                ended = await self._shell.run(text, timeout, keeper)
+            finally:
+                if not self._shell.is_alive:
+                    await asyncio.shield(self._leave_shell())
+        output, file = keeper.finish()
+        note = "" if ended.is_alive else SHELL_ENDED
+        if ended.is_flooded:
+            note = f"{flood_note()}; {note}" if note else flood_note()
+        seconds = time.monotonic() - began
+        return CommandOutput(output, ended.exit_code, seconds, file=file, note=note)
+
+    async def spawn(self, command: str) -> HostJob:
+        """Start a command in the background; see `Workspace.spawn`."""
+        text = encode_command(command)
+        directory = self._shell.directory if self._shell else self.root
+        identity = str(next(self._job_numbers))
+        path = pathlib.Path(self.outputs, f"job-{identity}.txt")
+        job = HostJob(identity, command, path)
+        mark = f"{self._mark}-{identity}"
+        await job.start(text, directory, self._environment() | {"IFLOW_JOB": mark})
+        self.jobs[identity] = job
+        return job
+
+    async def stream(self, command: str, *, timeout: float) -> AsyncIterator[str]:
+        """Yield the output of a command of its own, in the project's directory."""
+        process = await asyncio.create_subprocess_exec(
+            *("/bin/bash", "--noprofile", "--norc", "-c", encode_command(command)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            cwd=self.root,
+            env=self._environment(),
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        total = 0
+        try:
+            async with asyncio.timeout(timeout):
+                while data := await process.stdout.read(_READ_BYTES):
+                    total += len(data)
+                    if total > MAX_OUTPUT_BYTES:
+                        raise WorkspaceError(f"{command[:80]}: {flood_note()}")
+                    yield data.decode(errors="replace")
+        except TimeoutError as error:
+            raise WorkspaceError(f"{command[:80]} took more than {timeout:g} seconds") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            await process.wait()
+
+    # -- files
+
+    async def read(self, path: str, limit: int = 4 << 20) -> bytes:
+        """Return a file's content; see `Workspace.read`."""
+        return await asyncio.to_thread(self._read, path, limit)
+
+    async def write(self, path: str, content: bytes) -> None:
+        """Write a file whole; see `Workspace.write`."""
+        await asyncio.to_thread(self._write, path, content)
+
+    async def stat(self, path: str) -> tuple[int, float] | None:
+        """Return the size and the time of change of a file; see `Workspace.stat`."""
+        with _told(path):
+            try:
+                status = os.stat(self._resolve(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            _require_regular(path, status)
+            return status.st_size, status.st_mtime
+        raise AssertionError("unreachable")
+
+    async def snapshot(self) -> str:
+        """Keep the files as they are; see `ShadowRepository`."""
+        return await asyncio.to_thread(self._repository.take)
+
+    async def restore(self, snapshot: str) -> None:
+        """Bring the files back to a snapshot; the shell and the jobs go on."""
+        await asyncio.to_thread(self._repository.restore, snapshot)
+
+    def beside(self) -> HostWorkspace:
+        """Return the same place with a shell of its own; see `Workspace.beside`."""
+        other = copy.copy(self)
+        other._shell = None
+        other._is_first = False
+        other._turn = asyncio.Lock()
+        return other
+
+    async def aclose(self) -> None:
+        """End the shell and all jobs."""
+        await self._leave_shell()
+        if not self._is_first:
+            return
+        for job in self.jobs.values():
+            await job.kill()
+        await asyncio.to_thread(kill_processes, self._mark)
+
+    # -- steps of the above
+
+    def _environment(self) -> dict[str, str]:
+        name, _, value = self._mark.partition("=")
+        own = {key for key in os.environ if key.lower().replace("_", "") == "iflowapikey"}
+        inherited = {key: text for key, text in os.environ.items() if key not in own}
+        return inherited | _ENVIRONMENT | {name: value}
+
+    async def _start_shell(self) -> HostShell:
+        environment = self._environment()
+        mark = f"{self._mark}-{secrets.token_hex(8)}"
+        shell = HostShell(self.root, environment | {"IFLOW_SHELL": mark}, f"IFLOW_SHELL={mark}")
+        try:
+            await shell.start()
+        except OSError as error:
+            raise WorkspaceError(f"no bash could be started in {self.root}: {error}") from error
+        return shell
+
+    async def _leave_shell(self) -> None:
+        shell = self._shell
+        self._shell = None
+        if shell is not None:
+            await shell.close()
+
+    def _next_file(self) -> pathlib.Path:
+        self._number += 1
+        return pathlib.Path(self.outputs, f"{time.time_ns():x}-{self._number}.txt")
+
+    def _resolve(self, path: str) -> str:
+        """Return the real path of a named one.
+
+        Raises:
+          WorkspaceError: it is named inside the project, and a link leads out of it.
+        """
+        if "\0" in path:
+            raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+        named = os.path.normpath(os.path.join(self.root, os.path.expanduser(path)))
+        real = os.path.realpath(named)
+        if _is_below(named, self.root) and not _is_below(real, self.root):
+            raise WorkspaceError(
+                f"{path} leads to {real}, outside the project; name that path itself if it is meant"
+            )
+        return real
+
+    def _read(self, path: str, limit: int) -> bytes:
+        with _told(path):
+            # A FIFO would be waited for otherwise.
+            descriptor = os.open(self._resolve(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                _require_regular(path, status)
+                content = file.read(limit + 1)
+        if len(content) > limit:
+            raise WorkspaceError(f"{path} has {status.st_size} bytes, more than {limit}")
+        return content
+
+    def _write(self, path: str, content: bytes) -> None:
+        with _told(path):
+            target = pathlib.Path(self._resolve(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mode = None
+            if target.exists():
+                status = target.stat()
+                _require_regular(path, status)
+                mode = stat_module.S_IMODE(status.st_mode)
+            else:
+                mode = 0o666 & ~_umask()
+            # A kill in the middle leaves the file as it was.
+            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".iflow-")
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(content)
+                os.chmod(temporary, mode)
+                os.replace(temporary, target)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+
+class HostJob:
+    """A background command; see `BackgroundJob`. Its output goes to a file as well."""
+
+    def __init__(self, identity: str, command: str, path: pathlib.Path) -> None:
+        self.id = identity
+        self.command = command
+        self.path = str(path)
+        self._killed = False
+        self._unread = bytearray()
+        self._dropped = 0
+        self._written = 0
+
+    async def start(self, text: bytes, directory: str, environment: Mapping[str, str]) -> None:
+        """Start the process, and the task that takes its output."""
+        self._mark = f"IFLOW_JOB={environment['IFLOW_JOB']}"
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        self._process = await asyncio.create_subprocess_exec(
+            *("/bin/bash", "--noprofile", "--norc", "-c", text),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            cwd=directory,
+            env=environment,
+            start_new_session=True,
+        )
+        self._taking = asyncio.ensure_future(self._take_output())
+        self._ended = asyncio.ensure_future(self._process.wait())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still runs."""
+        return not self._ended.done()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its status; None while it runs, or where it was killed."""
+        if self._killed or not self._ended.done():
+            return None
+        code = self._ended.result()
+        return code if code >= 0 else 128 - code
+
+    async def read(self, limit: int = 30_000) -> str:
+        """Return the output since the last reading, at most so many characters of its end."""
+        await asyncio.sleep(0)  # what is in the pipe is taken first
+        dropped = self._dropped
+        text = decode(bytes(self._unread))
+        self._unread.clear()
+        self._dropped = 0
+        if dropped or len(text) > limit:
+            return f"[... more output before; the whole is in {self.path} ...]\n{text[-limit:]}"
+        return text
+
+    async def wait(self) -> int | None:
+        """Wait for its end and return its `exit_code`."""
+        await asyncio.shield(self._ended)
+        # A child may hold the pipe for longer; what it writes is still taken.
+        await asyncio.wait({self._taking}, timeout=1.0)
+        return self.exit_code
+
+    async def kill(self) -> None:
+        """End it and all that it started."""
+        if self.is_running:
+            self._killed = True
+        await asyncio.to_thread(kill_processes, self._mark)
+        await self._ended
+        # What keeps the pipe open now has shed its mark; it is not waited for.
+        done, _ = await asyncio.wait({self._taking}, timeout=1.0)
+        if not done:
+            self._taking.cancel()
+
+    async def _take_output(self) -> None:
+        """Keep the last output in memory and the first MAX_OUTPUT_BYTES in the file."""
+        assert self._process.stdout is not None
+        with open(self.path, "wb", buffering=0) as file:
+            while data := await self._process.stdout.read(_READ_BYTES):
+                file.write(data[: max(0, MAX_OUTPUT_BYTES - self._written)])
+                self._written += len(data)
+                self._unread += data
+                if len(self._unread) > 4 * _READ_BYTES:
+                    self._dropped += len(self._unread) - 2 * _READ_BYTES
+                    del self._unread[: -2 * _READ_BYTES]
+
+
+def encode_command(command: str, env: Mapping[str, str] | None = None) -> bytes:
+    """Return a command as bash gets it.
+
+    Args:
+      command: text for bash.
+      env: variables to set before it.
+
+    Raises:
+      WorkspaceError: it has a NUL character or is too long.
+    """
+    settings = "".join(
+        f"export {name}={shlex.quote(value)}\n" for name, value in (env or {}).items()
+    )
+    text = (settings + command).encode(errors="replace")
+    if b"\0" in text:
+        raise WorkspaceError("the command has a NUL character, which no program can be given")
+    if len(text) > MAX_COMMAND_BYTES:
+        raise WorkspaceError(
+            f"the command has {len(text)} bytes, the limit is {MAX_COMMAND_BYTES}; write a file"
+            " with write_file and use it"
+        )
+    return text
+
+
+def flood_note() -> str:
+    """Return what is said of a command that was ended for the length of its output."""
+    return f"ended: it wrote more than {MAX_OUTPUT_BYTES >> 20} MiB"
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Turn errors of the file system into those of a workspace."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WorkspaceError(f"{path}: {reason[:1].lower()}{reason[1:]}") from error
+
+
+def _require_regular(path: str, status: os.stat_result) -> None:
+    if stat_module.S_ISDIR(status.st_mode):
+        raise WorkspaceError(f"{path} is a directory")
+    if not stat_module.S_ISREG(status.st_mode):
+        raise WorkspaceError(f"{path} is no regular file")
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def _umask() -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("Umask:"))
+    return int(line.split()[1], 8)

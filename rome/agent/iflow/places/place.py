@@ -1,0 +1,122 @@
+"""Opens the place where the tools of a session work: this machine, or a copy in a sandbox."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
+
+from envs.rock import Sandbox, SandboxConfig, SandboxError
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+
+Kind = Literal["sandbox", "host"]
+KINDS: tuple[Kind, ...] = ("sandbox", "host")
+FILES = "workspace.tar"  # in the session's folder: what the last turn in a sandbox left
+PIECE = 1 << 20
+
+
+class Place:
+    """Where a session works.
+
+    Attributes:
+      workspace: for the tools.
+      files: archive where `keep` leaves the files of a sandbox; None on the host.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        sandbox: Sandbox | None = None,
+        files: pathlib.Path | None = None,
+    ) -> None:
+        self.workspace = workspace
+        self.files = files
+        self._sandbox = sandbox
+
+    async def keep(self) -> None:
+        """Copy the files of a sandbox to this machine, so that the session can be resumed.
+
+        Raises:
+          WorkspaceError: they could not be copied.
+        """
+        if self._sandbox is None or self.files is None:
+            return
+        new = self.files.with_suffix(".new")
+        try:
+            with open(new, "wb") as archive:
+                async for piece in self._sandbox.pack("."):
+                    archive.write(piece)
+            os.replace(new, self.files)
+        except (OSError, SandboxError) as error:
+            raise WorkspaceError(
+                f"the files of the sandbox were not kept: {error}", is_infrastructure=True
+            ) from error
+
+    async def aclose(self) -> None:
+        """End what runs there; a sandbox is deleted."""
+        await self.workspace.aclose()
+        if self._sandbox is not None:
+            await self._sandbox.stop()
+
+
+async def open_place(
+    kind: Kind, directory: pathlib.Path, session_folder: pathlib.Path, *, egress: Sequence[str] = ()
+) -> Place:
+    """Open the place of a session.
+
+    Args:
+      kind: "host" works in `directory` itself, "sandbox" in a copy of it.
+      directory: of the project.
+      session_folder: where whole outputs are kept, and the files of a sandbox between two turns; a
+        session that is resumed goes on with these.
+      egress: what a sandbox may reach, as `envs.rock.SandboxConfig` has it.
+
+    Raises:
+      WorkspaceError: the directory is not there, or the sandbox did not start.
+    """
+    from rome.agent.iflow.places.host_workspace import HostWorkspace
+    from rome.agent.iflow.places.sandbox_workspace import SandboxWorkspace
+
+    if kind == "host":
+        return Place(HostWorkspace(str(directory), str(session_folder)))
+    if not directory.is_dir():
+        raise WorkspaceError(f"{directory} is no directory; name one to work in")
+    sandbox = Sandbox(_config(egress))
+    files = session_folder / FILES
+    try:
+        await sandbox.start()
+        if files.exists():
+            await sandbox.unpack(".", _pieces(files))
+        else:
+            await sandbox.upload(directory, ".")
+    except (OSError, SandboxError) as error:
+        with contextlib.suppress(OSError, SandboxError):
+            await sandbox.stop()
+        raise WorkspaceError(
+            f"no sandbox with the files of {directory}: {error}. --workspace=host needs none",
+            is_infrastructure=True,
+        ) from error
+    return Place(SandboxWorkspace(sandbox), sandbox, files)
+
+
+async def _pieces(path: pathlib.Path) -> AsyncIterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            yield piece
+
+
+def _config(egress: Sequence[str]) -> SandboxConfig:
+    """Return a sandbox that is wide enough for building and testing a project."""
+    return SandboxConfig(
+        label="iflow",
+        egress=tuple(egress),
+        memory_mb=4096,
+        disk_mb=2048,
+        inodes=200_000,
+        pids=512,
+        cpus=float(os.cpu_count() or 1),
+        open_files=1024,
+        max_output_bytes=4 << 20,
+    )

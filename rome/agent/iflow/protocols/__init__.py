@@ -1,0 +1,1 @@
+"""The agent in other programs: MCP, ACP (editors) and HTTP."""

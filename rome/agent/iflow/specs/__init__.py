@@ -1,0 +1,1 @@
+"""What users write for the agent: settings, instructions, skills, agents, commands, hooks."""

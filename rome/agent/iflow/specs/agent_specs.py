@@ -1,0 +1,103 @@
+"""Sub-agents in Markdown: `agents/NAME.md`, with the keys of iFlow's files or of Claude's."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+
+from rome.agent.iflow.specs.spec_files import (
+    Place,
+    SpecError,
+    find_files,
+    list_of,
+    read_text,
+    split_front_matter,
+    text_in,
+)
+from rome.agent.iflow.specs.tool_names import tool_name
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentSpec:
+    """A kind of sub-agent.
+
+    Attributes:
+      name: by which the task tool calls it.
+      when: what it is for, as the model is told.
+      prompt: its system text.
+      tools: names of the tools that it has; None for those of its parent.
+      model: that answers; "" for that of its parent.
+      path: of its file; "" for one that is built in.
+    """
+
+    name: str
+    when: str
+    prompt: str
+    tools: tuple[str, ...] | None = None
+    model: str = ""
+    path: str = ""
+
+
+GENERAL = AgentSpec(
+    name="general",
+    when="Any task of several steps whose intermediate output you do not need to see.",
+    prompt=(
+        "You carry out one task for another agent. Work on your own with your tools until it is"
+        " done. Your last message is all that the other agent sees: state in it what you found or"
+        " changed, with the paths of files, and what is left open."
+    ),
+)
+
+
+def load_agent_specs(where: Iterable[Place]) -> tuple[dict[str, AgentSpec], list[str]]:
+    """Return the sub-agents by name, the general one included, and what was wrong with files.
+
+    Args:
+      where: folders to read; a later one replaces what an earlier one has under the same name.
+    """
+    specs = {GENERAL.name: GENERAL}
+    problems = []
+    for place in where:
+        for path in find_files(place, "agents", (".md",)):
+            try:
+                spec = read_agent_spec(path, place.boundary)
+            except SpecError as error:
+                problems.append(str(error))
+            else:
+                specs[spec.name] = spec
+    return specs, problems
+
+
+def read_agent_spec(path: pathlib.Path, boundary: pathlib.Path | None = None) -> AgentSpec:
+    """Return the sub-agent that a file describes.
+
+    Raises:
+      SpecError: it does not say what it is for, or has no prompt.
+    """
+    table, body = split_front_matter(read_text(path, boundary), path)
+    name = text_in(table, "name", "agentType") or path.stem
+    when = text_in(table, "description", "whenToUse", "when")
+    prompt = "\n\n".join(part for part in (text_in(table, "systemPrompt"), body.strip()) if part)
+    if not when:
+        raise SpecError(f"{path} has no description (or whenToUse) that says what the agent is for")
+    if not prompt:
+        raise SpecError(f"{path} has no text below its table; write what the agent should do")
+    model = text_in(table, "model")
+    return AgentSpec(
+        name=name,
+        when=when,
+        prompt=prompt,
+        tools=_tools(table.get("tools", table.get("allowedTools")), table.get("allowedMcps")),
+        model="" if model == "inherit" else model,
+        path=str(path),
+    )
+
+
+def _tools(tools: object, servers: object) -> tuple[str, ...] | None:
+    """Return the tools of a sub-agent; those of an MCP server are `server__*`."""
+    names = [tool_name(name.split("(")[0]) for name in list_of(tools)]
+    if "*" in names or not names:
+        return None
+    names += [f"{server}__*" for server in list_of(servers)]
+    return tuple(dict.fromkeys(names))

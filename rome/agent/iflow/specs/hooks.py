@@ -1,0 +1,260 @@
+"""Hooks: commands of the user that run at events of a session, and may block what is about to be.
+
+A hook gets the event as JSON on standard input and as IFLOW_* variables. What it answers:
+
+| | means |
+|---|---|
+| exit status 0, text | context for the model (UserPromptSubmit, SessionStart, SetUpEnvironment) |
+| exit status 0, JSON | `decision` (block, approve), `reason`, `continue` (false ends the turn), |
+| | `hookSpecificOutput` {permissionDecision, additionalContext, updatedInput} |
+| exit status 2 | blocks; what it wrote on standard error is for the model |
+| any other, or no answer in time | a notice; blocks in hooks of `.iflow/`, as iFlow had it |
+
+All hooks of an event run at once. The strictest decision holds: block, then ask, then allow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, BinaryIO, Literal
+
+from rome.agent.iflow.specs.settings_values import HookCommand
+from rome.agent.iflow.specs.tool_names import names_of
+
+MAX_OUTPUT = 64 << 10  # bytes of each stream that are read
+_TEXT_IS_CONTEXT = ("UserPromptSubmit", "SessionStart", "SetUpEnvironment")
+_MAY_BLOCK_BY_FAILING = ("PreToolUse", "UserPromptSubmit")
+_KEYS_KEPT_BACK = ("IFLOW_apiKey", "IFLOW_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
+_DECISIONS = {"block": "block", "deny": "block", "approve": "allow", "allow": "allow", "ask": "ask"}
+_STRICTEST_FIRST = ("block", "ask", "allow")
+
+HookDecision = Literal["", "block", "allow", "ask"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HookRun:
+    """One hook's run, for the record.
+
+    Attributes:
+      command: as the settings have it.
+      exit_code: its status; -1 where it did not end in time or could not be started.
+      decision: of this hook.
+      message: why.
+      context: text that it adds.
+      arguments: of the call, as the hook wants them; None where it leaves them.
+      stop: whether the turn ends.
+    """
+
+    command: str
+    exit_code: int
+    decision: HookDecision = ""
+    message: str = ""
+    context: str = ""
+    arguments: dict[str, Any] | None = None
+    stop: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class HookOutcome:
+    """What the hooks of an event say together.
+
+    Attributes:
+      decision: the strictest of theirs; "" where none has one.
+      message: reasons, for the model.
+      context: text that the model should read.
+      arguments: of the call, changed by the last hook that changed them; None for no change.
+      stop: whether the turn ends.
+      ran: all that ran, in the order of the settings.
+    """
+
+    decision: HookDecision = ""
+    message: str = ""
+    context: str = ""
+    arguments: dict[str, Any] | None = None
+    stop: bool = False
+    ran: tuple[HookRun, ...] = ()
+
+
+class Hooks:
+    """Runs the hooks of a session.
+
+    Args:
+      commands: of the settings; those of a project that is not trusted are not among them.
+      directory: where they run.
+      session: id of the session.
+      transcript: path of its file of events.
+    """
+
+    def __init__(
+        self,
+        commands: Sequence[HookCommand] = (),
+        *,
+        directory: str = ".",
+        session: str = "",
+        transcript: str = "",
+    ) -> None:
+        self._commands = tuple(commands)
+        self._common = {
+            "session_id": session,
+            "transcript_path": transcript,
+            "cwd": os.path.abspath(directory),
+        }
+
+    async def run(
+        self, event: str, payload: Mapping[str, Any], *, matcher: str = ""
+    ) -> HookOutcome:
+        """Run all hooks of an event and return what they say together.
+
+        Args:
+          event: one of `settings_values.HOOK_EVENTS`.
+          payload: of the event: tool_name and tool_input, tool_response, prompt, source, message.
+          matcher: what the hooks' expressions are compared with: a tool's name, or a source.
+        """
+        chosen = [hook for hook in self._commands if hook.event == event and fits(hook, matcher)]
+        if not chosen:
+            return HookOutcome()
+        message = {**self._common, "hook_event_name": event, **payload}
+        environment = self._environment(message)
+        runs = await asyncio.gather(
+            *(_run(hook, json.dumps(message, default=str), environment) for hook in chosen)
+        )
+        return _combine(runs)
+
+    def _environment(self, message: Mapping[str, Any]) -> dict[str, str]:
+        """Return the variables of a hook; keys to accounts are not its business."""
+        kept = {name: text for name, text in os.environ.items() if name not in _KEYS_KEPT_BACK}
+        tool = str(message.get("tool_name", ""))
+        own = {
+            "IFLOW_SESSION_ID": message["session_id"],
+            "IFLOW_TRANSCRIPT_PATH": message["transcript_path"],
+            "IFLOW_CWD": message["cwd"],
+            "IFLOW_HOOK_EVENT_NAME": message["hook_event_name"],
+            "IFLOW_TOOL_NAME": tool,
+            "IFLOW_TOOL_ALIASES": json.dumps(names_of(tool)[1:]) if tool else "",
+            "IFLOW_TOOL_ARGS": json.dumps(message.get("tool_input", {}), default=str),
+            "IFLOW_USER_PROMPT": message.get("prompt", ""),
+            "IFLOW_SESSION_SOURCE": message.get("source", ""),
+            "IFLOW_NOTIFICATION_MESSAGE": message.get("message", ""),
+            "CLAUDE_PROJECT_DIR": message["cwd"],
+        }
+        # A variable holds neither NUL nor more than the kernel takes; standard input has it whole.
+        short = {name: str(text).replace("\0", "")[:16_000] for name, text in own.items() if text}
+        return kept | short
+
+
+def fits(hook: HookCommand, matcher: str) -> bool:
+    """Return whether a hook's expression is the whole of a name, or of another name of a tool."""
+    if hook.matcher in ("", "*") or not matcher:
+        return True
+    return any(re.fullmatch(hook.matcher, name) for name in names_of(matcher))
+
+
+async def _run(hook: HookCommand, message: str, environment: dict[str, str]) -> HookRun:
+    """Run one hook; whatever it does, the session goes on.
+
+    Its streams are files: a child that it leaves behind may keep them open, and is not waited for.
+    """
+    with contextlib.ExitStack() as files:
+        given, output, errors = (
+            files.enter_context(tempfile.TemporaryFile()) for _ in ("input", "output", "errors")
+        )
+        given.write(message.encode())
+        given.seek(0)
+        try:
+            process = await asyncio.create_subprocess_shell(
+                hook.command,
+                stdin=given,
+                stdout=output,
+                stderr=errors,
+                cwd=environment["IFLOW_CWD"],
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return _failed(hook, -1, f"hook {hook.command!r} cannot be started: {error}")
+        try:
+            code = await asyncio.wait_for(process.wait(), hook.timeout)
+        except TimeoutError:
+            message = f"hook {hook.command!r} did not end in {hook.timeout:g} s"
+            return _failed(hook, -1, message)
+        finally:
+            if process.returncode is None:  # late, or cancelled: end it with all that it started
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        return _read(hook, code, _beginning(output), _beginning(errors))
+
+
+def _beginning(stream: BinaryIO) -> str:
+    stream.seek(0)
+    return stream.read(MAX_OUTPUT).decode(errors="replace")
+
+
+def _read(hook: HookCommand, code: int, output: str, errors: str) -> HookRun:
+    """Return what a hook that ended says."""
+    if code == 2:
+        message = errors.strip() or f"hook {hook.command!r} blocked it"
+        return HookRun(hook.command, code, "block", message)
+    if code != 0:
+        return _failed(hook, code, errors.strip() or f"hook {hook.command!r} ended with {code}")
+    answer = _answer(output)
+    if answer is None:
+        context = output.strip() if hook.event in _TEXT_IS_CONTEXT else ""
+        return HookRun(hook.command, code, context=context)
+    special = answer.get("hookSpecificOutput")
+    special = special if isinstance(special, dict) else {}
+    said = special.get("permissionDecision", answer.get("decision", ""))
+    changed = special.get("updatedInput")
+    reasons = (special.get("permissionDecisionReason"), answer.get("reason"))
+    stop = answer.get("continue") is False
+    stop_reason = answer.get("stopReason") if stop else None
+    return HookRun(
+        hook.command,
+        code,
+        decision=_DECISIONS.get(said, "") if isinstance(said, str) else "",  # type: ignore[arg-type]
+        message=next((text for text in (*reasons, stop_reason) if isinstance(text, str)), ""),
+        context=str(special.get("additionalContext") or "").strip(),
+        arguments=changed if isinstance(changed, dict) else None,
+        stop=stop,
+    )
+
+
+def _answer(output: str) -> dict[str, Any] | None:
+    """Return the JSON object that a hook printed; None where it printed anything else."""
+    if not output.lstrip().startswith("{"):
+        return None
+    try:
+        answer = json.loads(output)
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def _failed(hook: HookCommand, code: int, message: str) -> HookRun:
+    """Return the run of a hook that did not work."""
+    blocks = hook.is_strict and hook.event in _MAY_BLOCK_BY_FAILING
+    return HookRun(hook.command, code, "block" if blocks else "", message)
+
+
+def _combine(runs: Iterable[HookRun]) -> HookOutcome:
+    ran = tuple(runs)
+    given = {run.decision for run in ran}
+    decision = next((one for one in _STRICTEST_FIRST if one in given), "")
+    deciding = [run.message for run in ran if run.message and run.decision == decision]
+    changed = [run.arguments for run in ran if run.arguments is not None]
+    return HookOutcome(
+        decision=decision,  # type: ignore[arg-type]
+        message="\n".join(deciding) if decision or any(run.stop for run in ran) else "",
+        context="\n".join(run.context for run in ran if run.context),
+        arguments=changed[-1] if changed else None,
+        stop=any(run.stop for run in ran),
+        ran=ran,
+    )

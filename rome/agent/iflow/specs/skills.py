@@ -1,0 +1,93 @@
+"""Skills: folders with a SKILL.md, whose name and description the model always sees.
+
+The instructions below them are read only when the model asks for the skill, and files beside it
+only when the instructions say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable
+
+from rome.agent.iflow.specs.spec_files import (
+    Place,
+    SpecError,
+    read_text,
+    split_front_matter,
+    text_in,
+)
+
+MAX_DESCRIPTION = 1024  # characters, as agentskills.io has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Skill:
+    """A skill.
+
+    Attributes:
+      name: by which the model asks for it.
+      description: what it does and when it is of use.
+      folder: with SKILL.md and the files that it names.
+      boundary: directory that its files may not lead out of; None for anywhere.
+    """
+
+    name: str
+    description: str
+    folder: pathlib.Path
+    boundary: pathlib.Path | None = None
+
+    def read(self) -> str:
+        """Return its instructions, and where the files lie that they name.
+
+        Raises:
+          SpecError: its file is gone or was broken meanwhile.
+        """
+        path = self.folder / "SKILL.md"
+        _, body = split_front_matter(read_text(path, self.boundary), path)
+        return f"# Skill {self.name}\nPaths below are relative to {self.folder}.\n\n{body}"
+
+
+def load_skills(where: Iterable[Place]) -> tuple[dict[str, Skill], list[str]]:
+    """Return the skills by name, and what was wrong with files.
+
+    Args:
+      where: folders to read; a later one replaces what an earlier one has under the same name.
+    """
+    skills = {}
+    problems = []
+    for place in where:
+        for path in sorted((place.folder / "skills").glob("*/SKILL.md")):
+            try:
+                skill = read_skill(path, place.boundary)
+            except SpecError as error:
+                problems.append(str(error))
+            else:
+                skills[skill.name] = skill
+    return skills, problems
+
+
+def read_skill(path: pathlib.Path, boundary: pathlib.Path | None = None) -> Skill:
+    """Return the skill that a SKILL.md describes.
+
+    Raises:
+      SpecError: its name or its description is missing or wrong.
+    """
+    table, _ = split_front_matter(read_text(path, boundary), path)
+    name = text_in(table, "name") or path.parent.name
+    description = " ".join(text_in(table, "description").split())
+    if not re.fullmatch(r"[\w.-]{1,64}", name):
+        raise SpecError(f"{path}: name {name[:80]!r} must be 1 to 64 letters, digits, '-' or '_'")
+    if not description:
+        raise SpecError(f"{path} has no description, by which the model would choose it")
+    return Skill(name, description[:MAX_DESCRIPTION], path.parent, boundary)
+
+
+def describe_skills(skills: Iterable[Skill]) -> str:
+    """Return the lines of the system text that list skills; "" for none."""
+    lines = [f"- {skill.name}: {skill.description}" for skill in skills]
+    if not lines:
+        return ""
+    head = "Skills: before work that one of them is for, load it with the tool `skill`."
+    return "\n".join([head, *lines])
