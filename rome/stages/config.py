@@ -20,7 +20,7 @@ from rome.data.costs import parse_costs
 from rome.data.mixture import parse_mixture
 from rome.data.relevance import parse_masks
 from rome.data.tree import parse_credit
-from rome.engine.client import PauseMode
+from rome.engine.control import PauseMode
 from rome.losses import PUBLISHED, find_loss, unbounded_weight
 from rome.model.config import DTYPES, REMATS
 from rome.model.ops.kernels import KNOWN, Kernels
@@ -61,6 +61,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "engine.device": get_args(EngineDevice),
     "engine.pause": get_args(PauseMode),
     "select": SELECTIONS,
+    "lora.publish": ("merged", "adapter"),
     "rollout.stale_samples": get_args(StaleSamples),
     "rollout.resampling": get_args(Resampling),
     "sandbox.isolation": ("required", "best_available"),
@@ -105,6 +106,7 @@ KEY_CLASSES: Mapping[str, KeyClass] = {
     "learner.exchange": "operation",
     "learner.prefix_tree": "operation",
     "learner.offload_moments": "operation",
+    "lora.publish": "operation",
 }
 # Switches that only some losses read. 0 means the value of the loss' own paper (PUBLISHED).
 LOSS_SWITCHES = ("mismatch_limit", "mismatch_low", "clip_low", "clip_high", "dual_clip")
@@ -307,6 +309,11 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     """Check that a model's directory is there and is not one of two, and that adapters fit it."""
     directory = model_directory(config)
     init_from = config.init_from
+    if config.lora.publish == "adapter" and not config.lora.rank:
+        raise ConfigError(
+            "lora.publish=adapter sends adapters to the engines, and lora.rank=0 trains none. Set"
+            " lora.rank, or lora.publish=merged."
+        )
     if config.lora.rank:
         start = pathlib.Path(init_from) if init_from and pathlib.Path(init_from).is_dir() else None
         lora_of(config, model_of(config, start))

@@ -12,7 +12,7 @@ import ml_collections
 from rich.console import Console
 
 from envs.rock import SandboxError
-from rome.engine.client import EngineError
+from rome.engine.errors import EngineError
 from rome.own_code import OwnCodeError
 from rome.rollout.player import RolloutError
 from rome.stages.base import StageContext, TrainingStage
