@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 
@@ -76,7 +76,12 @@ class Workspace(Protocol):
     jobs: dict[str, BackgroundJob]
 
     async def execute(
-        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+        self,
+        command: str,
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell, with empty input.
 
@@ -87,6 +92,7 @@ class Workspace(Protocol):
           command: text for bash.
           timeout: seconds, after which it is ended with all that it started.
           env: variables that the shell has from this command on.
+          on_output: called with each piece of the output as it comes, for people who watch.
         """
 
     async def spawn(self, command: str) -> BackgroundJob:
