@@ -71,6 +71,11 @@ class HostWorkspace:
 
     # -- commands
 
+    @property
+    def directory(self) -> str:
+        """Return where the shell is now."""
+        return self._shell.directory if self._shell else self.root
+
     async def execute(
         self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
     ) -> CommandOutput:
@@ -96,12 +101,11 @@ class HostWorkspace:
     async def spawn(self, command: str) -> HostJob:
         """Start a command in the background; see `Workspace.spawn`."""
         text = encode_command(command)
-        directory = self._shell.directory if self._shell else self.root
         identity = str(next(self._job_numbers))
         path = pathlib.Path(self.outputs, f"job-{identity}.txt")
         job = HostJob(identity, command, path)
         mark = f"{self._mark}-{identity}"
-        await job.start(text, directory, self._environment() | {"IFLOW_JOB": mark})
+        await job.start(text, self.directory, self._environment() | {"IFLOW_JOB": mark})
         self.jobs[identity] = job
         return job
 

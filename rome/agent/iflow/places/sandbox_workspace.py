@@ -66,6 +66,11 @@ class SandboxWorkspace:
 
     # -- commands
 
+    @property
+    def directory(self) -> str:
+        """Return the project's directory; where the shell is, only the sandbox knows."""
+        return self.root
+
     async def execute(
         self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
     ) -> CommandOutput:

@@ -75,6 +75,10 @@ class Workspace(Protocol):
     outputs: str
     jobs: dict[str, BackgroundJob]
 
+    @property
+    def directory(self) -> str:
+        """Return where the shell is now; `root` where that takes asking it."""
+
     async def execute(
         self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
     ) -> CommandOutput:
