@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
@@ -126,3 +127,13 @@ class Workspace(Protocol):
 
     async def aclose(self) -> None:
         """End the shell and all jobs."""
+
+
+def require_path(path: str) -> None:
+    """Raise a WorkspaceError where a text cannot be the path of a file."""
+    if "\0" in path:
+        raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise WorkspaceError(f"{path!r} is no path: it has half a character") from None

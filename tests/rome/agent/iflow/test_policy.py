@@ -462,6 +462,15 @@ def test_a_denied_folder_is_not_reached_by_a_detour(line, mode):
     assert decide(line, mode="yolo") == "allow"
 
 
+def test_the_home_of_another_user_is_outside(monkeypatch):
+    monkeypatch.setattr("posixpath.expanduser", lambda path: path.replace("~root", "/root"))
+    for mode, path in [("accept_edits", "~root/.bashrc"), ("default", "~root"), ("plan", "~no/x")]:
+        assert policy(mode=mode).judge(READ, {"path": path}).decision == "ask"
+    assert policy(mode="accept_edits").judge(WRITE, {"path": "~root/x"}).decision == "ask"
+    denied = policy(mode="yolo", deny=["Read(/root/**)"])
+    assert denied.judge(READ, {"path": "~root/.ssh/id"}).decision == "deny"
+
+
 def test_the_directory_of_the_shell_counts():
     rules = policy(mode="accept_edits", deny=["Read(secrets/**)"])
     cat = {"command": "cat key"}
