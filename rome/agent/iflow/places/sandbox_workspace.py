@@ -23,7 +23,12 @@ from envs.rock import (
 from envs.rock.backend import CANNOT_EXECUTE, Session, Snapshot
 from rome.agent.iflow.places.output import decode, is_long, join
 from rome.agent.iflow.places.sandbox_job import SandboxJob, told
-from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput, WorkspaceError
+from rome.agent.iflow.places.workspace import (
+    BackgroundJob,
+    CommandOutput,
+    WorkspaceError,
+    require_path,
+)
 
 SHELL_CANCELLED = "this is a new shell, in the project's directory: the last command was cancelled"
 SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
@@ -65,6 +70,11 @@ class SandboxWorkspace:
         self._is_first = True  # it ends all
 
     # -- commands
+
+    @property
+    def directory(self) -> str:
+        """Return the project's directory; where the shell is, only the sandbox knows."""
+        return self.root
 
     async def execute(
         self,
@@ -311,8 +321,7 @@ class SandboxWorkspace:
             await self.write(file, text.encode(errors="replace"))
 
     def _absolute(self, path: str) -> str:
-        if "\0" in path:
-            raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+        require_path(path)
         return posixpath.normpath(posixpath.join(self.root, path))
 
     def _temporary(self) -> str:
