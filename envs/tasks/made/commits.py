@@ -16,7 +16,7 @@ import re
 from envs.rock import Sandbox, SandboxConfig
 from envs.tasks.git import RepositoryError, content_of, git
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.made.draft import Case, Draft, is_plain_path
+from envs.tasks.made.draft import Case, Draft, is_plain_path, plain_name
 
 MAX_TREE_BYTES = 2 << 20
 MAX_FILES = 300
@@ -196,7 +196,7 @@ async def _proven(
     argv = ("python3", "-B", "-c", _RUNNER, f"{{app}}/{source}", source, json.dumps(change.modules))
     visible = {path: text for path, text in after.items() if not _TEST.search(path)}
     draft = Draft(
-        name=f"commit/{repository.resolve().name}/{commit[:10]}",
+        name=f"commit/{plain_name(repository.resolve().name)}-{commit[:10]}",
         domain="software",
         family="repair-commit",
         language="python",

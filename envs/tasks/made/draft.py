@@ -45,6 +45,7 @@ exec /usr/bin/env python3 -I -B /tests/verify.py /app
 # Paths come from repositories of others, and go into scripts, TOML and folders of this machine.
 _PLAIN_PATH = re.compile(r"[\w+.@=-][\w+.@= -]*(/[\w+.@=-][\w+.@= -]*)*")
 MAX_PATH = 200
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")  # Harbor's rule
 
 
 def is_plain_path(path: str) -> bool:
@@ -55,6 +56,11 @@ def is_plain_path(path: str) -> bool:
         and _PLAIN_PATH.fullmatch(path) is not None
         and not {".", "..", ".git"} & set(parts)
     )
+
+
+def plain_name(name: str) -> str:
+    """Return a name with only the characters that Harbor allows in the name of a task."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "unnamed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Draft:
     """A task before it is proven.
 
     Attributes:
-      name: unique within a set.
+      name: unique within a set, of two parts: GROUP/NAME.
       domain: the broad kind of work.
       family: the generator.
       language: of the oracle, a key of IMAGES.
@@ -138,6 +144,8 @@ class Draft:
 
     def __post_init__(self) -> None:
         """Check what could harm this machine or break the task's folder. Raises ValueError."""
+        if not _TASK_NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name[:MAX_PATH]!r} is no name such as logs/count-7")
         for path in (self.program, *self.files, *self.common):
             if not is_plain_path(path):
                 raise ValueError(f"{path[:MAX_PATH]!r} is no plain path of a file below a folder")

@@ -19,7 +19,7 @@ from typing import Any
 from envs.rock import Sandbox, SandboxConfig
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import read_folder
-from envs.tasks.made.draft import Case, Draft
+from envs.tasks.made.draft import Case, Draft, plain_name
 from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
@@ -184,7 +184,7 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
     if licence:
         origin["license"] = licence
     return Draft(
-        name=f"package/{recording.name}",
+        name=f"package/{plain_name(recording.name)}",
         domain="software",
         family="repair-package",
         language="python",
@@ -276,4 +276,4 @@ before the bug came in: what they return or print, and the kind of exception tha
         lines=near,
         origin={**whole.origin, "bug": edit.operator, "line": line},
     )
-    return dataclasses.replace(draft, name=f"package/{recording.name}/{draft.digest[:10]}")
+    return dataclasses.replace(draft, name=f"{draft.name}-{draft.digest[:10]}")

@@ -12,7 +12,7 @@ import pytest
 from envs.tasks.git import RepositoryError, git
 from envs.tasks.made import FAMILIES, write_draft
 from envs.tasks.made.commits import _read_change, commit_draft
-from envs.tasks.made.draft import is_plain_path
+from envs.tasks.made.draft import is_plain_path, plain_name
 from envs.tasks.made.packages import _read_test, record_package
 from envs.tasks.made.prove import _read_results
 
@@ -150,6 +150,10 @@ def test_a_draft_writes_only_below_its_folder(tmp_path):
             dataclasses.replace(draft, program=path)
     with pytest.raises(ValueError, match=r"solve\.sh"):
         dataclasses.replace(draft, program="solve.sh")
+    for name in ("a", "a/b/c", "a/_b", "a/b c", 'a/b"', "../b"):
+        with pytest.raises(ValueError, match="no name such as"):
+            dataclasses.replace(draft, name=name)
+    assert plain_name("_my repo'") == "my-repo-" and plain_name("..") == "unnamed"
     with pytest.raises(ValueError, match="surrogates"):
         dataclasses.replace(draft, instruction="\ud800")
     write_draft(dataclasses.replace(draft, files={"a b/.c-d+e.txt": "fine"}), tmp_path / "task")

@@ -98,7 +98,7 @@ def test_a_generator_that_makes_another_task_than_the_proven_one_is_noticed(tmp_
 # Its own text holds the answer in two parts, so that it does not find itself.
 SNOOPER = """\
 python3 -c '
-import os, re
+import os
 for pid in filter(str.isdigit, os.listdir("/proc")):
     if int(pid) == os.getpid(): continue
     try:
@@ -123,120 +123,4 @@ def test_a_program_cannot_read_what_is_expected_from_another_process(tmp_path):
     write_draft(small((("5 6\n", wanted),)), tmp_path / "told")
     assert asyncio.run(play(tmp_path / "told", deliver(f"echo {wanted}"))) == 1.0
     write_draft(small((("5 6\n", wanted),)), tmp_path / "task")
-    assert asyncio.run(play(tmp_path / "task", deliver(SNOOPER))) == reward
-
-
-def test_weak_cases_let_mutants_through_and_strong_ones_do_not():
-    weak = asyncio.run(score_mutants(small((("5 6\n", "11"),)), 12, 0))
-    cases = (("3 2\n4 1\n", "5"), ("5 6\n", "11"), ("2 9\n", ""), ("10 1\n", "11"))
-    strong = asyncio.run(score_mutants(small(cases), 12, 0))
-    assert weak.score < 0.9 < strong.score and weak.survivors
-    assert weak.fakes == ("constant",) and strong.fakes == ()
-
-
-def test_a_reference_solution_that_fails_has_no_score():
-    wrong = dataclasses.replace(small(), oracle="echo 7\n")
-    with pytest.raises(ValueError, match="reference solution fails"):
-        asyncio.run(score_mutants(wrong, 4, 0))
-
-
-def test_a_generator_that_makes_another_task_than_the_proven_one_is_noticed(tmp_path):
-    index = tmp_path / "pro.json"
-    entry = {"family": "logs", "seed": 1, "digest": "0" * 16}
-    index.write_text(json.dumps({"tasks": [entry]}))
-    with pytest.raises(TaskError, match="was proven"):
-        load_pro(index)
-    index.write_text("{}")
-    with pytest.raises(TaskError, match="not an index"):
-        load_pro(index)
-
-
-# Its own text holds the answer in two parts, so that it does not find itself.
-SNOOPER = """\
-python3 -c '
-import os, re
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    if int(pid) == os.getpid(): continue
-    try:
-        maps, mem = open(f"/proc/{pid}/maps").read(), open(f"/proc/{pid}/mem", "rb")
-        for row in maps.splitlines():
-            start, end = (int(part, 16) for part in row.split()[0].split("-"))
-            mem.seek(start)
-            if b"secret-ans" + b"wer-7c" in mem.read(end - start):
-                print("secret-ans" + "wer-7c")
-                raise SystemExit
-    except (OSError, ValueError, OverflowError):
-        pass
-'
-for place in /proc/[0-9]*/environ /proc/[0-9]*/cmdline /proc/[0-9]*/fd/*; do
-  timeout 1 head -c 100000 $place 2> /dev/null | grep -a -o secret-ans''wer-7c && break
-done
-"""
-
-
-def test_a_program_cannot_read_what_is_expected_from_another_process(tmp_path):
-    wanted = "secret-answer-7c"
-    write_draft(small((("5 6\n", wanted),)), tmp_path / "told")
-    assert asyncio.run(play(tmp_path / "told", deliver(f"echo {wanted}"))) == 1.0
-    write_draft(small((("5 6\n", wanted),)), tmp_path / "task")
-    assert asyncio.run(play(tmp_path / "task", deliver(SNOOPER))) == reward
-
-
-def test_weak_cases_let_mutants_through_and_strong_ones_do_not():
-    weak = asyncio.run(score_mutants(small((("5 6\n", "11"),)), 12, 0))
-    cases = (("3 2\n4 1\n", "5"), ("5 6\n", "11"), ("2 9\n", ""), ("10 1\n", "11"))
-    strong = asyncio.run(score_mutants(small(cases), 12, 0))
-    assert weak.score < 0.9 < strong.score and weak.survivors
-    assert weak.fakes == ("constant",) and strong.fakes == ()
-
-
-def test_a_reference_solution_that_fails_has_no_score():
-    wrong = dataclasses.replace(small(), oracle="echo 7\n")
-    with pytest.raises(ValueError, match="reference solution fails"):
-        asyncio.run(score_mutants(wrong, 4, 0))
-
-
-def test_a_generator_that_makes_another_task_than_the_proven_one_is_noticed(tmp_path):
-    index = tmp_path / "pro.json"
-    entry = {"family": "logs", "seed": 1, "digest": "0" * 16}
-    index.write_text(json.dumps({"tasks": [entry]}))
-    with pytest.raises(TaskError, match="was proven"):
-        load_pro(index)
-    index.write_text("{}")
-    with pytest.raises(TaskError, match="not an index"):
-        load_pro(index)
-
-
-# Its own text holds the answer in two parts, so that it does not find itself.
-SNOOPER = """\
-python3 -c '
-import os, re
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    if int(pid) == os.getpid(): continue
-    try:
-        maps, mem = open(f"/proc/{pid}/maps").read(), open(f"/proc/{pid}/mem", "rb")
-        for row in maps.splitlines():
-            start, end = (int(part, 16) for part in row.split()[0].split("-"))
-            mem.seek(start)
-            if b"secret-ans" + b"wer-7c" in mem.read(end - start):
-                print("secret-ans" + "wer-7c")
-                raise SystemExit
-    except (OSError, ValueError, OverflowError):
-        pass
-'
-for place in /proc/[0-9]*/environ /proc/[0-9]*/cmdline /proc/[0-9]*/fd/*; do
-  timeout 1 head -c 100000 $place 2> /dev/null | grep -a -o secret-ans''wer-7c && break
-done
-"""
-
-
-def test_a_program_cannot_read_what_is_expected_from_another_process(tmp_path):
-    wanted = "secret-answer-7c"
-    write_draft(small((("5 6\n", wanted),)), tmp_path / "told")
-    assert asyncio.run(play(tmp_path / "told", deliver(f"echo {wanted}"))) == 1.0
-    write_draft(small((("5 6\n", wanted),)), tmp_path / "task")
-    # The needle is in the program's own text, so it is cut in two there.
-    program = SNOOPER.replace('b"secret-answer-7c"', '(b"secret-ans" + b"wer-7c")')
-    program = program.replace('"secret-answer-7c".upper().lower()', '"secret-ans" + "wer-7c"')
-    program = program.replace("grep -a -o secret-answer-7", "grep -a -o secret-ans''wer-7c")
     assert asyncio.run(play(tmp_path / "task", deliver(SNOOPER))) == 0.0
