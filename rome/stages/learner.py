@@ -21,8 +21,9 @@ from rome.train.state import make_optimizer
 from rome.train.step import Learner
 from rome.train.workdir import ConfigError
 
-# Forms of attention that compare one number a token; others write out a mask of T * T a row.
-TREE_ATTENTION = ("auto", "reference", "blocked")
+# Forms of attention with which rows of prefix trees were timed beside separate rows, over all cases
+# of benchmarks/prefix_tree.py, and pay: none yet.
+TREES_PAY: tuple[str, ...] = ()
 
 
 def make_learner(
@@ -44,6 +45,8 @@ def make_learner(
         decay_updates=decay_updates,
         weight_decay=config.weight_decay,
         clip=config.clip,
+        final_weight_decay=config.final_weight_decay if "final_weight_decay" in config else -1.0,
+        updates=config.steps * math.prod(updates_of_step(config)),
     )
     # A likelihood is maximised as it is; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if find_loss(config.loss).likelihood else config.temperature
@@ -69,9 +72,8 @@ def make_learner(
 def shares_prefixes(config: ml_collections.ConfigDict, learner: Learner) -> bool:
     """Return whether the rows of a step are prefix trees (`rome.data.prefix_tree`).
 
-    "auto" is on for the published policy losses where attention takes a tree as it is, which was
-    measured to pay (docs/algorithms.md), and time is not split. Own losses are left out: they may
-    take index t of a row for its token t.
+    "auto" is on for the published policy losses where trees were measured to pay (TREES_PAY) and
+    time is not split. Own losses are left out: they may take index t of a row for its token t.
 
     Raises:
       ConfigError: learner.prefix_tree=on, and the mesh or the attention does not take it.
@@ -82,7 +84,7 @@ def shares_prefixes(config: ml_collections.ConfigDict, learner: Learner) -> bool
     sequence = learner.mesh.shape["sequence"]
     attention = learner.chosen_kernels.attention
     if wanted == "auto":
-        return sequence == 1 and attention in TREE_ATTENTION and config.loss in SPECS
+        return sequence == 1 and attention in TREES_PAY and config.loss in SPECS
     if sequence > 1:
         raise ConfigError(
             f"learner.prefix_tree=on takes whole rows, and mesh.sequence={sequence} splits them."

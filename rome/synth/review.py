@@ -69,7 +69,11 @@ def _undocumented(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+        ):
             body[0] = ast.Pass()
     return ast.fix_missing_locations(tree)
 
@@ -114,4 +118,5 @@ def _bug(draft: Draft) -> str:
         return ""
     own = set(draft.oracle.splitlines())
     changed = "\n".join(line for line in broken.splitlines() if line not in own)
-    return f"{changed}\n" * 20
+    place = f"{draft.origin.get('bug', '')} {draft.origin.get('line', '')}"
+    return f"{changed}\n{place}\n" * 20

@@ -194,6 +194,7 @@ class Turn:
             self._parts.inbox.put(text, "reminder")
             return self._take_finding(self._guard.observe_malformed())
         if message.tool_calls:
+            self._cuts = 0
             first = len(self._log.events)
             ending = await self._runner.run(message.tool_calls)
             return ending or self._guard_since(first, message)

@@ -30,6 +30,7 @@ from rome.agent.iflow.places.workspace import (
     BackgroundJob,
     CommandOutput,
     WorkspaceError,
+    require_path,
 )
 
 _READ_BYTES = 1 << 16
@@ -75,6 +76,11 @@ class HostWorkspace:
 
     # -- commands
 
+    @property
+    def directory(self) -> str:
+        """Return where the shell is now."""
+        return self._shell.directory if self._shell else self.root
+
     async def execute(
         self,
         command: str,
@@ -90,10 +96,12 @@ class HostWorkspace:
         async with self._turn:
             if self._shell is None:
                 self._shell = await self._start_shell()
+            shell = self._shell
             try:
-                ended = await self._shell.run(text, timeout, keeper)
+                ended = await shell.run(text, timeout, keeper)
             finally:
-                if not self._shell.is_alive:
+                # The workspace may have been closed meanwhile.
+                if not shell.is_alive and shell is self._shell:
                     await asyncio.shield(self._leave_shell())
         output, file = keeper.finish()
         note = "" if ended.is_alive else SHELL_ENDED
@@ -105,12 +113,11 @@ class HostWorkspace:
     async def spawn(self, command: str) -> HostJob:
         """Start a command in the background; see `Workspace.spawn`."""
         text = encode_command(command)
-        directory = self._shell.directory if self._shell else self.root
         identity = str(next(self._job_numbers))
         path = pathlib.Path(self.outputs, f"job-{identity}.txt")
         job = HostJob(identity, command, path)
         mark = f"{self._mark}-{identity}"
-        await job.start(text, directory, self._environment() | {"IFLOW_JOB": mark})
+        await job.start(text, self.directory, self._environment() | {"IFLOW_JOB": mark})
         self.jobs[identity] = job
         return job
 
@@ -221,8 +228,7 @@ class HostWorkspace:
         Raises:
           WorkspaceError: it is named inside the project, and a link leads out of it.
         """
-        if "\0" in path:
-            raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+        require_path(path)
         named = os.path.normpath(os.path.join(self.root, os.path.expanduser(path)))
         real = os.path.realpath(named)
         if _is_below(named, self.root) and not _is_below(real, self.root):

@@ -28,6 +28,7 @@ from rome.agent.iflow.places.workspace import (
     BackgroundJob,
     CommandOutput,
     WorkspaceError,
+    require_path,
 )
 
 SHELL_CANCELLED = "this is a new shell, in the project's directory: the last command was cancelled"
@@ -69,6 +70,11 @@ class SandboxWorkspace:
         self._is_first = True  # it ends all
 
     # -- commands
+
+    @property
+    def directory(self) -> str:
+        """Return the project's directory; where the shell is, only the sandbox knows."""
+        return self.root
 
     async def execute(
         self,
@@ -315,8 +321,7 @@ class SandboxWorkspace:
             await self.write(file, text.encode(errors="replace"))
 
     def _absolute(self, path: str) -> str:
-        if "\0" in path:
-            raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+        require_path(path)
         return posixpath.normpath(posixpath.join(self.root, path))
 
     def _temporary(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
@@ -78,6 +79,10 @@ class Workspace(Protocol):
     outputs: str
     jobs: dict[str, BackgroundJob]
 
+    @property
+    def directory(self) -> str:
+        """Return where the shell is now; `root` where that takes asking it."""
+
     async def execute(
         self,
         command: str,
@@ -131,3 +136,13 @@ class Workspace(Protocol):
 
     async def aclose(self) -> None:
         """End the shell and all jobs."""
+
+
+def require_path(path: str) -> None:
+    """Raise a WorkspaceError where a text cannot be the path of a file."""
+    if "\0" in path:
+        raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise WorkspaceError(f"{path!r} is no path: it has half a character") from None

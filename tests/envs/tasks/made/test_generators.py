@@ -1,5 +1,6 @@
 """Generators: the same seed gives the same task, and another seed another one."""
 
+import collections
 import itertools
 import json
 
@@ -8,6 +9,7 @@ import pytest
 from envs.tasks.harbor import load_task
 from envs.tasks.made import FAMILIES, files_of, write_draft
 from envs.tasks.made.mutate_text import mutants_of
+from envs.tasks.made.pro import INDEX, read_index
 from envs.tasks.made.prove import choose_mutants, fakes_of
 
 
@@ -87,3 +89,12 @@ def test_the_store_refuses_what_its_schema_forbids():
         listed += page
         after = page[-1]["id"] if page else after
     assert {one["id"] for one in listed} == {one["id"] for one in state["records"][item]}
+
+
+def test_the_set_pro_has_25_tasks_in_each_of_eight_domains_and_its_generators_still_make_them():
+    entries = read_index(INDEX)
+    counts = collections.Counter(entry["family"] for entry in entries)
+    assert counts == dict.fromkeys(FAMILIES, 25)
+    assert len({entry["digest"] for entry in entries}) == 200
+    for entry in entries[::9]:
+        assert FAMILIES[entry["family"]].make(entry["seed"]).digest == entry["digest"]
