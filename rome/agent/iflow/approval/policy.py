@@ -186,7 +186,7 @@ class Policy:
         if not left:
             return Verdict("allow", "only reads" if reads else "rules allow all of its commands")
         rules = {_always_command(tool, command) for command in left}
-        shown = " ".join(left[0].texts)[:80] or "an assignment or a redirection"
+        shown = " ".join(left[0].texts)[:80] or "a variable that is set, or a redirection"
         reason = f"no rule allows: {shown}"
         return Verdict("ask", reason, rules.pop() if len(rules) == 1 else "")
 
