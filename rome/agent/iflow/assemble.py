@@ -321,12 +321,11 @@ class _Builder:
         return model
 
     def _make_tools(self) -> list[Tool]:
-        seconds = self._settings.shell_timeout
         tools = standard_tools(
             skills=self._skills,
             has_web=self._options.has_web,
             user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
-            **({"shell_seconds": seconds} if seconds else {}),
+            shell_seconds=self._settings.shell_timeout,
         )
         own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
         chosen = [
