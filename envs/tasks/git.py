@@ -22,6 +22,7 @@ _SAFE = (
     *("-c", "core.hooksPath=/dev/null"),
     *("-c", "pack.threads=1"),
     *("-c", "core.attributesFile=/dev/null"),
+    *("-c", "log.showSignature=false"),  # it would run the gpg.program that the repository names
 )
 # Variables of the user that matter for reaching a network.
 _NETWORK_VARIABLES = (
