@@ -135,7 +135,7 @@ def _is_for_terminal(arguments: argparse.Namespace) -> bool:
 
 async def _serve_person(arguments: argparse.Namespace) -> int:
     """Let a person talk with the agent: in this terminal, through an editor, or over HTTP."""
-    from rome.agent.iflow.opening import SessionOpener
+    from rome.agent.iflow.opening import SessionOpener, ask_trust
 
     options = _options(arguments)
     opener = SessionOpener(options)
@@ -148,6 +148,9 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
     from rome.agent.iflow.tui.terminal import Terminal
 
     directory = str(options.directory.resolve())
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(EOFError):
+            ask_trust(options, input)
     session = await opener.open_stored(_session(arguments), directory)
     if arguments.http is not None:
         token = os.environ.get("IFLOW_HTTP_TOKEN", "")

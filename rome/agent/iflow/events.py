@@ -258,6 +258,21 @@ class ToolOutput(Event):
     text: str
 
 
+@event("file_seen")
+class FileSeen(Event):
+    """The agent read or wrote a file; it may change it as long as the file is in this state.
+
+    Attributes:
+      path: absolute.
+      size: in bytes.
+      changed: time of its last change, in seconds.
+    """
+
+    path: str
+    size: int
+    changed: float
+
+
 @event("tool_finished")
 class ToolFinished(Event):
     """A call has its result. Each call of an answer gets exactly one, whatever happens.

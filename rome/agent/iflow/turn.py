@@ -56,10 +56,10 @@ class Parts:
     desk: Desk
     inbox: Inbox
     parent: str
+    read_files: dict[str, tuple[int, float]]
     spent: Spent | None = None
     edge: Edge | None = None
     knows_plan_mode: bool = False
-    read_files: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
 
     def schemas(self) -> list[dict[str, Any]]:
         """Return the schemas of the tools."""

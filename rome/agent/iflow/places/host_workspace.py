@@ -18,7 +18,7 @@ import shlex
 import stat as stat_module
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 from envs.rock.backend import MAX_COMMAND_BYTES
 from rome.agent.iflow.places.checkpoint import ShadowRepository
@@ -82,11 +82,16 @@ class HostWorkspace:
         return self._shell.directory if self._shell else self.root
 
     async def execute(
-        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+        self,
+        command: str,
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell; see `Workspace.execute`."""
         text = encode_command(command, env)
-        keeper = OutputKeeper(self._next_file())
+        keeper = OutputKeeper(self._next_file(), on_output)
         began = time.monotonic()
         async with self._turn:
             if self._shell is None:

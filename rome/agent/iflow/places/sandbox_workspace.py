@@ -10,7 +10,7 @@ import pathlib
 import posixpath
 import shlex
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from envs.rock import (
     AgentFault,
@@ -77,7 +77,12 @@ class SandboxWorkspace:
         return self.root
 
     async def execute(
-        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+        self,
+        command: str,
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell; see `Workspace.execute`."""
         settings = "".join(
@@ -89,6 +94,7 @@ class SandboxWorkspace:
                 session = await self._shell()
                 note = SHELL_CANCELLED if self._was_cancelled else ""
                 self._was_cancelled = False
+                session.on_output = on_output
                 try:
                     result = await session.run(settings + command, timeout)
                 except asyncio.CancelledError:
@@ -101,6 +107,8 @@ class SandboxWorkspace:
                         raise
                     # The command killed its shell before its own end could be reported.
                     result = CommandResult("", "", 137, False, False, 0.0)
+                finally:
+                    session.on_output = None
                 if session.ended:
                     self._session = None
                     await session.close()

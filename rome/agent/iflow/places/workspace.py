@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 
@@ -81,7 +81,12 @@ class Workspace(Protocol):
         """Return where the shell is now; `root` where that takes asking it."""
 
     async def execute(
-        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+        self,
+        command: str,
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell, with empty input.
 
@@ -92,6 +97,7 @@ class Workspace(Protocol):
           command: text for bash.
           timeout: seconds, after which it is ended with all that it started.
           env: variables that the shell has from this command on.
+          on_output: called with each piece of the output as it comes, for people who watch.
         """
 
     async def spawn(self, command: str) -> BackgroundJob:

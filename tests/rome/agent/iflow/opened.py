@@ -117,7 +117,7 @@ class Directory:
     async def write(self, path, content):
         pathlib.Path(self.root, path).write_bytes(content)
 
-    async def execute(self, command, *, timeout, env=None):
+    async def execute(self, command, *, timeout, env=None, on_output=None):
         run = subprocess.run(
             command, shell=True, cwd=self.root, capture_output=True, text=True, timeout=timeout
         )
