@@ -71,18 +71,18 @@ def table_of_stages(entries: Sequence[Mapping[str, Any]]) -> Table:
         title="what each stage added on the held-out tasks",
         title_style="bold",
         title_justify="left",
-        caption="% of tasks solved (95 % interval); bits a byte of text or a token of trajectories",
+        caption="% of tasks solved (95 % interval); bits a byte of text (cpt) or a learned token",
         caption_justify="left",
     )
     table.add_column("stage", no_wrap=True)
-    for name in ("steps", "minutes", "before", "after", "added", "bits"):
+    for name in ("steps", "min", "after it", "added", "bits"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in entries:
         table.add_row(
             entry["stage"],
             str(entry["steps"]),
             f"{entry['seconds'] / 60:.1f}",
-            *(_cell(entry[name]) for name in ("before", "after")),
+            _cell(entry["after"]),
             _added_cell(entry["added"]),
             _bits_cell(entry),
         )
@@ -129,4 +129,4 @@ def _added_cell(added: Mapping[str, Any] | None) -> Text | str:
 def _bits_cell(entry: Mapping[str, Any]) -> str:
     if entry["bits_after"] is None:
         return ""
-    return f"{entry['bits_before']:.2f} → {entry['bits_after']:.2f} a {entry['bits_of']}"
+    return f"{entry['bits_before']:.2f} → {entry['bits_after']:.2f}"
