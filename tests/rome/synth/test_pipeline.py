@@ -16,8 +16,9 @@ from envs.rock import SandboxConfig
 from envs.tasks.made import FAMILIES, files_of
 from rome.synth import review
 from rome.synth.build import Built, drafts_text, find_licence, read_drafts
+from rome.synth.claim import ClaimError, claim_folder
 from rome.synth.explore import explore, parse_families
-from rome.synth.pipeline import Settings, SynthesisError, Trace, _claim, synthesise
+from rome.synth.pipeline import Settings, Trace, synthesise
 from tests.paths import ROOT
 
 CONFIG = SandboxConfig(isolation="best_available")
@@ -74,7 +75,9 @@ def test_a_verifier_that_reads_source_or_runs_nothing_is_rejected():
 
 def test_exact_and_near_duplicates_are_found_and_others_are_not():
     drafts = [FAMILIES["logs"].make(seed) for seed in range(8)]
-    near = dataclasses.replace(drafts[2], name="again", instruction=drafts[2].instruction + " ok")
+    near = dataclasses.replace(
+        drafts[2], name="logs/again", instruction=drafts[2].instruction + " ok"
+    )
     assert review.find_duplicates([*drafts, drafts[0], near]) == {8: 0, 9: 2}
 
 
@@ -99,10 +102,10 @@ def test_a_trace_survives_a_line_that_a_kill_cut_off(tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    _claim(tmp_path, Settings(families="logs:1"))
-    _claim(tmp_path, Settings(families="logs:1"))
-    with pytest.raises(SynthesisError, match="whose families is 'logs:1', not 'logs:2'"):
-        _claim(tmp_path, Settings(families="logs:2"))
+    claim_folder(tmp_path, dataclasses.asdict(Settings(families="logs:1")))
+    claim_folder(tmp_path, dataclasses.asdict(Settings(families="logs:1")))
+    with pytest.raises(ClaimError, match="whose families is 'logs:1', not 'logs:2'"):
+        claim_folder(tmp_path, dataclasses.asdict(Settings(families="logs:2")))
 
 
 def test_licences_are_found_where_pip_and_repositories_put_them(tmp_path):
