@@ -62,6 +62,9 @@ def lora() -> ml_collections.ConfigDict:
     # comma-separated: all, attention, experts, mlp (layers without experts), or PEFT's names of
     # matrices, such as q_proj,v_proj
     block.targets = "all"
+    # what engines get: the weights with the adapters added (merged), or the adapters alone, loaded
+    # by name beside the weights that the engine was started with (adapter)
+    block.publish = "merged"
     return block
 
 

@@ -52,12 +52,12 @@ CONCURRENCY = flags.DEFINE_integer("concurrency", 2, "sandboxes at once", lower_
 SEED = flags.DEFINE_integer("seed", 0, "of everything", lower_bound=0)
 FILTER = flags.DEFINE_string("filter", "", "folder of trajectories (ATIF) to be filtered")
 TASKS = flags.DEFINE_string("tasks", "", "data set of their tasks")
+LABELS = flags.DEFINE_string("labels", "", "decisions on some of them that calibrate the judge")
 RUNS = flags.DEFINE_integer("runs", 2, "re-runs of each trajectory", lower_bound=1)
 FUNNEL = flags.DEFINE_string("funnel", "", "folder of a filter: print and plot what it removed")
 FAKES = flags.DEFINE_integer("fakes", 0, "planted fakes of each kind to measure the filter on")
 INDEX = flags.DEFINE_string("index", "", "file: write the index of accepted generated tasks")
 RUNS_OF = flags.DEFINE_list("runs_of", [], "folders of the runs that --index reads")
-PRO_FAMILIES = "all:36"
 PRO_KEEP = 25  # of each of 8 domains
 
 
@@ -73,7 +73,33 @@ def main(argv: list[str]) -> int:
         return run_filter()
     if FAKES.value:
         return measure_fakes()
+    if PRO.value:
+        return run_pro()
     return run_synthesis()
+
+
+def run_pro() -> int:
+    """Make a whole set like `pro`; return 1 if a domain has too few tasks."""
+    from envs.rock import SandboxConfig
+    from rome.synth.rounds import make_balanced_set
+
+    if FAMILIES.value or PACKAGES.value or REPOSITORIES.value:
+        raise ValueError("--pro makes a set of all generators; give neither sources nor families")
+    counts = asyncio.run(
+        make_balanced_set(
+            pathlib.Path(OUT.value),
+            SandboxConfig(isolation=ISOLATION.value),
+            seed=SEED.value,
+            per_domain=KEEP.value or PRO_KEEP,
+            mutants=MUTANTS.value,
+            oracle_runs=ORACLE_RUNS.value,
+            concurrency=CONCURRENCY.value,
+            say=lambda text: print(text, flush=True),
+        )
+    )
+    listed = ", ".join(f"{name} {number}" for name, number in counts.items())
+    print(f"{sum(counts.values())} tasks in {pathlib.Path(OUT.value) / 'tasks'}: {listed}")
+    return 0 if min(counts.values()) == (KEEP.value or PRO_KEEP) else 1
 
 
 def run_synthesis() -> int:
@@ -83,8 +109,6 @@ def run_synthesis() -> int:
     from rome.synth.pipeline import Settings, synthesise
 
     families, keep = FAMILIES.value, KEEP.value
-    if PRO.value:
-        families, keep = PRO_FAMILIES, PRO_KEEP
     endpoints = read_endpoints()
     if not (families or PACKAGES.value or REPOSITORIES.value or endpoints):
         raise ValueError("nothing to make tasks of: give --families, --packages or --repositories")
@@ -175,6 +199,7 @@ def run_filter() -> int:
             runs=RUNS.value,
             concurrency=CONCURRENCY.value,
             chat=endpoints.chat if endpoints else None,
+            labels=pathlib.Path(LABELS.value) if LABELS.value else None,
         )
     )
     print("\n".join(describe_funnel(funnel)))

@@ -12,21 +12,24 @@ import dataclasses
 import json
 import pathlib
 import random
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from envs.rock import Sandbox, SandboxConfig
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import read_folder
-from envs.tasks.made.draft import Case, Draft
+from envs.tasks.made.draft import Case, Draft, plain_name
 from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
 
 MAX_TESTS = 200  # that are recorded of one package
-MAX_TRIED = 16  # mutants of one module
+MAX_TEST_BYTES = 64 << 10
+MAX_TRIED = 24  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
 MIN_TESTS_OF_LINE = 4
+NEAR_LINES = 15  # from a bug: where the mutants of its proof are
 MODULES = 3  # whose bugs are looked for, at least, where a package has so many
 CASES = 4
 CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
@@ -85,7 +88,7 @@ def read_package(folder: pathlib.Path) -> dict[str, str]:
         if not path.endswith(".py"):
             continue
         try:
-            files[f"{folder.name}/{path}"] = content.decode()
+            files[f"{folder.resolve().name}/{path}"] = content.decode()
         except UnicodeDecodeError as error:
             raise TaskError(folder / path, 0, f"not UTF-8: {error}") from error
     size = sum(map(len, files.values()))
@@ -108,6 +111,7 @@ async def record_package(folder: pathlib.Path, seed: int, isolation: str) -> Rec
     """
     files = read_package(folder)
     record = pathlib.Path(__file__).with_name("record.py").read_bytes()
+    name = folder.resolve().name
     outputs = []
     async with Sandbox(SandboxConfig(isolation=isolation, **_SANDBOX)) as sandbox:
         await sandbox.write_files(
@@ -115,20 +119,39 @@ async def record_package(folder: pathlib.Path, seed: int, isolation: str) -> Rec
         )
         for hash_seed in ("1", "2"):
             result = await sandbox.execute(
-                f"python3 -B record.py {folder.name} {seed} {MAX_TESTS} > tests.jsonl",
+                f"python3 -B record.py {shlex.quote(name)} {seed} {MAX_TESTS} > tests.jsonl",
                 timeout=300.0,
                 env={"PYTHONHASHSEED": hash_seed},
             )
             if result.exit_code:
                 raise TaskError(folder, 0, f"it cannot be recorded: {result.stderr[-300:]}")
             outputs.append(await sandbox.read_file("tests.jsonl"))
-    first, second = ({line for line in output.splitlines()} for output in outputs)
-    tests = [json.loads(line) for line in outputs[0].splitlines() if line in second & first]
+    second = set(outputs[1].splitlines())
+    agreed = [line for line in outputs[0].splitlines() if line in second]
+    tests = [test for line in agreed if (test := _read_test(line, files)) is not None][:MAX_TESTS]
     if len(tests) < 2 * CASES:
         raise TaskError(
             folder, 0, f"only {len(tests)} tests could be recorded; its functions need more"
         )
-    return Recording(folder.name, files, tests)
+    return Recording(name, files, tests)
+
+
+def _read_test(line: bytes, files: dict[str, str]) -> dict[str, Any] | None:
+    """Return a recorded test; None where a line is none, for the package may write lines itself."""
+    try:
+        test = json.loads(line)
+        is_sound = (
+            len(line) <= MAX_TEST_BYTES
+            and isinstance(test["module"], str)
+            and all(isinstance(one, str) for one in test["statements"])
+            and all(isinstance(shown, str) for _, shown in test["outcome"])
+            and len(test["outcome"]) == len(test["statements"]) > 0
+            and all(name in files for name in test["lines"])
+            and all(isinstance(one, int) for rows in test["lines"].values() for one in rows)
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return test if is_sound else None
 
 
 def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | None:
@@ -161,7 +184,7 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
     if licence:
         origin["license"] = licence
     return Draft(
-        name=f"package/{recording.name}",
+        name=f"package/{plain_name(recording.name)}",
         domain="software",
         family="repair-package",
         language="python",
@@ -197,8 +220,13 @@ async def package_drafts(
         own, *outcomes = await judge_programs(whole, [whole.oracle, *programs], isolation)
         if own:  # its tests do not hold in another process
             continue
-        detected = [edit for edit, faults in zip(edits, outcomes, strict=True) if faults]
-        found.append([_bugged(whole, edit, recording) for edit in detected])
+        judged = [
+            (line_of(whole.oracle, edit), edit, bool(faults))
+            for edit, faults in zip(edits, outcomes, strict=True)
+        ]
+        # Bugs first whose neighbours the tests notice, too: the others fail the proof of mutants.
+        best = sorted(judged, key=lambda one: -_noticed_near(one[0], judged))
+        found.append([_bugged(whole, edit, recording) for _, edit, detected in best if detected])
     drafts = []
     while len(drafts) < count and any(found):
         for row in found:
@@ -207,10 +235,21 @@ async def package_drafts(
     return drafts
 
 
+def line_of(text: str, edit: Edit) -> int:
+    """Return the line, from 1 on, at which an edit begins."""
+    return text.count("\n", 0, edit.start) + 1
+
+
+def _noticed_near(line: int, judged: Sequence[tuple[int, Edit, bool]]) -> float:
+    """Return the share of bugs near a line that tests noticed, lower where few were tried."""
+    near = [detected for other, _, detected in judged if abs(other - line) <= NEAR_LINES]
+    return sum(near) / (len(near) + 1)
+
+
 def _bugged(whole: Draft, edit: Edit, recording: Recording) -> Draft:
     """Return the task whose package has one bug; mutants of its proof stay near the bug."""
-    line = whole.oracle.count("\n", 0, edit.start) + 1
-    near = tuple(other for other in whole.lines if abs(other - line) <= 15)
+    line = line_of(whole.oracle, edit)
+    near = tuple(other for other in whole.lines if abs(other - line) <= NEAR_LINES)
     files = {**recording.files, whole.program: edit.apply(whole.oracle)}
     shown = []
     for case in whole.cases[:2]:
@@ -237,4 +276,4 @@ before the bug came in: what they return or print, and the kind of exception tha
         lines=near,
         origin={**whole.origin, "bug": edit.operator, "line": line},
     )
-    return dataclasses.replace(draft, name=f"package/{recording.name}/{draft.digest[:10]}")
+    return dataclasses.replace(draft, name=f"{draft.name}-{draft.digest[:10]}")
