@@ -62,6 +62,9 @@ def lora() -> ml_collections.ConfigDict:
     # comma-separated: all, attention, experts, mlp (layers without experts), or PEFT's names of
     # matrices, such as q_proj,v_proj
     block.targets = "all"
+    # what engines get: the weights with the adapters added (merged), or the adapters alone, loaded
+    # by name beside the weights that the engine was started with (adapter)
+    block.publish = "merged"
     return block
 
 
@@ -133,7 +136,7 @@ def apply_pod_sizes(config: ml_collections.ConfigDict, preset: str) -> Pod:
     return pod
 
 
-def unknown_preset(experiment: str, preset: str) -> ValueError:
+def unknown_preset(experiment: str, preset: str, more: tuple[str, ...] = ()) -> ValueError:
     """Return the error for a preset that an experiment file does not have."""
-    known = ", ".join(("tiny", "smoke", *PODS))
+    known = ", ".join(("tiny", "smoke", *PODS, *more))
     return ValueError(f"{experiment} has no preset {preset!r}. Choose one of {known}.")

@@ -5,9 +5,18 @@ python -m launch.train --config=experiments/cpt.py:smoke                # second
 python -m launch.train --config=experiments/cpt.py:qwen3_30b_a3b \
     --config.text=DIR                                                   # a pod; not run
 
-DIR holds .jsonl files (one document a line, under "text") and text files of any kind, each one
-document. Without --config.text, the source of Python's standard library is read. The metric is the
-model's bits per byte of held-out documents: on Python's library, `tiny` goes from 8.1 to 2.4.
+The two stages of "Let It Flow", of what `python -m launch.corpus --out runs/corpus ...` makes:
+
+python -m launch.train --config=experiments/cpt.py:stage1 --workdir=runs/stage1     # repositories
+python -m launch.train --config=experiments/cpt.py:stage2 --workdir=runs/stage2 \
+    --config.init_from=runs/stage1/final                                # trajectories
+python -m launch.train --config=experiments/cpt.py:stage1_qwen3_30b_a3b ...
+    # 500B tokens (stage 2: 300B), 32M a step, rate 3e-5; stage 2 anneals weight decay; not run
+
+DIR holds .jsonl, .parquet and .array_record files (a document a record, under "text") and text
+files of any kind, each one document. Without --config.text, the source of Python's standard library
+is read. The metric is the model's bits per byte of held-out documents: on Python's library, `tiny`
+goes from 8.1 to 2.4.
 
 SFT starts from the result with
 python -m launch.train --config=experiments/sft.py --config.init_from=experiments/cpt.py
@@ -16,6 +25,12 @@ python -m launch.train --config=experiments/sft.py --config.init_from=experiment
 import ml_collections
 
 from experiments import common
+
+# What `launch.corpus --out runs/corpus` makes, with general text beside it.
+STAGES = {
+    "stage1": "0.8*runs/corpus/stage1 + 0.2*stdlib",
+    "stage2": "0.9*runs/corpus/stage2 + 0.1*runs/corpus/stage1",
+}
 
 
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
@@ -29,7 +44,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
     config.tokenizer = ""  # a directory; empty: the model's own
     config.loss = "cpt"
-    config.text = ""  # a folder or a file; empty: the source of Python's standard library
+    # folders and files, "A + B", or with shares of the documents "0.8*A + 0.2*stdlib";
+    # stdlib or empty: the source of Python's standard library
+    config.text = ""
     config.held_out_share = 0.02  # of the documents, never trained on
     config.eval_documents = 10  # how many of the held-out documents are evaluated
     config.steps = 400
@@ -41,6 +58,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.warmup_updates = 50
     config.decay = False  # True: cosine to a tenth over the stage; False: constant
     config.weight_decay = 0.1
+    config.final_weight_decay = -1.0  # reached linearly at the last step; -1: it stays constant
     config.clip = 1.0  # global norm of the gradient
     # leave out an update whose gradient is not finite (counted as skipped_updates), up to 10 steps
     # in a row; False: such a step ends the run at its last good checkpoint
@@ -52,14 +70,43 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.learner = common.learner()
     config.lora = common.lora()
     config.mesh = common.mesh()
-    if preset == "smoke":
+    stage, _, rest = preset.partition("_")
+    size = (rest or "tiny") if stage in STAGES else preset
+    if stage in STAGES:
+        _apply_stage(config, stage)
+    if size == "smoke":
         config.steps = 20
         config.eval_documents = 2
-    elif preset in common.PODS:
-        _apply_pod(config, preset)
-    elif preset != "tiny":
-        raise common.unknown_preset("experiments/cpt.py", preset)
+    elif size in common.PODS:
+        _apply_pod(config, size)
+        if stage in STAGES:
+            _apply_paper(config, stage)
+    elif size != "tiny":
+        raise common.unknown_preset("experiments/cpt.py", preset, (*STAGES, "stage1_SIZE"))
     return config
+
+
+def _apply_stage(config: ml_collections.ConfigDict, stage: str) -> None:
+    """Set the text of one of the two stages, and what the paper changes between them."""
+    config.text = STAGES[stage]
+    if stage == "stage2":
+        config.steps = 200
+        config.rows = 8
+        config.rows_per_microbatch = 8
+        config.row_length = 512
+        config.learning_rate = 1e-3
+        config.warmup_updates = 20
+        config.held_out_share = 0.1
+        config.final_weight_decay = 0.01
+
+
+def _apply_paper(config: ml_collections.ConfigDict, stage: str) -> None:
+    """Set tokens, batch and rate as the paper states them; it gives no warm-up. Not run."""
+    config.rows = 4096  # of 8192 tokens: 32M a step
+    config.steps = {"stage1": 14_901, "stage2": 8_941}[stage]  # 500B and 300B tokens
+    config.learning_rate = 3e-5
+    config.decay = False
+    config.held_out_share = 0.001
 
 
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:

@@ -73,6 +73,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=REQUEST_SECONDS,
         help="a request that takes longer is dropped and gets 503",
     )
+    add(
+        "--max_loaded_loras",
+        "--max-loaded-loras",
+        type=int,
+        default=0,
+        help="adapters that /load_lora_adapter may load at once; 0 takes no memory for any",
+    )
+    add("--max_lora_rank", "--max-lora-rank", type=int, default=16, help="largest rank of them")
+    add(
+        "--lora_target_modules",
+        "--lora-target-modules",
+        default="all",
+        help="matrices that they may adapt, comma-separated: all, attention, experts, mlp, q_proj",
+    )
     add("--parent_pid", type=int, help="end when the parent is not this process any more")
     return parser.parse_args(argv)
 
@@ -87,6 +101,7 @@ def main() -> None:
         threading.Thread(target=end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     listener = listen(arguments.host, arguments.port)
     # Only after the port is taken: these import JAX, which takes seconds.
+    from rome.serve.adapters import AdapterRoom
     from rome.serve.programs import Shapes
     from rome.serve.run import ServeError, serve
 
@@ -98,6 +113,9 @@ def main() -> None:
             page_tokens=arguments.page_tokens,
             call_tokens=arguments.call_tokens,
         )
+        room = AdapterRoom(
+            arguments.max_loaded_loras, arguments.max_lora_rank, arguments.lora_target_modules
+        )
     except ValueError as error:
         sys.exit(f"launch.serve: {error}")
     service = serve(
@@ -106,6 +124,7 @@ def main() -> None:
         shapes,
         dtype=arguments.dtype,
         weight_version=arguments.weight_version,
+        room=room,
         with_tokenizer=not arguments.skip_tokenizer_init,
         max_queued_requests=arguments.max_queued_requests,
         request_seconds=arguments.request_seconds,

@@ -13,6 +13,7 @@ from docs.figures import (
     layers,
     learning_curve,
     processes,
+    relevance,
     sandbox_layers,
     speed,
 )
@@ -26,6 +27,7 @@ def main() -> None:
     sandbox_layers.draw()
     chunk_credit.draw()
     async_timeline.draw()
+    relevance.draw()
     speed.draw()
     learning_curve.main([])
     configuration.main([])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pathlib
 import subprocess
+from collections.abc import Sequence
 
 GIT_SECONDS = 300.0
 MAX_FILE_BYTES = 16 << 20  # for one file
@@ -167,6 +168,41 @@ def content_of(
     return git(repository, "cat-file", "blob", blob, scratch=scratch)
 
 
+def contents_of(repository: pathlib.Path, blobs: Sequence[str], max_bytes: int) -> list[bytes]:
+    """Return the contents of blobs, read by one process.
+
+    Args:
+      repository: local, bare or with a working tree.
+      blobs: full object names.
+      max_bytes: of all of them together; nothing is read where they have more.
+
+    Raises:
+      RepositoryError: one is missing or torn, or they are too large.
+    """
+    if not blobs:
+        return []
+    names = "".join(f"{blob}\n" for blob in blobs).encode()
+    listed = git(
+        repository, "cat-file", "--batch-check=%(objecttype) %(objectsize)", stdin=names
+    ).splitlines()
+    sizes = []
+    for blob, row in zip(blobs, listed, strict=True):
+        kind, _, size = row.partition(b" ")
+        if kind != b"blob":
+            raise RepositoryError(f"object {blob} in {repository} is missing or no file")
+        sizes.append(int(size))
+    if sum(sizes) > max_bytes:
+        raise RepositoryError(f"{len(blobs)} files have {sum(sizes)} bytes, more than {max_bytes}")
+    # For each file: an empty line, the content and a newline.
+    output = git(repository, "cat-file", "--batch=", stdin=names)
+    contents = []
+    place = 0
+    for size in sizes:
+        contents.append(output[place + 1 : place + 1 + size])
+        place += size + 2
+    return contents
+
+
 def files_below(
     repository: pathlib.Path, commit: str, folder: str, max_bytes: int, max_files: int
 ) -> dict[str, tuple[bytes, int]]:
@@ -186,20 +222,12 @@ def files_below(
         )
     if len(entries) > max_files:
         raise RepositoryError(f"more than {max_files} files are below {folder!r}")
-    names = "".join(f"{blob}\n" for _, blob in entries.values()).encode()
-    listed = git(repository, "cat-file", "--batch-check=%(objectsize)", stdin=names)
-    sizes = [int(size) for size in listed.split()]
-    if sum(sizes) > max_bytes:
-        raise RepositoryError(f"more than {max_bytes} bytes are below {folder!r}")
-    # For each file: an empty line, the content and a newline.
-    content = git(repository, "cat-file", "--batch=", stdin=names)
-    files = {}
-    place = 0
-    for (path, (mode, _)), size in zip(entries.items(), sizes, strict=True):
-        place += 1
-        files[path] = (content[place : place + size], 0o755 if mode == "100755" else 0o644)
-        place += size + 1
-    return files
+    blobs = [blob for _, blob in entries.values()]
+    contents = contents_of(repository, blobs, max_bytes)
+    return {
+        path: (content, 0o755 if mode == "100755" else 0o644)
+        for (path, (mode, _)), content in zip(entries.items(), contents, strict=True)
+    }
 
 
 def fetch_commit(target: pathlib.Path, url: str, commit: str) -> None:

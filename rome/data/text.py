@@ -1,10 +1,10 @@
-"""Documents for continual pre-training: read in place, cut into pieces of a row, packed.
+"""Text for continual pre-training: read in place, cut into pieces of a row, packed.
 
 Every token of a document but its first is predicted exactly once: pieces overlap by one token.
 
-A document is a line of a .jsonl file (its "text"), or any other file that is UTF-8 text. Only
-locations are kept in memory; a document is read when it is fetched. A hash of the content alone
-decides whether a document is held out, so a copy under another name falls on the same side.
+`rome.data.documents` says what a document is. Only locations are kept in memory; a document is read
+when it is fetched. A hash of the content alone decides whether a document is held out, so a copy
+under another name falls on the same side.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
-import json
-import os
 import pathlib
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import grain
 import grain.experimental
 import numpy as np
 
-from rome.data.batch import Batch
+from rome.data.batch import IMITATION, Batch
+from rome.data.documents import Documents, Text, document_name, find_text_files, scan
 from rome.data.index import fingerprint, load_index, save_index
-from rome.data.lines import Example, text_example
-from rome.data.packing import pack_examples, pack_stream
+from rome.data.lines import CHUNK_FEATURES, TOKEN_FEATURES, Example, text_example
+from rome.data.mixture import parse_mixture
+from rome.data.packing import pack_examples
 from rome.data.sources import (
     READ_OPTIONS,
     ROWS_OPEN,
@@ -37,46 +36,7 @@ from rome.data.sources import (
 from rome.model.tokenizer import Tokenizer
 from rome.stopping import ShouldStop, never, raise_if_stopped
 
-# Folders below Python's own library folder that are not the library.
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-class Documents:
-    """Texts in the order in which they were found.
-
-    Args:
-      files: the files that hold the documents.
-      places_N3: (number of the file, first byte, bytes) of each document.
-    """
-
-    def __init__(self, files: list[pathlib.Path], places_N3: np.ndarray):
-        self._files = files
-        self._places_N3 = places_N3
-
-    def __len__(self) -> int:
-        return len(self._places_N3)
-
-    def __getitem__(self, index: int) -> str:
-        number, start, size = self._places_N3[index].tolist()
-        path = self._files[number]
-        with open(path, "rb") as file:
-            file.seek(start)
-            content = file.read(size)
-        text = _decode(path, content, self.name(index))
-        if text is None:
-            raise ValueError(
-                f"{self.name(index)} is no text any more: it was changed while it is trained on."
-                " Train on a copy that stays."
-            )
-        return text
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[number] for number in range(len(self)))
-
-    def name(self, index: int) -> str:
-        """Return the name of a document, for messages."""
-        number, start, _ = self._places_N3[index].tolist()
-        return _document_name(self._files[number], start)
+_ONE_CHUNK = np.full(1, IMITATION, np.int8)  # a piece of text is one chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +44,23 @@ class Corpus:
     """Documents to train on, and held-out ones in an order that only their content decides.
 
     Args:
-      training: documents to train on.
+      training: the parts of the mixture without what is held out, and their shares of the documents
+        that are drawn; a mixture without weights is one part.
       held_out: documents to evaluate on.
       skipped: names of files and lines that are no document: empty, or not UTF-8 text.
       digest: hash of all contents in order. Positions in streams of corpora with equal digests mean
         the same.
     """
 
-    training: Documents
+    training: list[tuple[Documents, float]]
     held_out: Documents
     skipped: list[str]
     digest: str
+
+    @property
+    def count(self) -> int:
+        """Return the number of documents to train on."""
+        return sum(len(documents) for documents, _ in self.training)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +74,7 @@ class _Index:
 
 
 def read_corpus(
-    place: str,
+    spec: str,
     held_out_share: float,
     should_stop: ShouldStop = never,
     index: pathlib.Path | None = None,
@@ -117,8 +83,8 @@ def read_corpus(
     """Find all documents, reading each once, or none of them where an index knows the files.
 
     Args:
-      place: a directory, walked in sorted order without hidden files and folders; or one file; or
-        "" for the source of Python's standard library.
+      spec: places as `find_text_files` takes them, one or several: "A + B", or with shares of the
+        documents that are drawn "0.7*A + 0.3*B" (`rome.data.mixture`).
       held_out_share: share of the documents that is held out, on average.
       should_stop: asked before each document.
       index: file that keeps what was found. It counts as long as no file has another name, size or
@@ -128,11 +94,13 @@ def read_corpus(
     Raises:
       FileNotFoundError: there is no such place.
       Stopped: `should_stop` returned True.
-      ValueError: no document is left to train on or to hold out, or a JSON line is malformed.
+      ValueError: no document is left to train on or to hold out, or one is malformed.
     """
-    files = _files(pathlib.Path(place)) if place else _library_files()
+    parts = [(part.name, part.weight) for part in parse_mixture(spec)] if spec else [("", None)]
+    files_of_part = [find_text_files(name) for name, _ in parts]
+    files = [path for some in files_of_part for path in some]
     # Before the files are read: what changes meanwhile makes the index of no account.
-    key = fingerprint(files, repr(held_out_share))
+    key = fingerprint(files, repr((held_out_share, spec)))
     found = None if index is None else _load_index(index, key)
     if found is None:
         found = _read_all(files, held_out_share, should_stop)
@@ -140,6 +108,7 @@ def read_corpus(
             head = {"skipped": found.skipped, "digest": found.digest}
             arrays = {"training": found.training_N3, "held_out": found.held_out_N3}
             save_index(index, key, head, arrays)
+    shown = spec or "the standard library"
     for places_N3, purpose in (
         (found.training_N3, "to train on"),
         (found.held_out_N3, "held out"),
@@ -147,15 +116,31 @@ def read_corpus(
         if not len(places_N3):
             count = len(found.training_N3) + len(found.held_out_N3)
             raise ValueError(
-                f"{place or 'the standard library'} has {count} documents and none {purpose}"
+                f"{shown} has {count} documents and none {purpose}"
                 f" (held_out_share={held_out_share}). Give more text or another share."
             )
-    return Corpus(
-        training=Documents(files, found.training_N3),
-        held_out=Documents(files, found.held_out_N3),
-        skipped=found.skipped,
-        digest=found.digest,
-    )
+    training = [(Documents(files, found.training_N3), 1.0)]
+    if parts[0][1] is not None:
+        training = _parts_of(parts, files_of_part, files, found.training_N3)
+    return Corpus(training, Documents(files, found.held_out_N3), found.skipped, found.digest)
+
+
+def _parts_of(
+    parts: Sequence[tuple[str, float | None]],
+    files_of_part: Sequence[Sequence[pathlib.Path]],
+    files: list[pathlib.Path],
+    places_N3: np.ndarray,
+) -> list[tuple[Documents, float]]:
+    """Return the documents of each part of a mixture with its share."""
+    training = []
+    first = 0
+    for (name, weight), own in zip(parts, files_of_part, strict=True):
+        is_own_N = (places_N3[:, 0] >= first) & (places_N3[:, 0] < first + len(own))
+        first += len(own)
+        if not is_own_N.any():
+            raise ValueError(f"{name} has no document to train on. Give more text there.")
+        training.append((Documents(files, places_N3[is_own_N]), weight or 0.0))
+    return training
 
 
 def _read_all(files: list[pathlib.Path], held_out_share: float, should_stop: ShouldStop) -> _Index:
@@ -167,10 +152,10 @@ def _read_all(files: list[pathlib.Path], held_out_share: float, should_stop: Sho
     held_out = array.array("q")
     held_out_keys = []
     for number, path in enumerate(files):
-        for start, size, text in _scan(path):
+        for start, size, text in scan(path):
             raise_if_stopped(should_stop)
             if text is None:
-                skipped.append(_document_name(path, start))
+                skipped.append(document_name(path, start))
                 continue
             content_digest = hashlib.sha256(text.encode()).digest()
             digest.update(content_digest)
@@ -203,7 +188,7 @@ def _load_index(path: pathlib.Path, key: str) -> _Index | None:
 
 
 def text_batches(
-    documents: RandomAccess[str],
+    parts: Sequence[tuple[RandomAccess[str], float]],
     tokenizer: Tokenizer,
     *,
     rows: int,
@@ -218,7 +203,7 @@ def text_batches(
     pieces shuffled. A document is tokenised when its turn comes.
 
     Args:
-      documents: texts.
+      parts: texts, and their share of the documents that are drawn.
       tokenizer: turns a text into ids.
       rows: B, rows a batch.
       row_length: T, tokens a row.
@@ -228,17 +213,47 @@ def text_batches(
     """
 
     def shuffled_pieces(text: str, rng: np.random.Generator) -> list[Example]:
-        examples = _cut_all([text], tokenizer, row_length)
-        return [examples[place] for place in rng.permutation(len(examples))]
+        pieces = _pieces(document_ids(tokenizer, text), row_length)
+        order = rng.permutation(len(pieces))
+        return [{"tokens": pieces[place], "kind": _ONE_CHUNK} for place in order]
 
-    order = endless_order([(documents, 1.0)], seed).random_map(shuffled_pieces, seed=seed)
+    order = endless_order(parts, seed).random_map(shuffled_pieces, seed=seed)
 
     def open_row(number: int) -> grain.IterDataset:
         pieces = order[number::rows].to_iter_dataset(READ_OPTIONS)
         stream = grain.experimental.FlatMapIterDataset(pieces, Each())
-        return pack_stream(stream, row_length, chunks_per_row, bins=ROWS_OPEN)
+        return _pack_pieces(stream, row_length, chunks_per_row)
 
     return Batches(open_row, rows, own)
+
+
+def _pack_pieces(
+    pieces: grain.IterDataset, row_length: int, chunks_per_row: int
+) -> grain.IterDataset:
+    """Return the rows that `pack_stream` makes of the same pieces as `text_example` has them.
+
+    Only their tokens and chunks are packed, in a third of the time: the other features of text
+    follow from where its pieces lie.
+    """
+    packed = grain.experimental.BestFitPackIterDataset(
+        pieces,
+        length_struct={"tokens": row_length, "kind": chunks_per_row},
+        num_packing_bins=ROWS_OPEN,
+        shuffle_bins=False,
+    )
+    return packed.map(_complete_row)
+
+
+def _complete_row(row: Example) -> Example:
+    """Return a row of pieces with all features that `to_batch` reads."""
+    is_token_T = row["tokens_segment_ids"] > 0
+    complete = {name: np.zeros(len(is_token_T), dtype) for name, dtype in TOKEN_FEATURES.items()}
+    chunks = len(row["kind"])
+    complete |= {name: np.zeros(chunks, dtype) for name, dtype in CHUNK_FEATURES.items()}
+    complete |= row
+    complete["action_mask"] = is_token_T & (row["tokens_positions"] > 0)
+    complete["chunk_start"] = is_token_T & (row["tokens_positions"] == 1)
+    return complete
 
 
 def text_rows(
@@ -259,9 +274,14 @@ def text_rows(
 def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Return the ids of a text and the token that ends a document, Qwen's padding token.
 
-    Control tokens that the text spells are encoded as plain letters.
+    Control tokens are encoded as plain letters, unless the text says where they are and the
+    tokenizer has them.
     """
-    return np.asarray([*tokenizer.encode(text), tokenizer.pad], np.int32)
+    if not isinstance(text, Text) or not text.control:
+        return np.asarray([*tokenizer.encode(text), tokenizer.pad], np.int32)
+    known = tokenizer.control_ids
+    pieces = [known.get(piece, piece) if is_one else piece for piece, is_one in text.parts()]
+    return np.asarray([*tokenizer.join(pieces), tokenizer.pad], np.int32)
 
 
 def cut(ids: np.ndarray, row_length: int) -> list[Example]:
@@ -270,8 +290,13 @@ def cut(ids: np.ndarray, row_length: int) -> list[Example]:
     Each begins with the last token of the previous one, so that all tokens but the document's first
     are predicted.
     """
+    return [text_example(piece) for piece in _pieces(ids, row_length)]
+
+
+def _pieces(ids: np.ndarray, row_length: int) -> list[np.ndarray]:
+    """Return the ids of each piece that `cut` makes."""
     starts = range(0, len(ids) - 1, row_length - 1)
-    return [text_example(ids[start : start + row_length]) for start in starts]
+    return [ids[start : start + row_length] for start in starts]
 
 
 def _cut_all(texts: Iterable[str], tokenizer: Tokenizer, row_length: int) -> list[Example]:
@@ -279,95 +304,3 @@ def _cut_all(texts: Iterable[str], tokenizer: Tokenizer, row_length: int) -> lis
     for text in texts:
         examples += cut(document_ids(tokenizer, text), row_length)
     return examples
-
-
-def _files(place: pathlib.Path) -> list[pathlib.Path]:
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise FileNotFoundError(f"there is no file or directory {place} to take text from")
-    return list(_walk(place, lambda name: name.startswith(".")))
-
-
-def _library_files() -> list[pathlib.Path]:
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    return [path for path in _walk(root, NOT_LIBRARY.__contains__) if path.suffix == ".py"]
-
-
-def _walk(root: pathlib.Path, left_out: Callable[[str], bool]) -> Iterator[pathlib.Path]:
-    """Yield the files below `root`, sorted. Links to folders are not followed: no endless walk."""
-    for folder, folders, names in os.walk(root, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not left_out(name))
-        for name in sorted(names):
-            path = pathlib.Path(folder, name)
-            if not left_out(name) and path.is_file():  # reading a pipe could wait for ever
-                yield path
-
-
-def _raise(error: OSError) -> None:
-    raise error  # without it, os.walk would silently skip the folder
-
-
-def _has_lines(path: pathlib.Path) -> bool:
-    return path.suffix.lower() == ".jsonl"
-
-
-def _document_name(path: pathlib.Path, start: int) -> str:
-    return f"{path}, byte {start}" if _has_lines(path) else str(path)
-
-
-def _scan(path: pathlib.Path) -> Iterator[tuple[int, int, str | None]]:
-    """Yield (first byte, bytes, text) of every candidate; the text is None if it is no document."""
-    if not _has_lines(path):
-        content = path.read_bytes()
-        yield 0, len(content), _decode(path, content, str(path))
-        return
-    start = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield start, len(line), _decode(path, line, f"{path} line {number}")
-            start += len(line)
-
-
-def _decode(path: pathlib.Path, content: bytes, where: str) -> str | None:
-    """Return the text of a document, or None where it is blank or no text.
-
-    Raises:
-      ValueError: a line of a .jsonl file is no JSON object with a "text".
-    """
-    text = _parse_line(content, where) if _has_lines(path) else _decode_utf8(content)
-    if text is None or not text.strip() or "\0" in text or not _encodes(text):
-        return None
-    return text
-
-
-def _decode_utf8(content: bytes) -> str | None:
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _parse_line(content: bytes, where: str) -> str:
-    try:
-        text = json.loads(content)["text"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f'{where} is no JSON object with a "text" ({type(error).__name__}):'
-            f" {content[:60]!r}. Mend or delete that line."
-        ) from error
-    if not isinstance(text, str):
-        raise ValueError(
-            f'{where}: "text" is a {type(text).__name__}, not a string. Mend or delete that line.'
-        )
-    return text
-
-
-def _encodes(text: str) -> bool:
-    """Return False for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -4,7 +4,7 @@ It works unchanged with SGLang servers, with the embedded engine (`rome.serve`) 
 with the engine inside the trainer (`rome.engine.inside`). Every wait has a deadline. A completion
 that a pause cut is continued from its partial output. Differences between SGLang's versions are
 asked of the server (`Engine.dialect`), and a server that is too old is refused with an error that
-names its version.
+names its version. What a trainer asks besides sampling is in `rome.engine.control`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any, Literal
-
-import aiohttp
+from typing import Any
 
 from rome.engine.answers import (
     Answer,
+    Span,
     append_answer,
     append_routes,
     blame_engine,
@@ -29,31 +28,21 @@ from rome.engine.answers import (
 )
 from rome.engine.completion import Completion, Sampling
 from rome.engine.connection import (
-    RETRY_STATUS,
-    UPDATE_SECONDS,
     Connection,
     Deadline,
     Wire,
-    error_text,
     growing_wait,
-    require_object,
 )
-from rome.engine.dialect import Dialect, dialect_of
-from rome.engine.errors import EngineError, EngineRefused, EngineUnproven
+from rome.engine.control import CONTROL_SECONDS, Control
+from rome.engine.errors import EngineRefused, EngineUnproven
 from rome.engine.mirror import MirrorClient
-from rome.engine.weights import Weights, file_checksums
+from rome.engine.weights import Weights
 from rome.model.config import ModelConfig
 
-HEALTH_SECONDS = 30.0  # SGLang's /health generates a token and may take 20 s on a busy server
-CONTROL_SECONDS = 60.0
 MAX_ABORT_WAIT_SECONDS = 2.0
-MEMORY_TAGS = ("weights", "kv_cache")
-PauseMode = Literal["abort", "retract", "in_place"]
-# busy: it answers 429 or 503; hung: it takes connections and does not answer; gone: it takes none
-Health = Literal["well", "busy", "hung", "gone"]
 
 
-class Engine:
+class Engine(Control):
     """One SGLang server, or one embedded engine, at a URL.
 
     Usable as an async context manager, from several event loops in turn.
@@ -79,13 +68,10 @@ class Engine:
         mirror: MirrorClient | None = None,
         wire: Wire | None = None,
     ):
-        self.url = url.rstrip("/")
+        url = url.rstrip("/")
+        connection = Connection(url, api_key=api_key, dead_after_seconds=dead_after_seconds)
+        super().__init__(url, wire or connection, mirror)
         self.model = model
-        self.mirror = mirror
-        self._connection = wire or Connection(
-            self.url, api_key=api_key, dead_after_seconds=dead_after_seconds
-        )
-        self._info_routes: dict[str, str] = {}
         self._held: asyncio.Event | None = None  # set when `release` ends a hold
         self._deadlines: set[Deadline] = set()  # of running completions
         self._refused: str | None = None  # the cause, while the engine is out of service
@@ -97,10 +83,6 @@ class Engine:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    async def close(self) -> None:
-        """Close the connections of the running event loop."""
-        await self._connection.close()
 
     # -- sampling
     # ---------------------------------------------------------------------------------------------
@@ -183,6 +165,7 @@ class Engine:
             "extra_key": f"probe-{uuid.uuid4().hex}",
             "sampling_params": Sampling(max_new_tokens=1, temperature=0.0).to_json(),
         }
+        body |= self._adapter_field(self._adapter)
         async with self._connection.deadline(deadline_seconds, "logprobs of a prompt"):
             answer = await self._connection.post("/generate", body)
         with blame_engine(self.url, "/generate"):
@@ -201,6 +184,7 @@ class Engine:
         await self._wait_while_held()
         before = len(completion.output_ids)
         proven_at_start = self._proven[-1:]
+        adapter = self._adapter
         body = {
             "rid": uuid.uuid4().hex,
             "input_ids": list(map(int, input_ids)) + completion.output_ids,
@@ -210,6 +194,7 @@ class Engine:
             "stream": False,
         }
         body |= self._salt()
+        body |= self._adapter_field(adapter)
         body |= self._route_fields(completion, sampling)
         answer = await self._post_unless_refused("/generate", body)
         # An update may have frozen the request, and the server may have continued it before its new
@@ -218,6 +203,9 @@ class Engine:
         parsed = parse_answer(
             self.url, answer, self.model, max_tokens=sampling.max_new_tokens - before
         )
+        if adapter is not None:  # servers name the version of the weights that it lies beside
+            span = Span(adapter.version, adapter.adapter_name, 0, len(parsed.ids))
+            parsed = parsed._replace(spans=[span] if parsed.ids else [])
         self._require_proven(parsed, proven_at_start)
         if sampling.routes_from is not None and parsed.ids:
             routes = parse_routes(
@@ -258,6 +246,10 @@ class Engine:
         if not self._proven:
             return {}
         return {"extra_key": f"weights-{self._proven[-1]}"}
+
+    @staticmethod
+    def _adapter_field(adapter: Weights | None) -> dict[str, str]:
+        return {} if adapter is None else {"lora_path": adapter.adapter_name}
 
     def _route_fields(self, completion: Completion, sampling: Sampling) -> dict[str, Any]:
         """Return the fields that ask for the routes which are not known yet.
@@ -335,153 +327,3 @@ class Engine:
         """Require that later answers are sampled from `version`, or from one proven after it."""
         if self._proven[-1:] != [version]:
             self._proven.append(version)
-
-    # -- control of the server
-    # ---------------------------------------------------------------------------------------------
-
-    async def pause(self, mode: PauseMode = "abort") -> None:
-        """Stop sampling.
-
-        Args:
-          mode: what happens to running requests. "abort" returns them as they are, "retract"
-            computes their cache anew when sampling continues, "in_place" freezes them.
-        """
-        async with self._connection.deadline(CONTROL_SECONDS, f"pause({mode})"):
-            await self._connection.post_for_any("/pause_generation", {"mode": mode})
-
-    async def resume(self) -> None:
-        """Continue sampling after `pause`."""
-        async with self._connection.deadline(CONTROL_SECONDS, "continue"):
-            await self._connection.post_for_any("/continue_generation", {})
-
-    async def load(self, weights: Weights, *, flush: bool) -> None:
-        """Bring weights to the engine, by way of its mirror where it has one.
-
-        Args:
-          weights: where they are.
-          flush: see `update_weights`.
-        """
-        path = weights.path
-        if self.mirror is not None:
-            path = await self.mirror.fetch(path)
-        await self.update_weights(str(path.resolve()), weights.version, flush=flush)
-
-    async def update_weights(self, path: str, version: int, *, flush: bool = True) -> None:
-        """Load the weights of a Hugging Face directory that the server can read.
-
-        Success of this call proves nothing: check `model_info` and `score` before sampling.
-
-        Args:
-          path: the directory, as the server sees it.
-          version: reported by the server for tokens sampled from these weights.
-          flush: whether to forget cached prefixes. Must be False while requests are frozen (pause
-            "in_place"): SGLang 0.5.23 then answers 400 although the weights changed.
-
-        Raises:
-          EngineError: the server says that it did not load them.
-        """
-        body = {
-            "model_path": str(path),
-            "weight_version": str(version),
-            "flush_cache": flush,
-            "abort_all_requests": False,
-        }
-        async with self._connection.deadline(UPDATE_SECONDS, "a weight update"):
-            answer = await self._connection.post("/update_weights_from_disk", body)
-        if answer.get("success") is not True:
-            raise EngineError(
-                f"{self.url} did not take weights {version} from {path}: {answer.get('message')}"
-            )
-
-    async def release_memory(self, tags: tuple[str, ...] = MEMORY_TAGS) -> None:
-        """Free the device's memory for another process.
-
-        The engine must be idle and stays paused; SGLang needs --enable-memory-saver.
-        """
-        async with self._connection.deadline(CONTROL_SECONDS, "release_memory_occupation"):
-            await self._connection.post_for_any("/release_memory_occupation", {"tags": list(tags)})
-
-    async def resume_memory(self, tags: tuple[str, ...] = MEMORY_TAGS) -> None:
-        """Allocate the memory again that `release_memory` freed.
-
-        Its content is undefined: load and verify weights before anything is sampled.
-        """
-        async with self._connection.deadline(CONTROL_SECONDS, "resume_memory_occupation"):
-            await self._connection.post_for_any("/resume_memory_occupation", {"tags": list(tags)})
-
-    # -- state of the server
-    # ---------------------------------------------------------------------------------------------
-
-    async def checksum(self) -> dict[str, Any]:
-        """Return the server's hashes of its weights, comparable between servers of one kind."""
-        async with self._connection.deadline(CONTROL_SECONDS, "weights_checker"):
-            return await self._connection.post("/weights_checker", {"action": "checksum"})
-
-    async def expected_checksums(self, weights: Weights) -> dict[str, str]:
-        """Return what `checksum` says of an embedded engine that holds these weights."""
-        info = await self.server_info()
-        return await asyncio.to_thread(file_checksums, weights.path, info["dtype"])
-
-    async def model_info(self) -> dict[str, Any]:
-        """Return what the server says about its model, `weight_version` among it."""
-        return await self._get_info("model_info")
-
-    async def server_info(self) -> dict[str, Any]:
-        """Return what the server says about itself, `version` among it."""
-        return await self._get_info("server_info")
-
-    async def dialect(self) -> Dialect:
-        """Ask the server which protocol version it speaks.
-
-        Not cached: the server at a URL may be replaced by another version.
-
-        Raises:
-          EngineError: the server is too old, or runs several tokenizer workers.
-        """
-        info = await self.server_info()
-        with blame_engine(self.url, "/server_info"):
-            num_workers = int(info.get("tokenizer_worker_num") or 1)
-        if num_workers > 1:
-            raise EngineError(
-                f"{self.url} runs {num_workers} tokenizer workers: a pause and an"
-                " update may meet different ones; start it with --tokenizer-worker-num 1"
-            )
-        is_embedded = info.get("engine") == "rome.serve"
-        return dialect_of(self.url, str(info.get("version", "")), is_embedded)
-
-    async def health(self, seconds: float = HEALTH_SECONDS) -> Health:
-        """Return how the server is doing; an unhealthy server is never an exception.
-
-        Args:
-          seconds: time after which it counts as hung. SGLang generates a token to answer and may
-            need 20 s, so a shorter wait condemns busy servers.
-        """
-        try:
-            async with asyncio.timeout(seconds):
-                status = await self._connection.status("/health_generate")
-        except TimeoutError:  # also aiohttp's own, of a connection that was not accepted
-            return "hung"
-        except (aiohttp.ClientError, OSError):
-            return "gone"
-        if status == 200:
-            return "well"
-        return "busy" if status in RETRY_STATUS else "gone"
-
-    async def _get_info(self, name: str) -> dict[str, Any]:
-        """Return the answer of /NAME, or of /get_NAME as old servers call it."""
-        async with self._connection.deadline(CONTROL_SECONDS, name):
-            if name not in self._info_routes:
-                response = await self._connection.request("GET", f"/{name}", None)
-                if response.status == 200:
-                    self._info_routes[name] = f"/{name}"
-                    return require_object(self.url, f"/{name}", response.body)
-                self._info_routes[name] = f"/get_{name}"
-            route = self._info_routes[name]
-            response = await self._connection.request("GET", route, None)
-            if response.status != 200:
-                del self._info_routes[name]
-                raise EngineError(
-                    f"{self.url}{route} answered {response.status}:"
-                    f" {error_text(response.body)}; is this an SGLang server?"
-                )
-            return require_object(self.url, route, response.body)

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rome.engine.client import CONTROL_SECONDS, MEMORY_TAGS, Engine
+from rome.engine.client import Engine
 from rome.engine.connection import Deadline, Response
+from rome.engine.control import CONTROL_SECONDS, MEMORY_TAGS
 from rome.engine.dialect import Dialect
 from rome.engine.errors import EngineDead, EngineError, EngineFailed, RequestRejected
 from rome.engine.handover import Handover, checksums

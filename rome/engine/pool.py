@@ -25,9 +25,10 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from rome.engine.client import Engine, PauseMode
+from rome.engine.client import Engine
 from rome.engine.completion import Completion, Sampling
 from rome.engine.connection import growing_wait
+from rome.engine.control import PauseMode
 from rome.engine.errors import (
     EngineDead,
     EngineError,

@@ -16,6 +16,7 @@ rounds them. So an engine is asked for more, as far as its kind goes:
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import math
@@ -28,10 +29,11 @@ import numpy as np
 import safetensors
 
 from rome.engine.answers import blame_engine
-from rome.engine.client import Engine, PauseMode
+from rome.engine.client import Engine
+from rome.engine.control import PauseMode
 from rome.engine.dialect import Dialect
-from rome.engine.errors import EngineError
-from rome.engine.weights import Weights
+from rome.engine.errors import EngineError, RequestRejected
+from rome.engine.weights import Weights, file_checksums
 
 Checksums = Sequence[Mapping[str, str]]  # by rank: tensor name -> hash
 # How SGLang names the tensors that it fuses, by pattern of their names in a checkpoint.
@@ -85,6 +87,8 @@ async def load_and_prove(
       EngineError: the weights were not verified. The engine is then paused or in an unknown state.
     """
     dialect = await engine.dialect()
+    if weights.adapter:
+        return await _load_and_prove_adapter(engine, weights, mode, earlier, dialect)
     if mode != "abort" and not dialect.version_spans:
         log.warning(
             "%s runs SGLang %s, which does not tell which weights sampled a token: it is paused"
@@ -109,15 +113,7 @@ async def load_and_prove(
     elif dialect.checksums:
         checksums = await _read_checksums(engine)
         _require_change(engine, weights, held_before, checksums)
-    await engine.resume()  # a paused server would hold the probe too
-    logprobs = await engine.score(list(weights.probe_ids))
-    try:
-        error = judge_probe(weights, logprobs, earlier)
-    except ValueError as reason:
-        await engine.pause("abort")
-        raise EngineError(
-            f"{engine.url} says that it has weights {weights.version}, but {reason}"
-        ) from None
+    error, logprobs = await _probe(engine, weights, earlier)
     proof = Proof(weights.version, error, logprobs, checksums, dialect.name)
     differing = disagreement(proof, earlier) if earlier is not None else ""
     if differing:
@@ -129,8 +125,55 @@ async def load_and_prove(
     return proof
 
 
+async def _load_and_prove_adapter(
+    engine: Engine, weights: Weights, mode: PauseMode, earlier: Proof | None, dialect: Dialect
+) -> Proof:
+    """Load adapters by name beside those of running requests, and verify them and their base.
+
+    Nothing is paused, unless the mode is "abort" or the server has no slot for them left.
+    """
+    if mode == "abort":
+        await engine.pause("abort")
+    try:
+        is_known = await engine.load_adapter(weights)
+    except RequestRejected as refusal:
+        log.warning("running requests are aborted: %s", refusal)
+        await engine.pause("abort")
+        is_known = await engine.load_adapter(weights)
+    if dialect.embedded:
+        if weights.base is not None and not is_known:
+            info = await engine.server_info()
+            ours = await asyncio.to_thread(file_checksums, weights.base, info["dtype"])
+            (theirs,) = await _read_checksums(engine)
+            _require_same(engine, f"the base of adapters {weights.version}", ours, theirs)
+        ours = await asyncio.to_thread(file_checksums, weights.adapter_path, "float32")
+        (theirs,) = await _read_checksums(engine, weights.adapter_name)
+        _require_same(engine, f"adapters {weights.version}", ours, theirs)
+    error, logprobs = await _probe(engine, weights, earlier)
+    return Proof(weights.version, error, logprobs, None, dialect.name)
+
+
 # -- the probe
 # -------------------------------------------------------------------------------------------------
+
+
+async def _probe(
+    engine: Engine, weights: Weights, earlier: Proof | None
+) -> tuple[float, list[float]]:
+    """Resume an engine; return the mean error of its logprobs of the probe, and these.
+
+    Raises:
+      EngineError: they are not those of the weights. The engine is paused then.
+    """
+    await engine.resume()  # a paused server would hold the probe too
+    logprobs = await engine.score(list(weights.probe_ids))
+    try:
+        return judge_probe(weights, logprobs, earlier), logprobs
+    except ValueError as reason:
+        await engine.pause("abort")
+        raise EngineError(
+            f"{engine.url} says that it has weights {weights.version}, but {reason}"
+        ) from None
 
 
 def judge_probe(weights: Weights, logprobs: Sequence[float], earlier: Proof | None) -> float:
@@ -181,9 +224,9 @@ def judge_probe(weights: Weights, logprobs: Sequence[float], earlier: Proof | No
 # -------------------------------------------------------------------------------------------------
 
 
-async def _read_checksums(engine: Engine) -> Checksums:
-    """Return the server's hashes of its weights, by rank."""
-    answer = await engine.checksum()
+async def _read_checksums(engine: Engine, adapter: str = "") -> Checksums:
+    """Return the server's hashes of its weights, or of adapters by name, by rank."""
+    answer = await engine.checksum(adapter)
     with blame_engine(engine.url, "/weights_checker"):
         ranks = [dict(rank["checksums"]) for rank in answer["ranks"]]
         if not ranks or not all(ranks):
@@ -273,11 +316,17 @@ async def _require_bytes_of(engine: Engine, weights: Weights) -> None:
     """Raise EngineError unless the embedded engine holds the bytes of the published weights."""
     (theirs,) = await _read_checksums(engine)
     ours = await engine.expected_checksums(weights)
+    _require_same(engine, f"weights {weights.version}", ours, theirs)
+
+
+def _require_same(
+    engine: Engine, what: str, ours: Mapping[str, str], theirs: Mapping[str, str]
+) -> None:
     names = ours.keys() | theirs.keys()
     differing = sorted(name for name in names if ours.get(name) != theirs.get(name))
     if differing:
         raise EngineError(
-            f"{engine.url} holds other bytes than weights {weights.version} in {len(differing)}"
+            f"{engine.url} holds other bytes than {what} in {len(differing)}"
             f" tensors ({_listed(differing)}); start it again and publish again"
         )
 

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import safetensors
 
-from rome.engine.client import Engine, PauseMode
+from rome.engine.client import Engine
+from rome.engine.control import PauseMode
 from rome.engine.delta import read_header, write_delta
 from rome.engine.errors import EngineError
 from rome.engine.handover import Handover
@@ -74,6 +75,8 @@ async def publish_weights(
     tolerance: float = 1e-4,
     *,
     mode: PauseMode = "abort",
+    adapter: bool = False,
+    base: pathlib.Path | None = None,
 ) -> Published:
     """Bring a version of the weights to every engine of the pool.
 
@@ -90,6 +93,9 @@ async def publish_weights(
         engines need about 5e-2.
       mode: how running requests are paused, see `Engine.pause`. "abort" works with every version
         of SGLang; the requests are continued in every mode.
+      adapter: whether the source is from `write_adapter`. In other modes than "abort" running
+        requests then end with the adapters that they began with, and nothing is paused.
+      base: see `Weights`.
 
     Returns:
       What the publication took, and which engines failed.
@@ -99,7 +105,9 @@ async def publish_weights(
         weights are unknown.
     """
     started = time.monotonic()
-    weights = Weights(source, version, probe_ids, expected_logprobs, tolerance)
+    weights = Weights(
+        source, version, probe_ids, expected_logprobs, tolerance, adapter=adapter, base=base
+    )
     pool.weights = await _compared_to_earlier(weights, pool.weights)
     engines = pool.engines_in("ready", "updating", "starting", "suspect")
     errors = await _bring_all(pool, engines, mode)
@@ -125,7 +133,12 @@ async def _compared_to_earlier(weights: Weights, earlier: Weights | None) -> Wei
     """Return the weights with what tells them from those that were published before."""
     if earlier is None or earlier.version == weights.version:
         return weights
-    changed = await _changed(earlier.source, weights.source)
+    if weights.adapter and earlier.adapter:
+        changed = await _changed(earlier.adapter_path, weights.adapter_path)
+    elif weights.adapter or earlier.adapter:
+        changed = None
+    else:
+        changed = await _changed(earlier.source, weights.source)
     earlier_logprobs = None
     if list(earlier.probe_ids) == list(weights.probe_ids):
         earlier_logprobs = earlier.expected_logprobs
@@ -227,18 +240,53 @@ def write_checkpoint(
         return path
     if adapters is not None:
         save_peft(adapters, "", partial / peft.DIRECTORY)
-    # A run that published this version and died may have left a delta that leads to other bytes.
-    _delta_of(path).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
-    sync(path.parent)
-    earlier = _remove_old_checkpoints(path, needed)
+    earlier = _put_in_place(partial, path, needed)
     if delta and earlier is not None:
         base_digest = None
         if _delta_of(earlier).exists():
             base_digest = read_header(_delta_of(earlier))["result"]
         write_delta(earlier, path, _delta_of(path), base_digest)
     return path
+
+
+def write_adapter(
+    adapters: HostAdapters,
+    directory: str | os.PathLike[str],
+    version: int,
+    needed: Collection[int] = (),
+) -> pathlib.Path:
+    """Write DIRECTORY/step_N/adapter in PEFT's layout, and nothing else of the model.
+
+    As `write_checkpoint`, which must not have written to the same directory before; one process
+    calls this.
+
+    Args:
+      adapters: to write.
+      directory: of the versions.
+      version: N.
+      needed: versions that must not be removed.
+
+    Returns:
+      The path of step_N.
+    """
+    path = pathlib.Path(directory) / f"step_{version:06d}"
+    partial = path.with_name(path.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_peft(adapters, "", partial / peft.DIRECTORY)
+    _put_in_place(partial, path, needed)
+    return path
+
+
+def _put_in_place(
+    partial: pathlib.Path, path: pathlib.Path, needed: Collection[int]
+) -> pathlib.Path | None:
+    """Give a version that is written its name; return the version before, if it is there."""
+    # A run that published this version and died may have left a delta that leads to other bytes.
+    _delta_of(path).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
+    sync(path.parent)
+    return _remove_old_checkpoints(path, needed)
 
 
 def _remove_old_checkpoints(path: pathlib.Path, needed: Collection[int]) -> pathlib.Path | None:

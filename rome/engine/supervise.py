@@ -10,7 +10,8 @@ import asyncio
 import logging
 import random
 
-from rome.engine.client import HEALTH_SECONDS, Engine
+from rome.engine.client import Engine
+from rome.engine.control import HEALTH_SECONDS
 from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 

@@ -12,6 +12,9 @@ import numpy as np
 import safetensors
 
 from rome.engine.handover import Handover
+from rome.model.hf import peft
+
+ADAPTER_PREFIX = "rome-step-"  # of the names of adapters that trainers publish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Weights:
         where that is not known.
       earlier_logprobs: `expected_logprobs` of the version published before, of the same probe; None
         where there is none.
+      adapter: whether the source holds adapters alone, which engines load by name beside the
+        weights that they were started with.
+      base: with adapters, the directory of those weights, which an embedded engine proves too; None
+        where the engine was started by other means.
     """
 
     source: pathlib.Path | Handover
@@ -39,6 +46,8 @@ class Weights:
     tolerance: float
     changed: frozenset[str] | None = None
     earlier_logprobs: Sequence[float] | None = None
+    adapter: bool = False
+    base: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
         num_ids = len(self.probe_ids)
@@ -62,6 +71,16 @@ class Weights:
                 " write_checkpoint for an engine elsewhere"
             )
         return self.source
+
+    @property
+    def adapter_name(self) -> str:
+        """The name by which engines know these adapters."""
+        return f"{ADAPTER_PREFIX}{self.version:06d}"
+
+    @property
+    def adapter_path(self) -> pathlib.Path:
+        """The directory of these adapters, in PEFT's layout."""
+        return self.path / peft.DIRECTORY
 
     @property
     def arrays(self) -> Handover:

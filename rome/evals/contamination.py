@@ -102,6 +102,43 @@ class _Hits:
             self.places.append({"file": file, "line": line, "what": what})
 
 
+class TaskIndex:
+    """What tells that a text holds a task: n-grams of its instructions, and its canaries.
+
+    Args:
+      tasks: that are searched for.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.ngrams = {task.name: _ngrams_of_task(task) for task in tasks}
+        self.ngram_owners: dict[NGram, list[str]] = collections.defaultdict(list)
+        for name, found in self.ngrams.items():
+            for ngram in found:
+                self.ngram_owners[ngram].append(name)
+        self.canary_owners: dict[str, list[str]] = collections.defaultdict(list)
+        for task in tasks:
+            for canary in canaries_of(task):
+                self.canary_owners[canary].append(task.name)
+        self._sizes_of_head: dict[NGram, set[int]] = collections.defaultdict(set)
+        for ngram in self.ngram_owners:
+            self._sizes_of_head[ngram[:MIN_WORDS]].add(len(ngram))
+
+    def owners_in(self, text: str) -> set[str]:
+        """Return the names of the tasks that share an n-gram or a canary with a text."""
+        shown = normalised(text)
+        found = set()
+        if self.canary_owners:
+            for match in _GUID.finditer(shown):
+                found.update(self.canary_owners.get(match[0], ()))
+        words = _WORD.findall(shown)
+        for start in range(len(words) - MIN_WORDS + 1):
+            head = tuple(words[start : start + MIN_WORDS])
+            for size in self._sizes_of_head.get(head, ()):
+                ngram = tuple(words[start : start + size])
+                found.update(self.ngram_owners.get(ngram, ()))
+        return found
+
+
 def find_contamination(tasks: Sequence[Task], corpus: pathlib.Path) -> dict[str, Any]:
     """Search every regular file of a folder for the tasks, reading each once.
 
@@ -119,15 +156,7 @@ def find_contamination(tasks: Sequence[Task], corpus: pathlib.Path) -> dict[str,
     """
     if not corpus.is_dir():
         raise ValueError(f"corpus {str(corpus)!r} is no folder; give the folder of its text files")
-    ngrams = {task.name: _ngrams_of_task(task) for task in tasks}
-    ngram_owners: dict[NGram, list[str]] = collections.defaultdict(list)
-    for name, found in ngrams.items():
-        for ngram in found:
-            ngram_owners[ngram].append(name)
-    canary_owners: dict[str, list[str]] = collections.defaultdict(list)
-    for task in tasks:
-        for canary in canaries_of(task):
-            canary_owners[canary].append(task.name)
+    index = TaskIndex(tasks)
     hits: dict[str, _Hits] = collections.defaultdict(_Hits)
     num_files = 0
     num_words = 0
@@ -135,7 +164,7 @@ def find_contamination(tasks: Sequence[Task], corpus: pathlib.Path) -> dict[str,
     for path in _list_files(corpus):
         shown = str(path.relative_to(corpus))
         try:
-            num_words += _scan(path, shown, ngram_owners, canary_owners, hits)
+            num_words += _scan(path, shown, index.ngram_owners, index.canary_owners, hits)
             num_files += 1
         except OSError as error:
             unreadable.append(f"{shown}: {error.strerror}")
@@ -146,9 +175,11 @@ def find_contamination(tasks: Sequence[Task], corpus: pathlib.Path) -> dict[str,
         "files": num_files,
         "words": num_words,
         "unreadable": unreadable,
-        "unchecked": sorted(name for name, found in ngrams.items() if not found),
-        "canaries_known": len(canary_owners),
-        "hits": [_describe_hit(name, hit, ngrams[name]) for name, hit in sorted(hits.items())],
+        "unchecked": sorted(name for name, found in index.ngrams.items() if not found),
+        "canaries_known": len(index.canary_owners),
+        "hits": [
+            _describe_hit(name, hit, index.ngrams[name]) for name, hit in sorted(hits.items())
+        ],
     }
 
 

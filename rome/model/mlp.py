@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from rome.model.config import ModelConfig
 from rome.model.ops.gathered import BY_TOKEN, WIDE, gather
-from rome.model.ops.low_rank import adapted
+from rome.model.ops.low_rank import adapted, with_served
 from rome.model.sharding import is_split
 
 
@@ -33,15 +33,14 @@ class MLP(nn.Module):
         down_FD = self._matrix("down", (F, D), x_BTD.dtype)
         if is_split() and not self.is_initializing():
             return _on_mesh(x_BTD, gate_DF, up_DF, down_FD)
-        return _gated(x_BTD, gate_DF, up_DF, down_FD)
+        gate_BTF = with_served(self, "gate", x_BTD, x_BTD @ gate_DF)
+        up_BTF = with_served(self, "up", x_BTD, x_BTD @ up_DF)
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        return with_served(self, "down", hidden_BTF, hidden_BTF @ down_FD)
 
     def _matrix(self, name: str, shape: tuple[int, int], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
         return adapted(self, name, self.param(name, init, shape), dtype)
-
-
-def _gated(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
-    return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
 
 
 def _on_mesh(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
@@ -54,7 +53,8 @@ def _on_mesh(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Arra
         gate_Df = gather(gate_df, axis=0)
         up_Df = gather(up_df, axis=0)
         down_fD = gather(down_fd, axis=1)
-        return jax.lax.psum(_gated(x_BTD, gate_Df, up_Df, down_fD), "tensor")
+        hidden_BTf = jax.nn.silu(x_BTD @ gate_Df) * (x_BTD @ up_Df)
+        return jax.lax.psum(hidden_BTf @ down_fD, "tensor")
 
     into_hidden = PartitionSpec(WIDE, "tensor")
     return jax.shard_map(

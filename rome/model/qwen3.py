@@ -40,7 +40,7 @@ from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.ops.embedding import embed
 from rome.model.ops.gathered import from_heads, to_heads
-from rome.model.ops.low_rank import adapted
+from rome.model.ops.low_rank import adapted, with_served
 from rome.model.ops.paged import NO_POSITION, LayerPages, Pages, paged_attention
 from rome.model.ops.rotary import rotary_angles, rotate
 from rome.model.ops.rounding import round_straight_through
@@ -136,9 +136,9 @@ class Attention(nn.Module):
         o_D = self._bias("o_bias", (D,), dtype)
 
         norm = functools.partial(RMSNorm, config.rms_norm_eps, pages is not None)
-        q_BTNH = norm(name="q_norm")(to_heads(x_BTD, q_DNH) + q_NH)
-        k_BTKH = norm(name="k_norm")(to_heads(x_BTD, k_DKH) + k_KH)
-        v_BTKH = to_heads(x_BTD, v_DKH) + v_KH
+        q_BTNH = norm(name="q_norm")(self._to_heads("q", x_BTD, q_DNH) + q_NH)
+        k_BTKH = norm(name="k_norm")(self._to_heads("k", x_BTD, k_DKH) + k_KH)
+        v_BTKH = self._to_heads("v", x_BTD, v_DKH) + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
         new_pages = None
@@ -151,7 +151,11 @@ class Attention(nn.Module):
             )
             out_BTNH = out_TNH[None]
         out_BTNH = checkpoint_name(out_BTNH, SAVED_OUTPUT)
-        return from_heads(out_BTNH, o_NHD) + o_D, new_pages
+        out_BTD = with_served(self, "o", out_BTNH, from_heads(out_BTNH, o_NHD))
+        return out_BTD + o_D, new_pages
+
+    def _to_heads(self, name: str, x_BTD: Array, w_DNH: Array) -> Array:
+        return with_served(self, name, x_BTD, to_heads(x_BTD, w_DNH))
 
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)

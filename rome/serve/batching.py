@@ -143,7 +143,7 @@ class Batcher:
         if request.score_from is not None:  # computed in full: a cached page has no logits
             return
         # Pages of requests without routes have none to give to a request that wants them.
-        kind = (self._swaps, request.return_routes, request.salt)
+        kind = (self._swaps, request.return_routes, request.salt, request.adapter)
         request.root = self._pages.root(kind)
         self._catch_up(request)
 

@@ -18,11 +18,13 @@ from rome.model.config import ModelConfig
 from rome.model.ops.kernels import choose_serving_kernels
 from rome.model.ops.paged import make_pages
 from rome.model.qwen3 import Params
+from rome.serve.adapters import AdapterRoom, AdapterTable
 from rome.serve.programs import Call, PageArrays, Result, Shapes, empty_call, make_program
 from rome.serve.request import Request
 from rome.serve.sampling import RowSampling
 
 MEMORY_TAGS = ("weights", "kv_cache")
+NO_ROOM = AdapterRoom()
 
 
 class Piece(NamedTuple):
@@ -43,16 +45,24 @@ class Device:
     Args:
       load: returns the parameters (layers unstacked) and their config; called once, by `prepare`.
       shapes: of the calls.
+      room: for adapters.
 
     Attributes:
       params: None before `prepare`, and while the weights are released.
       config: of the model; set by `prepare`.
+      adapters: that requests may name.
       missing: memory tag -> what must happen before anything can run again.
       stats: calls, tokens and milliseconds so far.
     """
 
-    def __init__(self, load: Callable[[], tuple[Params, ModelConfig]], shapes: Shapes):
+    def __init__(
+        self,
+        load: Callable[[], tuple[Params, ModelConfig]],
+        shapes: Shapes,
+        room: AdapterRoom = NO_ROOM,
+    ):
         self.shapes = shapes
+        self.adapters = AdapterTable(room)
         self.params: Params | None = None
         self.config: ModelConfig
         self.missing: dict[str, str] = {}
@@ -63,6 +73,7 @@ class Device:
     def prepare(self) -> None:
         """Load the weights, and compile the program for each size of a call by running it."""
         self.params, self.config = self._load()
+        self.adapters.prepare(self.config)
         self._pages = self._make_pages()
         kernels = choose_serving_kernels(jax.default_backend(), self.config)
         self._program = make_program(self.config, kernels)
@@ -97,7 +108,7 @@ class Device:
 
     def _run_program(self, call: Call, wants_routes: bool) -> Result:
         assert self.params is not None and self._pages is not None
-        self._pages, result = self._program(self.params, self._pages, call)
+        self._pages, result = self._program(self.params, self.adapters.arrays, self._pages, call)
         if not wants_routes:
             result = result._replace(routes_LTk=None)  # stays on the device
         return jax.tree.map(np.asarray, result)
@@ -136,8 +147,8 @@ class Device:
             )
 
     def allocated_bytes(self) -> int:
-        """Return the size of weights and cache."""
-        arrays = jax.tree.leaves((self.params, self._pages))
+        """Return the size of weights, adapters and cache."""
+        arrays = jax.tree.leaves((self.params, self.adapters.arrays, self._pages))
         return sum(array.nbytes for array in arrays if not array.is_deleted())
 
     def _make_pages(self) -> PageArrays:
@@ -167,6 +178,8 @@ def make_call(batch: Sequence[Piece], shapes: Shapes, size: int) -> Call:
         call.table_RM[row, : len(request.pages)] = request.pages
         call.lengths_R[row] = end
         call.starts_R[row] = at
+        if request.adapter is not None:
+            call.slot_T[own] = request.adapter.slot
         at += piece.length
         scores = scores or request.wants_scores
         if piece.draws:

@@ -27,6 +27,7 @@ from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
 from rome.model.ops.paged import Pages
 from rome.model.qwen3 import Params, Qwen3, head_kernel
+from rome.serve.adapters import AdapterArrays, with_adapters
 from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
 
 CALL_SIZES = (4, 16)  # tokens of the calls that are smaller than the largest
@@ -98,6 +99,7 @@ class Call(NamedTuple):
       table_RM: pages of each row's sequence.
       lengths_R: positions of each row's sequence, this call's included; 0 without one.
       starts_R: [R + 1] first token of each row; the last entry is the number of tokens.
+      slot_T: of the adapter of each token; -1: none.
       last_R: the token after which a row draws one; the rows that draw come first.
       draws: number of rows that draw, a scalar.
       scores: whether the logprobs of target_T are wanted, a scalar.
@@ -111,6 +113,7 @@ class Call(NamedTuple):
     table_RM: AnyArray
     lengths_R: AnyArray
     starts_R: AnyArray
+    slot_T: AnyArray
     last_R: AnyArray
     draws: AnyArray
     scores: AnyArray
@@ -133,13 +136,13 @@ class Result(NamedTuple):
     routes_LTk: AnyArray | None
 
 
-Program = Callable[[Params, PageArrays, Call], tuple[PageArrays, Result]]
+Program = Callable[[Params, AdapterArrays | None, PageArrays, Call], tuple[PageArrays, Result]]
 
 
 def make_program(config: ModelConfig, kernels: Kernels) -> Program:
     """Return the jitted program; it donates the pages that it is given."""
     run = functools.partial(_run, config, kernels)
-    return jax.jit(run, donate_argnums=1)
+    return jax.jit(run, donate_argnums=2)
 
 
 def empty_call(shapes: Shapes, size: int) -> Call:
@@ -153,6 +156,7 @@ def empty_call(shapes: Shapes, size: int) -> Call:
         table_RM=np.zeros((R, shapes.pages_per_row), np.int32),
         lengths_R=np.zeros(R, np.int32),
         starts_R=np.zeros(R + 1, np.int32),
+        slot_T=np.full(size, -1, np.int32),
         last_R=np.zeros(R, np.int32),
         draws=np.asarray(0, np.int32),
         scores=np.asarray(False),
@@ -170,6 +174,7 @@ def _run(
     config: ModelConfig,
     kernels: Kernels,
     params: Params,
+    adapters: AdapterArrays | None,
     kv: PageArrays,
     call: Call,
 ) -> tuple[PageArrays, Result]:
@@ -178,7 +183,10 @@ def _run(
     pages = Pages(kv, call.table_RM, call.row_T, call.lengths_R, call.starts_R)
     position_T = jnp.maximum(call.position_T, 0)
     real_T = (call.position_T >= 0).astype(jnp.int32)
-    out = model.apply({"params": params}, call.token_T[None], position_T[None], real_T[None], pages)
+    adapted = with_adapters(params, adapters, call.slot_T)
+    out = model.apply(
+        {"params": adapted}, call.token_T[None], position_T[None], real_T[None], pages
+    )
     hidden_TD = out.hidden_BTD[0]
     kernel_DV = head_kernel(params, config)
     token_R, logprob_R = _draw(hidden_TD, kernel_DV, call)

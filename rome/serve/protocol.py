@@ -65,6 +65,7 @@ _BODY_FIELDS = {
     "routed_experts_start_len",
     "cache_salt",
     "extra_key",
+    "lora_path",
     "log_metrics",
 }
 _SAMPLING_FIELDS = {
@@ -165,6 +166,7 @@ def _parse_request(
         return_routes=fields.flag("return_routed_experts"),
         routes_from=_check_integer("routed_experts_start_len", routes_from),
         stream=fields.flag("stream"),
+        adapter_name=fields.text("lora_path"),
         salt=json.dumps([fields.text("cache_salt"), fields.text("extra_key")]),
     )
     score_from = _check_integer("logprob_start_len", fields.get("logprob_start_len", -1))

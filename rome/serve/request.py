@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rome.serve.adapters import Adapter
 from rome.serve.pages import Node
 
 
@@ -65,6 +66,7 @@ class Request:
       routes_from: the routes of earlier positions are not sent.
       stream: whether the client gets each step's tokens at once.
       salt: requests share cached prefixes only with requests of the same salt.
+      adapter_name: of the adapter that samples; "": none.
       notify: called from the scheduler's thread with the request, at its end and, for `stream`,
         after each step that brought tokens.
 
@@ -79,6 +81,7 @@ class Request:
       created: time.monotonic() of its arrival.
       text_end: where a matched stop string begins in the text.
       tail_ids: the last tokens, in which a stop string may have begun.
+      adapter: that samples, from its arrival to its end.
 
       ids: prompt and output; those before `computed` are in the cache. The fields below have a
         meaning while it runs.
@@ -97,6 +100,7 @@ class Request:
     routes_from: int = 0
     stream: bool = False
     salt: str = ""
+    adapter_name: str = ""
     notify: Callable[[Request], object] = lambda request: None
 
     output_ids: list[int] = dataclasses.field(default_factory=list)
@@ -109,6 +113,7 @@ class Request:
     created: float = dataclasses.field(default_factory=time.monotonic)
     text_end: int | None = None
     tail_ids: list[int] = dataclasses.field(default_factory=list)
+    adapter: Adapter | None = None
 
     ids: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0

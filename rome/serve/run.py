@@ -17,6 +17,8 @@ from rome.model.config import ModelConfig
 from rome.model.precision import use_full_precision
 from rome.model.qwen3 import Params
 from rome.model.tokenizer import Tokenizer
+from rome.serve.adapters import AdapterRoom
+from rome.serve.device import NO_ROOM
 from rome.serve.programs import Shapes
 from rome.serve.protocol import MAX_QUEUED_REQUESTS, REQUEST_SECONDS, Bounds
 from rome.serve.scheduler import Scheduler
@@ -37,6 +39,7 @@ async def serve(
     *,
     dtype: str = "float32",
     weight_version: str = "0",
+    room: AdapterRoom = NO_ROOM,
     with_tokenizer: bool = True,
     max_queued_requests: int = MAX_QUEUED_REQUESTS,
     request_seconds: float = REQUEST_SECONDS,
@@ -53,6 +56,7 @@ async def serve(
       shapes: fixed shapes of the compiled programs.
       dtype: of weights, cache and computation.
       weight_version: of the weights that it starts with.
+      room: for adapters that are loaded by name.
       with_tokenizer: False takes and gives token ids only, without text and stop strings.
       max_queued_requests: requests that may wait for a slot; further ones are answered with 503.
       request_seconds: after which a request that has not ended is dropped and answered with 503.
@@ -69,6 +73,11 @@ async def serve(
             f"--max_context {shapes.max_context} exceeds the model's {config.max_position}"
             " positions"
         )
+    if room.count:
+        try:
+            room.lora(config)
+        except ValueError as error:
+            raise ServeError(f"--lora_target_modules: {error}") from error
     tokenizer = _load_tokenizer(model_path) if with_tokenizer else None
     eos_token_ids = _eos_token_ids(model_path, document) | {config.eos_token_id}
     try:
@@ -86,7 +95,7 @@ async def serve(
         use_full_precision(dtype)
         return load_weights(model_path, dtype)
 
-    scheduler = Scheduler(load, shapes, tokenizer, weight_version)
+    scheduler = Scheduler(load, shapes, tokenizer, weight_version, room)
     shown = {**(arguments or {}), "model_path": model_path, "dtype": dtype}
     server = Server(
         scheduler,

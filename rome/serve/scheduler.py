@@ -17,8 +17,9 @@ import numpy as np
 
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params
+from rome.serve.adapters import AdapterRoom
 from rome.serve.batching import Batcher
-from rome.serve.device import Device, Piece
+from rome.serve.device import NO_ROOM, Device, Piece
 from rome.serve.programs import Result, Shapes
 from rome.serve.request import Request, TextCodec
 from rome.serve.stopping import find_end
@@ -38,6 +39,7 @@ class Scheduler:
       shapes: of the compiled programs.
       tokenizer: for stop strings; None where the server has none.
       version: of the weights that it starts with.
+      room: for adapters.
 
     Attributes:
       ready: set when the weights are loaded and the programs compiled.
@@ -52,10 +54,11 @@ class Scheduler:
         shapes: Shapes,
         tokenizer: TextCodec | None,
         version: str,
+        room: AdapterRoom = NO_ROOM,
     ):
         self.shapes = shapes
         self.version = version
-        self.device = Device(load, shapes)
+        self.device = Device(load, shapes, room)
         self.ready = threading.Event()
         self.failure: str | None = None
         self.paused = False
@@ -83,7 +86,7 @@ class Scheduler:
         Raises:
           RuntimeError: the thread has ended.
         """
-        self._post(lambda: self._batcher.queue(request))
+        self._post(lambda: self._queue(request))
 
     def abort(self, prefix: str, everything: bool = False) -> None:
         """End the requests whose id begins with `prefix`, or all, with what they have so far."""
@@ -117,6 +120,16 @@ class Scheduler:
 
         self._post(run)
         return future
+
+    def _queue(self, request: Request) -> None:
+        """Queue a request, or end it where its adapter is not there."""
+        if request.adapter_name:
+            try:
+                request.adapter = self.device.adapters.take(request.adapter_name)
+            except ValueError as error:
+                self._end(request, {"type": "abort", "message": str(error), "status_code": 400})
+                return
+        self._batcher.queue(request)
 
     # -- control, through `call` only: these methods run in the thread
     # ---------------------------------------------------------------------------------------------
@@ -338,6 +351,8 @@ class Scheduler:
 
     def _end(self, request: Request, finish: dict[str, Any]) -> None:
         self._batcher.remove(request)
+        if request.adapter is not None:
+            self.device.adapters.give_back(request.adapter)
         request.finish = finish
         request.notify(request)
 

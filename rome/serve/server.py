@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import json
 import logging
+import pathlib
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
+from rome.model.hf.peft import HostAdapters, load_peft
 from rome.model.qwen3 import Params
 from rome.serve.answer import make_answer
 from rome.serve.device import MEMORY_TAGS
@@ -82,6 +84,8 @@ class Server:
             "/flush_cache": self.flush_cache,
             "/update_weights_from_disk": self.update_weights_from_disk,
             "/weights_checker": self.weights_checker,
+            "/load_lora_adapter": self.load_lora_adapter,
+            "/unload_lora_adapter": self.unload_lora_adapter,
             "/release_memory_occupation": self.release_memory_occupation,
             "/resume_memory_occupation": self.resume_memory_occupation,
             "/get_weights_by_name": self.get_weights_by_name,
@@ -246,6 +250,50 @@ class Server:
         }
         return web.json_response(answer)
 
+    async def load_lora_adapter(self, http: web.Request) -> web.Response:
+        """Load adapters in PEFT's layout under a name; requests give it as `lora_path`.
+
+        Nothing is paused. An adapter that cannot be loaded changes nothing.
+        """
+        body = await _read_body(http)
+        name = check_text("lora_name", body.get("lora_name"))
+        path = check_text("lora_path", body.get("lora_path"))
+        if not name or not path or "\0" in path:
+            raise BadRequest("give lora_name, and lora_path: a directory that PEFT wrote")
+        device = self.scheduler.device
+
+        def read() -> HostAdapters:
+            adapters = load_peft(pathlib.Path(path), device.config)
+            adapters.require_finite(path)
+            return adapters
+
+        try:
+            adapters = await asyncio.to_thread(read)
+            await self._in_thread(lambda: device.adapters.load(name, path, adapters), ValueError)
+        except (ValueError, OSError) as error:
+            return self._adapters_answer(f"{name!r} is not loaded: {error}")
+        return self._adapters_answer(None)
+
+    async def unload_lora_adapter(self, http: web.Request) -> web.Response:
+        """Forget an adapter; requests that have it go on, and its slot is free after them."""
+        body = await _read_body(http)
+        name = check_text("lora_name", body.get("lora_name"))
+        device = self.scheduler.device
+        try:
+            await self._in_thread(lambda: device.adapters.unload(name), ValueError)
+        except BadRequest as error:
+            return self._adapters_answer(str(error))
+        return self._adapters_answer(None)
+
+    def _adapters_answer(self, error: str | None) -> web.Response:
+        answer = {
+            "success": error is None,
+            "loaded_adapters": self.scheduler.device.adapters.listed,
+        }
+        if error is not None:
+            answer["error_message"] = error
+        return web.json_response(answer, status=200 if error is None else 400)
+
     async def release_memory_occupation(self, http: web.Request) -> web.Response:
         """Delete the arrays of the given tags (all by default) to free the device's memory."""
         tags = _memory_tags(await _read_body(http))
@@ -266,13 +314,17 @@ class Server:
         return web.json_response(None)
 
     async def weights_checker(self, http: web.Request) -> web.Response:
-        """Return a hash of every tensor."""
+        """Return a hash of every tensor of the weights, or of an adapter (`lora_name`)."""
         body = await _read_body(http)
         action = body.get("action")
         if action != "checksum":
             raise BadRequest(f"action {action!r} is not supported; supported: 'checksum'")
-        config = self.scheduler.device.config
-        sums = await asyncio.to_thread(checksums, self._loaded_params(), config)
+        device = self.scheduler.device
+        name = check_text("lora_name", body.get("lora_name") or "")
+        if name:
+            sums = await self._in_thread(lambda: device.adapters.checksums(name), ValueError)
+        else:
+            sums = await asyncio.to_thread(checksums, self._loaded_params(), device.config)
         answer = {
             "success": True,
             "message": "sha256 by tensor",
@@ -358,14 +410,18 @@ class Server:
         return web.json_response(answer)
 
     async def models(self, http: web.Request) -> web.Response:
-        """Return the one model, in OpenAI's form."""
+        """Return the model and its loaded adapters, in OpenAI's form."""
         entry = {
             "id": self._model_path,
             "object": "model",
             "owned_by": "rome",
             "max_model_len": self.bounds.max_context,
         }
-        return web.json_response({"object": "list", "data": [entry]})
+        adapters = [
+            entry | {"id": name, "root": path, "parent": self._model_path}
+            for name, path in self.scheduler.device.adapters.listed.items()
+        ]
+        return web.json_response({"object": "list", "data": [entry, *adapters]})
 
     def _is_running(self) -> bool:
         return self.scheduler.ready.is_set() and self.scheduler.failure is None

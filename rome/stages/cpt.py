@@ -100,7 +100,7 @@ def open_corpus(
     if corpus is None:
         corpus = read()
     team.require_same("text", corpus.digest)
-    text = f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held out"
+    text = f"text: {corpus.count} documents to train on, {len(corpus.held_out)} held out"
     if corpus.skipped:
         more = ", ..." if len(corpus.skipped) > 1 else ""
         text += (

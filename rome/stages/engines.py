@@ -18,8 +18,9 @@ import jax
 import ml_collections
 
 from envs.rock.sync import loop
-from rome.engine.client import MEMORY_TAGS, Engine
+from rome.engine.client import Engine
 from rome.engine.connection import UPDATE_SECONDS
+from rome.engine.control import MEMORY_TAGS
 from rome.engine.errors import EngineError
 from rome.engine.handover import Handover, hand_over
 from rome.engine.inside import InsideEngine
@@ -30,6 +31,7 @@ from rome.engine.publish import (
     RECOVERY_SECONDS,
     STRAGGLER_SECONDS,
     publish_weights,
+    write_adapter,
     write_checkpoint,
 )
 from rome.engine.supervise import supervise
@@ -52,6 +54,9 @@ PROBE_TOKENS = 256
 # The parts of a publication have deadlines of their own, which say more; this one is beyond them.
 PUBLISH_SECONDS = UPDATE_SECONDS + STRAGGLER_SECONDS + RECOVERY_SECONDS + 60.0
 CLOSE_SECONDS = 30.0
+# Adapters that an embedded engine has room for: the one that samples, the next, and those that
+# running requests have begun with.
+ADAPTER_SLOTS = 4
 # The largest accepted mean difference of the probe's logprobs in nats, by compute type. bfloat16
 # rounds more than two platforms differ.
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -100,6 +105,8 @@ class Engines:
         self._metrics: dict[str, float] = {}  # of the last publication
         self._inside: InsideEngine | None = None
         self._has_room = False  # whether the learner has the device of the engine inside
+        self._base: pathlib.Path | None = None  # that embedded engines were started with
+        self._sends_adapters = sends_adapters(config)
         self._division = self._divide()
 
     @property
@@ -122,7 +129,10 @@ class Engines:
         if not urls:
             start = self.weights / "start"
             params, adapters = self._learner.to_publish(state.params)
+            if self._sends_adapters:  # which are loaded by name, beside the base
+                adapters = None
             save_hf(params, self._model_config, start, adapters=adapters)
+            self._base = start
             if self._team.leads:
                 urls = self._start_embedded(start)
         if self._team.leads:
@@ -139,8 +149,8 @@ class Engines:
           keep: earlier versions whose files stay on disk.
 
         Returns:
-          Metrics of the publication: engines, seconds_paused, probe_error, and with mirrors
-          seconds_transfer and bytes_transfer.
+          Metrics of the publication: engines, seconds_paused, probe_error; bytes_published where
+          files were written; and with mirrors seconds_transfer and bytes_transfer.
         """
         version = int(state.step)
         if version == self.published and not self._has_room:
@@ -164,6 +174,8 @@ class Engines:
                 expected_logprobs=expected.tolist(),
                 tolerance=self._tolerance(),
                 mode=self.config.engine.pause,
+                adapter=self._sends_adapters,
+                base=self._base,
             )
             what = f"the publication of weights {version}"
             done = wait_for_engines(publication, PUBLISH_SECONDS, what, should_stop)
@@ -172,6 +184,9 @@ class Engines:
                 "seconds_paused": done.seconds_pause,
                 "probe_error": done.probe_error,
             }
+            if isinstance(source, pathlib.Path):
+                files = (path for path in source.rglob("*") if path.is_file())
+                metrics["bytes_published"] = sum(path.stat().st_size for path in files)
             if uses_mirrors:
                 metrics["seconds_transfer"] = done.seconds_transfer
                 metrics["bytes_transfer"] = done.bytes_transfer
@@ -236,10 +251,18 @@ class Engines:
             raise ConfigError(f"{error}.") from None
         if division.is_inside:
             check_inside(self.config)
+        if self._sends_adapters:
+            check_adapters(self.config, division.is_inside)
         return division
 
     def _write(self, state: TrainState, keep: Collection[int]) -> pathlib.Path:
         params, adapters = self._learner.to_publish(state.params)
+        if self._sends_adapters:
+            assert adapters is not None, "a learner with adapters publishes them"
+            version = int(state.step)
+            if not self._team.leads:
+                return self.weights / f"step_{version:06d}"
+            return write_adapter(adapters, self.weights, version, set(keep))
         return write_checkpoint(
             params,
             self._model_config,
@@ -281,6 +304,13 @@ class Engines:
             f"--max_context={self.config.max_context}",
             f"--dtype={self._model_config.dtype}",
         ]
+        if self._sends_adapters:
+            lora = self.config.lora
+            flags += [
+                f"--max_loaded_loras={ADAPTER_SLOTS}",
+                f"--max_lora_rank={lora.rank}",
+                f"--lora_target_modules={lora.targets}",
+            ]
         for number in range(count):
             log = self.workdir / ("engine.log" if number == 0 else f"engine_{number}.log")
             server = start_server(
@@ -307,6 +337,31 @@ class Engines:
         restart = {server.url: server.restart for server in self.servers}
         self._pool = EnginePool(engines, restart=restart)
         self._supervisor = asyncio.run_coroutine_threadsafe(supervise(self._pool), loop())
+
+
+def sends_adapters(config: ml_collections.ConfigDict) -> bool:
+    """Return whether engines get the adapters alone, and not the weights with them."""
+    return bool(config.lora.rank) and config.lora.publish == "adapter"
+
+
+def check_adapters(config: ml_collections.ConfigDict, is_inside: bool) -> None:
+    """Refuse what contradicts engines that load adapters by name.
+
+    Raises:
+      ConfigError: names the keys.
+    """
+    engine = config.engine
+    if is_inside:
+        cause = f"engine.device={engine.device!r} runs the engine inside the trainer, which takes"
+        cause += " whole weights as arrays. Set engine.device=cpu or share"
+    elif engine.mirrors:
+        cause = f"engine.mirrors={engine.mirrors!r} copy whole checkpoints. Clear it"
+    elif "rollout" in config and config.rollout.lend_engines:
+        cause = f"rollout.lend_engines={config.rollout.lend_engines} frees the weights that the"
+        cause += " adapters belong to. Set it to 0"
+    else:
+        return
+    raise ConfigError(f"lora.publish=adapter: {cause}, or lora.publish=merged.")
 
 
 def check_inside(config: ml_collections.ConfigDict) -> None:

@@ -45,6 +45,8 @@ def make_learner(
         decay_updates=decay_updates,
         weight_decay=config.weight_decay,
         clip=config.clip,
+        final_weight_decay=config.final_weight_decay if "final_weight_decay" in config else -1.0,
+        updates=config.steps * math.prod(updates_of_step(config)),
     )
     # A likelihood is maximised as it is; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if find_loss(config.loss).likelihood else config.temperature

@@ -91,11 +91,16 @@ def find_licence(folder: pathlib.Path) -> str:
             if not path.is_file():
                 continue
             with open(path, errors="replace") as file:
-                text = " ".join(file.read(LICENCE_BYTES).split())
-            for kind, words in PERMISSIVE.items():
-                if words in text:
-                    return kind
+                kind = kind_of_licence(file.read(LICENCE_BYTES))
+            if kind:
+                return kind
     return ""
+
+
+def kind_of_licence(text: str) -> str:
+    """Return the kind of permissive licence that a text is, or ""."""
+    joined = " ".join(text.split())
+    return next((kind for kind, words in PERMISSIVE.items() if words in joined), "")
 
 
 # -- drafts on disk

@@ -29,20 +29,17 @@ from envs.rock import SandboxConfig, SandboxError
 from envs.sources import Task, load_tasks
 from envs.tasks.made import Draft, Mutants, files_of, score_mutants, write_draft
 from rome.evals.run import validate
-from rome.files import append_line, read_json, write_atomically
+from rome.files import append_line, write_atomically
 from rome.synth.agents import AgentSpec, agent_specs
 from rome.synth.build import UNUSABLE, Built, drafts_text, read_drafts
 from rome.synth.card import make_card
+from rome.synth.claim import claim_folder
 from rome.synth.explore import Seed, SetAside, explore
 from rome.synth.models import Endpoints, think_of_ideas
 from rome.synth.review import MIN_MUTATION_SCORE, find_duplicates, verifier_faults
 from rome.synth.trajectories import play_tasks
 
 STAGES = ("seeds", "built", "verifier", "unique", "mutants", "proof", "band", "accepted")
-
-
-class SynthesisError(ValueError):
-    """OUT belongs to another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +155,12 @@ async def synthesise(
       say: shows a line of progress.
 
     Raises:
-      SynthesisError: OUT belongs to a run with other settings.
+      ClaimError: OUT belongs to a run with other settings.
       ValueError: a family is unknown.
     """
     began = time.monotonic()
-    _claim(out, settings)
+    (out / "drafts").mkdir(parents=True, exist_ok=True)
+    claim_folder(out, dataclasses.asdict(settings))
     specs = agent_specs(endpoints)
     trace = Trace(out / "trace.jsonl")
     seeds, aside = explore(
@@ -193,25 +191,6 @@ async def synthesise(
     card = make_card(settings, len(seeds), units, aside, trace, specs, time.monotonic() - began)
     write_atomically(out / "card.json", json.dumps(card, indent=1) + "\n")
     return card
-
-
-def _claim(out: pathlib.Path, settings: Settings) -> None:
-    """Write OUT/run.json, or compare it with these settings where it is there."""
-    (out / "drafts").mkdir(parents=True, exist_ok=True)
-    mine = json.loads(json.dumps(dataclasses.asdict(settings)))
-    path = out / "run.json"
-    if not path.exists():
-        write_atomically(path, json.dumps(mine, indent=1) + "\n")
-        return
-    theirs = read_json(path, "Give another --out.")
-    if different := sorted(
-        name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)
-    ):
-        name = different[0]
-        raise SynthesisError(
-            f"{out} belongs to a run whose {name} is {theirs.get(name)!r}, not {mine.get(name)!r};"
-            " give another --out"
-        )
 
 
 async def _ideas(

@@ -38,6 +38,8 @@ def make_optimizer(
     weight_decay: float,
     clip: float,
     b2: float = 0.95,
+    final_weight_decay: float = -1.0,
+    updates: int = 0,
 ) -> optax.GradientTransformation:
     """Return AdamW after a clip of the gradient's global norm.
 
@@ -52,6 +54,8 @@ def make_optimizer(
       weight_decay: decoupled, as in AdamW.
       clip: largest global norm of the gradient.
       b2: decay of the second moment.
+      final_weight_decay: reached from `weight_decay` linearly after all updates; -1: it stays.
+      updates: all optimizer updates of the stage.
     """
     first_rate = learning_rate / (warmup_updates + 1)
     if decay_updates:
@@ -64,7 +68,10 @@ def make_optimizer(
         )
     else:
         rate = optax.linear_schedule(first_rate, learning_rate, warmup_updates)
-    adamw = optax.adamw(rate, b1=0.9, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=is_decayed)
+    decay: float | optax.Schedule = weight_decay
+    if final_weight_decay >= 0:
+        decay = optax.linear_schedule(weight_decay, final_weight_decay, updates)
+    adamw = optax.adamw(rate, b1=0.9, b2=b2, eps=1e-8, weight_decay=decay, mask=is_decayed)
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 

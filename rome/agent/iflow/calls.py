@@ -186,7 +186,7 @@ class CallRunner:
         Raises:
           _Refused: the call must not run.
         """
-        verdict = self.policy.judge(tool, arguments)
+        verdict = self.policy.judge(tool, arguments, self.workspace.directory)
         if verdict.decision == "deny":
             raise _Refused(verdict.reason or f"the rules deny this call of {tool.name}")
         reasons = []

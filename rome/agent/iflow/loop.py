@@ -131,6 +131,7 @@ class Agent:
             desk=self.desk,
             inbox=self._inbox,
             parent=parent,
+            read_files=self.conversation.read_files,
             edge="subagent" if parent else None,
         )
         self._starting = asyncio.Lock()
@@ -167,6 +168,11 @@ class Agent:
     def read_files(self) -> dict[str, tuple[int, float]]:
         """Return the files as the agent last saw them, which tools and context share."""
         return self._parts.read_files
+
+    @property
+    def hooks(self) -> Hooks:
+        """Return the user's hooks, which say in events what they did."""
+        return self._parts.hooks
 
     @property
     def is_working(self) -> bool:
@@ -300,7 +306,6 @@ class Agent:
             checkpoint = self.conversation.checkpoint_of(to)
             if checkpoint:
                 await checkpoints.restore(checkpoint)
-                self.read_files.clear()
         self.log.append(events.Rewound(to=to, conversation=conversation, files=files))
 
     async def compact(self, focus: str = "") -> None:

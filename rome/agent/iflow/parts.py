@@ -35,8 +35,8 @@ class Policy(Protocol):
 
     mode: str
 
-    def judge(self, tool: Tool, arguments: Mapping[str, Any]) -> Verdict:
-        """Return whether a call may run."""
+    def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
+        """Return whether a call may run; `directory` is where the shell is now."""
 
     def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
         """Allow what a rule names from now on."""
@@ -199,7 +199,7 @@ class Unhindered:
 
     mode: str = "yolo"
 
-    def judge(self, tool: Tool, arguments: Mapping[str, Any]) -> Verdict:
+    def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
         """Allow it."""
         return _Verdict("allow")
 

@@ -56,9 +56,9 @@ class Parts:
     desk: Desk
     inbox: Inbox
     parent: str
+    read_files: dict[str, tuple[int, float]]
     edge: Edge | None = None
     knows_plan_mode: bool = False
-    read_files: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
 
     def schemas(self) -> list[dict[str, Any]]:
         """Return the schemas of the tools."""
@@ -194,6 +194,7 @@ class Turn:
             self._parts.inbox.put(text, "reminder")
             return self._take_finding(self._guard.observe_malformed())
         if message.tool_calls:
+            self._cuts = 0
             first = len(self._log.events)
             ending = await self._runner.run(message.tool_calls)
             return ending or self._guard_since(first, message)

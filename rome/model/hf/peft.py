@@ -81,6 +81,18 @@ class HostAdapters:
                 array[tensor.index] = value.reshape(array[tensor.index].shape)
         return adapters
 
+    def require_finite(self, origin: str) -> None:
+        """Raise ValueError where a number is not finite.
+
+        Args:
+          origin: of the adapters, named in the error.
+        """
+        for name, pair in self.pairs.items():
+            if not all(np.isfinite(array).all() for array in pair):
+                raise ValueError(
+                    f"{origin}: the adapter of {name} is not finite; write the adapters again"
+                )
+
     def add(self, name: str, start: int, rows: np.ndarray) -> np.ndarray:
         """Return rows of a checkpoint's tensor, from row `start` on, with its product added.
 
@@ -159,7 +171,7 @@ def load_peft(directory: pathlib.Path, config: ModelConfig) -> HostAdapters:
     pairs = {}
     for tensor in checkpoint_tensors(config):
         if tensor.path[1:] in targets:
-            a, b = _names(tensor.name)
+            a, b = tensor_names(tensor.name)
             pairs[tensor.name] = (read[a].astype(np.float32), read[b].astype(np.float32))
     return HostAdapters(Lora(rank, float(alpha), targets), pairs)
 
@@ -176,7 +188,7 @@ def _targets_in(
     for tensor in checkpoint_tensors(config):
         if tensor.path[1:] in MATRICES:
             out, inputs = tensor.shape
-            a, b = _names(tensor.name)
+            a, b = tensor_names(tensor.name)
             group, name = tensor.path[1:]
             wanted.setdefault((group, name), {}).update({a: (rank, inputs), b: (out, rank)})
     targets = tuple(target for target in MATRICES if shapes.keys() & wanted.get(target, {}).keys())
@@ -195,7 +207,8 @@ def _targets_in(
     return targets
 
 
-def _names(tensor: str) -> tuple[str, str]:
+def tensor_names(tensor: str) -> tuple[str, str]:
+    """Return the names in PEFT of the A and the B of a checkpoint's tensor."""
     stem = _PREFIX + tensor.removesuffix(_WEIGHT)
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 

@@ -1,10 +1,10 @@
-"""The CPU's own forms of experts and paged attention, in C++ (native.cc): for engines.
+"""The CPU's own forms of experts and paged attention, in C++ (native_*.cc): for engines.
 
 They are built by the machine's C++ compiler at first use, for its processor, and kept in
 .cache/native. Where there is no compiler, engines run the forms of XLA; `reason_missing` says why.
 
-T tokens, D model, E experts, k experts a token, F expert hidden, N query heads, K key heads, H head
-dim, R rows, M pages of a row, P positions of a page.
+T tokens, D model, E experts, k experts a token, F expert hidden, S slots of adapters, r rank, N
+query heads, K key heads, H head dim, R rows, M pages of a row, P positions of a page.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-SOURCE = pathlib.Path(__file__).with_name("native.cc")
+HERE = pathlib.Path(__file__).parent
+SOURCES = (HERE / "native_experts.cc", HERE / "native_attention.cc")
+HEADER = HERE / "native.h"
 CACHE = pathlib.Path(__file__).parents[3] / ".cache" / "native"
 COMPILERS = ("g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 BUILD_SECONDS = 300.0
 LANES = 16  # widths of rows that the forms take are multiples of this
-TARGETS = ("rome_experts", "rome_paged_attention")
+TARGETS = ("rome_experts", "rome_adapted_experts", "rome_paged_attention")
 
 
 class NativeError(RuntimeError):
@@ -61,6 +64,32 @@ def experts_native(
     _require()
     call = jax.ffi.ffi_call("rome_experts", jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype))
     return call(x_TD, gate_EDF, up_EDF, down_EFD, weights_Tk, ids_Tk)
+
+
+def adapted_experts_native(
+    x_TD: Array,
+    weights: tuple[Array, Array, Array],
+    weights_Tk: Array,
+    ids_Tk: Array,
+    slot_T: Array,
+    scale_S: Array,
+    pairs: Sequence[tuple[Array, Array]],
+) -> Array:
+    """Return what `rome.model.ops.low_rank.adapted_experts` does.
+
+    Args:
+      x_TD: inputs of the experts.
+      weights: gate, up and down, without adapters.
+      weights_Tk: of the experts of each token.
+      ids_Tk: experts of each token; negative or E is none.
+      slot_T: adapter of each token; negative is none.
+      scale_S: factor of each adapter's products.
+      pairs: of gate, up and down: A [S, E, I, r] and B [S, E, r, O], r a multiple of LANES or 0.
+    """
+    _require()
+    call = jax.ffi.ffi_call("rome_adapted_experts", jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype))
+    flat = [array for pair in pairs for array in pair]
+    return call(x_TD, *weights, weights_Tk, ids_Tk, slot_T, scale_S, *flat)
 
 
 def attention_native(
@@ -100,7 +129,8 @@ def _build() -> pathlib.Path:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeError(f"no C++ compiler; install one of {', '.join(COMPILERS)}")
-    parts = (SOURCE.read_text(), compiler, jax.__version__, *FLAGS, _processor())
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    parts = (*texts, compiler, jax.__version__, *FLAGS, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = CACHE / f"{name}.so"
     if library.exists():
@@ -109,7 +139,7 @@ def _build() -> pathlib.Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         built = pathlib.Path(scratch) / "native.so"
         include = f"-I{jax.ffi.include_dir()}"
-        command = [compiler, *FLAGS, include, str(SOURCE), "-o", str(built)]
+        command = [compiler, *FLAGS, include, *map(str, SOURCES), "-o", str(built)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired:

@@ -92,8 +92,12 @@ class Tokenizer:
     @functools.cached_property
     def template(self) -> ChatTemplate:
         """Return the chat template of the model."""
-        control = {content: self._added[content] for content in self._control}
-        return ChatTemplate(self._chat_template, control, self._special)
+        return ChatTemplate(self._chat_template, self.control_ids, self._special)
+
+    @functools.cached_property
+    def control_ids(self) -> dict[str, int]:
+        """Return the id of each control token by its text."""
+        return {content: self._added[content] for content in self._control}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, which `load` and Hugging Face read."""

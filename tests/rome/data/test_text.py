@@ -5,13 +5,20 @@ import itertools
 import json
 import os
 
+import grain
+import grain.experimental
 import numpy as np
+import pyarrow as pa
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from rome.data import text as text_module
 from rome.data.batch import IMITATION
+from rome.data.packing import pack_stream, to_batch
+from rome.data.sources import READ_OPTIONS, Each, endless_order
 from rome.data.text import cut, document_ids, read_corpus, text_batches, text_rows
 from rome.losses import count_denominators
 from rome.model.tokenizer import TINY, Tokenizer
@@ -50,6 +57,10 @@ def few_open_rows():
         yield
 
 
+def documents_of(folder):
+    return read_corpus(str(folder), 0.2).training[0][0]
+
+
 def all_of(documents):
     return [documents[number] for number in range(len(documents))]
 
@@ -57,7 +68,12 @@ def all_of(documents):
 def stream(documents, seed=0, rows=2, row_length=24):
     return iter(
         text_batches(
-            documents, TOKENIZER, rows=rows, row_length=row_length, chunks_per_row=4, seed=seed
+            [(documents, 1.0)],
+            TOKENIZER,
+            rows=rows,
+            row_length=row_length,
+            chunks_per_row=4,
+            seed=seed,
         )
     )
 
@@ -130,7 +146,11 @@ def test_each_epoch_of_many_documents_has_every_one_once_and_another_order():
     )
     found, rows = (
         [],
-        iter(text_batches(texts, TOKENIZER, rows=1, row_length=512, chunks_per_row=8, seed=3)),
+        iter(
+            text_batches(
+                [(texts, 1.0)], TOKENIZER, rows=1, row_length=512, chunks_per_row=8, seed=3
+            )
+        ),
     )
     while len(found) < 2 * expected.total():
         found += [tuple(tokens.tolist()) for tokens, _ in pieces_of(next(rows))]
@@ -170,18 +190,18 @@ def test_a_document_ends_with_the_end_token_and_control_tokens_in_it_are_letters
 
 @pytest.mark.parametrize("consumed", [0, 1, 7, 40, 300])
 def test_a_stream_resumes_from_a_json_position(folder, consumed):
-    documents = read_corpus(str(folder), 0.2).training
+    documents = documents_of(folder)
     going = stream(documents)
     take(going, consumed)
     position = json.loads(json.dumps(going.get_state()))
     rest = take(going, 60)
-    resumed = stream(read_corpus(str(folder), 0.2).training)
+    resumed = stream(documents_of(folder))
     resumed.set_state(position)
     assert all(map(same, rest, take(resumed, 60)))
 
 
 def test_seed_and_epoch_decide_the_order(folder):
-    documents = read_corpus(str(folder), 0.2).training
+    documents = documents_of(folder)
     one, again, other = (take(stream(documents, seed), 6) for seed in (7, 7, 8))
     assert all(map(same, one, again)) and not all(map(same, one, other))
 
@@ -206,7 +226,7 @@ def test_pieces_of_one_document_do_not_fill_a_batch():
 
 def test_files_and_lines_are_documents_and_each_is_on_one_side(folder):
     corpus = read_corpus(str(folder), 0.2)
-    training, held_out = all_of(corpus.training), all_of(corpus.held_out)
+    training, held_out = all_of(corpus.training[0][0]), all_of(corpus.held_out)
     assert sorted(training + held_out) == sorted(text_of(number) for number in range(60))
     assert not corpus.skipped and 0 < len(held_out) < len(training)
 
@@ -214,7 +234,9 @@ def test_files_and_lines_are_documents_and_each_is_on_one_side(folder):
 def test_held_out_documents_are_never_trained_on_wherever_they_lie(folder, tmp_path_factory):
     corpus = read_corpus(str(folder), 0.2)
     other = tmp_path_factory.mktemp("other")
-    for number, text in enumerate(reversed(all_of(corpus.training) + all_of(corpus.held_out))):
+    for number, text in enumerate(
+        reversed(all_of(corpus.training[0][0]) + all_of(corpus.held_out))
+    ):
         (other / f"{number}.txt").write_text(text)
     moved = read_corpus(str(other), 0.2)
     assert all_of(moved.held_out) == all_of(corpus.held_out)
@@ -233,7 +255,8 @@ def test_held_out_documents_are_never_trained_on_wherever_they_lie(folder, tmp_p
 
 def test_the_standard_library_is_there_without_tests_and_packages():
     corpus = read_corpus("", 0.02)
-    names = [corpus.training.name(number) for number in range(len(corpus.training))]
+    documents = corpus.training[0][0]
+    names = [documents.name(number) for number in range(len(documents))]
     assert any(
         name.endswith("json/decoder.py")
         for name in names + [corpus.held_out.name(number) for number in range(len(corpus.held_out))]
@@ -253,7 +276,10 @@ def test_what_is_no_text_is_skipped_and_counted(folder):
     (folder / "nowhere").symlink_to(folder / "gone")
     os.mkfifo(folder / "pipe")
     after = read_corpus(str(folder), 0.2)
-    assert all_of(after.training) == all_of(before.training) and after.digest == before.digest
+    assert (
+        all_of(after.training[0][0]) == all_of(before.training[0][0])
+        and after.digest == before.digest
+    )
     assert sorted(os.path.basename(name) for name in after.skipped) == [
         "binary",
         "blank.md",
@@ -295,7 +321,7 @@ def test_text_that_is_not_there_or_too_little_is_refused(tmp_path):
 
 
 def test_a_file_that_changes_under_the_run_is_named(folder):
-    documents = read_corpus(str(folder), 0.2).training
+    documents = documents_of(folder)
     (folder / "2.md").write_text("")
     with pytest.raises(ValueError, match=r"2.md is no text any more"):
         all_of(documents)
@@ -304,8 +330,8 @@ def test_a_file_that_changes_under_the_run_is_named(folder):
 def test_an_index_spares_the_reading_until_a_file_is_another_one(folder, monkeypatch):
     index = folder / ".index.npz"
     scanned = []
-    scan = text_module._scan
-    monkeypatch.setattr(text_module, "_scan", lambda path: scanned.append(path) or scan(path))
+    scan = text_module.scan
+    monkeypatch.setattr(text_module, "scan", lambda path: scanned.append(path) or scan(path))
 
     def reads(share=0.2, **options):
         """Whether files are read; what is found is the same in any case."""
@@ -314,7 +340,7 @@ def test_an_index_spares_the_reading_until_a_file_is_another_one(folder, monkeyp
         has_read = bool(scanned)
         expected = read_corpus(str(folder), share)
         assert (found.digest, found.skipped) == (expected.digest, expected.skipped)
-        assert all_of(found.training) == all_of(expected.training)
+        assert all_of(found.training[0][0]) == all_of(expected.training[0][0])
         assert all_of(found.held_out) == all_of(expected.held_out)
         return has_read
 
@@ -334,3 +360,92 @@ def test_an_index_spares_the_reading_until_a_file_is_another_one(folder, monkeyp
     for damaged in (b"", index.read_bytes()[:-40], b"PK\x03\x04" + bytes(40)):
         index.write_bytes(damaged)
         assert reads() and not reads()
+
+
+def test_rows_of_text_are_those_that_whole_examples_pack_to(folder):
+    documents = documents_of(folder)
+    made = take(stream(documents, row_length=40), 12)
+    order = endless_order([(documents, 1.0)], 0)
+
+    def pieces(text, rng):
+        examples = cut(document_ids(TOKENIZER, text), 40)
+        return [examples[place] for place in rng.permutation(len(examples))]
+
+    rows = []
+    for number in range(2):
+        own = order.random_map(pieces, seed=0)[number::2].to_iter_dataset(READ_OPTIONS)
+        flat = grain.experimental.FlatMapIterDataset(own, Each())
+        rows.append(take(iter(pack_stream(flat, 40, 4, bins=1)), 12))
+    for batch, *pair in zip(made, *rows, strict=True):
+        expected = to_batch(pair)._replace(lines_BC=None)
+        assert all(map(np.array_equal, batch, expected))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".array_record"])
+def test_rows_and_records_are_documents_like_lines(folder, tmp_path_factory, suffix):
+    texts = [text_of(number) for number in range(40, 60)]
+    other = tmp_path_factory.mktemp("other")
+    path = other / f"some{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(
+            pa.table({"text": texts, "id": list(range(20))}), path, row_group_size=7
+        )
+    else:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for text in texts:
+            writer.write(json.dumps({"text": text}).encode())
+        writer.close()
+    (lines := tmp_path_factory.mktemp("lines")).joinpath("some.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
+    found, expected = read_corpus(str(other), 0.2), read_corpus(str(lines), 0.2)
+    assert found.digest == expected.digest and found.count + len(found.held_out) == 20
+    assert all_of(found.training[0][0]) == all_of(expected.training[0][0])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="some"):
+        read_corpus(str(other), 0.2)
+
+
+def test_a_mixture_draws_exact_shares_whatever_the_sizes(tmp_path):
+    for name, count in (("a", 6), ("b", 90)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} {n} " * 3}) + "\n" for n in range(count))
+        )
+    corpus = read_corpus(f"0.75*{tmp_path}/a.jsonl + 0.25*{tmp_path}/b.jsonl", 0.05)
+    order = endless_order(corpus.training, 0)
+    drawn = [order[number][0] for number in range(400)]
+    for count in (4, 40, 400):
+        assert abs(drawn[:count].count("a") - 0.75 * count) <= 1
+    with pytest.raises(ValueError, match="weight to some"):
+        read_corpus(f"0.75*{tmp_path}/a.jsonl + {tmp_path}/b.jsonl", 0.05)
+
+
+def test_the_place_of_a_control_token_must_be_within_the_text(tmp_path):
+    path = tmp_path / "some.jsonl"
+    for control in ([[0, 99]], [[3, 2]], [["a", "b"]], 7, [[0, 2], [1, 3]]):
+        path.write_text(json.dumps({"text": "<|im_end|>", "control": control}))
+        with pytest.raises(ValueError, match=r"some.jsonl line 1.*Mend"):
+            read_corpus(str(tmp_path), 0.2)
+
+
+def test_a_position_of_a_mixture_goes_on_with_another_number_of_processes(folder):
+    lines = folder / "lines.jsonl"
+
+    def open_rows(own):
+        parts = read_corpus(f"0.6*{folder / 'deep'} + 0.4*{lines}", 0.1).training
+        return text_batches(
+            parts, TOKENIZER, rows=4, row_length=24, chunks_per_row=4, seed=0, own=own
+        )
+
+    alone = open_rows(None)
+    take(alone, 9)
+    expected = take(alone, 9)
+    halves = [open_rows([0, 1]), open_rows([2, 3])]
+    for half in halves:
+        take(half, 9)
+    position = json.loads(json.dumps(halves[0].get_state() | halves[1].get_state()))
+    quarters = [open_rows([number]) for number in range(4)]
+    for number, quarter in enumerate(quarters):
+        quarter.set_state(position)
+        for batch, whole in zip(take(quarter, 9), expected, strict=True):
+            assert np.array_equal(batch.tokens_BT[number], whole.tokens_BT[number])

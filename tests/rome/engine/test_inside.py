@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from rome.engine.client import MEMORY_TAGS, Engine
+from rome.engine.client import Engine
 from rome.engine.completion import Completion, Sampling
+from rome.engine.control import MEMORY_TAGS
 from rome.engine.errors import EngineDead, EngineError, RequestRejected
 from rome.engine.handover import hand_over
 from rome.engine.inside import InsideEngine

@@ -16,8 +16,9 @@ from envs.rock import SandboxConfig
 from envs.tasks.made import FAMILIES, files_of
 from rome.synth import review
 from rome.synth.build import Built, drafts_text, find_licence, read_drafts
+from rome.synth.claim import ClaimError, claim_folder
 from rome.synth.explore import explore, parse_families
-from rome.synth.pipeline import Settings, SynthesisError, Trace, _claim, synthesise
+from rome.synth.pipeline import Settings, Trace, synthesise
 from tests.paths import ROOT
 
 CONFIG = SandboxConfig(isolation="best_available")
@@ -101,10 +102,10 @@ def test_a_trace_survives_a_line_that_a_kill_cut_off(tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    _claim(tmp_path, Settings(families="logs:1"))
-    _claim(tmp_path, Settings(families="logs:1"))
-    with pytest.raises(SynthesisError, match="whose families is 'logs:1', not 'logs:2'"):
-        _claim(tmp_path, Settings(families="logs:2"))
+    claim_folder(tmp_path, dataclasses.asdict(Settings(families="logs:1")))
+    claim_folder(tmp_path, dataclasses.asdict(Settings(families="logs:1")))
+    with pytest.raises(ClaimError, match="whose families is 'logs:1', not 'logs:2'"):
+        claim_folder(tmp_path, dataclasses.asdict(Settings(families="logs:2")))
 
 
 def test_licences_are_found_where_pip_and_repositories_put_them(tmp_path):

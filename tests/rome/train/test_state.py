@@ -84,3 +84,22 @@ def test_every_parameter_that_a_model_can_have_is_told_by_its_name():
         if value
     }
     assert decayed == {"embedding", "kernel", "q", "k", "v", "o", "router", "gate", "up", "down"}
+
+
+def test_weight_decay_falls_linearly_to_its_final_value():
+    params = {"kernel": np.full(2, 100.0, np.float32)}
+    optimizer = make_optimizer(
+        learning_rate=1e-4,
+        warmup_updates=0,
+        decay_updates=0,
+        weight_decay=0.1,
+        clip=1.0,
+        final_weight_decay=0.01,
+        updates=9,
+    )
+    state = optimizer.init(params)
+    found = []
+    for _ in range(11):
+        updates, state = optimizer.update(jax.tree.map(np.zeros_like, params), state, params)
+        found.append(float(-updates["kernel"][0]) / (1e-4 * 100))
+    np.testing.assert_allclose(found, [*np.linspace(0.1, 0.01, 10), 0.01], rtol=1e-3)

@@ -313,7 +313,7 @@ class Terminal:
         """Return what stands before the cursor: what is being written, and what is being done."""
         request = next(iter(self._pending.values()), None)
         if isinstance(request, events.QuestionAsked):
-            return "Your answer: "
+            return "A number, or words: " if request.choices else "Your answer: "
         if request is not None:
             return "Allow? "
         lines = self._tail()

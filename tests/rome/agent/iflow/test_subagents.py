@@ -264,3 +264,18 @@ def test_a_killed_process_leaves_sub_agents_that_finish_and_go_on(tmp_path):
         team.check_ends()
         if (folder / "subagents" / "general-1").exists():
             assert "resumed" in team.results()[-1]
+
+
+def test_what_a_sub_agent_used_counts_though_it_was_cancelled_or_failed():
+    team = Team([calls(task("wait"))], [calls(("note", {"text": "x", "wait": 30}))])
+
+    async def play():
+        turn = asyncio.create_task(team.agent.run("go"))
+        while not team.note.running:
+            await asyncio.sleep(0.01)
+        team.agent.cancel()
+        return await turn
+
+    assert asyncio.run(asyncio.wait_for(play(), 20)).outcome == "aborted"
+    (finished,) = team.check_ends()
+    assert finished.usage.prompt == 10 and team.agent.conversation.usage.prompt == 20

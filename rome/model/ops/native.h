@@ -1,0 +1,176 @@
+// Vectors and threads of the engine's forms for a CPU (native.py builds them).
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+constexpr int kWide = 4;                      // vectors of a block of columns
+constexpr int kColumns = kLanes * kWide;      // of a block
+constexpr int kMaxRows = kLanes == 16 ? 6 : 2;  // of a block: its sums stay in registers
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+inline Vec load(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+inline Vec all(float value) { return value - Vec{}; }  // compiles to one broadcast
+
+// exp by a polynomial on [-ln 2 / 2, ln 2 / 2], relative error below 2e-7.
+inline Vec exp_of(Vec x) {
+  const Vec low = all(-87.0f), high = all(88.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vec scaled = x * 1.44269504f;
+  const Vec half = scaled < 0.0f ? all(-0.5f) : all(0.5f);
+  const IntVec power = __builtin_convertvector(scaled + half, IntVec);
+  const Vec whole = __builtin_convertvector(power, Vec);
+  const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec sum = all(1.9875691500e-4f);
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * rest * rest + rest + 1.0f;
+  const IntVec bits = (power + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return sum * scale;
+}
+
+template <int Lanes>
+struct Lane {
+  typedef float Type __attribute__((vector_size(Lanes * 4), aligned(4)));
+};
+
+// Add the lanes, halves first, always in the same order.
+template <int Lanes>
+inline float add_lanes(typename Lane<Lanes>::Type value) {
+  if constexpr (Lanes == 1) {
+    return value[0];
+  } else {
+    typename Lane<Lanes / 2>::Type low, high;
+    std::memcpy(&low, &value, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+    return add_lanes<Lanes / 2>(low + high);
+  }
+}
+
+// Call work(0) ... work(count - 1) on the calling thread and on those of XLA's pool that are free.
+// Nobody waits for a thread that has not begun.
+void for_each(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& work) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  const auto* unit = &work;  // not touched by a thread that comes after the last unit was taken
+  auto take_all = [shared, count, unit] {
+    for (;;) {
+      const int64_t mine = shared->next.fetch_add(1);
+      if (mine >= count) return;
+      (*unit)(mine);
+      shared->done.fetch_add(1);
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(take_all));
+  take_all();
+  while (shared->done.load() < count) std::this_thread::yield();
+}
+
+// out[r][0:columns] = sum over d of x[r][d] * w[d][0:columns], for `Rows` rows.
+template <int Rows, int Wide>
+inline __attribute__((always_inline)) void multiply_block(const float* const* x, const float* w,
+                                                          int64_t depth, int64_t stride,
+                                                          Vec out[Rows][Wide]) {
+  const float* row[Rows];
+  Vec sum[Rows][Wide];  // in registers
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    row[r] = x[r];
+#pragma GCC unroll 8
+    for (int v = 0; v < Wide; ++v) sum[r][v] = Vec{};
+  }
+  for (int64_t d = 0; d < depth; ++d, w += stride) {
+    Vec w_row[Wide];
+#pragma GCC unroll 8
+    for (int v = 0; v < Wide; ++v) w_row[v] = load(w + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Vec x_r = all(row[r][d]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Wide; ++v) sum[r][v] += x_r * w_row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Wide; ++v) out[r][v] = sum[r][v];
+  }
+}
+
+// Call block<Rows> over `rows` rows, at most kMaxRows at a time: block(Rows as a constant, first).
+template <typename Block>
+void over_rows(int64_t rows, const Block& block) {
+  for (int64_t first = 0; first < rows;) {
+    const int64_t left = std::min<int64_t>(rows - first, kMaxRows);
+    switch (left) {
+      case 1: block(std::integral_constant<int, 1>{}, first); break;
+      case 2: block(std::integral_constant<int, 2>{}, first); break;
+#ifdef __AVX512F__
+      case 3: block(std::integral_constant<int, 3>{}, first); break;
+      case 4: block(std::integral_constant<int, 4>{}, first); break;
+      case 5: block(std::integral_constant<int, 5>{}, first); break;
+      default: block(std::integral_constant<int, 6>{}, first); break;
+#endif
+    }
+    first += left;
+  }
+}
+
+// Call block(Wide as a constant, first column) over columns [begin, end): whole vectors, at most
+// kColumns at a time.
+template <typename Block>
+void over_columns(int64_t begin, int64_t end, const Block& block) {
+  while (begin < end) {
+    const int64_t left = (end - begin) / kLanes;
+    if (left >= kWide) {
+      block(std::integral_constant<int, kWide>{}, begin);
+      begin += kColumns;
+    } else if (left >= 2) {
+      block(std::integral_constant<int, 2>{}, begin);
+      begin += 2 * kLanes;
+    } else {
+      block(std::integral_constant<int, 1>{}, begin);
+      begin += kLanes;
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,215 @@
+"""Runs the tests of a tree and says what became of each; runs inside a sandbox, as a program.
+
+    python3 inside.py ORDER.json > RESULTS.jsonl
+
+ORDER: {"trees": [{"files": {path: text or null}, "modules": [path], "trace": bool}]}. The folder
+`tree` holds the base; each tree changes these files of it. A line of the output is the outcomes of
+one tree: {"outcomes": {test: outcome}, "functions": {test: [[path, line]]}, "edges": [...]}.
+Tests are those of unittest, and functions test_* that take no arguments.
+"""
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import unittest
+
+MODULE_SECONDS = 20.0  # of processor time, for the tests of one module
+PROCESS_SECONDS = 60.0
+
+
+def main():
+    """Run all trees of an order, each in a copy of the base and in processes of its own."""
+    order = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    for number, tree in enumerate(order["trees"]):
+        folder = pathlib.Path(f"tree{number}")
+        subprocess.run(["cp", "-r", "tree", str(folder)], check=True)
+        for path, text in tree["files"].items():
+            file = folder / path
+            if text is None:
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(text.encode())
+        total = {"outcomes": {}, "functions": {}, "edges": []}
+        for module in tree["modules"]:
+            add(total, run_module(folder, module, tree.get("trace", False)), module)
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        print(json.dumps(total), flush=True)
+
+
+def run_module(folder, module, trace):
+    """Return what a process of its own says about the tests of a module; None where it fails."""
+    read, write = os.pipe()
+    command = [sys.executable, "-B", os.path.abspath(__file__), "--module", module, str(write)]
+    command += ["--trace"] if trace else []
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        pass_fds=[write],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    os.close(write)
+    chunks = []
+
+    def stop(*_):
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PROCESS_SECONDS)
+    try:
+        while chunk := os.read(read, 1 << 16):
+            chunks.append(chunk)
+        process.wait()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        stop()
+        os.close(read)
+    try:
+        return json.loads(b"".join(chunks))
+    except ValueError:
+        return None
+
+
+def add(total, result, module):
+    """Add the result of a module to those of its tree."""
+    if result is None:
+        total["outcomes"][module] = "error"
+        return
+    for key in ("outcomes", "functions"):
+        total[key].update(result[key])
+    total["edges"] += result["edges"]
+
+
+def work(module, descriptor, trace):
+    """Run the tests of a module and write their outcomes into a pipe."""
+    sys.path.insert(0, os.getcwd())
+    if os.path.isdir("src"):
+        sys.path.insert(1, os.path.join(os.getcwd(), "src"))
+    tracer = Tracer(os.getcwd() + os.sep) if trace else None
+    name = module[: -len(".py")].replace("/", ".")
+    outcomes = {}
+    functions = {}
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        try:
+            with tracing(tracer, ""):
+                tests = list(tests_of(module, importlib.import_module(name)))
+        except BaseException:
+            outcomes[module] = "error"
+            tests = []
+        for label, test in tests:
+            with tracing(tracer, label):
+                outcomes[label] = outcome_of(test)
+    edges = []
+    if tracer:
+        at_import = tracer.used.pop("", set())
+        functions = {label: sorted(used) for label, used in tracer.used.items()}
+        functions[""] = sorted(at_import)
+        edges = sorted(tracer.edges)
+    text = json.dumps({"outcomes": outcomes, "functions": functions, "edges": edges})
+    with os.fdopen(descriptor, "w") as pipe:
+        pipe.write(text)
+    os._exit(0)  # no exit handler of the tests has a say
+
+
+def tests_of(path, module):
+    """Yield (label, function) of each test of a module."""
+    for key, value in sorted(vars(module).items()):
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value) and issubclass(value, unittest.TestCase):
+            for method in unittest.defaultTestLoader.getTestCaseNames(value):
+                yield f"{path}::{key}::{method}", value(method)
+        elif key.startswith("test") and inspect.isfunction(value) and is_plain(value):
+            yield f"{path}::{key}", value
+
+
+def is_plain(function):
+    """Return whether a function can be called as it is."""
+    return not inspect.signature(function).parameters and not inspect.iscoroutinefunction(function)
+
+
+def outcome_of(test):
+    """Return passed, failed, error or skipped."""
+    if isinstance(test, unittest.TestCase):
+        result = unittest.TestResult()
+        test.run(result)
+        if result.skipped:
+            return "skipped"
+        if result.errors:
+            return "error"
+        return "passed" if result.testsRun == 1 and result.wasSuccessful() else "failed"
+    try:
+        test()
+    except AssertionError:
+        return "failed"
+    except unittest.SkipTest:
+        return "skipped"
+    except BaseException:
+        return "error"
+    return "passed"
+
+
+class Tracer:
+    """Notes which functions below a folder run for each test, and which calls which."""
+
+    def __init__(self, root):
+        self.root = root
+        self.used = {}
+        self.edges = set()
+        self.label = ""
+
+    def __call__(self, frame, event, argument):
+        if event != "call":
+            return
+        place = self.place(frame)
+        if place is None:
+            return
+        self.used.setdefault(self.label, set()).add(place)
+        caller = frame.f_back
+        while caller is not None and self.place(caller) is None:
+            caller = caller.f_back
+        if caller is not None:
+            self.edges.add((self.place(caller), place))
+
+    def place(self, frame):
+        """Return (path, first line) of a function of the tree; None for others."""
+        file = frame.f_code.co_filename
+        if not file.startswith(self.root) or frame.f_code.co_name == "<module>":
+            return None
+        return file[len(self.root) :], frame.f_code.co_firstlineno
+
+
+@contextlib.contextmanager
+def tracing(tracer, label):
+    """Trace what runs meanwhile."""
+    if tracer is None:
+        yield
+        return
+    tracer.label = label
+    tracer.used.setdefault(label, set())
+    sys.setprofile(tracer)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--module":
+        signal.setitimer(signal.ITIMER_PROF, MODULE_SECONDS)  # its signal ends the process
+        work(sys.argv[2], int(sys.argv[3]), "--trace" in sys.argv)
+    else:
+        main()
