@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -27,14 +26,17 @@ def kill_after(workdir: pathlib.Path, stage: pathlib.Path, pattern: str, files: 
         stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + SECONDS
-        while sum(1 for _ in stage.glob(pattern)) < files:
-            assert process.poll() is None, "it ended before it was killed"
-            assert time.monotonic() < deadline, f"{stage} has no {files} {pattern} in {SECONDS} s"
-            time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
+        try:
+            while sum(1 for _ in stage.glob(pattern)) < files:
+                assert process.poll() is None, "it ended before it was killed"
+                assert time.monotonic() < deadline, f"{stage} has no {files} {pattern}"
+                time.sleep(0.2)
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * SECONDS)
 def test_the_whole_pipeline_is_killed_in_two_stages_and_ends_with_its_table(tmp_path):
     workdir = tmp_path / "rome"
     second, first = workdir / "init", workdir / "init" / "init"
