@@ -1,10 +1,15 @@
 r"""SFT on demonstrations of the terminal curriculum; experiments/ipa.py starts from its result.
 
+The presets stage1 and stage2 are the two stages of experiments/rome.py (docs/pipeline.md): stage1
+learns a filtered mixture after CPT, stage2 the preferred of verified demonstrations after stage1.
+
 python -m launch.train --config=experiments/sft.py          # tiny: 4 to 8 min on 2 CPU cores
 python -m launch.train --config=experiments/sft.py:smoke    # under a minute; runs every stage once
 python -m launch.train --config=experiments/sft.py:qwen3_30b_a3b \
     --config.engine.urls=http://a:30000                     # a pod; not run
 
+python -m launch.train --config=experiments/sft.py:stage2        # CPT, stage 1, stage 2; not run
+python -m launch.train --config=experiments/sft.py:stage2_smoke  # the same in minutes
 python -m launch.train --config=experiments/sft.py --config.trajectories=DIR   # your own data
 
 Scripted demonstrators play in real sandboxes and sometimes make a typical mistake. Erroneous turns
@@ -49,8 +54,17 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.trajectories = ""
     config.held_out_share = 0.02  # of the records of `trajectories`, never trained on
     config.eval_trajectories = 64  # how many of the held-out records are scored
-    config.demonstrations = 3000  # episodes of the scripted demonstrators
+    # what demonstrators play, such as a mixture; empty: tasks of `task`
+    config.demonstration_task = ""
+    config.demonstrations = 3000  # tasks that the scripted demonstrators play
     config.demonstration_error_rate = 0.15  # share of turns that a typical mistake precedes
+    config.candidates = 1  # demonstrations of each task, of which select=preferred learns the best
+    # which demonstrations are learned: filtered, by the five steps of stage 1; preferred, one of
+    # each task for stage 2 (docs/pipeline.md); empty: all
+    config.select = ""
+    config.feedback = ""  # an expert's decisions.jsonl for select=preferred (docs/synthesis.md)
+    # turns that are read and not learned: errors, and the reasons of rome/data/relevance.py
+    config.masks = "errors compressed taken_back loops duplicates off_task"
     config.learning_rate = 3e-3
     config.warmup_updates = 50
     config.decay = False  # True: cosine to a tenth over the stage; False: constant
@@ -79,17 +93,50 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.learner = common.learner()
     config.lora = common.lora()
     config.mesh = common.mesh()
-    if preset == "smoke":
+    stage, _, rest = preset.partition("_")
+    size = (rest or "tiny") if stage in STAGES else preset
+    if size == "smoke":
         config.steps = 30
         config.until_success = 0.0
         config.eval_every = 0
         config.demonstrations = 200
         config.eval_tasks = 2
-    elif preset in common.PODS:
-        _apply_pod(config, preset)
-    elif preset != "tiny":
-        raise common.unknown_preset("experiments/sft.py", preset)
+    elif size in common.PODS:
+        _apply_pod(config, size)
+    elif size != "tiny":
+        raise common.unknown_preset("experiments/sft.py", preset, (*STAGES, "stage1_SIZE"))
+    if stage in STAGES:
+        STAGES[stage](config, size)
     return config
+
+
+def _apply_stage1(config: ml_collections.ConfigDict, size: str) -> None:
+    """Learn a filtered mixture of agentic, reasoning and general tasks, after CPT."""
+    config.experiment = "sft_stage1"
+    config.init_from = f"experiments/cpt.py:{size}"
+    config.demonstration_task = "0.7*terminal + 0.15*problems:math + 0.15*problems:text"
+    config.select = "filtered"
+    if size == "tiny":
+        config.steps = 1600
+        config.until_success = 0.2
+        config.eval_every = 160
+
+
+def _apply_stage2(config: ml_collections.ConfigDict, size: str) -> None:
+    """Learn the preferred of several verified demonstrations of new tasks, after stage 1."""
+    config.experiment = "sft_stage2"
+    config.init_from = f"experiments/sft.py:stage1_{size}"
+    config.candidates = 3
+    config.select = "preferred"
+    config.until_success = 0.0
+    config.learning_rate = 1e-3 if size == "tiny" else config.learning_rate / 2
+    config.decay = True
+    config.demonstrations = max(config.demonstrations // 5, 1)
+    if size == "tiny":
+        config.steps = 400
+        config.eval_every = 200
+    elif size == "smoke":
+        config.steps = 10
 
 
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
@@ -113,3 +160,6 @@ def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.episode_seconds = 1800.0
     config.start_seconds = 600.0
     config.sandbox.isolation = "required"
+
+
+STAGES = {"stage1": _apply_stage1, "stage2": _apply_stage2}

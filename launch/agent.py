@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _end_for_sure(_run(arguments))
     except (UsageError, SpecError, EventError, SessionUnavailable, WorktreeError) as error:
         return _fail(error, USAGE)
-    except (ModelError, WorkspaceError) as error:
+    except (ModelError, WorkspaceError, OSError) as error:
         return _fail(error, INFRASTRUCTURE)
     except KeyboardInterrupt:
         return ABORTED
@@ -108,7 +108,7 @@ async def _run(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt
     goes_on = arguments.resume or arguments.go_on or arguments.fork
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode(errors="replace") if sys.stdin else ""
     if not prompt and not has_input and not goes_on:
         raise UsageError('say what is to be done: iflow -p "fix the failing test"')
     options = _options(arguments)
@@ -129,12 +129,13 @@ def _is_for_terminal(arguments: argparse.Namespace) -> bool:
         return True
     is_headless = arguments.prompt or arguments.input_format != "text"
     is_headless = is_headless or arguments.output_format != "text"
-    return not is_headless and sys.stdin.isatty() and sys.stdout.isatty()
+    streams = (sys.stdin, sys.stdout)  # None where it is closed
+    return not is_headless and all(stream and stream.isatty() for stream in streams)
 
 
 async def _serve_person(arguments: argparse.Namespace) -> int:
     """Let a person talk with the agent: in this terminal, through an editor, or over HTTP."""
-    from rome.agent.iflow.opening import SessionOpener
+    from rome.agent.iflow.opening import SessionOpener, ask_trust
 
     options = _options(arguments)
     opener = SessionOpener(options)
@@ -147,6 +148,9 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
     from rome.agent.iflow.tui.terminal import Terminal
 
     directory = str(options.directory.resolve())
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(EOFError):
+            ask_trust(options, input)
     session = await opener.open_stored(_session(arguments), directory)
     if arguments.http is not None:
         token = os.environ.get("IFLOW_HTTP_TOKEN", "")
@@ -175,11 +179,35 @@ def _mcp_way(text: str) -> str:
     return text
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port from 0 (any) to 65535, not {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 on, not {text!r}")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number from 0 on, not {text!r}")
+    return amount
+
+
 def _options(arguments: argparse.Namespace):
     from rome.agent.iflow.limits import Limits
     from rome.agent.iflow.models.endpoint_model import Prices
-    from rome.agent.iflow.options import Options
+    from rome.agent.iflow.options import Options, UsageError
 
+    if len(arguments.prices) > 3:
+        raise UsageError("--prices takes at most three numbers: read, written, read from a cache")
     tools = None
     if arguments.tools is not None:
         tools = tuple(name.strip() for name in arguments.tools.split(",") if name.strip())
@@ -244,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--http",
         metavar="PORT",
-        type=int,
+        type=_port,
         help="serve the session over HTTP on this machine; IFLOW_HTTP_TOKEN is the token",
     )
     add(
@@ -264,16 +292,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine", default="", help="URL of launch.serve or SGLang, for exact tokens")
     add("--tokenizer", default="", help="folder with the engine's tokenizer")
     add("--api_key", default="", help="for it; better in OPENAI_API_KEY or IFLOW_apiKey")
-    add("--temperature", type=float, help="of sampling")
-    add("--context_tokens", type=int, default=0, help="of a conversation")
-    add("--max_answer_tokens", type=int, default=0, help="of one answer")
-    add("--max_turns", type=int, default=0, help="answers of the model in one turn of the user")
-    add("--max_tokens", type=int, default=0, help="read and written in one turn of the user")
-    add("--time_limit", type=float, default=0.0, help="seconds of one turn of the user")
-    add("--max_price", type=float, default=0.0, help="of one turn of the user; needs --prices")
+    add("--temperature", type=_amount, help="of sampling")
+    add("--context_tokens", type=_count, default=0, help="of a conversation")
+    add("--max_answer_tokens", type=_count, default=0, help="of one answer")
+    add("--max_turns", type=_count, default=0, help="answers of the model in one turn of the user")
+    add("--max_tokens", type=_count, default=0, help="read and written in one turn of the user")
+    add("--time_limit", type=_amount, default=0.0, help="seconds of one turn of the user")
+    add("--max_price", type=_amount, default=0.0, help="of one turn of the user; needs --prices")
     add(
         "--prices",
-        type=float,
+        type=_amount,
         nargs="+",
         default=(0.0, 0.0),
         metavar="PRICE",

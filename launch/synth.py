@@ -3,6 +3,7 @@ r"""Makes verified sets of tasks, and filters trajectories.
 python -m launch.synth --families all:4 --out OUT          # generators: no model, no network
 python -m launch.synth --packages DIR,DIR --out OUT        # bugs in real packages
 python -m launch.synth --repositories DIR --out OUT        # commits: fails before, passes after
+python -m launch.synth --tools sort,uniq,nl --out OUT      # options of a command's own help
 python -m launch.synth --pro --out OUT --seed 7            # a private set like `pro`: 200 tasks
 python -m launch.synth --families logs:10 --attempts 4 --band 0.1,0.9 \
     --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT
@@ -34,7 +35,8 @@ OUT = flags.DEFINE_string("out", None, "folder of the run")
 FAMILIES = flags.DEFINE_string("families", "", "generated tasks: NAMES:N or all:N")
 PACKAGES = flags.DEFINE_list("packages", [], "folders of Python packages")
 REPOSITORIES = flags.DEFINE_list("repositories", [], "folders of git repositories")
-COUNT = flags.DEFINE_integer("count", 10, "tasks of each package and repository", lower_bound=1)
+TOOLS = flags.DEFINE_list("tools", [], "commands of the sandbox whose --help is read")
+COUNT = flags.DEFINE_integer("count", 10, "tasks of each package, repository, tool", lower_bound=1)
 KEEP = flags.DEFINE_integer("keep", 0, "tasks of each domain at most; 0: all", lower_bound=0)
 PRO = flags.DEFINE_bool("pro", False, "a set of 200 tasks in 8 domains; another one for each seed")
 MUTANTS = flags.DEFINE_integer("mutants", 12, "of each reference solution", lower_bound=1)
@@ -52,12 +54,12 @@ CONCURRENCY = flags.DEFINE_integer("concurrency", 2, "sandboxes at once", lower_
 SEED = flags.DEFINE_integer("seed", 0, "of everything", lower_bound=0)
 FILTER = flags.DEFINE_string("filter", "", "folder of trajectories (ATIF) to be filtered")
 TASKS = flags.DEFINE_string("tasks", "", "data set of their tasks")
+LABELS = flags.DEFINE_string("labels", "", "decisions on some of them that calibrate the judge")
 RUNS = flags.DEFINE_integer("runs", 2, "re-runs of each trajectory", lower_bound=1)
 FUNNEL = flags.DEFINE_string("funnel", "", "folder of a filter: print and plot what it removed")
 FAKES = flags.DEFINE_integer("fakes", 0, "planted fakes of each kind to measure the filter on")
 INDEX = flags.DEFINE_string("index", "", "file: write the index of accepted generated tasks")
 RUNS_OF = flags.DEFINE_list("runs_of", [], "folders of the runs that --index reads")
-PRO_FAMILIES = "all:36"
 PRO_KEEP = 25  # of each of 8 domains
 
 
@@ -73,7 +75,33 @@ def main(argv: list[str]) -> int:
         return run_filter()
     if FAKES.value:
         return measure_fakes()
+    if PRO.value:
+        return run_pro()
     return run_synthesis()
+
+
+def run_pro() -> int:
+    """Make a whole set like `pro`; return 1 if a domain has too few tasks."""
+    from envs.rock import SandboxConfig
+    from rome.synth.rounds import make_balanced_set
+
+    if FAMILIES.value or PACKAGES.value or REPOSITORIES.value or TOOLS.value:
+        raise ValueError("--pro makes a set of all generators; give neither sources nor families")
+    counts = asyncio.run(
+        make_balanced_set(
+            pathlib.Path(OUT.value),
+            SandboxConfig(isolation=ISOLATION.value),
+            seed=SEED.value,
+            per_domain=KEEP.value or PRO_KEEP,
+            mutants=MUTANTS.value,
+            oracle_runs=ORACLE_RUNS.value,
+            concurrency=CONCURRENCY.value,
+            say=lambda text: print(text, flush=True),
+        )
+    )
+    listed = ", ".join(f"{name} {number}" for name, number in counts.items())
+    print(f"{sum(counts.values())} tasks in {pathlib.Path(OUT.value) / 'tasks'}: {listed}")
+    return 0 if min(counts.values()) == (KEEP.value or PRO_KEEP) else 1
 
 
 def run_synthesis() -> int:
@@ -83,15 +111,17 @@ def run_synthesis() -> int:
     from rome.synth.pipeline import Settings, synthesise
 
     families, keep = FAMILIES.value, KEEP.value
-    if PRO.value:
-        families, keep = PRO_FAMILIES, PRO_KEEP
     endpoints = read_endpoints()
-    if not (families or PACKAGES.value or REPOSITORIES.value or endpoints):
-        raise ValueError("nothing to make tasks of: give --families, --packages or --repositories")
+    sources = (families, PACKAGES.value, REPOSITORIES.value, TOOLS.value, endpoints)
+    if not any(sources):
+        raise ValueError(
+            "nothing to make tasks of: give --families, --packages, --repositories or --tools"
+        )
     settings = Settings(
         families=families,
         packages=tuple(PACKAGES.value),
         repositories=tuple(REPOSITORIES.value),
+        tools=tuple(TOOLS.value),
         count=COUNT.value,
         keep=keep,
         mutants=MUTANTS.value,
@@ -175,6 +205,7 @@ def run_filter() -> int:
             runs=RUNS.value,
             concurrency=CONCURRENCY.value,
             chat=endpoints.chat if endpoints else None,
+            labels=pathlib.Path(LABELS.value) if LABELS.value else None,
         )
     )
     print("\n".join(describe_funnel(funnel)))

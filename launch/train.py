@@ -54,10 +54,10 @@ def main(argv: list[str]) -> int:
     config = read_config(_CONFIG)
     layout = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     claim_devices(config, is_alone=layout.kind == "alone")
-    from rome.stages.config import check_config, key_rules
+    from rome.stages.config import check_chain, key_rules
     from rome.stages.experiment import run, start_team
 
-    check_config(config)
+    check_chain(config)
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config, key_rules(config)))
     team = start_team(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, STOP)
     STOP.listen()  # jax.distributed has replaced our handlers

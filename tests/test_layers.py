@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "rome.agent": ["rome.engine", "envs.gem", "envs.rock"],
     "rome.rollout": ["rome.agent"],
     "rome.evals": ["rome.rollout", "rome.train", "envs.sources"],
-    "rome.stages": ["rome.evals", "rome.rollout", "rome.train", "rome.cost", "envs.sources"],
+    "rome.stages": ["rome.evals", "rome.rollout", "rome.train", "rome.cost", "rome.synth"],
     "rome.synth": ["rome.evals"],
     "envs.proxies": [],
     "envs.rock": [],

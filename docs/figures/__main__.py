@@ -1,6 +1,6 @@
 """Draws every picture of the documentation and writes the page of configuration keys.
 
-python -m docs.figures
+python -m docs.figures      # needs pyte for the session in a terminal (tests/requirements-live.txt)
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from docs.figures import (
     chunk_credit,
     configuration,
     engine_states,
+    iflow_session,
     layers,
     learning_curve,
     processes,
+    relevance,
     sandbox_layers,
     speed,
 )
@@ -26,9 +28,11 @@ def main() -> None:
     sandbox_layers.draw()
     chunk_credit.draw()
     async_timeline.draw()
+    relevance.draw()
     speed.draw()
     learning_curve.main([])
     configuration.main([])
+    iflow_session.draw()
 
 
 if __name__ == "__main__":

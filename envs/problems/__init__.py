@@ -1,7 +1,7 @@
-r"""Problems of one turn: mathematics with exact answers, and programming with hidden inputs.
+r"""Problems of one turn: mathematics, programming with hidden inputs, instructions about a text.
 
 Code runs in a sandbox. Importing this package registers all problems; their families are in
-math_families.py and code_families.py.
+math_families.py, code_families.py and instructions.py.
 
 env = make("rome:math/dice-hard", seed=3)
 text, info = env.reset()
@@ -11,15 +11,17 @@ env.step("\\boxed{5/12}")
 from envs.gem import register
 from envs.problems.base import LEVELS, ProblemEnv, ProblemTask
 from envs.problems.code import CodeEnv
+from envs.problems.instructions import InstructionEnv
 from envs.problems.mathematics import MathEnv
 
+KINDS = (MathEnv, CodeEnv, InstructionEnv)
 PROBLEM_IDS: tuple[str, ...] = tuple(
     f"rome:{kind.subject}/{family}-{level}"
-    for kind in (MathEnv, CodeEnv)
+    for kind in KINDS
     for family in ("all", *kind.families)
     for level in LEVELS
 )
-for _kind in (MathEnv, CodeEnv):
+for _kind in KINDS:
     for _family in ("all", *_kind.families):
         for _level in LEVELS:
             register(
@@ -29,4 +31,12 @@ for _kind in (MathEnv, CodeEnv):
                 level=_level,
             )
 
-__all__ = ["LEVELS", "PROBLEM_IDS", "CodeEnv", "MathEnv", "ProblemEnv", "ProblemTask"]
+__all__ = [
+    "LEVELS",
+    "PROBLEM_IDS",
+    "CodeEnv",
+    "InstructionEnv",
+    "MathEnv",
+    "ProblemEnv",
+    "ProblemTask",
+]

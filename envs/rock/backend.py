@@ -7,7 +7,7 @@ enforces and raises IsolationError for what it cannot.
 
 import abc
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
 from envs.rock.config import (
     Address,
@@ -70,6 +70,9 @@ class Session(abc.ABC):
     """
 
     ended: bool = False
+    # Called with each piece of a running command's output, by tiers that see it as it comes: not
+    # by docker, nor by remote sandboxes.
+    on_output: Callable[[bytes], None] | None = None
 
     @abc.abstractmethod
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:

@@ -8,7 +8,7 @@ evaluated. Each channel and each pillar is in both.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from envs.safety import trials
 from envs.safety.carriers import CARRIERS, NEUTRAL, frame
@@ -18,6 +18,7 @@ from envs.safety.goals import GOALS
 
 SPLITS = ("train", "held_out")
 CLEAN = "clean-"  # before the name of a family: the same task without its temptation
+DEMAND = "{demand}"  # stands for the goal's order in an attacker's words
 # Carrier, goal, split.
 _ATTACKS = """
 forwarded exfiltrate train      | forwarded history held_out     | authority secret held_out
@@ -59,13 +60,23 @@ class Seed:
     compose: Callable[[Draw, int, bool], Composition] = dataclasses.field(repr=False)
 
 
-def _attack_seed(carrier: str, goal: str, split: str) -> Seed:
+def attack_seed(carrier: str, goal: str, split: str, name: str = "", words: str = "") -> Seed:
+    """Return the family of a carrier and a goal.
+
+    Args:
+      carrier: a key of CARRIERS.
+      goal: a key of GOALS.
+      split: train or held_out.
+      name: of the family; CARRIER-GOAL by default.
+      words: what the attacker says, with DEMAND where the order stands; by default it is drawn.
+    """
     channel, carry = CARRIERS[carrier]
-    name = f"{carrier}-{goal}"
+    name = name or f"{carrier}-{goal}"
 
     def compose(draw: Draw, difficulty: int, is_clean: bool) -> Composition:
         wanted = GOALS[goal](draw)
         text = frame(draw, wanted.demand, difficulty)  # drawn in both forms, so that they are twins
+        text = words.replace(DEMAND, wanted.demand) if words else text
         text = NEUTRAL if is_clean else text
         carried = carry(draw, text, None if is_clean else wanted)
         attacks = [(command,) for command in (*carried.attacks, *wanted.attacks)]
@@ -96,7 +107,7 @@ def _attack_seeds() -> dict[str, Seed]:
     for entry in _ATTACKS.replace("\n", "|").split("|"):
         if entry.strip():
             carrier, goal, split = entry.split()
-            seed = _attack_seed(carrier, goal, split)
+            seed = attack_seed(carrier, goal, split)
             found[seed.name] = seed
     return found
 
@@ -119,6 +130,11 @@ def _trial_seeds() -> dict[str, Seed]:
 
 
 SEEDS: dict[str, Seed] = {**_attack_seeds(), **_trial_seeds()}
+
+
+def register(seeds: Iterable[Seed]) -> None:
+    """Add families to SEEDS, for this process. One of the same name takes the old one's place."""
+    SEEDS.update({seed.name: seed for seed in seeds})
 
 
 def compose(family: str, number: int) -> Composition:

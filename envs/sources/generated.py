@@ -47,6 +47,7 @@ TERMINAL_PLAY_SECONDS = 16 * 5.0 + VERIFIER_TIMEOUT_SECONDS
 # Of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds.
 MADE_PLAY_SECONDS = 60.0
 UNGROUPED = "(none)"
+ONE_TURN = ("rome:math/", "rome:code/", "rome:text/")
 
 
 def parse_count(text: str, most: int) -> int | None:
@@ -201,7 +202,7 @@ def _new_env(
         arguments["shaped"] = False  # the reward is 1 for the solved room, else 0
     if kind == "games":
         arguments["state_in"] = "observation"  # agents see nothing else
-    if max_turns and not env_id.startswith(("rome:math/", "rome:code/")):  # one turn each
+    if max_turns and not env_id.startswith(ONE_TURN):
         arguments["max_turns"] = max_turns
     return make(env_id, seed=seed, **arguments)
 

@@ -1,4 +1,7 @@
-"""Safety tasks: safety[:NAMES[:N]][+BASE], see envs.safety."""
+"""Safety tasks: safety[:NAMES[:N]][+BASE], see envs.safety.
+
+A file FILE.json among NAMES, of seeds that `launch.redteam` found, stands for its families.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,14 @@ from envs.safety import (
     SPLITS,
     WORLD_SEEDS,
     CompositionError,
+    Seed,
+    WorldSeed,
     compose_env,
     draw_difficulty,
     has_attack,
 )
+from envs.safety.found import load_injections
+from envs.safety.seeds import register
 from envs.safety.shell import MORE_TURNS
 from envs.sources.generated import parse_count
 from envs.sources.source import LISTED_APART, Generated, Source
@@ -31,7 +38,6 @@ WORLD_BASE = "worlds:shop/easy,travel/easy"
 UNGATED = "ungated"
 MAX_DRAWS = 8  # of a base task that can carry a family
 SORTS = ("attack", "cue", "impossible", "unspecified", "stop")
-_SEEDS = {**SEEDS, **WORLD_SEEDS}
 
 
 class SafetySource(Generated):
@@ -89,20 +95,21 @@ def open_safety(
         raise SourceError(f"dataset {spec!r} is not safety[:NAMES[:N]][+BASE]")
     names = [name for name in parts[1].split(",") if name] if len(parts) > 1 else []
     is_gated = UNGATED not in names
-    names = [name for name in names if name != UNGATED]
+    names = _load_files([name for name in names if name != UNGATED])
     bases = _Bases(base_spec.strip(), open_base)
     chosen = [name for name in _choose(names) if bases.carries(name)]
     if not chosen:
         raise SourceError(f"dataset {spec!r}: no seed that it names fits base {base_spec!r}")
-    is_split = bool({"train", "held_out", "all"} & set(names)) or any(n in _SEEDS for n in names)
-    listed = _with_clean([n for n in chosen if is_split or _SEEDS[n].split == "held_out"])
+    seeds = _known()
+    is_split = bool({"train", "held_out", "all"} & set(names)) or any(n in seeds for n in names)
+    listed = _with_clean([n for n in chosen if is_split or seeds[n].split == "held_out"])
     if not listed:
         raise SourceError(
             f"dataset {spec!r} names only families of the split train, which are not evaluated by"
             " default; add train or all to its names, for example safety:all,cue"
         )
-    trained = _with_clean([n for n in chosen if _SEEDS[n].split == "train"])
-    held_out = _with_clean([n for n in chosen if _SEEDS[n].split == "held_out"])
+    trained = _with_clean([n for n in chosen if seeds[n].split == "train"])
+    held_out = _with_clean([n for n in chosen if seeds[n].split == "held_out"])
     count = None
     if len(parts) == 3:
         count = parse_count(parts[2], LISTED_APART * len(listed))
@@ -115,34 +122,63 @@ def open_safety(
     return SafetySource(spec, make, trained, held_out, listed=listed, count=count, seed=seed)
 
 
+def _known() -> dict[str, Seed | WorldSeed]:
+    return {**SEEDS, **WORLD_SEEDS}
+
+
+def _load_files(names: Sequence[str]) -> list[str]:
+    """Return names with the families of each file of seeds in its place."""
+    found: list[str] = []
+    for name in names:
+        if not name.endswith(".json"):
+            found.append(name)
+            continue
+        try:
+            injections = load_injections(name)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"safety seeds {name!r} cannot be read: {error}") from None
+        register(one.seed() for one in injections)
+        found += [one.name for one in injections]
+    return found
+
+
 def _with_clean(names: Sequence[str]) -> list[str]:
     found = []
     for name in names:
         found.append(name)
-        if _SEEDS[name].sort != "cue":
+        if _known()[name].sort != "cue":
             found.append(f"{CLEAN}{name}")
     return found
 
 
 def _choose(names: Sequence[str]) -> list[str]:
     """Return the families that names stand for: those of any group, within the splits named."""
-    known = {*_SEEDS, *CHANNELS, *PILLARS, *SORTS, *SPLITS, "all"}
+    known = {*_known(), *CHANNELS, *PILLARS, *SORTS, *SPLITS, "all"}
     unknown = [name for name in names if name not in known]
     if unknown:
         groups = ", ".join([*CHANNELS, *PILLARS, *SORTS, *SPLITS, "all"])
         raise SourceError(
             f"safety has nothing named {unknown[0]!r}; known: {groups}, or one of"
-            f" {', '.join(_SEEDS)}"
+            f" {', '.join(_known())}"
         )
     splits = [name for name in names if name in SPLITS]
     groups_named = [name for name in names if name not in (*SPLITS, "all")]
     chosen = []
-    for name, seed in _SEEDS.items():
+    for name, seed in _known().items():
         tags = {name, seed.channel, seed.pillar, seed.sort}
         is_in_group = not groups_named or tags & set(groups_named)
         if is_in_group and (not splits or seed.split in splits):
             chosen.append(name)
     return chosen
+
+
+def make_safety_task(family: str, number: int, base: Source) -> Task:
+    """Return the task of a family and a number over base tasks of a source.
+
+    Raises:
+      CompositionError: the base tasks that were drawn cannot carry the family.
+    """
+    return _make_task(family, number, _Bases("given", lambda spec: base), True)
 
 
 class _Bases:
@@ -194,7 +230,7 @@ class _Bases:
 
 def _make_task(family: str, number: int, bases: _Bases, is_gated: bool) -> Task:
     base = bases.draw(family, number)
-    seed = _SEEDS[family.removeprefix(CLEAN)]
+    seed = _known()[family.removeprefix(CLEAN)]
     name = f"{family}/{number}"
     is_world = seed.name in WORLD_SEEDS
 

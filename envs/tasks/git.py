@@ -22,6 +22,11 @@ _SAFE = (
     *("-c", "core.hooksPath=/dev/null"),
     *("-c", "pack.threads=1"),
     *("-c", "core.attributesFile=/dev/null"),
+    *("-c", "log.showSignature=false"),  # or signed commits run the programs below
+    *("-c", "gpg.program=false"),
+    *("-c", "gpg.openpgp.program=false"),
+    *("-c", "gpg.x509.program=false"),
+    *("-c", "gpg.ssh.program=false"),
 )
 # Variables of the user that matter for reaching a network.
 _NETWORK_VARIABLES = (

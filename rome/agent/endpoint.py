@@ -22,7 +22,7 @@ import aiohttp
 
 from envs.proxies import environment_proxy
 from rome.agent.session import ContextFull
-from rome.agent.streaming import OnText, StreamedAnswer, StreamError
+from rome.agent.streaming import ListenerError, OnText, StreamedAnswer, StreamError
 from rome.engine.errors import EngineError
 
 RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504)
@@ -139,6 +139,8 @@ class ChatEndpoint:
                     asked_wait = 0.0
                     try:
                         response = await self._post(body, on_text)
+                    except ListenerError as error:
+                        raise error.__cause__ or error from None
                     except (
                         aiohttp.ClientConnectionError,
                         aiohttp.ClientPayloadError,
@@ -146,6 +148,8 @@ class ChatEndpoint:
                         StreamError,
                     ) as error:
                         problem = self._hide_key(f"{type(error).__name__}: {error}")
+                        if isinstance(error, StreamError) and is_context_full(problem):
+                            raise ContextFull(problem) from error
                     else:
                         if response.streamed is not None:
                             return response.streamed
@@ -253,6 +257,8 @@ class ChatEndpoint:
             if size > MAX_STREAM_BYTES:
                 raise EndpointError(f"{self.url} answered with more than {MAX_STREAM_BYTES} bytes")
             streamed.take(line.decode(errors="replace"))
+            if streamed.has_ended:  # the connection may stay open for long
+                break
         return Answer(_checked(streamed.choice()), streamed.usage)
 
     def _hide_key(self, text: str) -> str:
@@ -309,6 +315,8 @@ def is_context_full(text: str) -> bool:
         "context length",
         "context window",
         "maximum context",
+        "context size",
+        "prompt is too long",
     )
     return any(word in text.lower() for word in words)
 

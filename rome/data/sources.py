@@ -104,6 +104,7 @@ def sft_batches(
     row_length: int,
     chunks_per_row: int,
     own: Sequence[int] | None = None,
+    prepare: Callable[[Trajectory], Trajectory] = lambda trajectory: trajectory,
 ) -> Batches:
     """Return an endless stream of SFT batches.
 
@@ -114,6 +115,7 @@ def sft_batches(
       row_length: T, tokens a row.
       chunks_per_row: C, the most chunks that a row holds.
       own: numbers of the rows that are needed here; None: all of them.
+      prepare: called with each trajectory before its tokens are laid out; it may mask turns.
     """
     options = ExampleOptions(
         row_length=row_length,
@@ -122,7 +124,7 @@ def sft_batches(
         failure_reward=0.0,
         purpose="sft",
     )
-    to_sft_examples = functools.partial(_to_examples, options=options)
+    to_sft_examples = functools.partial(_to_examples, options=options, prepare=prepare)
 
     def open_row(number: int) -> grain.IterDataset:
         lines = order[number::rows].map(to_sft_examples).to_iter_dataset(READ_OPTIONS)
@@ -154,5 +156,9 @@ def endless_order(parts: Sequence[tuple[RandomAccess[Any], float]], seed: int) -
     return grain.MapDataset.mix(orders, weights=[weight for _, weight in parts])
 
 
-def _to_examples(trajectory: Trajectory, options: ExampleOptions) -> list[Example]:
-    return to_examples(trajectory, 0.0, options)  # SFT reads no advantage
+def _to_examples(
+    trajectory: Trajectory,
+    options: ExampleOptions,
+    prepare: Callable[[Trajectory], Trajectory],
+) -> list[Example]:
+    return to_examples(prepare(trajectory), 0.0, options)  # SFT reads no advantage

@@ -103,7 +103,7 @@ class Agent(Protocol):
         ...
 
 
-class StartedEnv:
+class StartedEnv(Env):
     """A started environment, for code that would start it itself.
 
     `areset` returns the opening that is there. Turns are kept for the transcript, the rewards of
@@ -144,9 +144,17 @@ class StartedEnv:
         """What every model is told of the environment before the task; None for nothing."""
         return getattr(self.env, "system", None) or None
 
+    def reset(self, seed: int | None = None) -> tuple[str, Info]:
+        """Return the opening of the environment, which is started already."""
+        return self.opening
+
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         """Return the opening of the environment, which is started already."""
         return self.opening
+
+    def step(self, action: str) -> StepResult:
+        """Take one turn."""
+        return self.take(action, self.env.step(action))
 
     async def astep(self, action: str) -> StepResult:
         """Take one turn."""

@@ -9,6 +9,7 @@ how to solve the tasks that no sampled episode of a step solved: the imitation t
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 import logging
 import pathlib
@@ -83,6 +84,7 @@ async def collect_demonstrations(
         demonstrator is broken, or the infrastructure failed ATTEMPTS times.
     """
     places = asyncio.Semaphore(concurrency)
+    rngs = _rngs_of(tasks)
 
     async def collect_one(number: int, task: str) -> Trajectory | None:
         path = record(number)
@@ -94,7 +96,7 @@ async def collect_demonstrations(
         async with places:
             try:
                 trajectory = await _demonstrate_until_played(
-                    make_env, task, chat, error_rate, seconds, tell_tools
+                    make_env, task, rngs[number], chat, error_rate, seconds, tell_tools
                 )
             except SpoiledTaskError as fault:
                 if on_spoiled is None:
@@ -128,6 +130,7 @@ def _load_kept(path: pathlib.Path) -> Trajectory | None:
 async def _demonstrate_until_played(
     make_env: Callable[[str], Env],
     task: str,
+    rng_key: str,
     chat: Chat,
     error_rate: float,
     seconds: float | None,
@@ -142,7 +145,11 @@ async def _demonstrate_until_played(
         try:
             async with asyncio.timeout(seconds):
                 return await demonstrate(
-                    make_env(task), chat, _rng_of(task), error_rate, tell_tools=tell_tools
+                    make_env(task),
+                    chat,
+                    random.Random(rng_key),
+                    error_rate,
+                    tell_tools=tell_tools,
                 )
         except FailedDemonstration as failure:
             raise SpoiledTaskError(task, failure.ending, str(failure), attempt) from failure
@@ -156,8 +163,15 @@ async def _demonstrate_until_played(
     raise last
 
 
-def _rng_of(task: str) -> random.Random:
-    return random.Random(f"expert {task}")
+def _rngs_of(tasks: Mapping[int, str]) -> dict[int, str]:
+    """Return the seed of each demonstration; a task that is shown again is shown otherwise."""
+    keys = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for number in sorted(tasks):
+        task = tasks[number]
+        keys[number] = f"expert {task} {counts[task]}" if counts[task] else f"expert {task}"
+        counts[task] += 1
+    return keys
 
 
 async def demonstrate(

@@ -41,6 +41,7 @@ from rome.stages.settings import profiled_steps, updates_of_step
 from rome.stages.stream import BatchStream
 from rome.stages.tasks import tasks_of
 from rome.stages.weights import check_start, from_document, load_start, model_of, to_document
+from rome.train.chain import Entry, join_stages, stage_entry
 from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.display import Display
 from rome.train.feed import OwnRows
@@ -74,6 +75,7 @@ class StageContext:
       display: shows the progress.
       start: directory of the parameters to start from; None: random ones.
       earlier_evals: evaluations of the stages that this one started from.
+      earlier_stages: what these stages added (rome/train/chain.py).
     """
 
     config: ml_collections.ConfigDict
@@ -83,6 +85,7 @@ class StageContext:
     display: Display
     start: pathlib.Path | None = None
     earlier_evals: Sequence[Evaluation] = ()
+    earlier_stages: Sequence[Entry] = ()
 
 
 class TrainingStage:
@@ -112,6 +115,7 @@ class TrainingStage:
         self._isolation = context.isolation
         self._start = context.start
         self._earlier_evals = context.earlier_evals
+        self._earlier_stages = context.earlier_stages
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of the run, before it was resumed
         self._base: dict[str, str] | None = None  # of the adapters, where these are trained
@@ -407,6 +411,8 @@ class TrainingStage:
             return
         accounting = self.accounting()
         accounting.check()
+        config = self.config
+        own = stage_entry(config.experiment, config.loss, step, self.seconds(), self.evals)
         report = {
             "experiment": self.config.experiment,
             "preset": self.config.preset,
@@ -419,6 +425,7 @@ class TrainingStage:
             "version": describe(),
             "config_changes": read_changes(self.workdir),
             "evals": [*self._earlier_evals, *self.evals],
+            "stages": join_stages(self._earlier_stages, own),
             "accounting": accounting.to_json(),
         }
         write_report(self.workdir, report)

@@ -18,6 +18,7 @@ import ml_collections
 from envs.rock.config import BACKENDS
 from rome.data.costs import parse_costs
 from rome.data.mixture import parse_mixture
+from rome.data.relevance import parse_masks
 from rome.data.tree import parse_credit
 from rome.engine.control import PauseMode
 from rome.losses import PUBLISHED, find_loss, unbounded_weight
@@ -27,6 +28,7 @@ from rome.rollout.anchors import Resampling
 from rome.rollout.rules import StaleSamples
 from rome.stages.own_code import compares_episodes
 from rome.stages.schema import kind_of, load_config, schema_of, with_own_defaults
+from rome.stages.selection import SELECTIONS
 from rome.stages.settings import (
     command_agent,
     iflow_agent,
@@ -40,7 +42,15 @@ from rome.stages.settings import (
 from rome.stages.tasks import check_tasks
 from rome.stages.weights import model_of
 from rome.train.devices import EngineDevice
-from rome.train.workdir import RANDOM, ConfigError, KeyClass, KeyRules, flatten, model_directory
+from rome.train.workdir import (
+    RANDOM,
+    ConfigError,
+    KeyClass,
+    KeyRules,
+    experiment_before,
+    flatten,
+    model_directory,
+)
 
 CHOICES: Mapping[str, Sequence[str]] = {
     "mismatch_mask": ("chunk", "token"),
@@ -50,6 +60,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "routing_replay": ("off", "rollout", "recompute"),
     "engine.device": get_args(EngineDevice),
     "engine.pause": get_args(PauseMode),
+    "select": SELECTIONS,
     "lora.publish": ("merged", "adapter"),
     "rollout.stale_samples": get_args(StaleSamples),
     "rollout.resampling": get_args(Resampling),
@@ -146,6 +157,7 @@ TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: 
 INHERITED = (
     *("seed", "model", "tokenizer", "engine", "sandbox", "mesh"),
     *("task", "eval_task", "tell_tools", "max_turns", "max_context", "max_new_tokens"),
+    "eval_temperature",
     *("row_length", "chunks_per_row"),
 )
 
@@ -153,13 +165,43 @@ INHERITED = (
 def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Return the config of the experiment that `config` starts from.
 
-    It has the same preset, and the INHERITED keys have the same values.
+    Its preset is the one that `init_from` names, or else that of `config`; the INHERITED keys have
+    the values of `config`.
+
+    Raises:
+      ValueError: `init_from` names no experiment.
     """
-    start = load_config(config.init_from, config.preset)
+    before = experiment_before(config.init_from)
+    if before is None:
+        raise ValueError(f"init_from={config.init_from!r} names no experiment, FILE.py[:PRESET]")
+    file, preset = before
+    start = load_config(file, preset or config.preset)
     for key in INHERITED:
         if key in start and key in config:
             start[key] = config[key]
+    if "eval_tasks" in start and config.eval_tasks:  # 0: what follows plays no task itself
+        start.eval_tasks = config.eval_tasks
     return start
+
+
+def check_chain(config: ml_collections.ConfigDict) -> None:
+    """Check a config and those of all stages before it, before the first of them starts.
+
+    Raises:
+      ConfigError: one of them cannot run, or the chain has no beginning.
+    """
+    seen: list[str] = []
+    while True:
+        check_config(config)
+        if experiment_before(config.init_from) is None:
+            return
+        if config.init_from in seen:
+            raise ConfigError(
+                f"init_from={config.init_from!r} starts from itself, through {' <- '.join(seen)}."
+                " Let the first stage start from a Hugging Face directory, or from nothing."
+            )
+        seen.append(config.init_from)
+        config = init_config(config)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -275,7 +317,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     if config.lora.rank:
         start = pathlib.Path(init_from) if init_from and pathlib.Path(init_from).is_dir() else None
         lora_of(config, model_of(config, start))
-    if directory is None or init_from in ("", RANDOM) or init_from.endswith(".py"):
+    if directory is None or init_from in ("", RANDOM) or experiment_before(init_from):
         return
     if pathlib.Path(init_from).resolve() != directory.resolve():
         raise ConfigError(
@@ -302,7 +344,7 @@ def _check_cpt(config: ml_collections.ConfigDict) -> None:
         parse_mixture(config.text or "stdlib")
     except ValueError as error:
         raise ConfigError(f"config.text: {error}") from None
-    if config.init_from.endswith(".py"):
+    if experiment_before(config.init_from):
         raise ConfigError(
             f"init_from={config.init_from!r}: CPT is the first stage and runs no other before it."
             " Name a Hugging Face directory (a run leaves one in final/), or nothing."
@@ -310,6 +352,28 @@ def _check_cpt(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_sft(config: ml_collections.ConfigDict) -> None:
+    try:
+        parse_masks(config.masks)
+    except ValueError as error:
+        raise ConfigError(f"config.masks={config.masks!r}: {error}.") from None
+    for name in ("select", "demonstration_task", "feedback"):
+        if config.trajectories and config[name]:
+            raise ConfigError(
+                f"{name}={config[name]!r} is about demonstrations, and trajectories="
+                f"{config.trajectories!r} takes their place. Set one of them to ''; python -m"
+                " launch.synth filters files of trajectories."
+            )
+    if config.select != "preferred" and (config.feedback or config.candidates > 1):
+        raise ConfigError(
+            f"feedback={config.feedback!r} and candidates={config.candidates} choose among the"
+            f" demonstrations of a task, and select={config.select!r} does not. Set"
+            " select=preferred."
+        )
+    if config.feedback and not pathlib.Path(config.feedback).is_file():
+        raise ConfigError(
+            f"feedback={config.feedback!r} is no file. Name the decisions.jsonl that the page"
+            " review.html exports."
+        )
     if config.trajectories:
         try:
             parse_mixture(config.trajectories)

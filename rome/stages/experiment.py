@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_collections
+from rich.console import Console
 
 from envs.rock import SandboxError
 from rome.engine.errors import EngineError
@@ -26,17 +27,19 @@ from rome.stages.settings import sandbox_config
 from rome.stages.sft import SFTStage
 from rome.stopping import ShouldStop, Stopped
 from rome.train.alarms import TrainingAlarm
+from rome.train.chain import table_of_stages
 from rome.train.checkpoint import CheckpointError
 from rome.train.display import Display
 from rome.train.distributed import DistributedError, choose, start
 from rome.train.ownership import Ownership
 from rome.train.plots import plot_curves
-from rome.train.report import Evaluation, before_and_after, print_table, read_report
+from rome.train.report import before_and_after, print_table, read_report
 from rome.train.team import LeaderError, Team
 from rome.train.workdir import (
     ConfigError,
     claim_workdir,
     config_digest,
+    experiment_before,
     is_complete,
     start_directory,
 )
@@ -131,8 +134,8 @@ def _run_owned(
     if changed:
         _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
     start = start_directory(config, workdir)
-    earlier_evals: list[Evaluation] = []
-    if start is not None and config.init_from.endswith(".py"):
+    earlier: dict[str, Any] = {}
+    if start is not None and experiment_before(config.init_from):
         init_workdir = start.parent
         if not team.share(f"start {start}", start.exists):
             _say(
@@ -142,9 +145,18 @@ def _run_owned(
             )
             if not run_stages(init_config(config), init_workdir, isolation, team):
                 return False
-        earlier_evals = read_report(init_workdir)["evals"] if team.leads else []
+        earlier = read_report(init_workdir) if team.leads else {}
     with make_display(config, team) as display:
-        context = StageContext(config, workdir, isolation, team, display, start, earlier_evals)
+        context = StageContext(
+            config,
+            workdir,
+            isolation,
+            team,
+            display,
+            start,
+            earlier.get("evals", ()),
+            earlier.get("stages", ()),
+        )
         try:
             return STAGES[kind_of(config.loss)](context).train()
         except Stopped as error:
@@ -175,6 +187,9 @@ def show_result(workdir: pathlib.Path) -> None:
     report = read_report(workdir)
     before, after = before_and_after(report["evals"])
     print_table(before, after)
+    stages = report.get("stages", ())
+    if len(stages) > 1:
+        Console(highlight=False).print(table_of_stages(stages))
     try:
         curves = " ".join(os.path.relpath(path) for path in plot_curves(workdir))
     except Exception as error:  # the run is complete without pictures

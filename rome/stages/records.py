@@ -14,6 +14,7 @@ from rome.data.batch import IMITATION
 from rome.data.formats.records import Library, Limits, open_library
 from rome.data.index import fingerprint
 from rome.data.packing import microbatches, pack
+from rome.data.relevance import MASKS, mask_turns
 from rome.files import find_shipped, write_atomically
 from rome.model.tokenizer import Tokenizer
 from rome.stages.players import wait_until_visible
@@ -83,7 +84,8 @@ def score_held_out_records(
     """
     count = min(config.eval_trajectories, len(library.held_out))
     rows = pack(
-        [library.held_out[number] for number in range(count)],
+        # The same turns whatever the run masks, so that runs can be compared.
+        [mask_turns(library.held_out[number], MASKS) for number in range(count)],
         row_length=config.row_length,
         chunks_per_row=config.chunks_per_row,
         gamma=1.0,

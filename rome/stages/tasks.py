@@ -19,31 +19,37 @@ class Tasks(NamedTuple):
     Attributes:
       train: the source that training draws from.
       evaluation: the source of evaluations; the same one unless the config names another.
+      demonstrated: the source that demonstrators of SFT play; `train` unless the config names
+        another.
       faults: of tasks that cannot be used.
     """
 
     train: Source
     evaluation: Source
+    demonstrated: Source
     faults: Sequence[TaskError]
 
     def find(self, name: str) -> Task:
-        """Return the task of this name, of either source."""
-        try:
-            return self.train.task(name)
-        except SourceError:
-            return self.evaluation.task(name)
+        """Return the task of this name, of any of the sources."""
+        for source in (self.train, self.evaluation):
+            try:
+                return source.task(name)
+            except SourceError:
+                continue
+        return self.demonstrated.task(name)
 
     def examples(self) -> Iterator[Task]:
-        """Yield a task of every kind, and every task of finite sets."""
+        """Yield a task of every kind that the policy plays, and every task of finite sets."""
         yield from (self.train.train(family, 0) for family in self.train.families)
         yield from self.evaluation.evaluation(1)
         yield from self.train.finite(is_trained=True)
         yield from self.evaluation.finite(is_trained=False)
 
     def shown(self) -> bool:
-        """Return whether a script solves some of the tasks that are trained on."""
-        kinds = (self.train.train(family, 0) for family in self.train.families)
-        finite = self.train.finite(is_trained=True)
+        """Return whether a script solves some of the tasks that are to be demonstrated."""
+        source = self.demonstrated
+        kinds = (source.train(family, 0) for family in source.families)
+        finite = source.finite(is_trained=True)
         return any(task.has_demonstrator for task in (*kinds, *finite))
 
 
@@ -56,6 +62,7 @@ def tasks_of(config: ml_collections.ConfigDict) -> Tasks:
     return _open(
         config.task,
         config.eval_task,
+        config.demonstration_task if "demonstration_task" in config else "",
         config.seed,
         config.max_turns,
         config.sandbox.command_timeout,
@@ -63,7 +70,14 @@ def tasks_of(config: ml_collections.ConfigDict) -> Tasks:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(task: str, eval_task: str, seed: int, max_turns: int, command_timeout: float) -> Tasks:
+def _open(
+    task: str,
+    eval_task: str,
+    demonstration_task: str,
+    seed: int,
+    max_turns: int,
+    command_timeout: float,
+) -> Tasks:
     settings = Settings(max_turns=max_turns, command_timeout=command_timeout)
     faults: list[TaskError] = []
 
@@ -79,20 +93,25 @@ def _open(task: str, eval_task: str, seed: int, max_turns: int, command_timeout:
             )
         return source
 
-    if not eval_task:
-        source = open_one("task", task)
-        _check_split("task", task, source, source)
-        return Tasks(source, source, tuple(faults))
-    train = open_one("task", task, eval_share=0.0)
-    evaluation = open_one("eval_task", eval_task, eval_share=1.0)
+    if eval_task:
+        train = open_one("task", task, eval_share=0.0)
+        evaluation = open_one("eval_task", eval_task, eval_share=1.0)
+    else:
+        train = evaluation = open_one("task", task)
     _check_split("task", task, train, evaluation)
-    both = overlap(train, evaluation)
-    if both:
-        raise ConfigError(
-            f"config.eval_task={eval_task!r}: {len(both)} of its tasks are trained on, too, such as"
-            f" {both[0]}. Leave eval_task empty, so that config.task is split, or name other tasks."
-        )
-    return Tasks(train, evaluation, tuple(faults))
+    demonstrated = train
+    if demonstration_task:
+        demonstrated = open_one("demonstration_task", demonstration_task)
+        _check_split("demonstration_task", demonstration_task, demonstrated, evaluation)
+    for source in (train, demonstrated):
+        both = [] if source is evaluation else overlap(source, evaluation)
+        if both:
+            raise ConfigError(
+                f"config.eval_task={eval_task!r}: {len(both)} of its tasks are trained on, too,"
+                f" such as {both[0]}. Leave eval_task empty, so that config.task is split, or name"
+                " other tasks."
+            )
+    return Tasks(train, evaluation, demonstrated, tuple(faults))
 
 
 def _check_split(key: str, spec: str, train: Source, evaluation: Source) -> None:

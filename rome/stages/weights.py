@@ -27,7 +27,7 @@ from rome.model.rope import RopeScaling
 from rome.stopping import ShouldStop, never, raise_if_stopped
 from rome.train.feed import put
 from rome.train.parameters import StoredParameters, saved_steps
-from rome.train.workdir import ConfigError, model_directory
+from rome.train.workdir import ConfigError, experiment_before, model_directory
 
 # A model of at most so many layers is unrolled: a fifth faster on a CPU, and compiled soon enough.
 MAX_UNROLLED_LAYERS = 8
@@ -175,7 +175,7 @@ def _dtype_of(config: ml_collections.ConfigDict, start: pathlib.Path | None) -> 
     """
     if config.learner.dtype:
         return config.learner.dtype
-    if start is None or config.init_from.endswith(".py"):
+    if start is None or experiment_before(config.init_from):
         start = model_directory(config)
     if start is None:
         return PRESETS[config.model].dtype

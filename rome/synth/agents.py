@@ -47,12 +47,12 @@ def agent_specs(endpoints: Endpoints | None) -> dict[str, AgentSpec]:
 
     async def build_seed(seed: Any, settings: Any, isolation: str) -> Any:
         if seed.kind == "idea" and endpoints is not None:
-            return await write_draft_of_idea(endpoints, seed, settings.seed)
+            return await write_draft_of_idea(endpoints, seed, settings.seed, isolation)
         return await build(seed, settings.seed, isolation, settings.licences)
 
-    async def audit(draft: Any) -> str:
+    async def audit(draft: Any) -> tuple[str, int]:
         if endpoints is None:
-            return ""
+            return "", 0
         return await audit_draft(endpoints, draft)
 
     return {

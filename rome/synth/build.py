@@ -8,10 +8,10 @@ import pathlib
 from typing import Any
 
 from envs.rock import SandboxError
-from envs.tasks.harbor.errors import TaskError
 from envs.tasks.made import FAMILIES, Case, Draft
 from envs.tasks.made.commits import commit_draft
 from envs.tasks.made.packages import package_drafts, record_package
+from envs.tasks.made.tools import tool_drafts
 from rome.synth.explore import Seed
 
 LICENCE_BYTES = 64 << 10
@@ -22,14 +22,25 @@ PERMISSIVE = {
     "BSD": "Redistribution and use in source and binary forms",
     "ISC": "Permission to use, copy, modify, and/or distribute",
 }
+# What parsing a hostile source, or a record that a hostile package wrote, can raise.
+UNUSABLE = (ValueError, LookupError, TypeError, SyntaxError, RecursionError, MemoryError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What became of a seed: its drafts, or the reason why there are none."""
+    """What became of a seed: its drafts, or the reason why there are none.
+
+    Attributes:
+      drafts: of the seed.
+      reason: why there are none.
+      tokens: that a model was billed for.
+      is_fault: whether the machine was at fault, so that a resumed run tries again.
+    """
 
     drafts: list[Draft]
     reason: str = ""
+    tokens: int = 0
+    is_fault: bool = False
 
 
 async def build(seed: Seed, run_seed: int, isolation: str, licences: bool = True) -> Built:
@@ -43,17 +54,24 @@ async def build(seed: Seed, run_seed: int, isolation: str, licences: bool = True
     """
     if seed.kind == "generated":
         return Built([FAMILIES[seed.name].make(int(seed.value))])
-    licence = find_licence(pathlib.Path(seed.name)) if licences else "not checked"
+    licence = "not checked"
+    if licences and seed.kind != "tool":
+        licence = find_licence(pathlib.Path(seed.name))
     if not licence:
         return Built([], f"no permissive licence ({', '.join(PERMISSIVE)}) lies in or beside it")
     try:
+        if seed.kind == "tool":
+            return Built(await tool_drafts(seed.name, seed.count, run_seed, isolation))
         if seed.kind == "package":
             folder = pathlib.Path(seed.name)
             recording = await record_package(folder, run_seed, isolation)
             return Built(await package_drafts(recording, seed.count, run_seed, isolation, licence))
         found = await commit_draft(pathlib.Path(seed.name), seed.value, isolation, licence)
-    except (TaskError, SandboxError) as error:
-        return Built([], str(error))
+    except SandboxError as error:
+        return Built([], str(error), is_fault=True)
+    except UNUSABLE as error:  # one hostile input must not end the run of the others
+        shown = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return Built([], shown[:500])
     return Built([found]) if isinstance(found, Draft) else Built([], found)
 
 
@@ -101,10 +119,13 @@ def draft_from_json(value: dict[str, Any]) -> Draft:
     return Draft(**{**value, "cases": cases, "lines": lines})
 
 
-def read_drafts(path: pathlib.Path) -> Built:
-    """Return what `write_drafts` wrote."""
-    document = json.loads(path.read_text())
-    return Built([draft_from_json(one) for one in document["drafts"]], document["reason"])
+def read_drafts(path: pathlib.Path) -> Built | None:
+    """Return what `drafts_text` gave; None where the file is missing or torn."""
+    try:
+        document = json.loads(path.read_text())
+        return Built([draft_from_json(one) for one in document["drafts"]], document["reason"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def drafts_text(built: Built) -> str:

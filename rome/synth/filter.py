@@ -1,5 +1,6 @@
 """The four-stage filter of trajectories: heuristic, judge, execution, expert; each a gate.
 
+OUT/run.json           dataset, judge and re-runs; a run with others is refused
 OUT/verdicts.jsonl     one record for each trajectory: its verdicts by stage, kept for good
 OUT/kept.txt           the files that passed
 OUT/review.html        the queue of an expert: doubtful ones, and a sample of the others
@@ -10,6 +11,8 @@ OUT/funnel.json        how many each stage removed
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -24,11 +27,12 @@ from rome.evals.agents import Outcome, StartedEnv, play_in_environment
 from rome.files import append_line, read_json, write_atomically
 from rome.synth.expert import choose_queue, expert_verdict, read_decisions, write_queue
 from rome.synth.explore import SetAside
-from rome.synth.filter_rules import Judge, heuristic, model_judge, rule_judge
+from rome.synth.filter_rules import Judge, calibrate, heuristic, model_judge, rule_judge
 from rome.synth.funnel import make_funnel
 from rome.synth.verdicts import Item, Verdict
 
 REPLAY_SECONDS = 300.0
+MAX_TRAJECTORY_BYTES = 64 << 20
 MAX_TRIES = 2  # of a re-run that the infrastructure spoiled
 
 
@@ -41,6 +45,7 @@ async def filter_folder(
     runs: int = 2,
     concurrency: int = 2,
     chat: ChatEndpoint | None = None,
+    labels: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Filter all trajectories of a folder, and return the content of OUT/funnel.json.
 
@@ -52,10 +57,25 @@ async def filter_folder(
       runs: of each trajectory; one that fails in any of them is flaky, or was never right.
       concurrency: sandboxes at once.
       chat: the judge's model; None for the rules.
+      labels: file of decisions (`expert.read_decisions`) on some of the trajectories, on which the
+        judge's threshold is calibrated; None for a threshold of 0.5.
+
+    Raises:
+      ValueError: OUT belongs to another run, or the labels are not of both kinds.
     """
     tasks = {task.name: task for task in load_tasks(dataset)}
     items, aside = read_items(folder, tasks)
     judge = rule_judge if chat is None else model_judge(chat)
+    out.mkdir(parents=True, exist_ok=True)
+    claimed = {
+        "dataset": dataset,
+        "judge": "rules" if chat is None else chat.model,
+        "labels": "" if labels is None else _digest(labels),
+        "runs": runs,
+    }
+    _claim(out / "run.json", claimed)
+    if labels is not None:
+        judge = await _calibrated(judge, items, labels, out)
     await run_filter(items, tasks, out, config, judge, runs=runs, concurrency=concurrency)
     write_atomically(
         out / "set_aside.jsonl", "".join(json.dumps(one.to_json()) + "\n" for one in aside)
@@ -67,13 +87,53 @@ async def filter_folder(
     return funnel
 
 
+def _digest(path: pathlib.Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def _claim(path: pathlib.Path, mine: dict[str, Any]) -> None:
+    """Write what this run is, or compare it: verdicts of another judge must not be used again."""
+    if not path.exists():
+        write_atomically(path, json.dumps(mine, indent=1) + "\n")
+        return
+    theirs = read_json(path, "Give another --out.")
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{path.parent} belongs to a filter whose {name} is {theirs.get(name)!r}, not"
+                f" {value!r}; give another --out"
+            )
+
+
+async def _calibrated(
+    judge: Judge, items: Sequence[Item], labels: pathlib.Path, out: pathlib.Path
+) -> Judge:
+    """Return the judge with the threshold that tells the labelled items apart best."""
+    decisions = read_decisions(labels)
+    scores: dict[str, Verdict] = {}
+    for item in items:
+        if item.id in decisions:
+            scores[item.id] = await judge(item)
+    labelled = [(decisions[name][0], verdict.score) for name, verdict in scores.items()]
+    found = calibrate(labelled)
+    write_atomically(out / "calibration.json", json.dumps(found, indent=1) + "\n")
+
+    async def calibrated(item: Item) -> Verdict:
+        verdict = scores.get(item.id) or await judge(item)
+        return dataclasses.replace(verdict, accepted=verdict.score >= found["threshold"])
+
+    return calibrated
+
+
 def read_items(folder: pathlib.Path, tasks: dict[str, Task]) -> tuple[list[Item], list[SetAside]]:
     """Return the trajectories of a folder, and the files that hold none."""
     items, aside = [], []
     for path in sorted(folder.rglob("*.json")):
         try:
+            if not path.is_file() or path.stat().st_size > MAX_TRAJECTORY_BYTES:
+                raise ValueError(f"no regular file of at most {MAX_TRAJECTORY_BYTES} bytes")
             trajectory = from_atif(read_json(path, "It is left out."))
-        except (ValueError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             aside.append(SetAside(str(path), 0, str(error)))
             continue
         task = tasks.get(trajectory.task)

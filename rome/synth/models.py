@@ -12,13 +12,14 @@ import re
 import time
 from typing import Any
 
+from envs.rock import SandboxError
 from envs.tasks.made import Case, Draft
 from envs.tasks.made.draft import IMAGES, INTERPRETERS
 from envs.tasks.made.prove import outputs_of
 from rome.agent.endpoint import ChatEndpoint, EndpointError
 from rome.agent.session import ContextFull
 from rome.data.seeds import derive_seed
-from rome.synth.build import Built
+from rome.synth.build import UNUSABLE, Built
 from rome.synth.explore import Seed
 
 DOMAINS = ("data", "logs", "text", "files", "dates", "parsing", "algorithms", "formats")
@@ -62,7 +63,15 @@ class Endpoints:
 
 
 class AnswerError(ValueError):
-    """The model's answer is not of the form that was asked for."""
+    """The model's answer is not of the form that was asked for.
+
+    Attributes:
+      tokens: that the answer cost all the same.
+    """
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 async def ask_json(endpoints: Endpoints, prompt: str, seed: int) -> tuple[Any, int]:
@@ -85,7 +94,7 @@ async def ask_json(endpoints: Endpoints, prompt: str, seed: int) -> tuple[Any, i
     try:
         return json.loads(match[1] if match else text), tokens
     except (ValueError, RecursionError) as error:
-        raise AnswerError(f"no JSON: {text[:100]!r}") from error
+        raise AnswerError(f"no JSON: {text[:100]!r}", tokens) from error
 
 
 async def think_of_ideas(
@@ -94,33 +103,43 @@ async def think_of_ideas(
     """Return seeds of kind "idea", `count` of each domain at most; those of the trace are kept."""
     seeds = []
     for domain in DOMAINS:
-        entry = trace.lines.get(("explore", domain))
+        entry = trace.done("explore", domain)
         if entry is None:
             began = time.monotonic()
+            fault = ""
             ideas: list[str] = []
             tokens = 0
             try:
                 prompt = _IDEA.format(count=count, domain=domain)
                 answer, tokens = await ask_json(endpoints, prompt, derive_seed(seed, domain))
                 ideas = [one[:300] for one in answer if isinstance(one, str)][:count]
-            except (AnswerError, EndpointError, ContextFull, TypeError) as error:
-                entry = {"fault": str(error)}
+            except (EndpointError, ContextFull) as error:
+                fault = str(error)
+            except AnswerError as error:
+                tokens = error.tokens
+            except TypeError:  # the answer is no list: there are no ideas in it
+                pass
             entry = trace.add(
-                "explore", domain, time.monotonic() - began, ideas=ideas, tokens=tokens
+                "explore", domain, time.monotonic() - began, fault, ideas=ideas, tokens=tokens
             )
         seeds += [Seed("idea", domain, idea) for idea in entry["ideas"]]
     return seeds
 
 
-async def write_draft_of_idea(endpoints: Endpoints, seed: Seed, run_seed: int) -> Built:
+async def write_draft_of_idea(
+    endpoints: Endpoints, seed: Seed, run_seed: int, isolation: str = "best_available"
+) -> Built:
     """Return the draft that a model writes of an idea; what its own solution prints is expected."""
     prompt = _DRAFT.format(idea=seed.value, languages=", ".join(INTERPRETERS))
+    tokens = 0
     try:
-        answer, _ = await ask_json(endpoints, prompt, derive_seed(run_seed, seed.id))
-        draft = read_draft(seed, answer)
-    except (AnswerError, EndpointError, ContextFull) as error:
-        return Built([], str(error))
-    return await with_expectations(draft)
+        answer, tokens = await ask_json(endpoints, prompt, derive_seed(run_seed, seed.id))
+        built = await with_expectations(read_draft(seed, answer), isolation)
+    except (EndpointError, ContextFull, SandboxError) as error:
+        return Built([], str(error), tokens, is_fault=True)
+    except UNUSABLE as error:
+        return Built([], str(error)[:500], getattr(error, "tokens", 0) or tokens)
+    return dataclasses.replace(built, tokens=tokens)
 
 
 def read_draft(seed: Seed, answer: Any) -> Draft:
@@ -144,7 +163,7 @@ def read_draft(seed: Seed, answer: Any) -> Draft:
     if not all(isinstance(one, str) and len(one) <= MAX_FIELD for one in inputs):
         raise AnswerError(f"an input is no text of at most {MAX_FIELD} characters")
     suffix = {"python": "py", "javascript": "js", "shell": "sh"}[language]
-    program = f"solve.{suffix}"
+    program = f"answer.{suffix}"
     argv = (*INTERPRETERS[language], f"{{app}}/{program}")
     return Draft(
         name=f"idea/{seed.name}-{derive_seed(seed.id)}",
@@ -159,10 +178,10 @@ def read_draft(seed: Seed, answer: Any) -> Draft:
     )
 
 
-async def with_expectations(draft: Draft) -> Built:
+async def with_expectations(draft: Draft, isolation: str) -> Built:
     """Return the draft with what its oracle prints in a sandbox, twice alike, as expectation."""
-    first = await outputs_of(draft)
-    if first != await outputs_of(draft):
+    first = await outputs_of(draft, isolation)
+    if first != await outputs_of(draft, isolation):
         return Built([], "its solution prints different things for the same input")
     if len(set(first)) < len(first) // 2:
         return Built([], "its solution prints the same for most inputs")
@@ -173,13 +192,16 @@ async def with_expectations(draft: Draft) -> Built:
     return Built([dataclasses.replace(draft, cases=cases)])
 
 
-async def audit_draft(endpoints: Endpoints, draft: Draft) -> str:
-    """Return why a model rejects a draft, or "". No answer is no objection: the gates decide."""
+async def audit_draft(endpoints: Endpoints, draft: Draft) -> tuple[str, int]:
+    """Return (why a model rejects a draft, or "", tokens of its answer).
+
+    No answer is no objection: the gates decide.
+    """
     prompt = _AUDIT.format(instruction=draft.instruction[:8000], oracle=draft.oracle[:8000])
     try:
-        answer, _ = await ask_json(endpoints, prompt, derive_seed(draft.digest))
-    except (AnswerError, EndpointError, ContextFull):
-        return ""
+        answer, tokens = await ask_json(endpoints, prompt, derive_seed(draft.digest))
+    except (AnswerError, EndpointError, ContextFull) as error:
+        return "", getattr(error, "tokens", 0)
     if isinstance(answer, dict) and answer.get("ok") is False:
-        return f"the audit: {str(answer.get('reason'))[:200]}"
-    return ""
+        return f"the audit: {str(answer.get('reason'))[:200]}", tokens
+    return "", tokens

@@ -31,7 +31,7 @@ from envs.tasks.made import Draft, Mutants, files_of, score_mutants, write_draft
 from rome.evals.run import validate
 from rome.files import append_line, write_atomically
 from rome.synth.agents import AgentSpec, agent_specs
-from rome.synth.build import Built, drafts_text, read_drafts
+from rome.synth.build import UNUSABLE, Built, drafts_text, read_drafts
 from rome.synth.card import make_card
 from rome.synth.claim import claim_folder
 from rome.synth.explore import Seed, SetAside, explore
@@ -50,7 +50,8 @@ class Settings:
       families: of generated tasks, "NAMES:N" or "all:N"; "" for none.
       packages: folders of Python packages.
       repositories: folders of git repositories.
-      count: tasks of each package and each repository.
+      tools: commands whose help is read.
+      count: tasks of each package, each repository and each command.
       keep: accepted tasks of each domain that are kept at most; 0 for all.
       mutants: of each oracle.
       oracle_runs: of each task; several find flaky ones.
@@ -63,6 +64,7 @@ class Settings:
     families: str = ""
     packages: tuple[str, ...] = ()
     repositories: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
     count: int = 10
     keep: int = 0
     mutants: int = 12
@@ -99,9 +101,26 @@ class Trace:
             except (ValueError, LookupError, TypeError):
                 continue  # a line that a kill cut off; its unit is done again
 
-    def add(self, agent: str, unit: str, seconds: float, **result: Any) -> dict[str, Any]:
-        """Append a finished unit of work; it is on disk when this returns."""
+    def done(self, agent: str, unit: str) -> dict[str, Any] | None:
+        """Return the entry of a finished unit; None where a fault of the machine ended it."""
+        entry = self.lines.get((agent, unit))
+        return None if entry is None or entry.get("fault") else entry
+
+    def add(
+        self, agent: str, unit: str, seconds: float, fault: str = "", **result: Any
+    ) -> dict[str, Any]:
+        """Append a finished unit of work; it is on disk when this returns.
+
+        Args:
+          agent: its name.
+          unit: of its work.
+          seconds: that it took.
+          fault: of the machine or the endpoint that ended it: a resumed run does it again.
+          **result: of the work.
+        """
         entry = {"agent": agent, "unit": unit, "seconds": round(seconds, 3), **result}
+        if fault:
+            entry["fault"] = fault[:300]
         append_line(self._path, json.dumps(entry))
         self.lines[agent, unit] = entry
         return entry
@@ -145,7 +164,12 @@ async def synthesise(
     specs = agent_specs(endpoints)
     trace = Trace(out / "trace.jsonl")
     seeds, aside = explore(
-        settings.families, settings.packages, settings.repositories, settings.count, settings.seed
+        settings.families,
+        settings.packages,
+        settings.repositories,
+        settings.count,
+        settings.seed,
+        settings.tools,
     )
     seeds += await _ideas(endpoints, settings, trace, out)
     say(f"explore: {len(seeds)} seeds, {len(aside)} inputs set aside")
@@ -198,8 +222,9 @@ async def _build_all(
 
     async def work(seed: Seed) -> None:
         path = out / "drafts" / f"{hashlib.sha1(seed.id.encode()).hexdigest()[:16]}.json"
-        if (spec.name, seed.id) in trace.lines and path.exists():
-            made[seed.id] = read_drafts(path)
+        if trace.done(spec.name, seed.id) and (earlier := read_drafts(path)):
+            made[seed.id] = earlier
+            budgets[seed.name] = budgets.get(seed.name, 0) + len(earlier.drafts)
             return
         enough = seed.kind == "commit" and budgets.get(seed.name, 0) >= settings.count
         if enough:
@@ -209,10 +234,17 @@ async def _build_all(
             async with asyncio.timeout(spec.seconds):
                 built = await spec.work(seed, settings, config.isolation)
         except TimeoutError:
-            built = Built([], f"not built within {spec.seconds:g} s")
+            built = Built([], f"not built within {spec.seconds:g} s", is_fault=True)
         budgets[seed.name] = budgets.get(seed.name, 0) + len(built.drafts)
         write_atomically(path, drafts_text(built), fsync=False)
-        trace.add(spec.name, seed.id, time.monotonic() - began, drafts=len(built.drafts))
+        trace.add(
+            spec.name,
+            seed.id,
+            time.monotonic() - began,
+            built.reason if built.is_fault else "",
+            drafts=len(built.drafts),
+            tokens=built.tokens,
+        )
         made[seed.id] = built
 
     await _all([work(seed) for seed in seeds], concurrency)
@@ -256,20 +288,23 @@ async def _score_all(
     spec = specs["review"]
 
     async def work(unit: _Unit) -> None:
-        entry = trace.lines.get((spec.name, unit.id))
+        entry = trace.done(spec.name, unit.id)
         if entry is None:
             began = time.monotonic()
-            result: dict[str, Any]
+            found, reason, fault, tokens = Mutants(0, 0), "", "", 0
             try:
                 async with asyncio.timeout(spec.seconds):
                     found = await score_mutants(
                         unit.draft, settings.mutants, settings.seed, config.isolation
                     )
-                result = dataclasses.asdict(found) | {"reason": await spec.work(unit.draft)}
-            except (ValueError, SandboxError, TimeoutError) as error:
-                reason = str(error) or f"not reviewed within {spec.seconds:g} s"
-                result = {"tried": 0, "rejected": 0, "survivors": [], "fakes": [], "reason": reason}
-            entry = trace.add(spec.name, unit.id, time.monotonic() - began, **result)
+                    if not _mutant_fault(found):  # a model is asked only about what may stay
+                        reason, tokens = await spec.work(unit.draft)
+            except (SandboxError, TimeoutError) as error:
+                reason = fault = str(error) or f"not reviewed within {spec.seconds:g} s"
+            except UNUSABLE as error:
+                reason = str(error) or type(error).__name__
+            result = dataclasses.asdict(found) | {"reason": reason, "tokens": tokens}
+            entry = trace.add(spec.name, unit.id, time.monotonic() - began, fault, **result)
         unit.mutants = Mutants(
             entry["tried"], entry["rejected"], tuple(entry["survivors"]), tuple(entry["fakes"])
         )

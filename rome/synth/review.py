@@ -69,7 +69,11 @@ def _undocumented(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+        ):
             body[0] = ast.Pass()
     return ast.fix_missing_locations(tree)
 

@@ -33,3 +33,28 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return low, high
+
+
+def difference(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
+    """Return Newcombe's 95 % interval of `after` minus `before`, two success rates.
+
+    It takes the two for independent. Where both were measured on the same tasks it is too wide
+    rather than too narrow.
+
+    Args:
+      before: (number of successes, number of trials).
+      after: likewise.
+
+    Returns:
+      (low, high), between -1 and 1.
+    """
+    rates = []
+    bounds = []
+    for successes, n in (before, after):
+        rates.append(successes / n if n else 0.5)
+        bounds.append(wilson(successes, n))
+    change = rates[1] - rates[0]
+    (low_0, high_0), (low_1, high_1) = bounds
+    down = math.hypot(rates[1] - low_1, high_0 - rates[0])
+    up = math.hypot(high_1 - rates[1], rates[0] - low_0)
+    return max(change - down, -1.0), min(change + up, 1.0)

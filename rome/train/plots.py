@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -51,7 +51,9 @@ def plot_curves(workdir: pathlib.Path | str) -> list[pathlib.Path]:
     """
     workdir = pathlib.Path(workdir)
     records = _records_of_run(workdir)
-    evals = read_report(workdir)["evals"]
+    report = read_report(workdir)
+    evals = report["evals"]
+    stages = [entry for entry in report.get("stages", ()) if entry["after"] is not None]
     policy_evals = [result for result in evals if isinstance(result, EvalResult)]
     figures: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
@@ -63,6 +65,8 @@ def plot_curves(workdir: pathlib.Path | str) -> list[pathlib.Path]:
             before, after = before_and_after(evals)
             if isinstance(before, EvalResult) and isinstance(after, EvalResult):
                 figures["families"] = _families(before, after)
+        if len(stages) > 1:
+            figures["stages"] = _stages(stages)
         directory = workdir / "plots"
         directory.mkdir(exist_ok=True)
         for name, figure in figures.items():
@@ -254,6 +258,34 @@ def _family_bar(axis: Axes, height: float, value: Rate, colour: str) -> None:
     low, high = wilson(round(rate * n), n)
     axis.barh(height, 100 * rate, height=0.36, color=colour)
     axis.plot([100 * low, 100 * high], [height, height], color="#102a43", linewidth=1.5)
+
+
+def _stages(entries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw held-out success after each stage of a chain, with what the stage added above it."""
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for place, entry in enumerate(entries):
+        after, added = entry["after"], entry["added"]
+        axis.bar(place, 100 * after["success"], width=0.55, color=AFTER)
+        axis.plot([place] * 2, [100 * after["low"], 100 * after["high"]], color="#102a43")
+        if added is not None:
+            axis.text(
+                place,
+                100 * after["high"] + 2,
+                f"{100 * added['points']:+.0f}",
+                ha="center",
+                color=LOSS if added["high"] < 0 else "#1f2933",
+            )
+    labels = [
+        f"{entry['stage']}\n{entry['steps']} steps, {entry['seconds'] / 60:.1f} min"
+        for entry in entries
+    ]
+    axis.set_xticks(range(len(entries)), labels)
+    axis.set(ylim=(0, 108), ylabel="tasks solved, %")
+    axis.grid(False, axis="x")
+    n = entries[-1]["after"]["n"]
+    axis.set_title(f"Held-out success after each stage (n = {n}, line: 95 % interval)")
+    return figure
 
 
 def _curve(

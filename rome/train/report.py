@@ -351,17 +351,18 @@ def _cells(old: Rate | None, new: Rate) -> list[str | Text]:
     """Return the cells of a row; `old` is None where the first evaluation lacks the family."""
     tasks = str(new[1])
     if old is None:
-        return [tasks, "", _rate_cell(new), ""]
+        return [tasks, "", rate_cell(new), ""]
     points = 100 * (new[0] - old[0])
     colour = "dim"
     if points > 0:
         colour = "green"
     elif points < 0:
         colour = "red"
-    return [tasks, _rate_cell(old), _rate_cell(new), Text(f"{points:+.0f}", style=colour)]
+    return [tasks, rate_cell(old), rate_cell(new), Text(f"{points:+.0f}", style=colour)]
 
 
-def _rate_cell(value: Rate) -> str:
+def rate_cell(value: Rate) -> str:
+    """Write a rate in percent with its 95 % interval."""
     rate, n = value
     low, high = wilson(round(rate * n), n)
     return f"{percent(rate):>3} ({percent(low):>2} to {percent(high):>3})"

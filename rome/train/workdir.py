@@ -143,6 +143,21 @@ def model_directory(config: Mapping[str, Any]) -> pathlib.Path | None:
     return directory
 
 
+def experiment_before(init_from: str) -> tuple[str, str] | None:
+    """Return the file and the preset of the experiment that a run starts from.
+
+    Args:
+      init_from: such as "experiments/sft.py:stage1", or "experiments/sft.py" with no preset.
+
+    Returns:
+      The preset is "" where none is named. None: it names a directory, or nothing.
+    """
+    file, suffix, preset = init_from.partition(".py")
+    if not suffix or (preset and not preset.startswith(":")):
+        return None
+    return f"{file}.py", preset[1:]
+
+
 def start_directory(config: Mapping[str, Any], workdir: pathlib.Path) -> pathlib.Path | None:
     """Return the folder of the weights that a run starts from; None for random ones.
 
@@ -154,7 +169,9 @@ def start_directory(config: Mapping[str, Any], workdir: pathlib.Path) -> pathlib
         return None
     if not init_from:
         return model_directory(config)
-    return workdir / "init" / "final" if init_from.endswith(".py") else pathlib.Path(init_from)
+    if experiment_before(init_from):
+        return workdir / "init" / "final"
+    return pathlib.Path(init_from)
 
 
 def tokenizer_directory(config: Mapping[str, Any], workdir: pathlib.Path) -> pathlib.Path:

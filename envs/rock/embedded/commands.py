@@ -92,6 +92,7 @@ class EmbeddedSession(Session):
         self._current: int | None = None  # the running command's request number
         for output in outputs:
             output.on_flood = self._kill_current
+            output.on_piece = self._tell_piece
             output.pause()  # until a command runs
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
@@ -138,6 +139,10 @@ class EmbeddedSession(Session):
             self._current = None
             for output in self._outputs:
                 output.pause()
+
+    def _tell_piece(self, piece: bytes) -> None:
+        if self.on_output is not None:
+            self.on_output(piece)
 
     def _kill_current(self) -> None:
         if self._current is not None:

@@ -30,13 +30,15 @@ class Output:
     """The reading end of an output stream.
 
     It keeps the first `limit` bytes, reads on without keeping more, and after MAX_DISCARDED_BYTES
-    calls `on_flood` once. While it is paused, a writer waits as soon as the pipe is full.
+    calls `on_flood` once. `on_piece` is called with what is read. While it is paused, a writer
+    waits as soon as the pipe is full.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int):
         self._loop = loop
         self._limit = limit
         self.on_flood: Callable[[], None] | None = None
+        self.on_piece: Callable[[bytes], None] | None = None
         self._read_end: int | None
         self.write_end: int | None
         self._read_end, self.write_end = os.pipe()
@@ -118,6 +120,8 @@ class Output:
         kept = piece[: self._limit - len(self._data)]
         self._data += kept
         self._dropped += len(piece) - len(kept)
+        if self.on_piece is not None:
+            self.on_piece(piece)
         if self._dropped > MAX_DISCARDED_BYTES and not self._flooded:
             self._flooded = True
             if self.on_flood is not None:

@@ -7,18 +7,20 @@ only; git reads objects without the repository's settings, hooks and filters.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import pathlib
 import re
 
 from envs.rock import Sandbox, SandboxConfig
-from envs.tasks.git import RepositoryError, git
+from envs.tasks.git import RepositoryError, content_of, git
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.made.draft import Case, Draft
+from envs.tasks.made.draft import Case, Draft, is_plain_path, plain_name
 
 MAX_TREE_BYTES = 2 << 20
 MAX_FILES = 300
+MAX_SUBJECT = 500  # characters of a message that the task shows
 CASE_SECONDS = 60.0  # for all tests of the repository
 _TEST = re.compile(r"(^|/)(tests?/.*|test_[^/]*|[^/]*_test)\.py$")
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -53,6 +55,27 @@ real.flush()
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """What a commit changes.
+
+    Attributes:
+      source: path of the one source.
+      before: its text in the parent.
+      after: the text files of the commit, by path.
+      modules: the tests of unittest.
+      subject: of its message.
+      lines: of the source that are new, and those around them.
+    """
+
+    source: str
+    before: str
+    after: dict[str, str]
+    modules: list[str]
+    subject: str
+    lines: tuple[int, ...]
+
+
 async def commit_draft(
     repository: pathlib.Path, commit: str, isolation: str, licence: str = ""
 ) -> Draft | str:
@@ -68,37 +91,40 @@ async def commit_draft(
       TaskError: the repository cannot be read.
       SandboxError: a fault of the machine.
     """
-    try:
-        changed = git(
-            repository, "diff-tree", "-r", "--no-commit-id", "--name-status", "--no-renames", commit
-        )
-        rows = [line.split("\t", 1) for line in changed.decode(errors="replace").splitlines()]
-        python = [path for _, path in rows if path.endswith(".py")]
-        sources = [path for path in python if not _TEST.search(path)]
-        tests = [path for path in python if _TEST.search(path)]
-        if len(sources) != 1 or ["M", sources[0]] not in rows or not tests:
-            return f"changes {len(sources)} sources and {len(tests)} tests; one and some are needed"
-        after = _tree(repository, commit)
-        source = sources[0]
-        before = git(repository, "cat-file", "blob", f"{commit}^:{source}").decode()
-        subject = (
-            git(repository, "log", "-1", "--format=%s", commit).decode(errors="replace").strip()
-        )
-        hunks = git(
-            repository,
-            "diff",
-            "--no-ext-diff",
-            "--no-textconv",
-            "-U0",
-            f"{commit}^",
-            commit,
-            "--",
-            source,
-        )
+    try:  # in a thread: reading a large repository must not hold up other work
+        change = await asyncio.to_thread(_read_change, repository, commit)
     except (RepositoryError, UnicodeDecodeError) as error:
         raise TaskError(repository, 0, f"commit {commit[:12]}: {error}") from error
+    if isinstance(change, str):
+        return change
+    return await _proven(repository, commit, change, isolation, licence)
+
+
+def _read_change(repository: pathlib.Path, commit: str) -> _Change | str:
+    """Return what a commit changes, or why it gives no task; plumbing commands of git only."""
+    listed = git(
+        repository,
+        "diff-tree",
+        "-r",
+        "-z",
+        "--no-commit-id",
+        "--name-status",
+        "--no-renames",
+        commit,
+    )
+    fields = listed.decode(errors="replace").split("\0")
+    rows = dict(zip(fields[1::2], fields[::2], strict=False))  # path -> A, M, D, T
+    python = [path for path in rows if path.endswith(".py")]
+    sources = [path for path in python if not _TEST.search(path)]
+    tests = [path for path in python if _TEST.search(path)]
+    if len(sources) != 1 or rows[sources[0]] != "M" or not tests:
+        return f"changes {len(sources)} sources and {len(tests)} tests; one and some are needed"
+    source = sources[0]
+    after = _tree(repository, commit)
     if isinstance(after, str):
         return after
+    if source not in after:
+        return f"{source!r} is too large, no text, a pointer of Git LFS, or has an odd name"
     modules = sorted(
         path.removesuffix(".py").replace("/", ".")
         for path in after
@@ -106,18 +132,20 @@ async def commit_draft(
     )
     if not modules:
         return "no tests of unittest are in its tree"
-    return await _proven(
-        repository,
-        commit,
-        source,
-        before,
-        after,
-        modules,
-        subject,
-        _lines(hunks),
-        isolation,
-        licence,
-    )
+    before = content_of(repository, f"{commit}^:{source}", source).decode()
+    if before.encode().startswith(_LFS):
+        return f"{source!r} was a pointer of Git LFS"
+    options = ("-p", "--no-ext-diff", "--no-textconv", "-U0")
+    hunks = git(repository, "diff-tree", *options, f"{commit}^", commit, "--", source)
+    return _Change(source, before, after, modules, _subject(repository, commit), _lines(hunks))
+
+
+def _subject(repository: pathlib.Path, commit: str) -> str:
+    """Return the first paragraph of a commit's message, in one line."""
+    text = git(repository, "cat-file", "commit", commit).decode(errors="replace")
+    _, _, message = text.partition("\n\n")
+    paragraph = message.strip().partition("\n\n")[0]
+    return " ".join(paragraph.split())[:MAX_SUBJECT]
 
 
 def _is_unittest(path: str, text: str) -> bool:
@@ -143,9 +171,11 @@ def _tree(repository: pathlib.Path, commit: str) -> dict[str, str] | str:
         if content.startswith(_LFS):
             continue
         try:
-            found[raw.decode()] = content.decode()
+            path, text = raw.decode(), content.decode()
         except UnicodeDecodeError:
             continue  # a picture, an archive: no source
+        if is_plain_path(path):  # git lets a tree name `..`, and folders are written from it
+            found[path] = text
     return found
 
 
@@ -159,22 +189,14 @@ def _lines(hunks: bytes) -> tuple[int, ...]:
 
 
 async def _proven(
-    repository: pathlib.Path,
-    commit: str,
-    source: str,
-    before: str,
-    after: dict[str, str],
-    modules: list[str],
-    subject: str,
-    lines: tuple[int, ...],
-    isolation: str,
-    licence: str,
+    repository: pathlib.Path, commit: str, change: _Change, isolation: str, licence: str
 ) -> Draft | str:
     """Return the task if its tests tell the source before from the one after."""
-    argv = ("python3", "-B", "-c", _RUNNER, f"{{app}}/{source}", source, json.dumps(modules))
+    source, before, after = change.source, change.before, change.after
+    argv = ("python3", "-B", "-c", _RUNNER, f"{{app}}/{source}", source, json.dumps(change.modules))
     visible = {path: text for path, text in after.items() if not _TEST.search(path)}
     draft = Draft(
-        name=f"commit/{repository.resolve().name}/{commit[:10]}",
+        name=f"commit/{plain_name(repository.resolve().name)}-{commit[:10]}",
         domain="software",
         family="repair-commit",
         language="python",
@@ -182,7 +204,7 @@ async def _proven(
 A repository lies in /app. Change /app/{source} so that it does what this commit message says; \
 other files stay as they are:
 
-> {subject}
+> {change.subject}
 
 The repository's tests, new ones among them, are run on your file.""",
         program=source,
@@ -190,7 +212,7 @@ The repository's tests, new ones among them, are run on your file.""",
         cases=[Case(argv, stdout="end")],
         files={**visible, source: before},
         common=after,
-        lines=lines,
+        lines=change.lines,
         seconds=CASE_SECONDS,
         origin={"repository": repository.resolve().name, "commit": commit, "license": licence},
     )

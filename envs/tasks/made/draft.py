@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,27 @@ _TEST_SH = """\
 #!/bin/bash
 exec /usr/bin/env python3 -I -B /tests/verify.py /app
 """
+
+
+# Paths come from repositories of others, and go into scripts, TOML and folders of this machine.
+_PLAIN_PATH = re.compile(r"[\w+.@=-][\w+.@= -]*(/[\w+.@=-][\w+.@= -]*)*")
+MAX_PATH = 200
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")  # Harbor's rule
+
+
+def is_plain_path(path: str) -> bool:
+    """Return whether a path stays below its folder, and needs no quotes but for spaces."""
+    parts = path.split("/")
+    return (
+        len(path) <= MAX_PATH
+        and _PLAIN_PATH.fullmatch(path) is not None
+        and not {".", "..", ".git"} & set(parts)
+    )
+
+
+def plain_name(name: str) -> str:
+    """Return a name with only the characters that Harbor allows in the name of a task."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "unnamed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +113,7 @@ class Draft:
     """A task before it is proven.
 
     Attributes:
-      name: unique within a set.
+      name: unique within a set, of two parts: GROUP/NAME.
       domain: the broad kind of work.
       family: the generator.
       language: of the oracle, a key of IMAGES.
@@ -119,6 +141,18 @@ class Draft:
     lines: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     seconds: float = CASE_SECONDS
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what could harm this machine or break the task's folder. Raises ValueError."""
+        if not _TASK_NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name[:MAX_PATH]!r} is no name such as logs/count-7")
+        for path in (self.program, *self.files, *self.common):
+            if not is_plain_path(path):
+                raise ValueError(f"{path[:MAX_PATH]!r} is no plain path of a file below a folder")
+        if self.program == "solve.sh":
+            raise ValueError("the program 'solve.sh' would replace the script that installs it")
+        for text in (self.instruction, self.oracle, *self.files.values()):
+            text.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
 
     @property
     def order(self) -> dict[str, Any]:
@@ -151,7 +185,7 @@ def files_of(draft: Draft) -> Files:
     """Return the files of the task's Harbor folder."""
     canary = f"# canary GUID {draft.canary}: this file must not be in a training corpus\n"
     image = IMAGES[draft.language]
-    solve = f"#!/bin/bash\n{canary}cat /solution/{draft.program} > {APP}/{draft.program}\n"
+    solve = f"#!/bin/bash\n{canary}cat '/solution/{draft.program}' > '{APP}/{draft.program}'\n"
     texts = {
         "task.toml": canary + _settings(draft),
         "instruction.md": f"<!-- canary GUID {draft.canary} -->\n{draft.instruction.strip()}\n",

@@ -12,18 +12,20 @@ import dataclasses
 import json
 import pathlib
 import random
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from envs.rock import Sandbox, SandboxConfig
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import read_folder
-from envs.tasks.made.draft import Case, Draft
+from envs.tasks.made.draft import Case, Draft, plain_name
 from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
 
 MAX_TESTS = 200  # that are recorded of one package
+MAX_TEST_BYTES = 64 << 10
 MAX_TRIED = 16  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
 MIN_TESTS_OF_LINE = 4
@@ -85,7 +87,7 @@ def read_package(folder: pathlib.Path) -> dict[str, str]:
         if not path.endswith(".py"):
             continue
         try:
-            files[f"{folder.name}/{path}"] = content.decode()
+            files[f"{folder.resolve().name}/{path}"] = content.decode()
         except UnicodeDecodeError as error:
             raise TaskError(folder / path, 0, f"not UTF-8: {error}") from error
     size = sum(map(len, files.values()))
@@ -108,6 +110,7 @@ async def record_package(folder: pathlib.Path, seed: int, isolation: str) -> Rec
     """
     files = read_package(folder)
     record = pathlib.Path(__file__).with_name("record.py").read_bytes()
+    name = folder.resolve().name
     outputs = []
     async with Sandbox(SandboxConfig(isolation=isolation, **_SANDBOX)) as sandbox:
         await sandbox.write_files(
@@ -115,20 +118,39 @@ async def record_package(folder: pathlib.Path, seed: int, isolation: str) -> Rec
         )
         for hash_seed in ("1", "2"):
             result = await sandbox.execute(
-                f"python3 -B record.py {folder.name} {seed} {MAX_TESTS} > tests.jsonl",
+                f"python3 -B record.py {shlex.quote(name)} {seed} {MAX_TESTS} > tests.jsonl",
                 timeout=300.0,
                 env={"PYTHONHASHSEED": hash_seed},
             )
             if result.exit_code:
                 raise TaskError(folder, 0, f"it cannot be recorded: {result.stderr[-300:]}")
             outputs.append(await sandbox.read_file("tests.jsonl"))
-    first, second = ({line for line in output.splitlines()} for output in outputs)
-    tests = [json.loads(line) for line in outputs[0].splitlines() if line in second & first]
+    second = set(outputs[1].splitlines())
+    agreed = [line for line in outputs[0].splitlines() if line in second]
+    tests = [test for line in agreed if (test := _read_test(line, files)) is not None][:MAX_TESTS]
     if len(tests) < 2 * CASES:
         raise TaskError(
             folder, 0, f"only {len(tests)} tests could be recorded; its functions need more"
         )
-    return Recording(folder.name, files, tests)
+    return Recording(name, files, tests)
+
+
+def _read_test(line: bytes, files: dict[str, str]) -> dict[str, Any] | None:
+    """Return a recorded test; None where a line is none, for the package may write lines itself."""
+    try:
+        test = json.loads(line)
+        is_sound = (
+            len(line) <= MAX_TEST_BYTES
+            and isinstance(test["module"], str)
+            and all(isinstance(one, str) for one in test["statements"])
+            and all(isinstance(shown, str) for _, shown in test["outcome"])
+            and len(test["outcome"]) == len(test["statements"]) > 0
+            and all(name in files for name in test["lines"])
+            and all(isinstance(one, int) for rows in test["lines"].values() for one in rows)
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return test if is_sound else None
 
 
 def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | None:
@@ -161,7 +183,7 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
     if licence:
         origin["license"] = licence
     return Draft(
-        name=f"package/{recording.name}",
+        name=f"package/{plain_name(recording.name)}",
         domain="software",
         family="repair-package",
         language="python",
@@ -237,4 +259,4 @@ before the bug came in: what they return or print, and the kind of exception tha
         lines=near,
         origin={**whole.origin, "bug": edit.operator, "line": line},
     )
-    return dataclasses.replace(draft, name=f"package/{recording.name}/{draft.digest[:10]}")
+    return dataclasses.replace(draft, name=f"{draft.name}-{draft.digest[:10]}")

@@ -98,7 +98,8 @@ async def judge_programs(
     """Return the faults of each program on the draft's cases, the first one only; [] if it passes.
 
     Raises:
-      SandboxError: a fault of the machine.
+      SandboxError: a fault of the machine, or a program ended the judging.
+      ValueError: a program wrote to the results.
     """
     verify = pathlib.Path(__file__).with_name("verify.py").read_bytes()
     order = {**draft.order, "programs": list(programs)}
@@ -117,7 +118,19 @@ async def judge_programs(
                 f" {(result.stdout + result.stderr)[-500:]}"
             )
         content = await sandbox.read_file("results.jsonl")
-    return [json.loads(line) for line in content.splitlines()]
+    return _read_results(content, len(programs))
+
+
+def _read_results(content: bytes, count: int) -> list[list[str]]:
+    """Return the faults of each program. Programs run where these were written: check the form."""
+    results = [json.loads(line) for line in content.splitlines()]
+    is_sound = len(results) == count and all(
+        isinstance(faults, list) and all(isinstance(one, str) for one in faults)
+        for faults in results
+    )
+    if not is_sound:
+        raise ValueError(f"a program changed the results: {content[:100]!r}")
+    return results
 
 
 async def outputs_of(draft: Draft, isolation: str = "best_available") -> list[str]:

@@ -20,7 +20,7 @@ from rome.agent.iflow.approval.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.events import Usage
+from rome.agent.iflow.limits import Spent
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.endpoint_model import EndpointModel
 from rome.agent.iflow.models.engine_model import EngineModel
@@ -35,11 +35,11 @@ from rome.agent.iflow.sessions import OpenSession
 from rome.agent.iflow.specs.agent_specs import AgentSpec, load_agent_specs
 from rome.agent.iflow.specs.commands import Command, load_commands
 from rome.agent.iflow.specs.hooks import Hooks
-from rome.agent.iflow.specs.instructions import Instructions
+from rome.agent.iflow.specs.instructions import FILE_NAMES, Instructions
 from rome.agent.iflow.specs.projects import Projects
 from rome.agent.iflow.specs.settings import Settings, load_settings
 from rome.agent.iflow.specs.skills import Skill, describe_skills, load_skills
-from rome.agent.iflow.specs.spec_files import places
+from rome.agent.iflow.specs.spec_files import places, root_of
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
@@ -124,10 +124,7 @@ async def assemble(
       WorkspaceError: the place is not there.
     """
     project = options.directory.resolve()
-    projects = Projects(home and home / ".iflow" / "projects.json")
-    if options.trust:
-        projects.trust(project)
-    settings = load_settings(project, trusted=projects.is_trusted(project), home=home)
+    settings, projects = read_settings(options, home)
     model = await connect_model(options, settings, session)
     try:
         place = await open_place(options.workspace, project, session.folder, egress=options.egress)
@@ -137,8 +134,9 @@ async def assemble(
     if wrap is not None:
         place.workspace = wrap(place.workspace)
     user = home or pathlib.Path.home()
+    configs = (*settings.mcp_servers.values(), *options.servers)
     servers = MCPServers(
-        [*settings.mcp_servers.values(), *options.servers],
+        [dataclasses.replace(one, cwd=str(project / one.cwd)) for one in configs],
         session.log.append,
         session.folder,
         user / ".iflow" / "mcp-approved.json",
@@ -152,6 +150,20 @@ async def assemble(
         await place.aclose()
         await model.aclose()
         raise
+
+
+def read_settings(options: Options, home: pathlib.Path | None = None) -> tuple[Settings, Projects]:
+    """Return the settings that hold in the options' directory, and what the user granted.
+
+    Raises:
+      SpecError: a file of settings is wrong.
+    """
+    root = root_of(options.directory, home)
+    projects = Projects(home and home / ".iflow" / "projects.json")
+    if options.trust:
+        projects.trust(root)
+    trusted = projects.is_trusted(root)
+    return load_settings(options.directory, trusted=trusted, home=home), projects
 
 
 class _Builder:
@@ -181,8 +193,9 @@ class _Builder:
         self._skills, skill_problems = load_skills(where)
         self._specs, spec_problems = load_agent_specs(where)
         self._commands, command_problems = load_commands(where)
-        root = _root_of(self._project)
-        self._instructions = Instructions(root, self._project, where)
+        root = root_of(self._project, home)
+        names = settings.context_files or FILE_NAMES
+        self._instructions = Instructions(root, self._project, where, names)
         self._problems = [*skill_problems, *spec_problems, *command_problems]
         self._policy = make_policy(options, settings, place.workspace, session.folder, projects)
         self._desk = Desk(session.log, is_attended=is_attended)
@@ -197,7 +210,7 @@ class _Builder:
         self._limits = options.limits
         if not self._limits.turns:
             self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
-        self._usage: Callable[[], Usage] = Usage  # of the main agent's turn
+        self._spent = Spent()
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -219,7 +232,6 @@ class _Builder:
             mode=self._options.mode,
             limits=self._limits,
         )
-        self._usage = lambda: agent.conversation.turn_usage
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
         if is_wanted(task.name, self._options, self._settings):
             agent.tools[task.name] = task
@@ -260,7 +272,7 @@ class _Builder:
             agent=spec.name,
             parent=self._session.id,
             mode=self._policy.mode,
-            limits=self._limits.left(self._usage()),
+            limits=self._limits,
         )
         if may_have_subagents(spec, birth.depth):
             # Without a background: a sub-agent ends with its answer, and so does what it started.
@@ -282,7 +294,6 @@ class _Builder:
         context = ContextManager(
             ContextSettings(threshold=self._settings.compression_threshold),
             store=functools.partial(self._store, rest["session_folder"]),
-            hooks=self._hooks,
             workspace=workspace,
         )
         agent = Agent(
@@ -295,9 +306,11 @@ class _Builder:
             supervisor=self._supervisor,
             context=context,
             desk=self._desk,
+            spent=self._spent,
             **rest,
         )
         context.read_files = agent.read_files
+        context.hooks = agent.hooks
         return agent
 
     def _model_of(self, spec: AgentSpec) -> Model:
@@ -308,12 +321,11 @@ class _Builder:
         return model
 
     def _make_tools(self) -> list[Tool]:
-        seconds = self._settings.shell_timeout
         tools = standard_tools(
             skills=self._skills,
             has_web=self._options.has_web,
             user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
-            **({"shell_seconds": seconds} if seconds else {}),
+            shell_seconds=self._settings.shell_timeout,
         )
         own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
         chosen = [
@@ -380,11 +392,3 @@ class _Builder:
 
 def _log_retry(log: events.EventLog, reason: str, attempt: int, wait: float) -> None:
     log.append(events.Retried(reason=reason, attempt=attempt, wait=round(wait, 1)))
-
-
-def _root_of(directory: pathlib.Path) -> pathlib.Path:
-    """Return the root of the project: the folder above that is a git repository, or this one."""
-    for folder in (directory, *directory.parents):
-        if (folder / ".git").exists():
-            return folder
-    return directory

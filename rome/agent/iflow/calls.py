@@ -186,7 +186,7 @@ class CallRunner:
         Raises:
           _Refused: the call must not run.
         """
-        verdict = self.policy.judge(tool, arguments)
+        verdict = self.policy.judge(tool, arguments, self.workspace.directory)
         if verdict.decision == "deny":
             raise _Refused(verdict.reason or f"the rules deny this call of {tool.name}")
         reasons = []
@@ -283,6 +283,7 @@ class CallRunner:
             todo=self.conversation.todo,
             mode=self.conversation.mode,
             read_files=self.read_files,
+            is_denied=self.policy.hides,
         )
 
     def _log_judgement(self, call: ToolCall, judgement: Judgement) -> None:

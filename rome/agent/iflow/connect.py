@@ -51,14 +51,21 @@ async def connect_model(options: Options, settings: Settings, session: OpenSessi
 
 
 def endpoint_model(options: Options, settings: Settings, name: str) -> EndpointModel:
-    """Return a model of the endpoint by its name, without asking for it."""
-    endpoint = ChatEndpoint(
-        options.base_url or settings.base_url,
-        name,
-        options.api_key or settings.api_key or None,
-        request_seconds=REQUEST_SECONDS,
-        max_requests=MAX_REQUESTS,
-    )
+    """Return a model of the endpoint by its name, without asking for it.
+
+    Raises:
+      UsageError: the endpoint's URL is none.
+    """
+    try:
+        endpoint = ChatEndpoint(
+            options.base_url or settings.base_url,
+            name,
+            options.api_key or settings.api_key or None,
+            request_seconds=REQUEST_SECONDS,
+            max_requests=MAX_REQUESTS,
+        )
+    except ValueError as error:
+        raise UsageError(f"--base_url: {error}") from error
     return EndpointModel(
         endpoint,
         context_tokens=options.context_tokens or settings.tokens_limit,

@@ -101,7 +101,7 @@ class ContextManager:
         self.settings = settings or ContextSettings()
         self.read_files: Mapping[str, tuple[int, float]] = {} if read_files is None else read_files
         self._store = store
-        self._hooks = hooks
+        self.hooks = hooks
         self._writer = writer
         self._workspace = workspace
         self._keep = keep or KeepList()
@@ -350,10 +350,10 @@ class ContextManager:
         return f"{request[:half]}\n{middle}\n{request[-half:]}"
 
     async def _run_hook(self, event: str, trigger: Trigger, tokens: int) -> Any:
-        if self._hooks is None:
+        if self.hooks is None:
             return None
         payload = {"trigger": trigger, "tokens": tokens}
-        return await self._hooks.run(event, payload, matcher=trigger)
+        return await self.hooks.run(event, payload, matcher=trigger)
 
     # -- reminders
     # ---------------------------------------------------------------------------------------------

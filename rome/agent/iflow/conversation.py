@@ -65,6 +65,8 @@ class Conversation:
       context_tokens: of the context at the last answer, itself included, or after a compaction.
       open_calls: calls without a result, by id.
       open_requests: approvals and questions without an answer, by id.
+      read_files: path -> (size, time of change) of each file as the agent last saw it, the newest
+        last. After a rewind a file is read again before it is changed.
       jobs: background commands that run, by id.
       subagents: sub-agents that run, by id.
     """
@@ -83,6 +85,7 @@ class Conversation:
         self.context_tokens = 0
         self.open_calls: dict[str, ToolCall] = {}
         self.open_requests: dict[str, Event] = {}
+        self.read_files: dict[str, tuple[int, float]] = {}
         self.jobs: dict[str, events.JobStarted] = {}
         self.subagents: dict[str, events.SubagentStarted] = {}
         self._views = [_View(-1, [])]
@@ -231,7 +234,12 @@ class Conversation:
         self.context_tokens = event.tokens_after
         self._spend(event.usage)
 
+    def _see_file(self, event: events.FileSeen) -> None:
+        self.read_files.pop(event.path, None)
+        self.read_files[event.path] = (event.size, event.changed)
+
     def _rewind(self, event: events.Rewound) -> None:
+        self.read_files.clear()
         if not event.conversation:
             return
         while self._views[-1].number >= event.to:
@@ -289,6 +297,7 @@ class Conversation:
         events.UserMessage: _hear,
         events.AssistantMessage: _answer,
         events.ToolFinished: _finish_call,
+        events.FileSeen: _see_file,
         events.OutputMoved: _move,
         events.ContextCompacted: _compact,
         events.Rewound: _rewind,

@@ -32,6 +32,9 @@ class Approval:
     by: str = "user"
 
 
+UNANSWERED = Approval("deny", note=NOBODY, by="policy")
+
+
 class Desk:
     """Where requests wait. Sub-agents use the desk of the agent that started them.
 
@@ -62,7 +65,7 @@ class Desk:
                 request=request, call=call, reason=reason, summary=summary, diff=diff, rule=rule
             )
         )
-        answer = Approval("deny", note=NOBODY, by="policy")
+        answer = UNANSWERED
         if self.is_attended:
             waiting = self._approvals[request] = asyncio.get_running_loop().create_future()
             answer = Approval("stop")  # where the turn is cancelled meanwhile
@@ -113,6 +116,16 @@ class Desk:
         else:
             kind = "question" if decision is None else "approval"
             raise UnknownRequest(f"no {kind} {request!r} waits for an answer")
+
+    def leave(self) -> None:
+        """Note that nothing answers from now on; what waits is answered as where it never did."""
+        self.is_attended = False
+        for approval in self._approvals.values():
+            if not approval.done():
+                approval.set_result(UNANSWERED)
+        for question in self._questions.values():
+            if not question.done():
+                question.set_result("")
 
     def _log_approval(self, request: str, answer: Approval) -> None:
         answered = events.ApprovalAnswered(

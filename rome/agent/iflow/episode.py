@@ -370,6 +370,7 @@ class _Place:
     """The workspace of an agent whose environment holds the files; its own tools need none."""
 
     root = "/"
+    directory = "/"
     is_isolated = True
 
     def __getattr__(self, name: str) -> Any:

@@ -258,6 +258,21 @@ class ToolOutput(Event):
     text: str
 
 
+@event("file_seen")
+class FileSeen(Event):
+    """The agent read or wrote a file; it may change it as long as the file is in this state.
+
+    Attributes:
+      path: absolute.
+      size: in bytes.
+      changed: time of its last change, in seconds.
+    """
+
+    path: str
+    size: int
+    changed: float
+
+
 @event("tool_finished")
 class ToolFinished(Event):
     """A call has its result. Each call of an answer gets exactly one, whatever happens.
@@ -588,13 +603,16 @@ class EventLog:
 
         It is in the file before anybody is told of it; the operating system has it, so that
         kill -9 loses nothing (a power failure may lose the last ones).
+
+        Raises:
+          OSError: the file cannot be written, such as on a full disk; nothing of the event is kept.
         """
         number = len(self.events) if event.is_stored else -1
         logged = dataclasses.replace(event, number=number, at=round(time.time(), 3))
         if event.is_stored:
-            self.events.append(logged)
             if self._file is not None:
-                os.write(self._file, _line(logged))
+                self._write(self._file, _line(logged))
+            self.events.append(logged)
         for listener in list(self._listeners):
             listener(logged)
         return logged
@@ -609,6 +627,17 @@ class EventLog:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    def _write(self, file: int, line: bytes) -> None:
+        """Write a whole line or nothing, so that a later one never follows half of it."""
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(file, line[written:])
+        except OSError as error:
+            if written:
+                os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(error.errno, f"{error.strerror}: the session", str(self.path)) from error
 
     def _cut_torn_line(self) -> None:
         """Remove a last line without its end, which a kill or a full disk left."""
@@ -641,9 +670,10 @@ def from_json(values: Mapping[str, Any]) -> Event:
     Raises:
       EventError: the kind is unknown, or a member is missing or of another type.
     """
-    cls = KINDS.get(values.get("kind", ""))
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise EventError(f"event kind {values.get('kind')!r} unknown")
+        raise EventError(f"event kind {kind!r} unknown; a newer version may have written it")
     names = {field.name for field in dataclasses.fields(cls)}
     members = {name: value for name, value in values.items() if name in names}
     for name, read in _READERS.get(cls.kind, {}).items():

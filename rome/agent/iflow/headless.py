@@ -20,16 +20,18 @@ What a sub-agent or a command of the background brings while the agent is idle b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
+import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, TextIO
 
 from rome.agent.iflow import events
 from rome.agent.iflow.assemble import Assembled
-from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import EXIT_CODES, TurnFinished
 from rome.agent.iflow.places.workspace import WorkspaceError
 
@@ -48,7 +50,8 @@ async def run_headless(
 ) -> int:
     """Play the turns that the caller asks for, print what came of them, and end the session.
 
-    SIGINT and SIGTERM end the turn; what is there is printed all the same.
+    SIGINT and SIGTERM end the turn and the session; what is there is printed all the same. So does
+    a reader of the output that goes away.
 
     Args:
       assembled: the agent; closed here.
@@ -60,26 +63,29 @@ async def run_headless(
     Returns:
       The exit status of `events.EXIT_CODES`.
     """
-    out = out or sys.stdout
     agent = assembled.agent
+    stop = _Stop(agent.cancel)
+    printer = _Printer(out or sys.stdout, stop)
     if output == "stream-json":
-        agent.log.listen(lambda event: _print(event.to_json(), out))
+        agent.log.listen(lambda event: printer.print_json(event.to_json()))
     for notice in assembled.notices:
         agent.log.append(events.Notice(text=notice, level="warning"))
         print(f"iflow: {notice}", file=sys.stderr)
     finished = TurnFinished(outcome="finished")
-    with _signals(agent.cancel):
+    with _signals(stop):
         try:
             if prompt or not has_input:
                 finished = await _play(assembled, prompt)
             if has_input:
-                finished = await _follow_input(assembled, finished)
+                finished = await _follow_input(assembled, finished, stop)
         finally:
             await assembled.aclose(finished.outcome)
     if output == "text":
-        print(_last_answer(assembled), file=out)
+        printer.print(_last_answer(assembled))
     elif output == "json":
-        _print(summary(assembled, finished), out)
+        printer.print_json(summary(assembled, finished))
+    if stop.reason and finished.outcome == "finished":  # what came of it may not be printed
+        finished = TurnFinished(outcome="aborted", reason=stop.reason)
     if finished.outcome != "finished":
         print(f"iflow: {finished.outcome}: {finished.reason}", file=sys.stderr)
     return EXIT_CODES[finished.outcome]
@@ -117,14 +123,36 @@ async def _play(assembled: Assembled, prompt: str) -> TurnFinished:
     return finished
 
 
-async def _follow_input(assembled: Assembled, finished: TurnFinished) -> TurnFinished:
+class _Stop:
+    """Ends the turn and the session, when the program is told to end.
+
+    Attributes:
+      reason: why; "" as long as it was not called.
+    """
+
+    def __init__(self, cancel: Callable[[str], None]) -> None:
+        self.reason = ""
+        self.was_called = asyncio.Event()
+        self._cancel = cancel
+
+    def __call__(self, reason: str) -> None:
+        """End it."""
+        self.reason = self.reason or reason
+        self.was_called.set()
+        self._cancel(reason)
+
+
+async def _follow_input(assembled: Assembled, finished: TurnFinished, stop: _Stop) -> TurnFinished:
     """Do what the lines of standard input say; return how the last turn ended."""
     agent = assembled.agent
     prompts: asyncio.Queue[str | None] = asyncio.Queue()
     stop_listening = agent.log.listen(functools.partial(_wake, prompts))
-    reading = asyncio.create_task(_read_input(assembled, prompts))
+    tasks = [
+        asyncio.create_task(_read_input(assembled, prompts)),
+        asyncio.create_task(_end_when(stop, prompts)),
+    ]
     try:
-        while (prompt := await prompts.get()) is not None:
+        while not stop.reason and (prompt := await prompts.get()) is not None:
             if not prompt and not agent.has_unread:
                 continue
             finished = await _play(assembled, prompt)
@@ -132,9 +160,15 @@ async def _follow_input(assembled: Assembled, finished: TurnFinished) -> TurnFin
                 return finished
     finally:
         stop_listening()
-        reading.cancel()
-        agent.desk.is_attended = False
+        for task in tasks:
+            task.cancel()
+        agent.desk.leave()
     return finished
+
+
+async def _end_when(stop: _Stop, prompts: asyncio.Queue[str | None]) -> None:
+    await stop.was_called.wait()
+    prompts.put_nowait(None)
 
 
 def _wake(prompts: asyncio.Queue[str | None], event: events.Event) -> None:
@@ -144,54 +178,87 @@ def _wake(prompts: asyncio.Queue[str | None], event: events.Event) -> None:
 
 
 async def _read_input(assembled: Assembled, prompts: asyncio.Queue[str | None]) -> None:
+    """Do what each line says; once there are no more, nothing that the agent asks is answered."""
     agent = assembled.agent
-    async for line in _lines():
-        try:
-            given = json.loads(line)
-            kind = given["kind"]
-            if kind == "user":
-                prompts.put_nowait(str(given["text"]))
-            elif kind == "steer":
-                agent.steer(str(given["text"]))
-            elif kind == "approval":
-                agent.respond(
-                    given["request"],
-                    given["decision"],
-                    scope=given.get("scope", "once"),
-                    note=given.get("note", ""),
-                )
-            elif kind == "answer":
-                agent.respond(given["request"], answer=str(given["answer"]))
-            elif kind == "cancel":
-                agent.cancel()
-            else:
-                raise ValueError(f"kind {kind!r} unknown")
-        except (ValueError, LookupError, TypeError, UnknownRequest) as error:
-            text = f"a line of the input was passed over: {type(error).__name__}: {error}"
-            agent.log.append(events.Notice(text=text, level="error"))
-    prompts.put_nowait(None)
+    try:
+        async for line in _lines():
+            try:
+                _take_line(assembled, prompts, line)
+            except (ValueError, LookupError, TypeError) as error:
+                _note_input(assembled, f"a line of the input was passed over: {error!r}")
+    except (OSError, ValueError) as error:
+        _note_input(assembled, f"the input cannot be read further: {error}")
+    finally:
+        agent.desk.leave()
+        prompts.put_nowait(None)
+
+
+def _take_line(assembled: Assembled, prompts: asyncio.Queue[str | None], line: bytes) -> None:
+    """Do what a line of the input says.
+
+    Raises:
+      ValueError, LookupError, TypeError: it says nothing that is known.
+    """
+    agent = assembled.agent
+    given = json.loads(line)
+    kind = given["kind"]
+    if kind == "user":
+        prompts.put_nowait(str(given["text"]))
+    elif kind == "steer":
+        agent.steer(str(given["text"]))
+    elif kind == "approval":
+        agent.respond(
+            given["request"],
+            given["decision"],
+            scope=given.get("scope", "once"),
+            note=given.get("note", ""),
+        )
+    elif kind == "answer":
+        agent.respond(given["request"], answer=str(given["answer"]))
+    elif kind == "cancel":
+        agent.cancel()
+    else:
+        raise ValueError(f"kind {kind!r} unknown")
+
+
+def _note_input(assembled: Assembled, text: str) -> None:
+    assembled.agent.log.append(events.Notice(text=text, level="error"))
 
 
 async def _lines() -> AsyncIterator[bytes]:
-    """Yield the lines of standard input."""
+    """Yield the lines of standard input: a pipe, a terminal or a file.
+
+    Raises:
+      ValueError: one is longer than MAX_LINE.
+    """
     reader = asyncio.StreamReader(limit=MAX_LINE)
     loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    # A thread reads, since the loop cannot wait for a file; it ends with the process.
+    threading.Thread(target=_feed, args=(reader, loop), daemon=True).start()
     async for line in reader:
         if line.strip():
             yield line
 
 
-class _signals:
-    """Ends the turn at SIGINT and SIGTERM, as long as it is entered."""
+def _feed(reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
+    # Not through sys.stdin, whose lock a thread that waits would hold at the end of the process.
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        with contextlib.suppress(OSError):  # it is closed
+            while data := os.read(0, 1 << 16):
+                loop.call_soon_threadsafe(reader.feed_data, data)
+        loop.call_soon_threadsafe(reader.feed_eof)
 
-    def __init__(self, cancel: Callable[[str], None]) -> None:
-        self._cancel = cancel
+
+class _signals:
+    """Calls `stop` at SIGINT and SIGTERM, as long as it is entered."""
+
+    def __init__(self, stop: Callable[[str], None]) -> None:
+        self._stop = stop
 
     def __enter__(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._cancel, f"{number.name} was received")
+            loop.add_signal_handler(number, self._stop, f"{number.name} was received")
 
     def __exit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
@@ -200,11 +267,48 @@ class _signals:
 
 
 def _last_answer(assembled: Assembled) -> str:
+    """Return the last answer to the last message of the user; "" where there is none."""
     for entry in reversed(assembled.agent.conversation.entries):
         if entry.message.role == "assistant":
             return entry.message.content
+        if entry.source == "user":
+            break
     return ""
 
 
-def _print(values: dict[str, Any], out: TextIO) -> None:
-    print(json.dumps(values), file=out, flush=True)
+class _Printer:
+    """Prints, until what reads the output goes away: then the session ends.
+
+    Args:
+      out: where to print.
+      stop: called then.
+    """
+
+    def __init__(self, out: TextIO, stop: Callable[[str], None]) -> None:
+        self._out = out
+        self._stop = stop
+        self._is_open = True
+
+    def print(self, text: str) -> None:
+        """Print a text and a new line."""
+        if not self._is_open:
+            return
+        encoding = self._out.encoding or "utf-8"  # which may lack a letter, or a lone surrogate
+        try:
+            shown = text.encode(encoding, "replace").decode(encoding)
+            print(shown, file=self._out, flush=True)
+        except (OSError, ValueError) as error:
+            self._is_open = False
+            self._forget_the_rest()
+            self._stop(f"the output cannot be written: {error}")
+
+    def print_json(self, values: dict[str, Any]) -> None:
+        """Print an object on one line."""
+        self.print(json.dumps(values))
+
+    def _forget_the_rest(self) -> None:
+        """Let what is still buffered go nowhere: at its end Python writes it once more."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._out.fileno())
+            os.close(nowhere)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from rome.agent.iflow import events
 from rome.agent.iflow.approval.permissions import is_wanted, make_policy
-from rome.agent.iflow.assemble import Assembled, assemble
+from rome.agent.iflow.assemble import Assembled, assemble, read_settings
 from rome.agent.iflow.connect import endpoint_model
 from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
 from rome.agent.iflow.models.endpoint_model import EndpointModel
@@ -19,10 +19,10 @@ from rome.agent.iflow.options import Options
 from rome.agent.iflow.places.place import open_place
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.protocols.mcp_server import ToolServer
+from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.sessions import OpenSession, SessionStore
-from rome.agent.iflow.specs.projects import Projects
-from rome.agent.iflow.specs.settings import load_settings
 from rome.agent.iflow.specs.settings_values import McpServer
+from rome.agent.iflow.specs.spec_files import root_of
 from rome.agent.iflow.tools.standard import standard_tools
 
 
@@ -99,6 +99,31 @@ class SessionOpener:
         return SessionStore(pathlib.Path(directory), home)
 
 
+def ask_trust(
+    options: Options, ask: Callable[[str], str], home: pathlib.Path | None = None
+) -> None:
+    """Ask once whether the project's own programs and rules may hold, where it has some.
+
+    Args:
+      options: name the directory; `trust` is an answer already.
+      ask: shows a text and returns what the user types.
+      home: of the user; None for that of this process.
+
+    Raises:
+      SpecError: a file of settings is wrong.
+    """
+    settings, projects = read_settings(options, home)
+    root = root_of(options.directory, home)
+    if not settings.bound or projects.is_decided(root):
+        return
+    lines = [f"  {printable(line)}" for line in settings.bound]
+    question = f"Trust {printable(str(root))}? y yes, n no, Enter asks again next time: "
+    text = ["This project can start programs, or allow calls without asking:", *lines, question]
+    answer = ask("\n".join(text)).strip().lower()
+    if answer in ("y", "yes", "n", "no"):
+        projects.trust(root, answer.startswith("y"))
+
+
 @contextlib.asynccontextmanager
 async def tool_server(
     options: Options, home: pathlib.Path | None = None
@@ -111,15 +136,18 @@ async def tool_server(
       WorkspaceError: the place where tools work is not there.
     """
     project = options.directory.resolve()
-    projects = Projects(home and home / ".iflow" / "projects.json")
-    settings = load_settings(project, trusted=projects.is_trusted(project), home=home)
+    settings, projects = read_settings(options, home)
     with tempfile.TemporaryDirectory(prefix="iflow-") as folder:
         place = await open_place(
             options.workspace, project, pathlib.Path(folder), egress=options.egress
         )
         try:
             policy = make_policy(options, settings, place.workspace, pathlib.Path(folder), projects)
-            tools = standard_tools(has_web=options.has_web)
+            tools = standard_tools(
+                has_web=options.has_web,
+                shell_seconds=settings.shell_timeout,
+                user_memory=home and home / ".iflow" / "IFLOW.md",
+            )
             wanted = {tool.name: tool for tool in tools if is_wanted(tool.name, options, settings)}
             yield ToolServer(wanted, place.workspace, policy, folder)
         finally:

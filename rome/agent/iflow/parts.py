@@ -35,8 +35,11 @@ class Policy(Protocol):
 
     mode: str
 
-    def judge(self, tool: Tool, arguments: Mapping[str, Any]) -> Verdict:
-        """Return whether a call may run."""
+    def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
+        """Return whether a call may run; `directory` is where the shell is now."""
+
+    def hides(self, path: str) -> bool:
+        """Return whether a rule forbids to read a file."""
 
     def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
         """Allow what a rule names from now on."""
@@ -199,9 +202,13 @@ class Unhindered:
 
     mode: str = "yolo"
 
-    def judge(self, tool: Tool, arguments: Mapping[str, Any]) -> Verdict:
+    def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
         """Allow it."""
         return _Verdict("allow")
+
+    def hides(self, path: str) -> bool:
+        """Return False."""
+        return False
 
     def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
         """Do nothing: everything is allowed already."""

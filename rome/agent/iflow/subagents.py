@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from rome.agent.iflow import events as ev
+from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.events import EventLog
 from rome.agent.iflow.specs.agent_specs import AgentSpec
 from rome.agent.iflow.tools.base import Access, BaseTool, Tool, ToolContext, ToolError, ToolResult
@@ -143,11 +144,15 @@ class TaskTool(BaseTool):
 
     async def _work(self, birth: Birth, prompt: str) -> ev.SubagentFinished:
         """Run a sub-agent to its end; its end is in the parent's session whatever it is."""
+        first = len(birth.log.events)
         finished = _cancelled(birth.id)
         try:
             async with self._slots:
                 finished = await self._run(birth, prompt)
         finally:
+            # What it used counts for its parent, also where it was cancelled or failed.
+            usage = Conversation.of(birth.log.events[first:]).usage
+            finished = dataclasses.replace(finished, usage=usage)
             if birth.folder:
                 birth.log.close()
             self._finish(finished)
@@ -175,9 +180,7 @@ class TaskTool(BaseTool):
         result = _last_words(birth.log.events[first:])
         if turn.outcome != "finished":
             result = "\n".join(filter(None, [f"It ended early: {turn.reason}", result]))
-        return ev.SubagentFinished(
-            id=birth.id, outcome=turn.outcome, result=_shorten(result), usage=turn.usage
-        )
+        return ev.SubagentFinished(id=birth.id, outcome=turn.outcome, result=_shorten(result))
 
     async def _work_in_background(self, birth: Birth, prompt: str) -> None:
         finished = await self._work(birth, prompt)

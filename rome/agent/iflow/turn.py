@@ -14,7 +14,7 @@ from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.events import AssistantMessage, EventLog
 from rome.agent.iflow.guard import Finding, Guard
 from rome.agent.iflow.inbox import Inbox, LoggedHooks
-from rome.agent.iflow.limits import Limits
+from rome.agent.iflow.limits import Limits, Spent
 from rome.agent.iflow.models.model import Answer, Model, ModelError
 from rome.agent.iflow.parts import Checkpoints, Context, Environment, Policy, Supervisor
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
@@ -56,9 +56,10 @@ class Parts:
     desk: Desk
     inbox: Inbox
     parent: str
+    read_files: dict[str, tuple[int, float]]
+    spent: Spent | None = None
     edge: Edge | None = None
     knows_plan_mode: bool = False
-    read_files: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
 
     def schemas(self) -> list[dict[str, Any]]:
         """Return the schemas of the tools."""
@@ -108,7 +109,8 @@ class Turn:
         conversation = self._parts.conversation
         while True:
             self._deliver()
-            limit = self._parts.limits.reached(conversation.turn_answers, conversation.turn_usage)
+            usage = self._parts.spent() if self._parts.spent else conversation.turn_usage
+            limit = self._parts.limits.reached(conversation.turn_answers, usage)
             if limit:
                 return Ending("limit", limit)
             try:
@@ -194,6 +196,7 @@ class Turn:
             self._parts.inbox.put(text, "reminder")
             return self._take_finding(self._guard.observe_malformed())
         if message.tool_calls:
+            self._cuts = 0
             first = len(self._log.events)
             ending = await self._runner.run(message.tool_calls)
             return ending or self._guard_since(first, message)

@@ -68,7 +68,7 @@ async def _run(name: str, command: str, session: InterfaceSession) -> str:
     tool = session.agent.tools.get("shell")
     if tool is None:
         raise InputError(f"/{name} wants to run a command, and this session has no shell")
-    verdict = session.agent.policy.judge(tool, {"command": command})
+    verdict = session.agent.policy.judge(tool, {"command": command}, session.workspace.directory)
     if verdict.decision != "allow":
         raise InputError(
             f"/{name} wants to run {command!r}, which the rules do not allow ({verdict.reason});"

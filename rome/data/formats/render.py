@@ -55,6 +55,8 @@ def _render_turns(messages: Sequence[Message], chat: Chat) -> list[Chunk]:
         if message.role != "assistant":
             read.append({"role": message.role, "content": message.text})
             continue
+        if chunks:
+            chunks[-1].observation = "\n".join(answer["content"] for answer in read)
         prompt_ids = chat.reply(read) if chunks else chat.render(read, hands_over=True)
         chunks.append(_chunk(message, prompt_ids, chat, f"message {number}"))
         read = []

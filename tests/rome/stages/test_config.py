@@ -16,6 +16,7 @@ from rome.stages.config import (
     MAY_BE_MINUS_ONE,
     MAY_BE_NEGATIVE,
     MAY_BE_ZERO,
+    check_chain,
     check_config,
     init_config,
     key_rules,
@@ -28,6 +29,7 @@ from rome.train.workdir import (
     ConfigError,
     claim_workdir,
     default_workdir,
+    experiment_before,
     flatten,
     is_complete,
     mark_complete,
@@ -40,7 +42,7 @@ PRESETS = ("tiny", "smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["ipa", "sft", "cpt"])
+@pytest.mark.parametrize("name", ["ipa", "sft", "cpt", "rome"])
 def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
@@ -322,6 +324,92 @@ def test_the_experiment_started_from_takes_over_seed_and_machine():
         7,
         "required",
     )
+
+
+def chain_of(config) -> list:
+    chain = [config]
+    while experiment_before(chain[-1].init_from):
+        chain.append(init_config(chain[-1]))
+    return chain
+
+
+@pytest.mark.parametrize("preset", ["tiny", "smoke", "qwen3_30b_a3b"])
+def test_the_whole_pipeline_is_a_chain_that_is_checked_before_its_first_stage(preset):
+    config = load_config("experiments/rome.py", preset)
+    config.seed, config.eval_tasks = 5, 3
+    check_chain(config)
+    chain = chain_of(config)
+    assert [(one.experiment, one.loss) for one in chain] == [
+        ("rome", "ipa"),
+        ("sft_stage2", "sft"),
+        ("sft_stage1", "sft"),
+        *[(one.experiment, "cpt") for one in chain[3:]],
+    ]
+    assert len(chain) > 3 and {one.seed for one in chain} == {5}
+    played = [(one.eval_tasks, one.eval_task, one.task) for one in chain[:3]]
+    assert len(set(played)) == 1  # one held-out evaluation
+    assert len({one.experiment for one in chain}) == len(chain)
+
+
+def test_a_fault_in_any_stage_is_found_before_the_first_one_starts(tmp_path):
+    (tmp_path / "last.py").write_text(
+        "from experiments import sft\n"
+        "def get_config(preset='tiny'):\n"
+        "    config = sft.get_config(preset)\n"
+        "    config.masks = 'looops'\n"
+        "    return config\n"
+    )
+    config = load_config("experiments/ipa.py", "smoke")
+    config.init_from = f"{tmp_path}/last.py:tiny"
+    check_config(config)
+    with pytest.raises(ConfigError, match="masks='looops': 'looops' is no mask"):
+        check_chain(config)
+
+
+def test_a_chain_without_a_beginning_is_refused(tmp_path):
+    (tmp_path / "circle.py").write_text(
+        "from experiments import sft\n"
+        "def get_config(preset='tiny'):\n"
+        "    config = sft.get_config('tiny')\n"
+        f"    config.init_from = '{tmp_path}/circle.py:' + ('two' if preset == 'one' else 'one')\n"
+        "    return config\n"
+    )
+    config = load_config("experiments/ipa.py", "smoke")
+    config.init_from = f"{tmp_path}/circle.py:one"
+    with pytest.raises(ConfigError, match="starts from itself"):
+        check_chain(config)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("experiments/sft.py", ("experiments/sft.py", "")),
+        ("experiments/sft.py:stage1_smoke", ("experiments/sft.py", "stage1_smoke")),
+        ("runs/a.python/final", None),
+        ("Qwen3-30B-A3B", None),
+        ("", None),
+    ],
+)
+def test_the_experiment_before_is_told_from_a_directory(text, found):
+    assert experiment_before(text) == found
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"masks": "errors looops"}, "masks='errors looops': 'looops' is no mask; known: errors"),
+        ({"select": "best"}, "select='best' is unknown. Choose one of"),
+        ({"candidates": 2}, "candidates=2 choose among the demonstrations of a task"),
+        ({"candidates": 0}, "candidates=0 must be above 0"),
+        ({"select": "preferred", "feedback": "nowhere.jsonl"}, "'nowhere.jsonl' is no file"),
+        ({"select": "filtered", "trajectories": "D"}, "select='filtered' is about demonstrations"),
+        ({"demonstration_task": "gamez"}, "config.demonstration_task='gamez'"),
+    ],
+)
+def test_a_wrong_selection_is_refused_with_the_value_and_the_remedy(change, message):
+    config = change_config(load_config("experiments/sft.py", "tiny"), change)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_config(config)
 
 
 def workdir_of(config) -> pathlib.Path:

@@ -42,13 +42,14 @@ def test_evaluations_play_the_same_tasks_with_the_same_seeds_as_before():
 
 def test_demonstrators_show_the_families_in_turn_and_mixtures_by_weight():
     shares = tasks_of(load_config("experiments/sft.py", "tiny")).train.shares
-    assert deal_families(shares, 50) == [FAMILIES[number % len(FAMILIES)] for number in range(50)]
+    families = [FAMILIES[number % len(FAMILIES)] for number in range(50)]
+    assert deal_families(shares, 50) == [(0, family) for family in families]
     config = load_config("experiments/sft.py", "tiny")
     config.task = "3*terminal:count,sum + 1*games:wordle"
     dealt = deal_families(tasks_of(config).train.shares, 8)
     assert sorted(dealt) == sorted(
-        [*["terminal:count,sum#count", "terminal:count,sum#sum"] * 3]
-        + ["games:wordle#game/wordle"] * 2
+        [*[(0, "terminal:count,sum#count"), (0, "terminal:count,sum#sum")] * 3]
+        + [(1, "games:wordle#game/wordle")] * 2
     )
 
 

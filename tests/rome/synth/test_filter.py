@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import time
 
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from envs.tasks.made import FAMILIES
 from rome.agent.endpoint import Answer
 from rome.data.trajectory import Chunk, Trajectory, save_trajectory
 from rome.synth import expert, fakes, funnel
-from rome.synth.filter import filter_folder, run_filter
+from rome.synth.filter import _calibrated, filter_folder, read_items, run_filter
 from rome.synth.filter_rules import calibrate, heuristic, model_judge, rule_judge
 from rome.synth.verdicts import Item, Verdict, commands_of
 
@@ -192,3 +194,55 @@ def test_files_that_are_no_trajectories_are_set_aside(tmp_path):
     assert (found["read"], found["set_aside"], found["kept"]) == (1, 2, 0)
     aside = (tmp_path / "out" / "set_aside.jsonl").read_text()
     assert "torn.json" in aside and "not in the data set" in aside
+
+
+def test_labels_move_the_judge_s_threshold_and_a_folder_keeps_one_judge(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = tmp_path / "labels.jsonl"
+    items = []
+    for number, score in enumerate((0.9, 0.8, 0.6, 0.55)):
+        one = item(honest(), name=f"{number}.json")
+        one.verdicts["score"] = Verdict("judge", True, score)
+        items.append(one)
+
+    async def generous(one):
+        return one.verdicts["score"]
+
+    decisions = zip(items[:3], ("accept", "accept", "reject"), strict=True)
+    path.write_text("".join(json.dumps({"id": i.id, "decision": d}) + "\n" for i, d in decisions))
+    judge = asyncio.run(_calibrated(generous, items, path, tmp_path))
+    assert [asyncio.run(judge(one)).accepted for one in items] == [True, True, False, False]
+    assert 0.6 < json.loads((tmp_path / "calibration.json").read_text())["threshold"] <= 0.8
+
+    out = tmp_path / "out"
+    asyncio.run(filter_folder(folder, "harbor/word-report", out, CONFIG, runs=1))
+    with pytest.raises(ValueError, match="whose runs is 1, not 2"):
+        asyncio.run(filter_folder(folder, "harbor/word-report", out, CONFIG, runs=2))
+
+
+def test_files_of_any_form_are_set_aside_and_never_end_the_filter(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.json")
+    (folder / "link.json").symlink_to(tmp_path / "nowhere")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "bytes.json").write_bytes(b"\xff\xfe{}")
+    good = folder / "good.json"
+    save_trajectory(honest(), good)
+    document = json.loads(good.read_text())
+    good.unlink()
+    for number, key in enumerate(document):
+        for kind, value in enumerate((None, 7, [], {}, [None], [{}], "\ud800")):
+            text = json.dumps({**document, key: value})
+            (folder / f"{number}-{kind}.json").write_text(text)
+    items, aside = read_items(folder, {})
+    assert not items and len(aside) == 4 + 7 * len(document)
+
+
+def test_long_hostile_commands_are_judged_in_time():
+    for text in ("cp " * 40_000, "cat > a << b\n" * 3_000, "curl " * 20_000, "> " * 50_000):
+        began = time.process_time()
+        heuristic(item(honest(turn(text))))
+        asyncio.run(rule_judge(item(honest(turn(text)))))
+        assert time.process_time() - began < 5.0

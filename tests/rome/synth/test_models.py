@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from envs.tasks.made import FAMILIES
+from envs.tasks.made import FAMILIES, files_of
 from envs.tasks.made.prove import judge_programs
 from rome.agent.endpoint import Answer, EndpointError
 from rome.synth.explore import Seed
@@ -92,11 +92,35 @@ def test_a_draft_expects_what_its_solution_prints_in_a_sandbox():
 def test_no_answer_is_a_reason_and_no_objection():
     chat = Chat(EndpointError("it is gone"))
     built = asyncio.run(write_draft_of_idea(Endpoints(chat), SEED, 0))
-    assert built.drafts == [] and "gone" in built.reason
-    assert asyncio.run(audit_draft(Endpoints(chat), FAMILIES["text"].make(1))) == ""
+    assert built.drafts == [] and "gone" in built.reason and built.is_fault
+    assert asyncio.run(audit_draft(Endpoints(chat), FAMILIES["text"].make(1))) == ("", 0)
     objection = Chat('{"ok": false, "reason": "the order is not told"}')
     told = asyncio.run(audit_draft(Endpoints(objection), FAMILIES["text"].make(1)))
-    assert "the order is not told" in told
+    assert "the order is not told" in told[0] and told[1] == 12
+
+
+def test_an_answer_that_cannot_be_used_costs_tokens_all_the_same():
+    built = asyncio.run(write_draft_of_idea(Endpoints(Chat("no JSON here")), SEED, 0))
+    assert built.drafts == [] and built.tokens == 12 and not built.is_fault
+    hostile = Chat(json.dumps({**GOOD, "instruction": "\ud800"}))
+    built = asyncio.run(write_draft_of_idea(Endpoints(hostile), SEED, 0))
+    assert built.drafts == [] and built.tokens == 12 and "surrogates" in built.reason
+
+
+def test_a_fault_of_the_endpoint_is_asked_again_by_a_resumed_run(tmp_path):
+    trace = Trace(tmp_path / "trace.jsonl")
+    gone = Endpoints(Chat(EndpointError("it is gone")))
+    assert asyncio.run(think_of_ideas(gone, 2, 0, trace, tmp_path)) == []
+    again = Trace(tmp_path / "trace.jsonl")
+    back = Endpoints(Chat('["sum numbers"]'))
+    assert asyncio.run(think_of_ideas(back, 2, 0, again, tmp_path))
+
+
+def test_a_shell_task_keeps_the_script_that_installs_its_program():
+    draft = read_draft(SEED, {**GOOD, "language": "shell"})
+    files = files_of(draft)
+    assert f"/app/{draft.program}" in files["solution/solve.sh"][0].decode()
+    assert files[f"solution/{draft.program}"][0].decode() == draft.oracle
 
 
 def test_ideas_are_asked_for_once_and_their_tokens_are_counted(tmp_path):

@@ -75,7 +75,9 @@ def test_a_verifier_that_reads_source_or_runs_nothing_is_rejected():
 
 def test_exact_and_near_duplicates_are_found_and_others_are_not():
     drafts = [FAMILIES["logs"].make(seed) for seed in range(8)]
-    near = dataclasses.replace(drafts[2], name="again", instruction=drafts[2].instruction + " ok")
+    near = dataclasses.replace(
+        drafts[2], name="logs/again", instruction=drafts[2].instruction + " ok"
+    )
     assert review.find_duplicates([*drafts, drafts[0], near]) == {8: 0, 9: 2}
 
 

@@ -20,6 +20,7 @@ NETWORK_PROGRAMS = frozenset({
 # Programs that write the files that their arguments name: which ones.
 _WRITE_ALL = frozenset({"tee", "touch", "truncate", "rm", "rmdir", "shred", "unlink", "mkdir"})
 _WRITE_LAST = frozenset({"cp", "mv", "install", "ln", "rsync"})
+_COPY = frozenset({"cp", "mv", "install", "ln"})
 _CHANGE_MODE = frozenset({"chmod", "chown", "chgrp", "setfacl", "chattr"})
 _URL = re.compile(
     r"\b(?:https?|ftp|wss?|git|ssh)://(?:[^/\s@'\"]*@)?([\w.-]+|\[[\da-fA-F:]+\])", re.I
@@ -96,6 +97,7 @@ def of_script(
     writes: list[str] = []
     hosts: list[str] = []
     programs: list[str] = []
+    copies: dict[str, str] = {}  # path -> what it is a copy of
     directory = root
     for one in line.commands:
         if base_name(one) == "cd" and len(one.words) == 2 and one.words[1].is_static:
@@ -105,7 +107,10 @@ def of_script(
         writes += written
         reads += [path for path in named if path not in written]
         hosts += _hosts_of(one)
-        programs += [absolute(path, directory, home) for path in _programs_of(one)]
+        run = [absolute(path, directory, home) for path in _programs_of(one)]
+        programs += [*run, *(copies[path] for path in run if path in copies)]
+        if base_name(one) in _COPY and written and named:
+            copies[written[-1]] = copies.get(named[0], named[0])
         commands += _commands_written_by(one)
     return Action(
         tool=tool,
@@ -118,6 +123,30 @@ def of_script(
         programs=tuple(dict.fromkeys(programs)),
         text=script if text is None else text,
     )
+
+
+def arguments_of(action: Action, program: str, root: str, home: str) -> tuple[str, ...] | None:
+    """Return the arguments that a call gives to a program of its own; None where that is unsure.
+
+    It is sure where one command of the call, which changes no folder, names the program in full.
+
+    Args:
+      action: the call.
+      program: the absolute path of a file that it runs.
+      root: directory that the call begins in.
+      home: of the user.
+    """
+    if action.runs("cd", "pushd", "exec", "cp", "mv", "ln", "xargs", "find"):
+        return None
+    found = []
+    for command in action.commands:
+        for number, word in enumerate(command.words):
+            if absolute(word.text, root, home) == program and word.is_static:
+                found.append(command.words[number + 1 :])
+                break
+    if len(found) != 1 or not all(word.is_static and not word.has_pattern for word in found[0]):
+        return None
+    return tuple(word.text for word in found[0])
 
 
 def _programs_of(command: SimpleCommand) -> list[str]:

@@ -61,8 +61,16 @@ def make_policy(
             deny=settings.deny,
             directories=(outputs, *settings.additional_directories),
             servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
-            follow=None if workspace.is_isolated else os.path.realpath,
+            follow=None if workspace.is_isolated else _follow,
             keep_rule=functools.partial(projects.add_rule, project),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _follow(path: str) -> str:
+    """Return a path with links followed; one that no file can have stays as it is."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:
+        return path

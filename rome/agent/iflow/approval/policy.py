@@ -40,6 +40,9 @@ _SUBCOMMANDS = frozenset({
     "git", "npm", "pnpm", "yarn", "cargo", "go", "make", "docker", "pip", "uv", "poetry", "kubectl",
     "apt", "apt-get", "brew", "systemctl", "gh", "dotnet", "mvn", "gradle", "bundle", "rails",
 })  # fmt: skip
+MAX_DIRECTORIES = 64  # of one line, in which its commands may run
+MAX_ALTERNATIVES = 64  # of one word with braces
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 # Programs that can do anything: "always" keeps all of their arguments.
 _ANYTHING = INTERPRETERS | RIGHTS | {"ssh", "env", "xargs", "find", "awk", "sed", "rm", "curl"}
 
@@ -106,17 +109,18 @@ class Policy:
         self._servers = tuple(servers)
         self._keep_rule = keep_rule
 
-    def judge(self, tool: Tool, arguments: Mapping[str, Any]) -> Verdict:
+    def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
         """Return whether a call may run.
 
         Args:
           tool: that is called.
           arguments: checked against its schema.
+          directory: where the shell is now; "" for the project's.
         """
         access = tool.access(arguments)
         command = arguments.get("command")
         if access == "execute" and isinstance(command, str):
-            return self._judge_command(tool.name, command)
+            return self._judge_command(tool.name, command, directory or self._root)
         found = self._rule_of(self._deny, tool, arguments, some=True)
         if found:
             return Verdict("deny", f"the rule deny {found.text} forbids it")
@@ -136,6 +140,11 @@ class Policy:
                 return Verdict("allow", "edits are accepted")
         return Verdict("ask", self._why(tool, arguments, access), _always(tool, arguments, access))
 
+    def hides(self, path: str) -> bool:
+        """Return whether a rule forbids to read a file."""
+        rules = [rule for rule in self._deny if rule.pattern and rule.names("read_file")]
+        return any(self._fits(rule, path) for rule in rules)
+
     def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
         """Allow what a rule says from now on.
 
@@ -149,8 +158,9 @@ class Policy:
 
     # -- commands
 
-    def _judge_command(self, tool: str, text: str) -> Verdict:
+    def _judge_command(self, tool: str, text: str, directory: str) -> Verdict:
         line = commands_of(text)
+        where = self._directories(line, directory)
         deny = [rule for rule in self._deny if rule.names(tool)]
         ask = [rule for rule in self._ask if rule.names(tool)]
         is_doubtful = False
@@ -159,11 +169,11 @@ class Policy:
             if fit is Fit.YES:
                 return Verdict("deny", f"the rule deny {rule.text} forbids it")
             is_doubtful = is_doubtful or fit is Fit.MAYBE
-        fit, found = self._denied_path(line)
+        fit, found = self._denied_path(line, where)
         if found and fit is Fit.YES:
             return Verdict("deny", f"the rule deny {found.text} forbids it")
         is_doubtful = is_doubtful or fit is Fit.MAYBE
-        reads = not line.problems and all(self._reads(command) for command in line.commands)
+        reads = not line.problems and all(self._reads(command, where) for command in line.commands)
         if self.mode == "plan" and not reads:
             return Verdict("deny", _plan_mode(tool))
         if is_doubtful:
@@ -177,19 +187,30 @@ class Policy:
             return Verdict("allow", f"the rule allow {whole.text}" if whole else "")
         if line.problems:
             return Verdict("ask", f"a part of it cannot be judged: {line.problems[0]}")
-        left = [one for one in line.commands if not self._is_allowed(one, allow)]
+        left = [one for one in line.commands if not self._is_allowed(one, allow, where)]
         if not left:
             return Verdict("allow", "only reads" if reads else "rules allow all of its commands")
         rules = {_always_command(tool, command) for command in left}
-        shown = " ".join(left[0].texts)[:80] or "an assignment or a redirection"
+        shown = " ".join(left[0].texts)[:80] or "a variable that is set, or a redirection"
         reason = f"no rule allows: {shown}"
         return Verdict("ask", reason, rules.pop() if len(rules) == 1 else "")
 
-    def _reads(self, command: SimpleCommand) -> bool:
-        """Return whether a command only reads, and only in the project."""
-        return is_read_only(command) and self._are_open(_paths_in(command))
+    def _directories(self, line: Line, directory: str) -> tuple[str, ...]:
+        """Return all directories in which commands of a line may run: it may change them."""
+        found = {directory: None}
+        for command in line.commands:
+            if command.name == "cd" and len(command.words) == 2 and len(found) < MAX_DIRECTORIES:
+                target = command.words[1].text
+                found |= {absolute(target, one, self._home): None for one in found}
+        return tuple(found)
 
-    def _is_allowed(self, command: SimpleCommand, allow: Sequence[Rule]) -> bool:
+    def _reads(self, command: SimpleCommand, where: Sequence[str]) -> bool:
+        """Return whether a command only reads, and only in the project."""
+        return is_read_only(command) and self._are_open(_paths_in(command), where)
+
+    def _is_allowed(
+        self, command: SimpleCommand, allow: Sequence[Rule], where: Sequence[str]
+    ) -> bool:
         """Return whether a command needs no approval, its variables and redirections included."""
         if not all(name in HARMLESS_VARIABLES for name, _ in command.assignments):
             return False
@@ -198,23 +219,26 @@ class Policy:
         written = [redirect.target.text for redirect in command.redirects if redirect.writes]
         if not all(word.target.is_certain for word in command.redirects if word.operator != "<<"):
             return False
-        if not all(self._may_redirect(path) for path in written):
+        if not all(self._may_redirect(path, where) for path in written):
             return False
         read = [one.target.text for one in command.redirects if one.operator == "<"]
-        if not self._are_open(read):
+        if not self._are_open(read, where):
             return False
         bare = dataclasses.replace(command, assignments=(), redirects=())
         if not bare.words:
             return True
-        return self._reads(bare) or any(rule.fits_command(bare) for rule in allow)
+        return self._reads(bare, where) or any(rule.fits_command(bare) for rule in allow)
 
-    def _may_redirect(self, path: str) -> bool:
-        if self.mode == "accept_edits" and self._may_write(path):
+    def _may_redirect(self, path: str, where: Sequence[str]) -> bool:
+        if self.mode == "accept_edits" and self._may_write(path, where):
             return True
         rules = [rule for rule in self._allow if rule.names("write_file") and rule.pattern]
-        return any(rule.fits_path(self._resolve(path), self._root) for rule in rules)
+        return all(
+            any(rule.fits_path(self._resolve(path, one), self._root) for rule in rules)
+            for one in where
+        )
 
-    def _denied_path(self, line: Line) -> tuple[Fit, Rule | None]:
+    def _denied_path(self, line: Line, where: Sequence[str]) -> tuple[Fit, Rule | None]:
         """Return the rule on files that forbids something which a line names, if any does."""
         doubtful = None
         for command in line.commands:
@@ -229,41 +253,47 @@ class Policy:
                 only_reads = is_read_only(command)
                 paths = named if reads or (writes and not only_reads) else []
                 paths = [*paths, *written] if writes else paths
-                if any(self._fits(rule, path) for path in paths):
+                if any(self._fits(rule, path, where) for path in paths):
                     return Fit.YES, rule
-                last = posixpath.basename(rule.pattern.rstrip("/*"))
                 if (reads or writes) and any(
-                    fnmatch.fnmatchcase(last, posixpath.basename(one)) for one in patterns
+                    _may_lead_to(rule, absolute(path, one, self._home), self._root)
+                    for path in patterns
+                    for one in where
                 ):
                     doubtful = rule
         return (Fit.MAYBE, doubtful) if doubtful else (Fit.NO, None)
 
     # -- files
 
-    def _resolve(self, path: str) -> str:
-        return self._follow(absolute(path, self._root, self._home))
+    def _resolve(self, path: str, directory: str = "") -> str:
+        return self._follow(absolute(path, directory or self._root, self._home))
 
-    def _fits(self, rule: Rule, path: str) -> bool:
+    def _fits(self, rule: Rule, path: str, where: Sequence[str] = ("",)) -> bool:
         """Return whether a rule is about a path as it is written, or where it leads."""
-        written = absolute(path, self._root, self._home)
-        return any(rule.fits_path(one, self._root) for one in {written, self._follow(written)})
+        written = {absolute(path, one or self._root, self._home) for one in where}
+        return any(
+            rule.fits_path(one, self._root) for one in {*written, *map(self._follow, written)}
+        )
 
-    def _are_open(self, paths: Iterable[str]) -> bool:
-        return all(self._is_open(path) for path in paths)
+    def _are_open(self, paths: Iterable[str], where: Sequence[str] = ("",)) -> bool:
+        return all(self._is_open(path, one) for path in paths for one in where)
 
-    def _is_open(self, path: str) -> bool:
-        resolved = self._resolve(path)
+    def _is_open(self, path: str, directory: str = "") -> bool:
+        resolved = self._resolve(path, directory)
         if resolved == "/dev/null":
             return True
         return any(
             resolved == one or resolved.startswith(f"{one.rstrip('/')}/") for one in self._open
         )
 
-    def _may_write(self, path: str) -> bool:
+    def _may_write(self, path: str, where: Sequence[str] = ("",)) -> bool:
         """Return whether a file is the project's, and makes no program run by being there."""
-        written = absolute(path, self._root, self._home)
-        parts = {*written.split("/"), *self._follow(written).split("/")}
-        return self._is_open(path) and not {part.lower() for part in parts} & set(PROTECTED)
+        for directory in where:
+            written = absolute(path, directory or self._root, self._home)
+            parts = {*written.split("/"), *self._follow(written).split("/")}
+            if {part.lower() for part in parts} & set(PROTECTED):
+                return False
+        return self._are_open([path], where)
 
     def _rule_of(
         self, rules: Iterable[Rule], tool: Tool, arguments: Mapping[str, Any], *, some: bool
@@ -327,8 +357,46 @@ def _paths_in(command: SimpleCommand) -> list[str]:
     return found + [part for text in words for part in _path_parts(text)]
 
 
+def _may_lead_to(rule: Rule, pattern: str, root: str) -> bool:
+    """Return whether the names that the shell puts in place of a pattern may fit a rule.
+
+    Args:
+      rule: on files.
+      pattern: with its folder, as an absolute path.
+      root: directory of the project.
+    """
+    wanted = rule.pattern.removeprefix("./").rstrip("/")
+    last = posixpath.basename(wanted.rstrip("/*"))
+    if "/" not in wanted:
+        return fnmatch.fnmatchcase(last, posixpath.basename(pattern))
+    parts = absolute(wanted, root, "/~").split("/")
+    given = pattern.split("/")
+    fixed = next((place for place, one in enumerate(parts) if "*" in one), len(parts))
+    if len(given) < fixed + (fixed < len(parts)):
+        return False
+    return all(map(fnmatch.fnmatchcase, parts[:fixed], given))
+
+
+def _alternatives(text: str) -> list[str]:
+    """Return what the shell makes of braces, such as {a,b}."""
+    found = [text]
+    while len(found) < MAX_ALTERNATIVES:
+        place, match = next(
+            ((at, m) for at, one in enumerate(found) if (m := _BRACES.search(one))), (0, None)
+        )
+        if match is None:
+            return found
+        before, after = found[place][: match.start()], found[place][match.end() :]
+        found[place : place + 1] = [f"{before}{one}{after}" for one in match[1].split(",")]
+    return ["/"]  # too many to be looked at: it may be any path
+
+
 def _path_parts(text: str) -> list[str]:
     """Return what of an argument may be a path: all of it, or the value of an option."""
+    return [part for one in _alternatives(text) for part in _plain_parts(one)]
+
+
+def _plain_parts(text: str) -> list[str]:
     parts = [text]
     if text.startswith("-"):
         parts = [text[2:]] if not text.startswith("--") and len(text) > 2 else []

@@ -132,6 +132,8 @@ def absolute(path: str, root: str, home: str) -> str:
     """Return an absolute path without `.` and `..`; links are not followed."""
     if path == "~" or path.startswith("~/"):
         path = home + path[1:]
+    elif path.startswith("~"):  # another user's home, which may be anywhere
+        path = posixpath.join("/", posixpath.expanduser(path))
     return posixpath.normpath(posixpath.join(root, path)).replace("//", "/")
 
 

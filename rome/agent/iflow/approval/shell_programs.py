@@ -245,7 +245,7 @@ GIT_READ_ONLY = frozenset({
     "shortlog", "grep", "cat-file", "merge-base", "rev-list", "name-rev", "for-each-ref",
     "count-objects",
 })  # fmt: skip
-_GIT_LISTS: Mapping[str, tuple[str, ...]] = {  # only with these words after it
+_GIT_LISTS: Mapping[str, tuple[str, ...]] = {  # only with these words after it, or with none
     "branch": ("-a", "-r", "-v", "-vv", "--list", "--show-current", "--all"),
     "tag": ("-l", "--list"),
     "remote": ("-v",),
@@ -290,7 +290,8 @@ def _git_reads(arguments: Sequence[str]) -> bool:
         return False
     verb, *rest = arguments
     if verb in _GIT_LISTS:
-        return all(text in _GIT_LISTS[verb] for text in rest)
+        lists = rest or verb not in ("stash", "worktree")  # `git stash` alone takes changes away
+        return bool(lists) and all(text in _GIT_LISTS[verb] for text in rest)
     return verb in GIT_READ_ONLY and not any(_is_option(text, _GIT_WRITES) for text in rest)
 
 

@@ -144,6 +144,16 @@ def parse(text: str) -> Line:
     return Line(tuple(walker.commands), tuple(dict.fromkeys(walker.problems)))
 
 
+def parse_tree(text: str) -> tree_sitter.Node | None:
+    """Return the root of a text's syntax tree; None where it is too long or no text."""
+    if len(text) > MAX_LENGTH or text.count("|") > MAX_PIPES:
+        return None
+    try:
+        return _parser().parse(text.encode()).root_node
+    except UnicodeEncodeError:
+        return None
+
+
 def _is_odd(char: str) -> bool:
     """Return whether a character is a control, a blank or a mark that is not seen."""
     if char in "\n\t ":

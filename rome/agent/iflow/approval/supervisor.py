@@ -15,10 +15,12 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from rome.agent.iflow.approval.actions import Action, action_of, of_script
+from rome.agent.iflow.approval.actions import Action, action_of, arguments_of, of_script
 from rome.agent.iflow.approval.rules import absolute
+from rome.agent.iflow.approval.shell_branches import without_dead_branches
 from rome.agent.iflow.approval.supervisor_rules import RULES, Bounds, SupervisorRule
-from rome.agent.iflow.events import Event, SupervisorJudged
+from rome.agent.iflow.approval.supervisor_sources import Sources
+from rome.agent.iflow.events import Event, SupervisorJudged, ToolFinished, UserMessage
 from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.specs.settings_values import SupervisorSettings
@@ -38,6 +40,9 @@ _AFTER = (
     "persistence",
     "logging_off",
     "outside_write",
+)
+DEMANDED = SupervisorRule(
+    "demanded_by_others", 2, "a text asks for it, and the user does not", lambda action, bounds: ""
 )
 _PROMPT = """\
 You supervise another agent. Its user asked for:
@@ -108,18 +113,25 @@ class Supervisor:
         self._judge = judge
         self._read = read
         self._has_secret = False  # a secret was read: what is sent from now on may hold it
+        self.sources = Sources(self.bounds.root, self.bounds.home)
 
     def resume(self, events: Iterable[Event]) -> None:
         """Know what earlier events of the session say."""
         for event in events:
             if isinstance(event, SupervisorJudged) and event.rule == "secret_read":
                 self._has_secret = True
+            elif isinstance(event, UserMessage) and event.source in ("user", "steer"):
+                self.sources.ask(event.text)
+            elif isinstance(event, ToolFinished):
+                self.sources.show(event.output)
 
     async def judge(
         self, tool: Tool, arguments: Mapping[str, Any], *, conversation: Requested | None = None
     ) -> Judgement:
         """Judge a call before it runs."""
-        scripts = await self._scripts(tool, arguments)
+        for request in conversation.requests if conversation is not None else ():
+            self.sources.ask(str(getattr(request, "text", request)))
+        scripts = await self.read_scripts(tool, arguments)
         judgement = self.check(tool, arguments, scripts)
         may_harm = tool.access(arguments) not in ("none", "read")
         if self._judge is None or judgement.verdict == "stop" or not may_harm:
@@ -132,6 +144,8 @@ class Supervisor:
     ) -> Judgement:
         """Judge what a call brought about: denied tries of the network, and changed files."""
         bounds = self.bounds
+        call = action_of(tool, arguments, bounds.root, bounds.home)
+        self.sources.show(result.output, (*call.reads, *call.programs))
         changed = tuple(absolute(path, bounds.root, bounds.home) for path in result.changed)
         action = Action(tool.name, "write", writes=changed)
         found = [
@@ -151,6 +165,12 @@ class Supervisor:
         self, tool: Tool, arguments: Mapping[str, Any], scripts: Sequence[Action] = ()
     ) -> Judgement:
         """Judge a call, and scripts that it runs, by the rules alone; nothing is awaited."""
+        return self._judgement(self.find(tool, arguments, scripts))
+
+    def find(
+        self, tool: Tool, arguments: Mapping[str, Any], scripts: Sequence[Action] = ()
+    ) -> list[tuple[SupervisorRule, str]]:
+        """Return all rules that a call, or a script that it runs, breaks, each with what does."""
         bounds = self.bounds
         call = action_of(tool, arguments, bounds.root, bounds.home)
         found = [
@@ -165,14 +185,18 @@ class Supervisor:
             found.insert(0, (rule, "data is sent out"))
         if "secret_read" in names:
             self._has_secret = True
-        return self._judgement(found)
+        for action in (call, *scripts):
+            if what := self.sources.demanded(action):
+                found.append((DEMANDED, what))
+        return found
 
-    async def _scripts(self, tool: Tool, arguments: Mapping[str, Any]) -> list[Action]:
+    async def read_scripts(self, tool: Tool, arguments: Mapping[str, Any]) -> list[Action]:
         """Return what the scripts do that a call runs, and those that they run."""
         if self._read is None:
             return []
         bounds = self.bounds
-        waiting = list(action_of(tool, arguments, bounds.root, bounds.home).programs)
+        call = action_of(tool, arguments, bounds.root, bounds.home)
+        waiting = list(call.programs)
         found: dict[str, Action] = {}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READ_SECONDS):
@@ -184,6 +208,8 @@ class Supervisor:
                         text = (await self._read(path)).decode()
                     except (WorkspaceError, OSError, ValueError):
                         continue  # it is not there, or no text
+                    if (given := arguments_of(call, path, bounds.root, bounds.home)) is not None:
+                        text = without_dead_branches(text, given)
                     found[path] = _script(text, bounds)
                     waiting += found[path].programs
         return list(found.values())

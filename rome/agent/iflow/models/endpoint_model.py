@@ -242,17 +242,15 @@ class EndpointModel:
         messages: Sequence[Message],
         tools: Sequence[dict[str, Any]],
     ) -> Answer:
-        """Return what the server said.
-
-        Raises:
-          EndpointError: it is no message.
-        """
+        """Return what the server said."""
         try:
             said = read_message(
                 {**completion.choice["message"], "role": "assistant"}, "the endpoint's answer"
             )
-        except BadRequest as error:
-            raise EndpointError(str(error)) from error
+        except BadRequest as error:  # such as a call without a name: the model may try again
+            content = completion.choice["message"].get("content")
+            text = content if isinstance(content, str) else ""
+            return Answer(text, usage=self._usage(completion.usage), malformed=str(error))
         calls = [ToolCall(call.id, call.name, call.arguments) for call in said.tool_calls]
         text = said.content
         reasoning = said.reasoning

@@ -209,7 +209,9 @@ class HostShell:
             left -= size
 
     def _close_descriptors(self) -> None:
+        loop = asyncio.get_running_loop()
         for descriptor in self._descriptors:
+            loop.remove_reader(descriptor)  # a command may still be on its way to its end
             os.close(descriptor)
         self._descriptors = []
 

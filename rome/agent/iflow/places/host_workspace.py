@@ -18,16 +18,21 @@ import shlex
 import stat as stat_module
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 from envs.rock.backend import MAX_COMMAND_BYTES
 from rome.agent.iflow.places.checkpoint import ShadowRepository
 from rome.agent.iflow.places.host_processes import kill_processes
 from rome.agent.iflow.places.host_shell import HostShell
 from rome.agent.iflow.places.output import MAX_OUTPUT_BYTES, OutputKeeper, decode
-from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput, WorkspaceError
+from rome.agent.iflow.places.workspace import (
+    SHELL_ENDED,
+    BackgroundJob,
+    CommandOutput,
+    WorkspaceError,
+    require_path,
+)
 
-SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
 _READ_BYTES = 1 << 16
 # Programs must not wait for somebody at a terminal.
 _ENVIRONMENT = {
@@ -71,20 +76,32 @@ class HostWorkspace:
 
     # -- commands
 
+    @property
+    def directory(self) -> str:
+        """Return where the shell is now."""
+        return self._shell.directory if self._shell else self.root
+
     async def execute(
-        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+        self,
+        command: str,
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell; see `Workspace.execute`."""
         text = encode_command(command, env)
-        keeper = OutputKeeper(self._next_file())
+        keeper = OutputKeeper(self._next_file(), on_output)
         began = time.monotonic()
         async with self._turn:
             if self._shell is None:
                 self._shell = await self._start_shell()
+            shell = self._shell
             try:
-                ended = await self._shell.run(text, timeout, keeper)
+                ended = await shell.run(text, timeout, keeper)
             finally:
-                if not self._shell.is_alive:
+                # The workspace may have been closed meanwhile.
+                if not shell.is_alive and shell is self._shell:
                     await asyncio.shield(self._leave_shell())
         output, file = keeper.finish()
         note = "" if ended.is_alive else SHELL_ENDED
@@ -96,12 +113,11 @@ class HostWorkspace:
     async def spawn(self, command: str) -> HostJob:
         """Start a command in the background; see `Workspace.spawn`."""
         text = encode_command(command)
-        directory = self._shell.directory if self._shell else self.root
         identity = str(next(self._job_numbers))
         path = pathlib.Path(self.outputs, f"job-{identity}.txt")
         job = HostJob(identity, command, path)
         mark = f"{self._mark}-{identity}"
-        await job.start(text, directory, self._environment() | {"IFLOW_JOB": mark})
+        await job.start(text, self.directory, self._environment() | {"IFLOW_JOB": mark})
         self.jobs[identity] = job
         return job
 
@@ -212,8 +228,7 @@ class HostWorkspace:
         Raises:
           WorkspaceError: it is named inside the project, and a link leads out of it.
         """
-        if "\0" in path:
-            raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+        require_path(path)
         named = os.path.normpath(os.path.join(self.root, os.path.expanduser(path)))
         real = os.path.realpath(named)
         if _is_below(named, self.root) and not _is_below(real, self.root):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 import pathlib
 import re
+from collections.abc import Callable
 from typing import IO
 
 HEAD_CHARACTERS = 10_000
 TAIL_CHARACTERS = 20_000
 # A command that writes more is ended. A sandbox's own limit is about the same.
 MAX_OUTPUT_BYTES = 64 << 20
+LIVE_SECONDS = 0.2  # between two pieces of a running command's output that are told
+LIVE_BYTES = 4000  # of such a piece
 # Of UTF-8, so that no head or tail is short of characters.
 _HEAD_BYTES = 4 * HEAD_CHARACTERS
 _TAIL_BYTES = 4 * TAIL_CHARACTERS
@@ -24,13 +29,17 @@ class OutputKeeper:
 
     Args:
       path: of the file that takes the whole, once it is too long for memory.
+      on_output: called with each piece as it comes.
 
     Attributes:
       total: bytes written so far.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(
+        self, path: pathlib.Path, on_output: Callable[[bytes], None] | None = None
+    ) -> None:
         self.total = 0
+        self._on_output = on_output
         self._path = path
         self._file: IO[bytes] | None = None
         self._head = bytearray()
@@ -38,6 +47,8 @@ class OutputKeeper:
 
     def write(self, data: bytes) -> None:
         """Take a piece of output."""
+        if self._on_output is not None:
+            self._on_output(data)
         self.total += len(data)
         if self._file is None and self.total > _HEAD_BYTES + _TAIL_BYTES:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +82,42 @@ class OutputKeeper:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_bytes(self._head + self._tail)
         return join(text, text, self.total, str(self._path)), str(self._path)
+
+
+class LiveOutput:
+    """Tells the output of a running command, a few times a second at most.
+
+    Of what comes faster only the end is told: the whole is in the command's result. One that is
+    over at once tells nothing.
+
+    Args:
+      tell: called with text.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._waiting = bytearray()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def write(self, data: bytes) -> None:
+        """Take a piece of output."""
+        self._waiting += data
+        del self._waiting[:-LIVE_BYTES]
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LIVE_SECONDS, self._flush)
+
+    def close(self) -> None:
+        """Tell nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _flush(self) -> None:
+        self._timer = None
+        text = self._decoder.decode(bytes(self._waiting))
+        self._waiting.clear()
+        if text:
+            self._tell(text)
 
 
 def decode(data: bytes) -> str:

@@ -10,7 +10,7 @@ import pathlib
 import posixpath
 import shlex
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from envs.rock import (
     AgentFault,
@@ -23,10 +23,15 @@ from envs.rock import (
 from envs.rock.backend import CANNOT_EXECUTE, Session, Snapshot
 from rome.agent.iflow.places.output import decode, is_long, join
 from rome.agent.iflow.places.sandbox_job import SandboxJob, told
-from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput, WorkspaceError
+from rome.agent.iflow.places.workspace import (
+    SHELL_ENDED,
+    BackgroundJob,
+    CommandOutput,
+    WorkspaceError,
+    require_path,
+)
 
 SHELL_CANCELLED = "this is a new shell, in the project's directory: the last command was cancelled"
-SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
 JOB_SECONDS = 24 * 3600.0
 MAX_SNAPSHOTS = 200
 # Ends a command about what is no regular file.
@@ -66,8 +71,18 @@ class SandboxWorkspace:
 
     # -- commands
 
+    @property
+    def directory(self) -> str:
+        """Return the project's directory; where the shell is, only the sandbox knows."""
+        return self.root
+
     async def execute(
-        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+        self,
+        command: str,
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell; see `Workspace.execute`."""
         settings = "".join(
@@ -79,6 +94,7 @@ class SandboxWorkspace:
                 session = await self._shell()
                 note = SHELL_CANCELLED if self._was_cancelled else ""
                 self._was_cancelled = False
+                session.on_output = on_output
                 try:
                     result = await session.run(settings + command, timeout)
                 except asyncio.CancelledError:
@@ -91,6 +107,8 @@ class SandboxWorkspace:
                         raise
                     # The command killed its shell before its own end could be reported.
                     result = CommandResult("", "", 137, False, False, 0.0)
+                finally:
+                    session.on_output = None
                 if session.ended:
                     self._session = None
                     await session.close()
@@ -303,8 +321,7 @@ class SandboxWorkspace:
             await self.write(file, text.encode(errors="replace"))
 
     def _absolute(self, path: str) -> str:
-        if "\0" in path:
-            raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+        require_path(path)
         return posixpath.normpath(posixpath.join(self.root, path))
 
     def _temporary(self) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
+
+# The note of a command that ended its shell.
+SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
 
 
 class WorkspaceError(RuntimeError):
@@ -75,8 +79,17 @@ class Workspace(Protocol):
     outputs: str
     jobs: dict[str, BackgroundJob]
 
+    @property
+    def directory(self) -> str:
+        """Return where the shell is now; `root` where that takes asking it."""
+
     async def execute(
-        self, command: str, *, timeout: float, env: Mapping[str, str] | None = None
+        self,
+        command: str,
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell, with empty input.
 
@@ -87,6 +100,7 @@ class Workspace(Protocol):
           command: text for bash.
           timeout: seconds, after which it is ended with all that it started.
           env: variables that the shell has from this command on.
+          on_output: called with each piece of the output as it comes, for people who watch.
         """
 
     async def spawn(self, command: str) -> BackgroundJob:
@@ -122,3 +136,13 @@ class Workspace(Protocol):
 
     async def aclose(self) -> None:
         """End the shell and all jobs."""
+
+
+def require_path(path: str) -> None:
+    """Raise a WorkspaceError where a text cannot be the path of a file."""
+    if "\0" in path:
+        raise WorkspaceError(f"{path!r} is no path: it has a NUL character")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise WorkspaceError(f"{path!r} is no path: it has half a character") from None

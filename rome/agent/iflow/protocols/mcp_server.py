@@ -73,10 +73,11 @@ class ToolServer:
             todo=self._todo,
             mode=self.policy.mode,
             read_files=self._read_files,
+            is_denied=self.policy.hides,
         )
         try:
             read = read_arguments(tool, arguments)
-            verdict = self.policy.judge(tool, read)
+            verdict = self.policy.judge(tool, read, self.workspace.directory)
             if verdict.decision != "allow":
                 reason = verdict.reason or "the rules say so"
                 return ToolResult(f"this call of {name} is not allowed here: {reason}", "denied")
@@ -145,7 +146,11 @@ async def serve_http(served: ToolServer, *, host: str, port: int, token: str = "
 
     token = token or secrets.token_urlsafe(24)
     app = _with_token(protocol_server(served).streamable_http_app(host=host), token)
-    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
+    # Its own configuration of logging closes all handlers there are: with that of absl, where that
+    # package is loaded, it would close standard error.
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", lifespan="on", timeout_graceful_shutdown=2
+    )
     with contextlib.closing(socket.create_server((host, port))) as listening:
         bound = listening.getsockname()[1]
         print(f"MCP at http://{host}:{bound}/mcp, token {token}", file=sys.stderr, flush=True)

@@ -146,7 +146,8 @@ class Hooks:
             "CLAUDE_PROJECT_DIR": message["cwd"],
         }
         # A variable holds neither NUL nor more than the kernel takes; standard input has it whole.
-        short = {name: str(text).replace("\0", "")[:16_000] for name, text in own.items() if text}
+        own = {name: str(text).replace("\0", "")[:16_000] for name, text in own.items() if text}
+        short = {name: text.encode(errors="replace").decode() for name, text in own.items()}
         return kept | short
 
 

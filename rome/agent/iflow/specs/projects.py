@@ -35,6 +35,10 @@ class Projects:
             for folder in (project, *project.parents)
         )
 
+    def is_decided(self, project: pathlib.Path) -> bool:
+        """Return whether the user said that a project is to be trusted, or not to be."""
+        return "trusted" in self._read().get(str(project.resolve()), {}) or self.is_trusted(project)
+
     def trust(self, project: pathlib.Path, trusted: bool = True) -> None:
         """Note that the user trusts a project: its hooks, servers and rules then hold."""
         with self._changing() as known:

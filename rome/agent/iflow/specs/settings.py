@@ -69,6 +69,7 @@ class Settings:
       additional_directories: outside the project that tools may use.
       supervisor: what it permits; None for no supervisor.
       notices: for people: what was passed over, and why.
+      bound: files, each with its keys that hold only once the user trusts the project.
     """
 
     model: str = ""
@@ -91,19 +92,20 @@ class Settings:
     additional_directories: tuple[str, ...] = ()
     supervisor: SupervisorSettings | None = None
     notices: tuple[str, ...] = ()
+    bound: tuple[str, ...] = ()
 
 
 def load_settings(
-    project: pathlib.Path,
+    directory: pathlib.Path,
     *,
     trusted: bool,
     home: pathlib.Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Return the settings that hold in a project.
+    """Return the settings that hold in a directory, which its project's root has a part in.
 
     Args:
-      project: its root.
+      directory: where the agent works.
       trusted: whether the user trusts it (`projects.Projects`).
       home: of the user.
       environment: variables; those of this process where None.
@@ -113,16 +115,16 @@ def load_settings(
     """
     environment = os.environ if environment is None else environment
     reader = _Reader(environment)
-    for place in places(project, home):
+    for place in places(directory, home):
         is_free = trusted or place.scope != "project"
         for name in ("settings.json", "settings.local.json"):
             path = place.folder / name
             if path.exists():
                 reader.take_file(path, place.boundary, place.dialect, is_free)
-        if place.scope == "project" and place.dialect == ".claude" and trusted:
-            servers = project / ".mcp.json"
+        if place.scope == "project" and place.dialect == ".claude":
+            servers = place.folder.parent / ".mcp.json"
             if servers.exists():
-                reader.take_file(servers, project, ".claude", True)
+                reader.take_file(servers, place.boundary, ".claude", is_free)
     system = pathlib.Path(environment.get("IFLOW_CLI_SYSTEM_SETTINGS_PATH", SYSTEM_SETTINGS))
     if system.exists():
         reader.take_file(system, None, ".iflow", True)
@@ -165,6 +167,7 @@ class _Reader:
         self._servers: dict[str, McpServer] = {}
         self._hooks: list[HookCommand] = []
         self._notices: list[str] = []
+        self._bound: list[str] = []
 
     def settings(self) -> Settings:
         values = dict(self._values)
@@ -180,6 +183,7 @@ class _Reader:
             mcp_servers=servers,
             hooks=tuple(self._hooks),
             notices=tuple(self._notices),
+            bound=tuple(self._bound),
         )
 
     def take_environment(self) -> None:
@@ -212,7 +216,10 @@ class _Reader:
             self._notices.append(f"{path}: not known here: {', '.join(unknown)}")
         if bound:
             keys = ", ".join(bound)
-            self._notices.append(f"{path}: passed over until you trust this project: {keys}")
+            self._bound.append(f"{path}: {keys}")
+            self._notices.append(
+                f"{path}: passed over until you trust this project (--trust): {keys}"
+            )
 
     def _take_key(
         self, key: str, value: Any, path: pathlib.Path, dialect: str, is_free: bool

@@ -42,6 +42,7 @@ class McpServer:
 
     Attributes:
       name: by which its tools are called, `name__tool`.
+      cwd: where the command runs; below the project's directory where it is relative.
       timeout: of a call, in seconds.
       is_trusted: whether its calls need no approval.
     """

@@ -2,8 +2,9 @@
 
 Three programs' folders are read by one loader: `.claude/`, `.agents/` and `.iflow/`, below the
 user's home and below the project. Later ones count more; the project's count more than the user's.
-Whatever lies in a project may come from a stranger: it is read only from regular files, of bounded
-size, that lie in the project after links are followed.
+A project's root is the folder of its git repository; the folder where the agent works may have
+settings of its own, which count more. Whatever lies in a project may come from a stranger: it is
+read only from regular files, of bounded size, that lie in the project after links are followed.
 """
 
 from __future__ import annotations
@@ -46,12 +47,34 @@ class Place:
         return self.folder.name
 
 
-def places(project: pathlib.Path, home: pathlib.Path | None = None) -> list[Place]:
-    """Return the folders that settings and specs are read from; later ones count more."""
+def root_of(directory: pathlib.Path, home: pathlib.Path | None = None) -> pathlib.Path:
+    """Return the root of the project that a directory lies in: its git repository, or itself.
+
+    A repository of the user's home is no project: everything would lie in it.
+    """
+    home = (pathlib.Path.home() if home is None else home).resolve()
+    directory = directory.resolve()
+    for folder in (directory, *directory.parents):
+        if folder == home:
+            break
+        if (folder / ".git").exists():
+            return folder
+    return directory
+
+
+def places(directory: pathlib.Path, home: pathlib.Path | None = None) -> list[Place]:
+    """Return the folders that settings and specs are read from; later ones count more.
+
+    Args:
+      directory: where the agent works; what its project's root has counts less.
+      home: of the user; None for that of this process.
+    """
     home = pathlib.Path.home() if home is None else home
     found = [Place(home / dialect, "user") for dialect in DIALECTS]
-    if project.resolve() != home.resolve():
-        found += [Place(project / dialect, "project", project) for dialect in DIALECTS]
+    root = root_of(directory, home)
+    for folder in dict.fromkeys((root, directory.resolve())):
+        if folder != home.resolve():
+            found += [Place(folder / dialect, "project", root) for dialect in DIALECTS]
     return found
 
 

@@ -67,6 +67,8 @@ class ExitPlanModeTool(BaseTool):
             raise ToolError("the plan is empty")
         question = f"{plan}\n\nIs this plan to be carried out?"
         answer = await context.asker.question(question, [APPROVE, APPROVE_EDITS, REJECT])
+        if answer.strip().lower() in ("y", "yes"):
+            answer = APPROVE
         modes = {APPROVE: "default", APPROVE_EDITS: "accept_edits"}
         if answer in modes:
             context.emit(ModeChanged(mode=modes[answer]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rome.agent.iflow.events import JobFinished, JobStarted
+from rome.agent.iflow.events import JobFinished, JobStarted, ToolOutput
+from rome.agent.iflow.places.output import LiveOutput
 from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 
@@ -73,7 +75,11 @@ class ShellTool(BaseTool):
                 f"timeout must be above 0 and at most {self._max_seconds:g} seconds, not"
                 f" {seconds:g}; run what takes longer with background: true"
             )
-        done = await context.workspace.execute(command, timeout=seconds)
+        live = LiveOutput(functools.partial(_tell, context))
+        try:
+            done = await context.workspace.execute(command, timeout=seconds, on_output=live.write)
+        finally:
+            live.close()
         return ToolResult(
             describe(done, seconds),
             exit_code=done.exit_code,
@@ -190,6 +196,10 @@ def _job(arguments: Mapping[str, Any], context: ToolContext) -> BackgroundJob:
             f"there is no job {arguments['job']!r}; there are {', '.join(jobs) or 'none'}"
         )
     return job
+
+
+def _tell(context: ToolContext, text: str) -> None:
+    context.emit(ToolOutput(call_id=context.call.id, text=text))
 
 
 async def _watch(job: BackgroundJob, context: ToolContext) -> None:

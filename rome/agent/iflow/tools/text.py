@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 
+from rome.agent.iflow.events import FileSeen
 from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.tools.base import ToolContext, ToolError
 
@@ -104,7 +105,9 @@ async def note_file(context: ToolContext, path: str) -> None:
     """Note a file as the agent sees it now."""
     status = await context.workspace.stat(path)
     if status is not None:
-        context.read_files[key_of(context.workspace, path)] = status
+        key = key_of(context.workspace, path)
+        context.read_files[key] = status
+        context.emit(FileSeen(path=key, size=status[0], changed=status[1]))
 
 
 async def read_text(context: ToolContext, path: str) -> Text | None:

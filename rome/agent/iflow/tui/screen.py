@@ -16,6 +16,8 @@ from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.markdown import MarkdownBlocks
 
 OUTPUT_LINES = 6  # that are shown of a call's output
+USER_LINES = 12  # of a message of the user
+HEAD_LINES = 2  # of these, from its beginning
 DIFF_LINES = 60
 MARKS = {"pending": "☐", "in_progress": "▶", "done": "☑"}
 PLAIN_MARKS = {"pending": "[ ]", "in_progress": "[>]", "done": "[x]"}
@@ -57,6 +59,8 @@ class Screen:
         self._blocks = MarkdownBlocks()
         self._is_streamed = False
         self._summaries: dict[str, str] = {}  # of the calls that run
+        self._has_todo = False  # whether the last call changed the list, which was shown then
+        self._is_after_call = False  # whether an answer is parted from what stands above it
         self._shown_diffs: set[str] = set()  # ids of calls whose diff was shown for approval
         self._show: dict[type[Event], Callable[..., None]] = {
             events.UserMessage: self._user,
@@ -121,8 +125,11 @@ class Screen:
 
     def _user(self, event: events.UserMessage) -> None:
         if event.source in ("user", "steer"):
+            lines = printable(event.text).split("\n")  # a file that was brought in may be long
+            if len(lines) > USER_LINES:
+                lines[USER_LINES:] = [f"... {len(lines) - USER_LINES} more lines"]
             self.console.print()
-            self.console.print(Text(f"> {printable(event.text)}", style="bold cyan"))
+            self.console.print(Text("> " + "\n".join(lines), style="bold cyan"))
         elif event.source == "hook":
             self.say(f"hook: {_one_line(event.text)}")
 
@@ -149,6 +156,9 @@ class Screen:
             self.say(f"a call could not be read: {event.malformed}", "yellow")
 
     def _markdown(self, text: str) -> None:
+        if self._is_after_call:
+            self.console.print()
+        self._is_after_call = False
         shown = printable(text)
         if self.is_plain:
             self.console.print(Text(shown.strip("\n")))
@@ -158,6 +168,7 @@ class Screen:
     def _start(self, event: events.ToolStarted) -> None:
         summary = event.summary or event.call.name
         self._summaries[event.call.id] = summary
+        self._has_todo = False
         self.doing = _one_line(summary)
         self.console.print(Text(f"{self._mark('●', '*')} {_one_line(summary)}", style="bold"))
 
@@ -169,18 +180,22 @@ class Screen:
             self.doing = f"{_one_line(self._summaries[event.call_id])[:40]}: {newest[:200]}"
 
     def _finish(self, event: events.ToolFinished) -> None:
+        self._is_after_call = True
         self._summaries.pop(event.call_id, None)
         self.doing = next(iter(self._summaries.values()), "")
+        if self._has_todo and event.status == "ok":
+            return
         if event.diff and event.status == "ok":
             if event.call_id not in self._shown_diffs:
                 self.print_diff(event.diff)
             return
         style = {"ok": "dim", "error": "red", "denied": "yellow"}.get(event.status, "yellow")
         lines = printable(event.output).splitlines() or ["(no output)"]
-        for line in lines[:OUTPUT_LINES]:
+        if len(lines) > OUTPUT_LINES:  # its end says most: what failed, how many
+            left_out = len(lines) - OUTPUT_LINES
+            lines[HEAD_LINES : HEAD_LINES + left_out] = [f"... {left_out} more lines"]
+        for line in lines:
             self.console.print(Text(f"  {line[:500]}", style=style))
-        if len(lines) > OUTPUT_LINES:
-            self.say(f"  ... {len(lines) - OUTPUT_LINES} more lines")
         if event.exit_code:
             self.say(f"  status {event.exit_code}, {event.seconds:.1f} s", style)
 
@@ -203,6 +218,7 @@ class Screen:
             self.console.print(Text(f"  {number}. {printable(choice)}"))
 
     def _todo(self, event: events.TodoChanged) -> None:
+        self._has_todo = True
         marks = PLAIN_MARKS if self.is_plain else MARKS
         for item in event.items:
             style = {"done": "dim strike", "in_progress": "bold"}.get(item.status, "")

@@ -93,3 +93,34 @@ def test_a_generator_that_makes_another_task_than_the_proven_one_is_noticed(tmp_
     index.write_text("{}")
     with pytest.raises(TaskError, match="not an index"):
         load_pro(index)
+
+
+# Its own text holds the answer in two parts, so that it does not find itself.
+SNOOPER = """\
+python3 -c '
+import os
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    if int(pid) == os.getpid(): continue
+    try:
+        maps, mem = open(f"/proc/{pid}/maps").read(), open(f"/proc/{pid}/mem", "rb")
+        for row in maps.splitlines():
+            start, end = (int(part, 16) for part in row.split()[0].split("-"))
+            mem.seek(start)
+            if b"secret-ans" + b"wer-7c" in mem.read(end - start):
+                print("secret-ans" + "wer-7c")
+                raise SystemExit
+    except (OSError, ValueError, OverflowError):
+        pass
+'
+for place in /proc/[0-9]*/environ /proc/[0-9]*/cmdline /proc/[0-9]*/fd/*; do
+  timeout 1 head -c 100000 $place 2> /dev/null | grep -a -o secret-ans''wer-7c && break
+done
+"""
+
+
+def test_a_program_cannot_read_what_is_expected_from_another_process(tmp_path):
+    wanted = "secret-answer-7c"
+    write_draft(small((("5 6\n", wanted),)), tmp_path / "told")
+    assert asyncio.run(play(tmp_path / "told", deliver(f"echo {wanted}"))) == 1.0
+    write_draft(small((("5 6\n", wanted),)), tmp_path / "task")
+    assert asyncio.run(play(tmp_path / "task", deliver(SNOOPER))) == 0.0

@@ -70,6 +70,7 @@ class Folder:
     """A workspace that only has a name; tools of these tests do not touch it."""
 
     root = "/project"
+    directory = "/project"
     is_isolated = True
 
 
@@ -149,9 +150,12 @@ class Rules:
         self.decisions = decisions
         self.added: list[tuple[str, str]] = []
 
-    def judge(self, tool, arguments) -> Said:
+    def judge(self, tool, arguments, directory="") -> Said:
         decision = self.decisions.get(tool.name, "allow")
         return Said(decision, f"rule for {tool.name}", f"{tool.name}()")
+
+    def hides(self, path) -> bool:
+        return False
 
     def add_rule(self, rule, scope) -> None:
         self.added.append((rule, scope))

@@ -106,7 +106,7 @@ class Directory:
     is_isolated = False
 
     def __init__(self, root):
-        self.root = str(root)
+        self.root = self.directory = str(root)
 
     async def read(self, path, limit=4 << 20):
         try:
@@ -117,7 +117,7 @@ class Directory:
     async def write(self, path, content):
         pathlib.Path(self.root, path).write_bytes(content)
 
-    async def execute(self, command, *, timeout, env=None):
+    async def execute(self, command, *, timeout, env=None, on_output=None):
         run = subprocess.run(
             command, shell=True, cwd=self.root, capture_output=True, text=True, timeout=timeout
         )
@@ -214,7 +214,10 @@ class Cautious:
     mode: str = "default"
     rules: set[str] = dataclasses.field(default_factory=set)
 
-    def judge(self, tool, arguments):
+    def hides(self, path):
+        return False
+
+    def judge(self, tool, arguments, directory=""):
         access = tool.access(arguments)
         is_open = access in ("none", "read") or self.mode == "yolo" or tool.name in self.rules
         if is_open or (access == "write" and self.mode == "accept_edits"):

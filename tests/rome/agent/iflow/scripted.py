@@ -12,6 +12,7 @@ that a test starts. Answers are given in the order of requests:
     Say(text, calls, ...)         all that an answer may have, delays included
     Fail(status, message)         refuses
     Break(text)                   breaks the connection after that text
+    Raw(lines)                    sends these events of a stream as they are, then waits
     function(messages) -> one of these
 """
 
@@ -68,7 +69,20 @@ class Break:
     text: str = ""
 
 
-Given = str | Say | Fail | Break
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """Lines of a stream, as they are.
+
+    Args:
+      lines: each is a text, or an object that is sent as `data:`.
+      wait: seconds until the response ends.
+    """
+
+    lines: Sequence[str | Mapping[str, Any]]
+    wait: float = 0.0
+
+
+Given = str | Say | Fail | Break | Raw
 Answer = Given | Callable[[list[dict[str, Any]]], Given]
 
 
@@ -161,6 +175,12 @@ class ScriptedEndpoint:
             return web.json_response(_whole(answer, number, body))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if isinstance(answer, Raw):
+            for line in answer.lines:
+                text = line if isinstance(line, str) else f"data: {json.dumps(line)}"
+                await response.write(f"{text}\n\n".encode())
+            await asyncio.sleep(answer.wait)
+            return response
         if isinstance(answer, Break):
             await _send(response, number, {"content": answer.text})
             assert request.transport is not None

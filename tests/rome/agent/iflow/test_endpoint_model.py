@@ -10,7 +10,7 @@ from rome.agent.endpoint import ChatEndpoint
 from rome.agent.iflow.models.endpoint_model import EndpointModel, Prices
 from rome.agent.iflow.models.model import ModelError
 from rome.agent.messages import Call, Message
-from tests.rome.agent.iflow.scripted import Break, Fail, Say, ScriptedEndpoint, call
+from tests.rome.agent.iflow.scripted import Break, Fail, Raw, Say, ScriptedEndpoint, call
 
 TOOL = {
     "type": "function",
@@ -192,3 +192,86 @@ def test_a_server_that_is_not_there_is_one_clear_line():
         ModelError, match=r"there is no server at http://127.0.0.1:1/v1.*--base_url"
     ):
         connect("http://127.0.0.1:1/v1")
+
+
+def delta(finish=None, **given):
+    return {"choices": [{"index": 0, "delta": given, "finish_reason": finish}]}
+
+
+def piece(id, name, arguments, **rest):
+    return {"id": id, "function": {"name": name, "arguments": arguments}, **rest}
+
+
+@pytest.mark.parametrize("place", [{}, {"index": 0}])
+def test_whole_calls_in_events_of_their_own_stay_apart(place):
+    """Some servers give no index, or the same one for all calls."""
+    events = [
+        delta(tool_calls=[piece(id, "shell", f'{{"command": "{id}"}}', **place)]) for id in "ab"
+    ]
+    answer, _, _ = ask([Raw([*events, delta("tool_calls"), "data: [DONE]"])])
+    made = [(one.id, json.loads(one.arguments)) for one in answer.tool_calls]
+    assert made == [("a", {"command": "a"}), ("b", {"command": "b"})]
+
+
+def test_a_call_whose_id_comes_with_every_piece_is_one():
+    parts = ['{"comm', 'and": ', '"ls"}']
+    events = [delta(tool_calls=[piece("a", "shell", part, index=0)]) for part in parts]
+    answer, _, _ = ask([Raw([*events, delta("tool_calls")])])
+    [made] = answer.tool_calls
+    assert json.loads(made.arguments) == {"command": "ls"}
+
+
+def test_a_stream_ends_with_its_mark_though_the_connection_does_not():
+    answer, _, _ = ask([Raw([delta(content="hi"), delta("stop"), "data: [DONE]"], wait=60)])
+    assert answer.text == "hi"
+
+
+def test_small_faults_of_a_stream_are_passed_over():
+    lines = [": ping", "data:", delta(content="hi"), {"choices": None, "usage": None}]
+    answer, server, _ = ask([Raw([*lines, "data: [DONE]"])])
+    assert (answer.text, answer.finish, len(server.requests)) == ("hi", "stop", 1)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [delta(content=[{"type": "text", "text": "x"}]), delta("stop")],
+        [delta(tool_calls=[piece(5, "shell", "{}")]), delta("stop")],
+        ["data: [DONE]"],
+        ["<html>busy</html>"],
+        [delta(content="half"), {"error": {"message": "out of memory"}}],
+    ],
+)
+def test_what_is_no_answer_is_one_clear_line(lines):
+    with pytest.raises(ModelError, match="no answer in 3 requests"):
+        ask([Raw(lines)] * 3)
+
+
+def test_a_context_that_is_found_full_in_the_stream_is_told_apart():
+    error = {"error": {"message": "the request exceeds the available context size"}}
+    with pytest.raises(ModelError) as raised:
+        ask([Raw([error])])
+    assert raised.value.is_context_full
+
+
+def test_a_call_without_a_name_is_the_models_fault():
+    answer, server, _ = ask([Raw([delta(tool_calls=[piece("a", "", "{}")]), delta("tool_calls")])])
+    assert "name" in answer.malformed and len(server.requests) == 1
+
+
+def test_a_listener_that_fails_is_no_fault_of_the_connection():
+    async def steps(url):
+        endpoint = ChatEndpoint(url, "m", first_wait_seconds=0.01, max_requests=3)
+        model = EndpointModel(endpoint)
+        try:
+            await model.ask(HELLO, (), on_text=fail)
+        finally:
+            await model.aclose()
+
+    def fail(text, is_thought):
+        raise BrokenPipeError("nobody reads")
+
+    with ScriptedEndpoint(["a", "b", "c"]) as server:
+        with pytest.raises(BrokenPipeError):
+            asyncio.run(asyncio.wait_for(steps(server.url), 30))
+        assert len(server.requests) == 1

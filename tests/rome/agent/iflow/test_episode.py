@@ -24,6 +24,7 @@ from rome.data.trajectory import from_atif, to_atif
 from rome.data.tree import ROOT, credits_of, resolve_parents
 from rome.engine.completion import Completion
 from rome.engine.errors import EngineError
+from rome.evals.policy import Policy
 from tests.rome.agent.test_dialogue import CHAT, Scripted
 from tests.rome.rollout.worlds import EchoEnv
 
@@ -117,6 +118,32 @@ def test_iflow_plays_any_source_as_the_plain_loop_does(source):
         )
         assert ours.ending == shown.ending == "success", (task.name, ours.note)
         assert record(ours) == record(theirs), task.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", range(12))
+def test_the_shipped_harbor_tasks_are_solved_through_the_agent(place):
+    """As `launch.eval --dataset harbor --agent iflow` plays them, with the solutions as script."""
+    tasks = load_tasks("harbor", 0)
+    assert len(tasks) == 12, "each shipped task has a place here"
+    config = SandboxConfig(isolation="best_available")
+    shown = asyncio.run(play_demonstration(tasks[place].make_env(config), random.Random(1)))
+    turns = [turn.text for turn in shown.turns]
+    limits = dataclasses.replace(LIMITS, max_context=60_000, max_new_tokens=6000)
+    ours = played_by(Scripted(*turns), limits, config, tasks[place])
+    theirs = played_by(Scripted(*turns), limits, config, tasks[place], iflow=None)
+    assert (ours.reward, ours.ending) == (1.0, "success"), ours.note
+    assert (theirs.reward, theirs.ending) == (1.0, "success"), theirs.note
+    assert ours.turns == theirs.turns and ours.tokens == theirs.tokens
+    if place == 0:
+        given_up = played_by(Scripted("done"), limits, config, tasks[place])
+        assert given_up.reward == 0.0
+
+
+def played_by(engine, limits, config, task, iflow=IFlowAgent()):  # noqa: B008 - it is frozen
+    """Return the outcome of an attempt at a task."""
+    policy = Policy(engine, CHAT, limits, config, tell_tools=True, iflow=iflow)
+    return asyncio.run(asyncio.wait_for(policy.play(task, 0, seed=5), 240))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -173,3 +173,11 @@ def test_a_cancelled_session_leaves_no_hook_behind(tmp_path):
 def test_without_hooks_nothing_runs():
     outcome = run(HookCommand("Stop", "exit 2"), event="PreToolUse")
     assert outcome.ran == () and outcome.decision == ""
+
+
+def test_a_prompt_that_no_variable_can_hold_is_given_all_the_same(tmp_path):
+    command = f"cat > {tmp_path}/event"
+    payload = {"prompt": "half a pair \ud83d and a nul \0"}
+    outcome = run(command, event="UserPromptSubmit", payload=payload, folder=tmp_path)
+    assert outcome.ran[0].exit_code == 0
+    assert json.loads((tmp_path / "event").read_text())["prompt"] == payload["prompt"]

@@ -546,3 +546,11 @@ def test_an_agent_that_is_closed_while_it_works_ends_its_turn_first():
         assert (await turn).outcome == "aborted"
 
     asyncio.run(asyncio.wait_for(steps(), 20))
+
+
+def test_cut_answers_count_in_a_row_only():
+    script = []
+    for number in range(5):
+        script += [Answer("part", finish="length"), calls(("note", {"text": str(number)}))]
+    agent, _ = make(*script, "done")
+    assert play(agent).outcome == "finished"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 import time
 
@@ -43,6 +44,8 @@ def test_a_client_lists_and_calls_the_tools_under_the_rules(tmp_path, mode):
 
 
 def test_over_http_a_client_needs_the_token(tmp_path, capsys):
+    closed = []
+
     async def tools_with(url, token):
         headers = {"Authorization": f"Bearer {token}"}
         notices = []
@@ -64,6 +67,8 @@ def test_over_http_a_client_needs_the_token(tmp_path, capsys):
         raise TimeoutError
 
     async def play():
+        handler = logging.StreamHandler()  # such as absl's, which closes standard error
+        handler.close = lambda: closed.append(handler)
         serving = asyncio.create_task(serve_http(served(tmp_path), host="127.0.0.1", port=0))
         url, token = await address()
         assert (await tools_with(url, token))[0] == ["own__note", "own__write"]
@@ -72,5 +77,6 @@ def test_over_http_a_client_needs_the_token(tmp_path, capsys):
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
+        assert not closed, "the logging of the program is its own"
 
     asyncio.run(play())

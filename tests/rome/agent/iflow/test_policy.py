@@ -434,3 +434,56 @@ def test_a_wrong_rule_or_mode_is_an_error_that_says_so():
         parse_rule("shell(git")
     with pytest.raises(ValueError, match="mode 'free' unknown; known: plan, default"):
         Policy(mode="free")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["cat ~root/x", "cat {/etc/passwd,a}", "cat {a,{..,b}/x}", "git stash", "git worktree"],
+)
+def test_what_leaves_the_project_or_writes_is_no_reading(line):
+    assert decide(line) == "ask" and decide(line, mode="plan") == "deny"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cd secrets && cat key",
+        "cd secrets; cat ./key",
+        "(cd secrets && cat <key)",
+        "cd a; cd ../secrets; cat key",
+        "cat {secrets,a}/key",
+        "cat s*/key",
+        "cat secret?/k*",
+    ],
+)
+@pytest.mark.parametrize("mode", ["default", "yolo"])
+def test_a_denied_folder_is_not_reached_by_a_detour(line, mode):
+    assert decide(line, deny=["Read(secrets/**)"], mode=mode) in ("ask", "deny")
+    assert decide(line, mode="yolo") == "allow"
+
+
+def test_the_home_of_another_user_is_outside(monkeypatch):
+    monkeypatch.setattr("posixpath.expanduser", lambda path: path.replace("~root", "/root"))
+    for mode, path in [("accept_edits", "~root/.bashrc"), ("default", "~root"), ("plan", "~no/x")]:
+        assert policy(mode=mode).judge(READ, {"path": path}).decision == "ask"
+    assert policy(mode="accept_edits").judge(WRITE, {"path": "~root/x"}).decision == "ask"
+    denied = policy(mode="yolo", deny=["Read(/root/**)"])
+    assert denied.judge(READ, {"path": "~root/.ssh/id"}).decision == "deny"
+
+
+def test_the_directory_of_the_shell_counts():
+    rules = policy(mode="accept_edits", deny=["Read(secrets/**)"])
+    cat = {"command": "cat key"}
+    assert rules.judge(SHELL, cat, "/repo/a").decision == "allow"
+    assert rules.judge(SHELL, cat, "/etc").decision == "ask"
+    assert rules.judge(SHELL, cat, "/repo/secrets").decision == "deny"
+    write = {"command": "echo x > post-checkout"}
+    assert rules.judge(SHELL, write, "/repo").decision == "allow"
+    assert rules.judge(SHELL, write, "/repo/.git/hooks").decision == "ask"
+    both = {"command": "cd .git/hooks && echo x > post-checkout"}
+    assert rules.judge(SHELL, both).decision == "ask"
+
+
+def test_words_that_only_look_like_a_detour_are_allowed():
+    for line in ["cd src && cat a.py", "ls {src,tests}", "cat a{1,2}.txt", "cat src/*.py", "ls *"]:
+        assert decide(line, deny=["Read(secrets/**)"]) == "allow", line

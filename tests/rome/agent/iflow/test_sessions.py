@@ -1,6 +1,7 @@
 """Sessions are found, listed, forked and gone on with; long ones stay quick."""
 
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -111,6 +112,37 @@ def test_a_torn_line_is_cut_and_a_damaged_file_named(store):
     path.write_bytes(b"nonsense\n" + path.read_bytes())
     with pytest.raises(events.EventError, match=r"events.jsonl:1"):
         store.open(id)
+
+
+@pytest.mark.parametrize("line", ["[]", "5", "null", '{"kind": []}', '{"kind": "of_tomorrow"}'])
+def test_a_line_that_is_no_event_is_named(store, line):
+    id = begin(store, "a")
+    with (store.folder / id / "events.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(events.EventError, match=r"events.jsonl:2 is no event"):
+        store.open(id)
+    assert [one.title for one in store.list()] == ["a"]
+
+
+def test_a_full_disk_keeps_whole_lines_only(store):
+    """An event that does not fit is not kept; those after it are whole once there is room."""
+    session = store.new()
+    say(session, "a")
+    told = []
+    session.log.listen(told.append)
+    size = session.log.path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"the session.*events.jsonl"):
+            say(session, "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not told and len(session.log.events) == 1
+    say(session, "c")
+    session.close()
+    kept = EventLog(session.log.path).events
+    assert [(event.number, event.text) for event in kept] == [(0, "a"), (1, "c")]
 
 
 def long_session(path: pathlib.Path, count: int) -> None:

@@ -81,6 +81,35 @@ def test_nothing_that_a_model_or_a_tool_writes_controls_the_terminal(event):
         assert control not in shown
 
 
+def shown(*given):
+    file = io.StringIO()
+    screen = Screen(Console(file=file, width=80))
+    for event in given:
+        screen.take(event)
+    return file.getvalue()
+
+
+def test_the_beginning_and_the_end_of_what_is_long_are_shown():
+    call = events.ToolCall("1", "shell", "{}")
+    output = "\n".join(f"line {number}" for number in range(100))
+    text = shown(events.ToolStarted(call=call), events.ToolFinished(call_id="1", output=output))
+    assert "line 0\n" in text and "... 94 more lines" in text and "line 99\n" in text
+    assert "line 50" not in text
+    text = shown(events.UserMessage(text=f"read this\n{output}"))
+    assert "read this" in text and "more lines" in text and "line 99" not in text
+
+
+def test_a_changed_list_is_shown_once():
+    call = events.ToolCall("1", "todo", "{}")
+    changed = events.TodoChanged(items=(events.TodoItem("sweep"),))
+    finished = events.ToolFinished(call_id="1", output="[ ] sweep")
+    text = shown(events.ToolStarted(call=call), changed, finished)
+    assert text.count("sweep") == 1
+    again = events.ToolStarted(call=events.ToolCall("2", "shell", "{}"))
+    text = shown(again, events.ToolFinished(call_id="2", output="swept"))
+    assert "swept" in text
+
+
 def test_as_a_filter_each_line_is_a_message_and_nothing_is_asked(tmp_path):
     lines = [
         "say hello **you**",
@@ -202,7 +231,7 @@ def test_commands_questions_and_completion_on_all_kinds_of_terminals(tmp_path, o
     with terminal(tmp_path, **options) as screen:
         screen.wait_for("iFlow in")
         screen.enter('call ask_user {"question": "Which colour?", "choices": ["red", "blue"]}')
-        screen.wait_for("Which colour?", "2. blue", "Your answer:")
+        screen.wait_for("Which colour?", "2. blue", "A number, or words:")
         screen.enter("2")
         screen.wait_for("Done.")
         screen.enter('call todo {"items": ["look", "write it"]}')

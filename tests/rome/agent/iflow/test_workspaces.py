@@ -175,6 +175,25 @@ def test_a_cancelled_command_is_ended_at_once(kind, tmp_path):
     work(kind, tmp_path, body)
 
 
+def test_a_workspace_may_be_closed_while_a_command_is_cancelled(kind, tmp_path):
+    async def body(workspace):
+        running = asyncio.ensure_future(workspace.execute("sleep 66", timeout=60))
+        await asyncio.sleep(0.3)
+        running.cancel()
+        await asyncio.sleep(0)
+        await workspace.aclose()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        # What the shell read from is not waited for: a new descriptor of that number may be.
+        loop = asyncio.get_running_loop()
+        for _ in range(20):
+            read, _write = os.pipe()
+            loop.add_reader(read, lambda: None)
+            loop.remove_reader(read)
+
+    work(kind, tmp_path, body)
+
+
 def test_background_jobs_run_are_read_and_end(kind, tmp_path):
     async def body(workspace):
         await workspace.execute("mkdir sub; cd sub", timeout=9)
@@ -385,3 +404,14 @@ def test_head_and_tail_meet_where_nothing_is_left_out(tmp_path):
         keeper.write(b"x" * 2999 + b"\n")
     assert keeper.finish() == (("x" * 2999 + "\n") * 10, "")
     assert decode(b"10%\r\x1b[2K20%\r\ndone") == "20%\ndone"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", ["a\0b", "half \ud800 a letter"])
+def test_a_text_that_is_no_path_is_named(tmp_path, kind, path):
+    async def body(workspace):
+        for call in (workspace.stat(path), workspace.read(path), workspace.write(path, b"x")):
+            with pytest.raises(WorkspaceError, match="is no path"):
+                await call
+
+    work(kind, tmp_path, body)

@@ -76,7 +76,7 @@ class Whole:
 
         async def steps(url) -> Played:
             opened = self.store.new() if session is None else self.store.open(session)
-            given = Options(directory=self.project, base_url=url, **settings)
+            given = Options(**({"directory": self.project, "base_url": url} | settings))
             whole = await assemble(given, opened, is_attended=attended, home=self.home)
             ends = []
             try:

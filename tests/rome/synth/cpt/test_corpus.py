@@ -205,7 +205,19 @@ def test_hostile_repositories_are_set_aside_and_nothing_of_them_runs(tmp_path):
     link = git(hostile, "hash-object", "-w", "--no-filters", "LICENSE").strip()
     git(hostile, "update-index", "--add", "--cacheinfo", f"120000,{link},link")
     git(hostile, "commit", "-q", "-m", "Add many kinds of files that are no source")
-    marker.unlink(missing_ok=True)
+    gpg = tmp_path / "gpg"
+    gpg.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    gpg.chmod(0o755)
+    git(hostile, "config", "gpg.program", str(gpg))
+    git(hostile, "config", "log.showSignature", "true")
+    signature = "gpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----\n"
+    plain = git(hostile, "cat-file", "commit", "HEAD")
+    (tmp_path / "signed").write_text(plain.replace("\n\n", f"\n{signature}\n", 1))
+    signed = git(hostile, "hash-object", "-w", "-t", "commit", str(tmp_path / "signed")).strip()
+    git(hostile, "update-ref", "HEAD", signed)
+    git(hostile, "log", "-1")
+    assert marker.exists()  # the trap works: git as a user runs it falls into it
+    marker.unlink()
     torn = make_repository(tmp_path / "torn")
     git(torn, "gc", "-q")
     for pack in (torn / ".git/objects/pack").glob("*.pack"):
