@@ -109,7 +109,10 @@ def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, m
         await engine.update_weights(str(checkpoints[0]), 0)
         return completion
 
-    completion = talk(server, conversation)
+    for _ in range(10):  # on a busy machine the completion may end before the pause
+        completion = talk(server, conversation)
+        if len(completion.versions) > 1:
+            break
     (old, begin, border), (new, border_again, end) = completion.versions
     assert (old, new, begin, border, end) == (0, 5, 0, border_again, 480) and border > 0
     assert (
