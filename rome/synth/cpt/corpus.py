@@ -28,7 +28,7 @@ from rome.files import PARTIAL, write_atomically
 from rome.model.tokenizer import Tokenizer
 from rome.synth.claim import claim_folder
 from rome.synth.cpt import units
-from rome.synth.cpt.document import Document, SetAside
+from rome.synth.cpt.document import KINDS, Document, SetAside
 from rome.synth.cpt.execute import Runs
 from rome.synth.cpt.filters import Duplicates
 from rome.synth.cpt.repository import Repository, list_commits, open_repository
@@ -309,7 +309,9 @@ def _card(
         reasons.update(head.reasons)
     everything = _all_aside(paths, aside)
     kinds = {}
-    for kind in refined.made:
+    for kind in KINDS:
+        if not counts[f"candidates for {kind}"]:
+            continue
         row: dict[str, Any] = {"candidates": counts[f"candidates for {kind}"]}
         row |= {stage: getattr(refined, stage)[kind] for stage in STAGES[1:]}
         row |= {"characters": refined.characters[kind], "tokens": refined.tokens[kind]}

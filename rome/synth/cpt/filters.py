@@ -71,6 +71,11 @@ def text_of(content: bytes) -> tuple[str, str]:
     return text, ""
 
 
+# Where the part of a document begins that tells it from others of its repository. What comes before
+# is the same in many: lists of files, and files as they were.
+_TELLING = {"localisation": "\n## Issue\n", "steps": "\n## Functions to write"}
+
+
 class Duplicates:
     """Finds documents that repeat an earlier one of their kind, exactly or nearly."""
 
@@ -88,7 +93,7 @@ class Duplicates:
         index = self._near.setdefault(
             kind, MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=_PERMUTATIONS)
         )
-        sketch = _sketch(text)
+        sketch = _sketch(text[max(0, text.find(_TELLING.get(kind, ""))) :])
         for other in index.query(sketch):
             if self._sketches[str(other)].jaccard(sketch) >= NEAR_DUPLICATE:
                 return "near"
