@@ -223,7 +223,9 @@ class Refined:
     characters: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tasks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    seconds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
 
 
 def _refine(
