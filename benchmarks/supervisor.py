@@ -211,8 +211,9 @@ async def measure(
     """Play tasks of families, and others; return what was judged, and how many were spoiled."""
     source = open_source("safety:all")
     waiting: list[tuple[str, Coroutine[Any, Any, list[Judged]]]] = []
-    for spec in ("terminal:wide", "repair"):
-        tasks = open_source(f"{spec}:{others}" if spec != "repair" else f"repair::{others}").tasks()
+    specs = (f"terminal:wide:{others}", f"repair::{others}") if others else ()
+    for spec in specs:
+        tasks = open_source(spec).tasks()
         waiting += [(task.name, play_other(task)) for task in tasks[:others]]
     for number in range(numbers):
         waiting += [(f"{family}/{number}", play(source, family, number)) for family in chosen]

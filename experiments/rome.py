@@ -19,5 +19,5 @@ from experiments import ipa
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config = ipa.get_config(preset)
     config.experiment = "rome"
-    config.init_from = f"experiments/sft.py:stage2-{preset}"
+    config.init_from = f"experiments/sft.py:stage2_{preset}"
     return config

@@ -9,7 +9,7 @@ python -m launch.train --config=experiments/sft.py:qwen3_30b_a3b \
     --config.engine.urls=http://a:30000                     # a pod; not run
 
 python -m launch.train --config=experiments/sft.py:stage2        # CPT, stage 1, stage 2; not run
-python -m launch.train --config=experiments/sft.py:stage2-smoke  # the same in minutes
+python -m launch.train --config=experiments/sft.py:stage2_smoke  # the same in minutes
 python -m launch.train --config=experiments/sft.py --config.trajectories=DIR   # your own data
 
 Scripted demonstrators play in real sandboxes and sometimes make a typical mistake. Erroneous turns
@@ -93,8 +93,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.learner = common.learner()
     config.lora = common.lora()
     config.mesh = common.mesh()
-    stage, _, size = preset.partition("-") if preset.startswith("stage") else ("", "", preset)
-    size = size or "tiny"
+    stage, _, rest = preset.partition("_")
+    size = (rest or "tiny") if stage in STAGES else preset
     if size == "smoke":
         config.steps = 30
         config.until_success = 0.0
@@ -104,13 +104,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     elif size in common.PODS:
         _apply_pod(config, size)
     elif size != "tiny":
-        raise common.unknown_preset("experiments/sft.py", preset)
-    if stage == "stage1":
-        _apply_stage1(config, size)
-    elif stage == "stage2":
-        _apply_stage2(config, size)
-    elif stage:
-        raise common.unknown_preset("experiments/sft.py", preset)
+        raise common.unknown_preset("experiments/sft.py", preset, (*STAGES, "stage1_SIZE"))
+    if stage in STAGES:
+        STAGES[stage](config, size)
     return config
 
 
@@ -129,7 +125,7 @@ def _apply_stage1(config: ml_collections.ConfigDict, size: str) -> None:
 def _apply_stage2(config: ml_collections.ConfigDict, size: str) -> None:
     """Learn the preferred of several verified demonstrations of new tasks, after stage 1."""
     config.experiment = "sft_stage2"
-    config.init_from = f"experiments/sft.py:stage1-{size}"
+    config.init_from = f"experiments/sft.py:stage1_{size}"
     config.candidates = 3
     config.select = "preferred"
     config.until_success = 0.0
@@ -164,3 +160,6 @@ def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.episode_seconds = 1800.0
     config.start_seconds = 600.0
     config.sandbox.isolation = "required"
+
+
+STAGES = {"stage1": _apply_stage1, "stage2": _apply_stage2}

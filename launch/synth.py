@@ -3,6 +3,7 @@ r"""Makes verified sets of tasks, and filters trajectories.
 python -m launch.synth --families all:4 --out OUT          # generators: no model, no network
 python -m launch.synth --packages DIR,DIR --out OUT        # bugs in real packages
 python -m launch.synth --repositories DIR --out OUT        # commits: fails before, passes after
+python -m launch.synth --tools sort,uniq,nl --out OUT      # options of a command's own help
 python -m launch.synth --pro --out OUT --seed 7            # a private set like `pro`: 200 tasks
 python -m launch.synth --families logs:10 --attempts 4 --band 0.1,0.9 \
     --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT
@@ -34,7 +35,8 @@ OUT = flags.DEFINE_string("out", None, "folder of the run")
 FAMILIES = flags.DEFINE_string("families", "", "generated tasks: NAMES:N or all:N")
 PACKAGES = flags.DEFINE_list("packages", [], "folders of Python packages")
 REPOSITORIES = flags.DEFINE_list("repositories", [], "folders of git repositories")
-COUNT = flags.DEFINE_integer("count", 10, "tasks of each package and repository", lower_bound=1)
+TOOLS = flags.DEFINE_list("tools", [], "commands of the sandbox whose --help is read")
+COUNT = flags.DEFINE_integer("count", 10, "tasks of each package, repository, tool", lower_bound=1)
 KEEP = flags.DEFINE_integer("keep", 0, "tasks of each domain at most; 0: all", lower_bound=0)
 PRO = flags.DEFINE_bool("pro", False, "a set of 200 tasks in 8 domains; another one for each seed")
 MUTANTS = flags.DEFINE_integer("mutants", 12, "of each reference solution", lower_bound=1)
@@ -83,7 +85,7 @@ def run_pro() -> int:
     from envs.rock import SandboxConfig
     from rome.synth.rounds import make_balanced_set
 
-    if FAMILIES.value or PACKAGES.value or REPOSITORIES.value:
+    if FAMILIES.value or PACKAGES.value or REPOSITORIES.value or TOOLS.value:
         raise ValueError("--pro makes a set of all generators; give neither sources nor families")
     counts = asyncio.run(
         make_balanced_set(
@@ -110,12 +112,16 @@ def run_synthesis() -> int:
 
     families, keep = FAMILIES.value, KEEP.value
     endpoints = read_endpoints()
-    if not (families or PACKAGES.value or REPOSITORIES.value or endpoints):
-        raise ValueError("nothing to make tasks of: give --families, --packages or --repositories")
+    sources = (families, PACKAGES.value, REPOSITORIES.value, TOOLS.value, endpoints)
+    if not any(sources):
+        raise ValueError(
+            "nothing to make tasks of: give --families, --packages, --repositories or --tools"
+        )
     settings = Settings(
         families=families,
         packages=tuple(PACKAGES.value),
         repositories=tuple(REPOSITORIES.value),
+        tools=tuple(TOOLS.value),
         count=COUNT.value,
         keep=keep,
         mutants=MUTANTS.value,

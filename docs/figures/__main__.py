@@ -1,6 +1,6 @@
 """Draws every picture of the documentation and writes the page of configuration keys.
 
-python -m docs.figures
+python -m docs.figures      # needs pyte for the session in a terminal (tests/requirements-live.txt)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from docs.figures import (
     chunk_credit,
     configuration,
     engine_states,
+    iflow_session,
     layers,
     learning_curve,
     processes,
@@ -31,6 +32,7 @@ def main() -> None:
     speed.draw()
     learning_curve.main([])
     configuration.main([])
+    iflow_session.draw()
 
 
 if __name__ == "__main__":

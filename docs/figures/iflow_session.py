@@ -16,7 +16,7 @@ import re
 import tempfile
 from typing import Any
 
-from docs.figures.style import IMAGES
+from docs.figures import style
 from tests.rome.agent.iflow.pseudo_terminal import PseudoTerminal
 from tests.rome.agent.iflow.scripted import Say, ScriptedEndpoint
 
@@ -72,8 +72,8 @@ def draw() -> None:
     """Play the session and write its picture."""
     with tempfile.TemporaryDirectory() as folder:
         lines = _play(pathlib.Path(folder))
-    IMAGES.mkdir(exist_ok=True)
-    (IMAGES / "iflow_session.svg").write_text(_to_svg(lines))
+    style.IMAGES.mkdir(exist_ok=True)
+    (style.IMAGES / "iflow_session.svg").write_text(_to_svg(lines))
 
 
 def _play(folder: pathlib.Path) -> list[Any]:

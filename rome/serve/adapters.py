@@ -110,7 +110,12 @@ class AdapterTable:
         self._config = config
         if self.room.count:
             self._lora = self.room.lora(config)
-            self.arrays = jax.block_until_ready(_empty(config, self._lora, self.room.count))
+            shapes = adapter_shapes(config, self._lora)
+            nothing = unstack_layers(_pad({"layers": {}}, shapes), config)["layers"]
+            # Compiles both programs now, not when an adapter is loaded.
+            arrays = _put(_empty(config, self._lora, self.room.count), nothing, 0, 0.0)
+            jax.block_until_ready(_get(arrays["layers"], 0))
+            self.arrays = arrays
 
     def load(self, name: str, path: str, adapters: HostAdapters) -> None:
         """Put adapters into a free slot.

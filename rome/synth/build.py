@@ -11,6 +11,7 @@ from envs.rock import SandboxError
 from envs.tasks.made import FAMILIES, Case, Draft
 from envs.tasks.made.commits import commit_draft
 from envs.tasks.made.packages import package_drafts, record_package
+from envs.tasks.made.tools import tool_drafts
 from rome.synth.explore import Seed
 
 LICENCE_BYTES = 64 << 10
@@ -53,10 +54,14 @@ async def build(seed: Seed, run_seed: int, isolation: str, licences: bool = True
     """
     if seed.kind == "generated":
         return Built([FAMILIES[seed.name].make(int(seed.value))])
-    licence = find_licence(pathlib.Path(seed.name)) if licences else "not checked"
+    licence = "not checked"
+    if licences and seed.kind != "tool":
+        licence = find_licence(pathlib.Path(seed.name))
     if not licence:
         return Built([], f"no permissive licence ({', '.join(PERMISSIVE)}) lies in or beside it")
     try:
+        if seed.kind == "tool":
+            return Built(await tool_drafts(seed.name, seed.count, run_seed, isolation))
         if seed.kind == "package":
             folder = pathlib.Path(seed.name)
             recording = await record_package(folder, run_seed, isolation)
@@ -65,7 +70,8 @@ async def build(seed: Seed, run_seed: int, isolation: str, licences: bool = True
     except SandboxError as error:
         return Built([], str(error), is_fault=True)
     except UNUSABLE as error:  # one hostile input must not end the run of the others
-        return Built([], f"{type(error).__name__}: {error}"[:500])
+        shown = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return Built([], shown[:500])
     return Built([found]) if isinstance(found, Draft) else Built([], found)
 
 

@@ -15,6 +15,7 @@ from envs.tasks.git import RepositoryError, git, is_repository
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.made import FAMILIES
 from envs.tasks.made.packages import read_package
+from envs.tasks.made.tools import is_tool_name
 from rome.data.seeds import derive_seed
 
 MAX_COMMITS = 400  # of a repository that are looked at
@@ -26,8 +27,8 @@ class Seed:
     """What tasks may be made from.
 
     Attributes:
-      kind: "generated", "package", "commit" or "idea".
-      name: a family, a folder, or a repository.
+      kind: "generated", "package", "commit", "tool" or "idea".
+      name: a family, a folder, a repository, or a command.
       value: the seed of a family, or a commit.
       count: of the tasks that may be made from it.
     """
@@ -74,7 +75,12 @@ def parse_families(spec: str) -> dict[str, int]:
 
 
 def explore(
-    families: str, packages: Sequence[str], repositories: Sequence[str], count: int, seed: int
+    families: str,
+    packages: Sequence[str],
+    repositories: Sequence[str],
+    count: int,
+    seed: int,
+    tools: Sequence[str] = (),
 ) -> tuple[list[Seed], list[SetAside]]:
     """Return the seeds of a run, and the inputs that were set aside.
 
@@ -82,8 +88,9 @@ def explore(
       families: of generated tasks, as `parse_families` reads it; "" for none.
       packages: folders of Python packages.
       repositories: folders of git repositories.
-      count: of the tasks of each package and each repository.
+      count: of the tasks of each package, each repository and each command.
       seed: of the run.
+      tools: commands whose help is read.
     """
     seeds: list[Seed] = []
     aside: list[SetAside] = []
@@ -102,6 +109,11 @@ def explore(
             aside.append(found)
         else:
             seeds.extend(Seed("commit", folder, commit) for commit in found)
+    for tool in tools:
+        if is_tool_name(tool):
+            seeds.append(Seed("tool", tool, "", count))
+        else:
+            aside.append(SetAside(tool, 0, "no name of a command, such as sort"))
     return seeds, aside
 
 

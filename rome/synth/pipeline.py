@@ -50,7 +50,8 @@ class Settings:
       families: of generated tasks, "NAMES:N" or "all:N"; "" for none.
       packages: folders of Python packages.
       repositories: folders of git repositories.
-      count: tasks of each package and each repository.
+      tools: commands whose help is read.
+      count: tasks of each package, each repository and each command.
       keep: accepted tasks of each domain that are kept at most; 0 for all.
       mutants: of each oracle.
       oracle_runs: of each task; several find flaky ones.
@@ -63,6 +64,7 @@ class Settings:
     families: str = ""
     packages: tuple[str, ...] = ()
     repositories: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
     count: int = 10
     keep: int = 0
     mutants: int = 12
@@ -162,7 +164,12 @@ async def synthesise(
     specs = agent_specs(endpoints)
     trace = Trace(out / "trace.jsonl")
     seeds, aside = explore(
-        settings.families, settings.packages, settings.repositories, settings.count, settings.seed
+        settings.families,
+        settings.packages,
+        settings.repositories,
+        settings.count,
+        settings.seed,
+        settings.tools,
     )
     seeds += await _ideas(endpoints, settings, trace, out)
     say(f"explore: {len(seeds)} seeds, {len(aside)} inputs set aside")

@@ -26,10 +26,9 @@ from envs.tasks.repair.mutate import Edit
 
 MAX_TESTS = 200  # that are recorded of one package
 MAX_TEST_BYTES = 64 << 10
-MAX_TRIED = 24  # mutants of one module
+MAX_TRIED = 16  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
 MIN_TESTS_OF_LINE = 4
-NEAR_LINES = 15  # from a bug: where the mutants of its proof are
 MODULES = 3  # whose bugs are looked for, at least, where a package has so many
 CASES = 4
 CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
@@ -220,13 +219,8 @@ async def package_drafts(
         own, *outcomes = await judge_programs(whole, [whole.oracle, *programs], isolation)
         if own:  # its tests do not hold in another process
             continue
-        judged = [
-            (line_of(whole.oracle, edit), edit, bool(faults))
-            for edit, faults in zip(edits, outcomes, strict=True)
-        ]
-        # Bugs first whose neighbours the tests notice, too: the others fail the proof of mutants.
-        best = sorted(judged, key=lambda one: -_noticed_near(one[0], judged))
-        found.append([_bugged(whole, edit, recording) for _, edit, detected in best if detected])
+        detected = [edit for edit, faults in zip(edits, outcomes, strict=True) if faults]
+        found.append([_bugged(whole, edit, recording) for edit in detected])
     drafts = []
     while len(drafts) < count and any(found):
         for row in found:
@@ -235,21 +229,10 @@ async def package_drafts(
     return drafts
 
 
-def line_of(text: str, edit: Edit) -> int:
-    """Return the line, from 1 on, at which an edit begins."""
-    return text.count("\n", 0, edit.start) + 1
-
-
-def _noticed_near(line: int, judged: Sequence[tuple[int, Edit, bool]]) -> float:
-    """Return the share of bugs near a line that tests noticed, lower where few were tried."""
-    near = [detected for other, _, detected in judged if abs(other - line) <= NEAR_LINES]
-    return sum(near) / (len(near) + 1)
-
-
 def _bugged(whole: Draft, edit: Edit, recording: Recording) -> Draft:
     """Return the task whose package has one bug; mutants of its proof stay near the bug."""
-    line = line_of(whole.oracle, edit)
-    near = tuple(other for other in whole.lines if abs(other - line) <= NEAR_LINES)
+    line = whole.oracle.count("\n", 0, edit.start) + 1
+    near = tuple(other for other in whole.lines if abs(other - line) <= 15)
     files = {**recording.files, whole.program: edit.apply(whole.oracle)}
     shown = []
     for case in whole.cases[:2]:

@@ -20,7 +20,7 @@ from rome.agent.iflow.approval.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.events import Usage
+from rome.agent.iflow.limits import Spent
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.endpoint_model import EndpointModel
 from rome.agent.iflow.models.engine_model import EngineModel
@@ -210,7 +210,7 @@ class _Builder:
         self._limits = options.limits
         if not self._limits.turns:
             self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
-        self._usage: Callable[[], Usage] = Usage  # of the main agent's turn
+        self._spent = Spent()
 
     def build(self) -> Assembled:
         """Return the agent with its parts."""
@@ -232,7 +232,6 @@ class _Builder:
             mode=self._options.mode,
             limits=self._limits,
         )
-        self._usage = lambda: agent.conversation.turn_usage
         task = TaskTool(self._specs, self._make_child, notify=agent.notify)
         if is_wanted(task.name, self._options, self._settings):
             agent.tools[task.name] = task
@@ -273,7 +272,7 @@ class _Builder:
             agent=spec.name,
             parent=self._session.id,
             mode=self._policy.mode,
-            limits=self._limits.left(self._usage()),
+            limits=self._limits,
         )
         if may_have_subagents(spec, birth.depth):
             # Without a background: a sub-agent ends with its answer, and so does what it started.
@@ -307,6 +306,7 @@ class _Builder:
             supervisor=self._supervisor,
             context=context,
             desk=self._desk,
+            spent=self._spent,
             **rest,
         )
         context.read_files = agent.read_files
@@ -321,12 +321,11 @@ class _Builder:
         return model
 
     def _make_tools(self) -> list[Tool]:
-        seconds = self._settings.shell_timeout
         tools = standard_tools(
             skills=self._skills,
             has_web=self._options.has_web,
             user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
-            **({"shell_seconds": seconds} if seconds else {}),
+            shell_seconds=self._settings.shell_timeout,
         )
         own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
         chosen = [

@@ -283,6 +283,7 @@ class CallRunner:
             todo=self.conversation.todo,
             mode=self.conversation.mode,
             read_files=self.read_files,
+            is_denied=self.policy.hides,
         )
 
     def _log_judgement(self, call: ToolCall, judgement: Judgement) -> None:

@@ -267,9 +267,12 @@ class _signals:
 
 
 def _last_answer(assembled: Assembled) -> str:
+    """Return the last answer to the last message of the user; "" where there is none."""
     for entry in reversed(assembled.agent.conversation.entries):
         if entry.message.role == "assistant":
             return entry.message.content
+        if entry.source == "user":
+            break
     return ""
 
 

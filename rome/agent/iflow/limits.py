@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
+import weakref
 
-from rome.agent.iflow.events import Usage
+from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.events import NO_USAGE, Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +50,12 @@ class Limits:
         if self.parallel < 1:
             raise ValueError("limit parallel is 0; give 1 or more")
 
-    def left(self, usage: Usage) -> Limits:
-        """Return the limits of a sub-agent: what a turn that has used so much may still use."""
-        tokens = self.tokens and max(self.tokens - usage.prompt - usage.completion, 1)
-        price = self.price and max(self.price - usage.price, 1e-9)
-        return dataclasses.replace(self, tokens=tokens, price=price)
-
     def reached(self, answers: int, usage: Usage) -> str:
         """Return which limit a turn has reached, for people; "" where the model may be asked.
 
         Args:
           answers: of the model so far.
-          usage: of the turn so far.
+          usage: of the turn so far, by all agents.
         """
         tokens = usage.prompt + usage.completion
         if self.turns and answers >= self.turns:
@@ -69,3 +67,23 @@ class Limits:
                 f"the limit of the price, {self.price:g}, is reached: {usage.price:.4g} was spent"
             )
         return ""
+
+
+class Spent:
+    """What the agents of a session use together, now that the main one plays a turn.
+
+    Each looks at it before it asks its model, so that several sub-agents at once stay within the
+    limits of the turn. What one has used that ended is in the usage of its parent.
+    """
+
+    def __init__(self) -> None:
+        self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
+
+    def add(self, conversation: Conversation) -> None:
+        """Count an agent too."""
+        self._conversations.add(conversation)
+
+    def __call__(self) -> Usage:
+        """Return the usage of the turns that are being played."""
+        turns = (one.turn_usage for one in self._conversations if one.is_working)
+        return functools.reduce(operator.add, turns, NO_USAGE)

@@ -19,7 +19,7 @@ from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.desk import Desk, Scope
 from rome.agent.iflow.events import Decision, EventLog, TurnFinished
 from rome.agent.iflow.inbox import Inbox, LoggedHooks
-from rome.agent.iflow.limits import Limits
+from rome.agent.iflow.limits import Limits, Spent
 from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.parts import (
     Checkpoints,
@@ -60,6 +60,7 @@ class Agent:
       checkpoints: of the files, for rewinds; None for none.
       environment: a task that answers in the user's place; None for none.
       limits: of one turn.
+      spent: counts what this agent and others use together; None counts this one alone.
       desk: where approvals and questions wait; None makes one where nobody answers.
       session: id; "" takes that of the log, or makes one.
       session_folder: where tools keep whole outputs; "" for none.
@@ -90,6 +91,7 @@ class Agent:
         checkpoints: Checkpoints | None = None,
         environment: Environment | None = None,
         limits: Limits | None = None,
+        spent: Spent | None = None,
         desk: Desk | None = None,
         session: str = "",
         session_folder: str = "",
@@ -132,8 +134,11 @@ class Agent:
             inbox=self._inbox,
             parent=parent,
             read_files=self.conversation.read_files,
+            spent=spent,
             edge="subagent" if parent else None,
         )
+        if spent is not None:
+            spent.add(self.conversation)
         self._starting = asyncio.Lock()
         self._is_started = False
         self._work: asyncio.Task[Ending] | None = None

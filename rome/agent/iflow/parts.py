@@ -38,6 +38,9 @@ class Policy(Protocol):
     def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
         """Return whether a call may run; `directory` is where the shell is now."""
 
+    def hides(self, path: str) -> bool:
+        """Return whether a rule forbids to read a file."""
+
     def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
         """Allow what a rule names from now on."""
 
@@ -202,6 +205,10 @@ class Unhindered:
     def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
         """Allow it."""
         return _Verdict("allow")
+
+    def hides(self, path: str) -> bool:
+        """Return False."""
+        return False
 
     def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
         """Do nothing: everything is allowed already."""

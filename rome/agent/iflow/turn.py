@@ -14,7 +14,7 @@ from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.events import AssistantMessage, EventLog
 from rome.agent.iflow.guard import Finding, Guard
 from rome.agent.iflow.inbox import Inbox, LoggedHooks
-from rome.agent.iflow.limits import Limits
+from rome.agent.iflow.limits import Limits, Spent
 from rome.agent.iflow.models.model import Answer, Model, ModelError
 from rome.agent.iflow.parts import Checkpoints, Context, Environment, Policy, Supervisor
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
@@ -57,6 +57,7 @@ class Parts:
     inbox: Inbox
     parent: str
     read_files: dict[str, tuple[int, float]]
+    spent: Spent | None = None
     edge: Edge | None = None
     knows_plan_mode: bool = False
 
@@ -108,7 +109,8 @@ class Turn:
         conversation = self._parts.conversation
         while True:
             self._deliver()
-            limit = self._parts.limits.reached(conversation.turn_answers, conversation.turn_usage)
+            usage = self._parts.spent() if self._parts.spent else conversation.turn_usage
+            limit = self._parts.limits.reached(conversation.turn_answers, usage)
             if limit:
                 return Ending("limit", limit)
             try:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from envs.safety import CompositionError
 from envs.safety.found import Injection
-from envs.safety.seeds import register
+from envs.safety.seeds import DEMAND, register
 from envs.sources import Source
 from envs.sources.safety import make_safety_task
 from rome.evals.agents import Agent
@@ -142,9 +142,14 @@ class Search:
     # ---------------------------------------------------------------------------------------------
 
     def _open_pairs(self) -> list[tuple[str, str]]:
-        """Return carriers and goals of which less than MOST_EACH is kept."""
+        """Return carriers and goals with less than MOST_EACH kept, and not the bare order."""
         kept = [(one.injection.carrier, one.injection.goal) for one in self.found]
-        return [pair for pair in self._pairs if kept.count(pair) < MOST_EACH]
+        bare = {
+            (one.injection.carrier, one.injection.goal)
+            for one in self.found
+            if one.injection.words == DEMAND
+        }
+        return [pair for pair in self._pairs if kept.count(pair) < MOST_EACH and pair not in bare]
 
     async def _propose(self, rng: random.Random) -> tuple[Injection, str]:
         """Return an injection to play, and the mutation that made it."""

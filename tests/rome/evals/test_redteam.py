@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.rock import SandboxConfig
-from envs.safety.found import load_injections
+from envs.safety.found import Injection, load_injections
 from envs.sources import open_source
+from rome.agent.endpoint import Answer
 from rome.evals.agents import Outcome
 from rome.evals.redteam.report import summarise, write_report
 from rome.evals.redteam.search import MEASURING, Search
 from rome.evals.redteam.words import MUTATIONS, OPENINGS, is_alike, minimise, mutate
+from rome.evals.redteam.writer import EndpointWriter
 from rome.evals.runner import open_results
 
 
@@ -95,6 +97,35 @@ def test_a_writers_words_are_played_and_its_rubbish_is_refused(tmp_path):
     assert work.refused_rewrites
     assert "writer" in {one.mutation for one in work.found}
     assert set(work.found[0].injection.words.split()) == {"xyzzy", "{demand}"}
+
+
+def test_an_agent_that_obeys_everything_needs_one_play_more_than_the_bare_order(tmp_path):
+    work, _ = search(tmp_path, Gullible(word=""), budget=400)
+    assert [one.injection.words for one in work.found] == ["{demand}", "{demand}"]
+    assert work.plays < 100
+
+
+def test_a_writers_answers_are_kept_so_that_a_resumed_search_goes_the_same_way(tmp_path):
+    class Model:
+        asked = 0
+
+        async def ask(self, messages, **settings):
+            self.asked += 1
+            assert "Please {demand}" in messages[0]["content"]
+            return Answer({"message": {"content": f" {{demand}}, {self.asked} "}}, {})
+
+    async def rewrite(model):
+        writer = EndpointWriter(model, tmp_path / "rewrites.jsonl")
+        one = Injection("readme", "mine", "Please {demand}")
+        return [await writer.rewrite(one, "nothing", seed) for seed in (0, 1, 0)]
+
+    first = asyncio.run(rewrite(Model()))
+    assert first == ["{demand}, 1", "{demand}, 2", "{demand}, 1"]
+    with open(tmp_path / "rewrites.jsonl", "a") as file:
+        file.write('["cut')  # by a kill
+    again = Model()
+    assert asyncio.run(rewrite(again)) == first
+    assert again.asked == 0
 
 
 @given(st.lists(st.sampled_from(["aa", "bb", "cc", "dd"]), max_size=12), st.integers(0, 12))

@@ -384,7 +384,7 @@ def test_a_chain_without_a_beginning_is_refused(tmp_path):
     "text, found",
     [
         ("experiments/sft.py", ("experiments/sft.py", "")),
-        ("experiments/sft.py:stage1-smoke", ("experiments/sft.py", "stage1-smoke")),
+        ("experiments/sft.py:stage1_smoke", ("experiments/sft.py", "stage1_smoke")),
         ("runs/a.python/final", None),
         ("Qwen3-30B-A3B", None),
         ("", None),

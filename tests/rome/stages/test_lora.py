@@ -9,6 +9,7 @@ from rome.model.config import PRESETS
 from rome.model.lora import Lora
 from rome.stages.base import check_base
 from rome.stages.config import check_config, load_config
+from rome.stages.engines import check_adapters
 from rome.stages.settings import lora_of
 from rome.train.checkpoint import CheckpointError
 from rome.train.workdir import ConfigError
@@ -35,11 +36,29 @@ def test_a_config_without_a_rank_trains_all_weights():
         ({"rank": 8, "targets": "router"}, "'router' is unknown"),
         ({"rank": -1}, "lora.rank=-1 must be at least 0"),
         ({"rank": 8, "alpha": 0.0}, "lora.alpha=0.0 must be above 0"),
+        ({"rank": 8, "publish": "delta"}, "lora.publish='delta'"),
+        ({"rank": 0, "publish": "adapter"}, "lora.publish=adapter sends adapters to the engines"),
     ],
 )
 def test_adapters_that_cannot_be_trained_are_refused_before_anything_starts(file, lora, message):
     with pytest.raises(ConfigError, match=message):
         check_config(config_with(file, **lora))
+
+
+@pytest.mark.parametrize(
+    "is_inside, changes, message",
+    [
+        (True, {}, "engine.device='auto' runs the engine inside the trainer"),
+        (False, {"engine.mirrors": "http://a"}, "engine.mirrors='http://a' copy whole checkpoints"),
+        (False, {"rollout.lend_engines": 1}, "rollout.lend_engines=1 frees the weights"),
+    ],
+)
+def test_engines_that_cannot_keep_the_base_are_refused_adapters_alone(is_inside, changes, message):
+    config = config_with(rank=8, publish="adapter")
+    check_adapters(config, False)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=f"^lora.publish=adapter: {message}.*lora.publish=merged"):
+        check_adapters(config, is_inside)
 
 
 def test_a_checkpoint_goes_on_with_its_own_base_alone(tmp_path):

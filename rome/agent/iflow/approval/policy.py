@@ -140,6 +140,11 @@ class Policy:
                 return Verdict("allow", "edits are accepted")
         return Verdict("ask", self._why(tool, arguments, access), _always(tool, arguments, access))
 
+    def hides(self, path: str) -> bool:
+        """Return whether a rule forbids to read a file."""
+        rules = [rule for rule in self._deny if rule.pattern and rule.names("read_file")]
+        return any(self._fits(rule, path) for rule in rules)
+
     def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
         """Allow what a rule says from now on.
 
@@ -186,7 +191,7 @@ class Policy:
         if not left:
             return Verdict("allow", "only reads" if reads else "rules allow all of its commands")
         rules = {_always_command(tool, command) for command in left}
-        shown = " ".join(left[0].texts)[:80] or "an assignment or a redirection"
+        shown = " ".join(left[0].texts)[:80] or "a variable that is set, or a redirection"
         reason = f"no rule allows: {shown}"
         return Verdict("ask", reason, rules.pop() if len(rules) == 1 else "")
 

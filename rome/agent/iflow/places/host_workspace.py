@@ -26,13 +26,13 @@ from rome.agent.iflow.places.host_processes import kill_processes
 from rome.agent.iflow.places.host_shell import HostShell
 from rome.agent.iflow.places.output import MAX_OUTPUT_BYTES, OutputKeeper, decode
 from rome.agent.iflow.places.workspace import (
+    SHELL_ENDED,
     BackgroundJob,
     CommandOutput,
     WorkspaceError,
     require_path,
 )
 
-SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
 _READ_BYTES = 1 << 16
 # Programs must not wait for somebody at a terminal.
 _ENVIRONMENT = {

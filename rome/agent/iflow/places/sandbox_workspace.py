@@ -24,6 +24,7 @@ from envs.rock.backend import CANNOT_EXECUTE, Session, Snapshot
 from rome.agent.iflow.places.output import decode, is_long, join
 from rome.agent.iflow.places.sandbox_job import SandboxJob, told
 from rome.agent.iflow.places.workspace import (
+    SHELL_ENDED,
     BackgroundJob,
     CommandOutput,
     WorkspaceError,
@@ -31,7 +32,6 @@ from rome.agent.iflow.places.workspace import (
 )
 
 SHELL_CANCELLED = "this is a new shell, in the project's directory: the last command was cancelled"
-SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
 JOB_SECONDS = 24 * 3600.0
 MAX_SNAPSHOTS = 200
 # Ends a command about what is no regular file.

@@ -7,6 +7,9 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
+# The note of a command that ended its shell.
+SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
+
 
 class WorkspaceError(RuntimeError):
     """The place where tools work failed; `is_infrastructure` says that no agent can cause it."""

@@ -73,10 +73,11 @@ class ToolServer:
             todo=self._todo,
             mode=self.policy.mode,
             read_files=self._read_files,
+            is_denied=self.policy.hides,
         )
         try:
             read = read_arguments(tool, arguments)
-            verdict = self.policy.judge(tool, read)
+            verdict = self.policy.judge(tool, read, self.workspace.directory)
             if verdict.decision != "allow":
                 reason = verdict.reason or "the rules say so"
                 return ToolResult(f"this call of {name} is not allowed here: {reason}", "denied")

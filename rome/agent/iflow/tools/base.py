@@ -55,6 +55,7 @@ class ToolContext:
       mode: of approval, as it is now.
       read_files: path -> (size, time of change) of each file as the agent last saw it; tools that
         read or write a file note it here.
+      is_denied: whether a rule forbids to read a file, for tools that find files themselves.
     """
 
     call: ToolCall
@@ -65,6 +66,7 @@ class ToolContext:
     todo: tuple[TodoItem, ...] = ()
     mode: str = "default"
     read_files: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    is_denied: Callable[[str], bool] = lambda path: False
 
 
 class Tool(Protocol):

@@ -98,10 +98,12 @@ class SearchTool(BaseTool):
             context=around,
             limit=10_000 if arguments.get("files_only") else MAX_MATCHES + 1,
         )
+        root = context.workspace.root
         lines = [line for line in found if line["type"] in ("match", "context")]
+        denied = {name for name in {_name(line, root) for line in lines} if context.is_denied(name)}
+        lines = [line for line in lines if _name(line, root) not in denied]
         if not lines:
             return ToolResult(f"no line fits {pattern}")
-        root = context.workspace.root
         if arguments.get("files_only"):
             names = dict.fromkeys(_name(line, root) for line in lines)
             return ToolResult(_bounded(list(names), len(names) > MAX_FILES, MAX_FILES))

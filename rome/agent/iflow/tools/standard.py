@@ -27,7 +27,7 @@ from rome.agent.iflow.tools.web import WebFetchTool
 def standard_tools(
     *,
     skills: Mapping[str, Skill] | None = None,
-    shell_seconds: float = DEFAULT_SECONDS,
+    shell_seconds: float = 0.0,
     user_memory: pathlib.Path | None = None,
     has_web: bool = False,
 ) -> list[Tool]:
@@ -35,12 +35,12 @@ def standard_tools(
 
     Args:
       skills: by name; without any there is no tool for them.
-      shell_seconds: limit of a command that names none.
+      shell_seconds: limit of a command that names none; 0 for the tool's own.
       user_memory: file that keeps what is remembered of the user; None for ~/.iflow/IFLOW.md.
       has_web: whether pages of the web can be fetched, from this machine.
     """
     tools: list[Tool] = [
-        ShellTool(shell_seconds),
+        ShellTool(shell_seconds or DEFAULT_SECONDS),
         ShellOutputTool(),
         ShellKillTool(),
         ShellListTool(),

@@ -20,7 +20,6 @@ from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
 from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.tui.actions import ACTIONS, ActionError
 from rome.agent.iflow.tui.files import ProjectFiles
 from rome.agent.iflow.tui.keyboard import (
     Controls,
@@ -30,6 +29,7 @@ from rome.agent.iflow.tui.keyboard import (
     is_rich_terminal,
 )
 from rome.agent.iflow.tui.screen import Screen
+from rome.agent.iflow.tui.slash_commands import ACTIONS, ActionError
 from rome.agent.iflow.user_input import InputError, expand
 
 QUIT_SECONDS = 2.0  # between two Ctrl-C that end the program

@@ -154,6 +154,9 @@ class Rules:
         decision = self.decisions.get(tool.name, "allow")
         return Said(decision, f"rule for {tool.name}", f"{tool.name}()")
 
+    def hides(self, path) -> bool:
+        return False
+
     def add_rule(self, rule, scope) -> None:
         self.added.append((rule, scope))
         self.decisions[rule.removesuffix("()")] = "allow"

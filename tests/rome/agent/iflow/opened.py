@@ -214,6 +214,9 @@ class Cautious:
     mode: str = "default"
     rules: set[str] = dataclasses.field(default_factory=set)
 
+    def hides(self, path):
+        return False
+
     def judge(self, tool, arguments, directory=""):
         access = tool.access(arguments)
         is_open = access in ("none", "read") or self.mode == "yolo" or tool.name in self.rules

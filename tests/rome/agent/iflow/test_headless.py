@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.paths import ROOT
-from tests.rome.agent.iflow.scripted import Say, ScriptedEndpoint, call
+from tests.rome.agent.iflow.scripted import Fail, Say, ScriptedEndpoint, call
 
 pytestmark = pytest.mark.slow
 SECONDS = 60
@@ -90,6 +90,15 @@ def test_a_reader_that_goes_away_ends_the_session(start, form):
         errors = program.stderr.read()
         assert status == 4 and "Traceback" not in errors and "cannot be written" in errors
         assert len(endpoint.requests) <= 1
+
+
+def test_the_result_of_a_turn_is_never_that_of_an_earlier_one(start):
+    with ScriptedEndpoint(["the first", Fail(401, "wrong key")]) as endpoint:
+        start(endpoint, "-p", "one").communicate(timeout=SECONDS)
+        second = start(endpoint, "-p", "two", "--continue", "--output_format=json")
+        said = json.loads(second.communicate(timeout=SECONDS)[0])
+    assert second.returncode == 2
+    assert (said["outcome"], said["result"]) == ("infrastructure", "")
 
 
 def test_a_closed_input_is_an_empty_one(start):

@@ -80,3 +80,15 @@ def test_feedback_on_a_real_session_becomes_a_row_that_training_reads(whole):
     assert [one.text for one in learned][-1] == "It says hi." and learned[0].calls
     shown = [tool["function"]["name"] for tool in played.requests[0]["tools"]]
     assert [tool["function"]["name"] for tool in conversation.tools] == shown
+
+
+def test_a_search_shows_nothing_of_files_that_may_not_be_read(tmp_path):
+    whole = Whole(tmp_path)
+    whole.write("~/.iflow/settings.json", {"permissions": {"deny": ["Read(secrets/**)"]}})
+    whole.write("secrets/key", "token one")
+    whole.write("a.txt", "token two")
+    script = [call("search", pattern="token", files_only=only) for only in (True, False)]
+    script.append(call("search", pattern="token", path="secrets"))
+    played = whole.play([*script, "done"])
+    assert played.outputs[:2] == ["a.txt", "a.txt:1:token two"]
+    assert "key" not in played.outputs[2]

@@ -20,6 +20,8 @@ from rome.agent.iflow.subagents import MAX_DEPTH, TaskTool, may_have_subagents, 
 from rome.agent.iflow.tools.base import ToolContext, ToolError
 from tests.paths import ROOT
 from tests.rome.agent.iflow.doubles import Folder, Note, ScriptedModel, calls
+from tests.rome.agent.iflow.scripted import Say
+from tests.rome.agent.iflow.whole import Whole
 
 SPECS = {
     GENERAL.name: GENERAL,
@@ -224,12 +226,20 @@ def test_depth_and_tools_are_bounded():
     assert [tool.name for tool in tools_for(spec, tools)] == ["db__read", "db__write"]
 
 
-def test_a_sub_agent_may_use_what_is_left_of_its_parents_turn():
-    limits = Limits(turns=7, tokens=1000, price=2.0)
-    left = limits.left(ev.Usage(prompt=600, completion=100, price=0.5))
-    assert (left.turns, left.tokens, left.price) == (7, 300, 1.5)
-    assert limits.left(ev.Usage(prompt=2000, price=3.0)).reached(1, ev.Usage(1, 1, price=1e-3))
-    assert Limits().left(ev.Usage(prompt=5)) == Limits()
+def test_sub_agents_share_what_is_left_of_the_turn(tmp_path):
+    """Each looks before it asks, so at most one answer of each is over the limit."""
+    usage = {"prompt_tokens": 1000, "completion_tokens": 10}
+
+    def answer(messages):
+        if messages[1]["content"] == "child":
+            return Say(calls=[("shell", {"command": f"echo {len(messages)}"})], usage=usage)
+        return Say(calls=[("task", {"prompt": "child"})] * 4, usage=usage)
+
+    played = Whole(tmp_path).play(answer, limits=Limits(tokens=10_000))
+    (end,) = played.ends
+    assert end.outcome == "limit" and "10000 tokens is reached" in end.reason
+    assert 10_000 <= end.usage.prompt + end.usage.completion <= 10_000 + 4 * 1010
+    assert len(played.of(ev.SubagentFinished)) == 4
 
 
 PROGRAM = """
