@@ -364,6 +364,19 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
+def parse_row_count(given: Any) -> int:
+    """Return truncate_size; a query string has it as text.
+
+    Raises:
+      BadRequest: it is no number of rows.
+    """
+    if isinstance(given, str) and given.isdecimal():
+        given = int(given)
+    if type(given) is not int or given < 0:
+        raise BadRequest(f"truncate_size must be a number of rows, got {given!r}")
+    return given
+
+
 def _check_integer(name: str, value: Any) -> int:
     if type(value) is not int or abs(value) > _MAX_INTEGER:
         raise BadRequest(f"{name} must be an integer of 64 bits, got {value!r}")

@@ -21,7 +21,14 @@ from rome.model.hf.peft import HostAdapters, load_peft
 from rome.model.qwen3 import Params
 from rome.serve.answer import make_answer
 from rome.serve.device import MEMORY_TAGS
-from rome.serve.protocol import BadRequest, Bounds, check_flag, check_text, parse_generate
+from rome.serve.protocol import (
+    BadRequest,
+    Bounds,
+    check_flag,
+    check_text,
+    parse_generate,
+    parse_row_count,
+)
 from rome.serve.request import Request, SamplingParams, TextCodec
 from rome.serve.scheduler import PAUSE_MODES, Scheduler
 from rome.serve.weights import checksums, find_tensor, load_weights
@@ -336,7 +343,7 @@ class Server:
         """Return the first rows of one tensor."""
         body = dict(http.query) if http.method == "GET" else await _read_body(http)
         name = check_text("name", body.get("name"))
-        size = _row_count(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
+        size = parse_row_count(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
         config = self.scheduler.device.config
         tensor = await asyncio.to_thread(find_tensor, self._loaded_params(), config, name)
         if tensor is None:
@@ -484,15 +491,6 @@ def _memory_tags(body: dict[str, Any]) -> list[str]:
     if not isinstance(tags, list) or any(tag not in MEMORY_TAGS for tag in tags):
         raise BadRequest(f"tags must be of {', '.join(MEMORY_TAGS)}, got {tags!r}")
     return tags
-
-
-def _row_count(given: Any) -> int:
-    """Return truncate_size; a query string has it as text."""
-    if isinstance(given, str) and given.isdecimal():
-        given = int(given)
-    if type(given) is not int or given < 0:
-        raise BadRequest(f"truncate_size must be a number of rows, got {given!r}")
-    return given
 
 
 async def _send_event(response: web.StreamResponse, data: str) -> None:
