@@ -39,6 +39,7 @@ from rich.console import Console
 
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.context import ContextManager
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.keep import KeepList
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
@@ -370,7 +371,7 @@ async def play(seed: int, mode: str, part: int, forgets: float, fails: float) ->
             store=store if mode == "no_keep_list" else None,
             keep=NoKeepList() if without_list else None,
         )
-    log = ev.EventLog()
+    log = EventLog()
     tools = [Visit(town), Count(town), Todo(), Search(town)]
     limits = Limits(turns=20 * HOUSES)
     agent = Agent(script, tools, log, cast(Workspace, Street()), context=context, limits=limits)

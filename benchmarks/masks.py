@@ -1,6 +1,6 @@
 r"""What each mask of SFT is worth: the heuristic's error rate, and an ablation on the tiny scale.
 
-python -m benchmarks.masks --json masks.json [--steps 120] [--seeds 1] [--demonstrations 240]
+python -m benchmarks.masks --json masks.json [--steps 300] [--seeds 3] [--demonstrations 880]
 
 First part: Rel(k) (rome/data/relevance.py) on 200 labelled turns of seeds that it was not written
 on (benchmarks/labelled_turns.py). `missed` are irrelevant turns that are learned, `wrong` are
@@ -215,7 +215,7 @@ def bits(
             failure_reward=0.0,
             purpose="sft",
         )
-        [batch] = microbatches(rows, config.rows)
+        [batch] = microbatches(rows, 1)
         [logp_BT] = learner.score(params, [batch])
         scored_BT = batch.kind_BT() == IMITATION
         nats = -float(np.sum(logp_BT, where=scored_BT, dtype=np.float64))
@@ -233,13 +233,15 @@ def difference(one_N2: np.ndarray, other_N2: np.ndarray, seed: int = 0) -> dict[
 
     drawn = rate(one_N2[draws]) - rate(other_N2[draws])
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return {"difference": float(rate(one_N2) - rate(other_N2)), "low": low, "high": high}
+    change = float(rate(one_N2) - rate(other_N2))
+    return {"difference": change, "low": float(low), "high": float(high)}
 
 
 def ablate(steps: int, seeds: int, demonstrations: int) -> dict[str, Any]:
     """Train every variant, and return its figures on held-out demonstrations."""
     config = load_config("experiments/sft.py", "tiny")
     config.steps = steps
+    config.rows = 4
     chat = Chat(Tokenizer.load(TINY))
     rng = random.Random("masks")
     held = max(demonstrations // 4, 8)
@@ -265,7 +267,7 @@ def ablate(steps: int, seeds: int, demonstrations: int) -> dict[str, Any]:
         for kind, values in sums.items():
             figures[name][f"bits_{kind}"] = float(values[:, 0].sum() / values[:, 1].sum())
             figures[name][f"added_{kind}"] = difference(values, scores["all masks"][kind])
-        print(name, figures[name], file=sys.stderr, flush=True)
+        print(name, json.dumps(figures[name]), file=sys.stderr, flush=True)
     return {
         "steps": steps,
         "seeds": seeds,
@@ -307,9 +309,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
-    parser.add_argument("--steps", type=int, default=120, help="of each run; 0: no ablation")
-    parser.add_argument("--seeds", type=int, default=1, help="training seeds of each variant")
-    parser.add_argument("--demonstrations", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=300, help="of each run; 0: no ablation")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds of each variant")
+    parser.add_argument("--demonstrations", type=int, default=880)
     options = parser.parse_args(argv)
     report: dict[str, Any] = {"error_rates": error_rates()}
     if options.steps:

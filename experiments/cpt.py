@@ -10,7 +10,7 @@ The two stages of "Let It Flow", of what `python -m launch.corpus --out runs/cor
 python -m launch.train --config=experiments/cpt.py:stage1 --workdir=runs/stage1     # repositories
 python -m launch.train --config=experiments/cpt.py:stage2 --workdir=runs/stage2 \
     --config.init_from=runs/stage1/final                                # trajectories
-python -m launch.train --config=experiments/cpt.py:stage1_qwen3_30b_a3b ...
+python -m launch.train --config=experiments/cpt.py:stage1-qwen3_30b_a3b ...
     # 500B tokens (stage 2: 300B), 32M a step, rate 3e-5; stage 2 anneals weight decay; not run
 
 DIR holds .jsonl, .parquet and .array_record files (a document a record, under "text") and text
@@ -70,7 +70,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.learner = common.learner()
     config.lora = common.lora()
     config.mesh = common.mesh()
-    stage, _, rest = preset.partition("_")
+    stage, _, rest = preset.partition("-")
     size = (rest or "tiny") if stage in STAGES else preset
     if stage in STAGES:
         _apply_stage(config, stage)
@@ -82,7 +82,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         if stage in STAGES:
             _apply_paper(config, stage)
     elif size != "tiny":
-        raise common.unknown_preset("experiments/cpt.py", preset, (*STAGES, "stage1_SIZE"))
+        raise common.unknown_preset(
+            "experiments/cpt.py", preset, (*STAGES, "stage1-SIZE", "stage2-SIZE")
+        )
     return config
 
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args([_as_flag(word) for word in given])
-    from rome.agent.iflow.events import EventError
+    from rome.agent.iflow.event_log import EventError
     from rome.agent.iflow.models.model import ModelError
     from rome.agent.iflow.options import UsageError
     from rome.agent.iflow.places.workspace import WorkspaceError

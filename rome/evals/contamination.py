@@ -126,7 +126,7 @@ class TaskIndex:
     def owners_in(self, text: str) -> set[str]:
         """Return the names of the tasks that share an n-gram or a canary with a text."""
         shown = normalised(text)
-        found = set()
+        found: set[str] = set()
         if self.canary_owners:
             for match in _GUID.finditer(shown):
                 found.update(self.canary_owners.get(match[0], ()))

@@ -25,6 +25,7 @@ from rome.agent.endpoint import ChatEndpoint
 from rome.data.trajectory import from_atif
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment
 from rome.files import append_line, read_json, write_atomically
+from rome.synth.claim import claim_folder
 from rome.synth.expert import choose_queue, expert_verdict, read_decisions, write_queue
 from rome.synth.explore import SetAside
 from rome.synth.filter_rules import Judge, calibrate, heuristic, model_judge, rule_judge
@@ -66,14 +67,14 @@ async def filter_folder(
     tasks = {task.name: task for task in load_tasks(dataset)}
     items, aside = read_items(folder, tasks)
     judge = rule_judge if chat is None else model_judge(chat)
-    out.mkdir(parents=True, exist_ok=True)
+    # Verdicts of another judge must not be used again.
     claimed = {
         "dataset": dataset,
         "judge": "rules" if chat is None else chat.model,
         "labels": "" if labels is None else _digest(labels),
         "runs": runs,
     }
-    _claim(out / "run.json", claimed)
+    claim_folder(out, claimed)
     if labels is not None:
         judge = await _calibrated(judge, items, labels, out)
     await run_filter(items, tasks, out, config, judge, runs=runs, concurrency=concurrency)
@@ -89,20 +90,6 @@ async def filter_folder(
 
 def _digest(path: pathlib.Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-
-
-def _claim(path: pathlib.Path, mine: dict[str, Any]) -> None:
-    """Write what this run is, or compare it: verdicts of another judge must not be used again."""
-    if not path.exists():
-        write_atomically(path, json.dumps(mine, indent=1) + "\n")
-        return
-    theirs = read_json(path, "Give another --out.")
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            raise ValueError(
-                f"{path.parent} belongs to a filter whose {name} is {theirs.get(name)!r}, not"
-                f" {value!r}; give another --out"
-            )
 
 
 async def _calibrated(

@@ -14,7 +14,7 @@ import pytest
 from launch.agent import main
 from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.events import read_events
+from rome.agent.iflow.event_log import read_events
 from tests.paths import ROOT
 from tests.rome.agent.iflow.scripted import Fail, Say, ScriptedEndpoint, call
 

@@ -20,6 +20,7 @@ from rome.agent.iflow.approval.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.limits import Spent
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.endpoint_model import EndpointModel
@@ -283,7 +284,7 @@ class _Builder:
     def _make_agent(
         self,
         model: Model,
-        log: events.EventLog,
+        log: EventLog,
         tools: Sequence[Tool],
         workspace: Workspace,
         **rest: Any,
@@ -390,5 +391,5 @@ class _Builder:
         agent.log.listen(on_event)
 
 
-def _log_retry(log: events.EventLog, reason: str, attempt: int, wait: float) -> None:
+def _log_retry(log: EventLog, reason: str, attempt: int, wait: float) -> None:
     log.append(events.Retried(reason=reason, attempt=attempt, wait=round(wait, 1)))

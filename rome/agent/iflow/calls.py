@@ -16,7 +16,8 @@ from typing import Any
 from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.desk import Approval, Desk
-from rome.agent.iflow.events import EventLog, Outcome, ToolCall
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import Outcome, ToolCall
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.parts import Hooks, Judgement, Policy, Supervisor
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.conversation import Conversation, Entry
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.keep import KeepList, last_request
 from rome.agent.iflow.models.model import Answer, Model, ModelError
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
@@ -115,7 +116,7 @@ class ContextManager:
         conversation: Conversation,
         model: Model,
         schemas: Sequence[dict[str, Any]],
-        log: ev.EventLog,
+        log: EventLog,
     ) -> list[Message]:
         """Return what the model is shown now; make it shorter first where it is too long.
 
@@ -142,7 +143,7 @@ class ContextManager:
         conversation: Conversation,
         model: Model,
         schemas: Sequence[dict[str, Any]],
-        log: ev.EventLog,
+        log: EventLog,
         trigger: Trigger = "user",
         *,
         focus: str = "",
@@ -183,7 +184,7 @@ class ContextManager:
         conversation: Conversation,
         model: Model,
         schemas: Sequence[dict[str, Any]],
-        log: ev.EventLog,
+        log: EventLog,
     ) -> int:
         """Return the tokens of the context: the model's own count, and an estimate of what is new.
 
@@ -203,7 +204,7 @@ class ContextManager:
         self,
         conversation: Conversation,
         model: Model,
-        log: ev.EventLog,
+        log: EventLog,
         tokens: int,
         trigger: Trigger,
     ) -> None:
@@ -248,7 +249,7 @@ class ContextManager:
         conversation: Conversation,
         model: Model,
         schemas: Sequence[dict[str, Any]],
-        log: ev.EventLog,
+        log: EventLog,
         trigger: Trigger,
         focus: str,
         tokens: int,
@@ -358,7 +359,7 @@ class ContextManager:
     # -- reminders
     # ---------------------------------------------------------------------------------------------
 
-    async def _notice_changes(self, log: ev.EventLog) -> None:
+    async def _notice_changes(self, log: EventLog) -> None:
         """Tell the model of files that changed since it saw them, once for each change."""
         if self._workspace is None:
             return

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rome.agent.iflow import events
-from rome.agent.iflow.events import Decision, EventLog, ToolCall
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import Decision, ToolCall
 
 Scope = Literal["once", "session", "project"]
 NOBODY = (

@@ -20,7 +20,8 @@ from rome.agent import loop as plain
 from rome.agent.command import sampling_dialogue
 from rome.agent.dialogue import Dialogue
 from rome.agent.iflow.context import ContextManager, ContextSettings
-from rome.agent.iflow.events import AssistantMessage, EventLog, TurnFinished
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage, TurnFinished
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.dialogue_model import DialogueModel

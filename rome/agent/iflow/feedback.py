@@ -20,13 +20,13 @@ from typing import Any
 
 from rome.agent.dialects.openai_chat import write_message
 from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.event_log import read_events
 from rome.agent.iflow.events import (
     AssistantMessage,
     Event,
     FeedbackGiven,
     SessionStarted,
     TurnStarted,
-    read_events,
 )
 from rome.agent.messages import Call, Message
 from rome.data.trajectory import LAST, Trajectory, load_trajectory, to_atif

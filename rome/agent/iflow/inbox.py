@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.events import EventLog, HookRan, UserMessage
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import HookRan, UserMessage
 from rome.agent.iflow.parts import HookOutcome, Hooks
 
 Source = Literal["steer", "hook", "reminder", "notification"]

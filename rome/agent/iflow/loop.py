@@ -17,7 +17,8 @@ from rome.agent.iflow import events
 from rome.agent.iflow.calls import CANCELLED, Ending
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.desk import Desk, Scope
-from rome.agent.iflow.events import Decision, EventLog, TurnFinished
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import Decision, TurnFinished
 from rome.agent.iflow.inbox import Inbox, LoggedHooks
 from rome.agent.iflow.limits import Limits, Spent
 from rome.agent.iflow.models.model import Model

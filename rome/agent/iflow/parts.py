@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.events import AssistantMessage, EventLog
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.tools.base import Tool, ToolResult
 from rome.agent.messages import Message

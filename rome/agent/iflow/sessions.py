@@ -20,7 +20,8 @@ import secrets
 import shutil
 from collections.abc import Iterator
 
-from rome.agent.iflow.events import EventError, EventLog, UserMessage, read_events
+from rome.agent.iflow.event_log import EventError, EventLog, read_events
+from rome.agent.iflow.events import UserMessage
 
 EVENTS = "events.jsonl"
 LOCK = "lock"

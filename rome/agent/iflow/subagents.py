@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.specs.agent_specs import AgentSpec
 from rome.agent.iflow.tools.base import Access, BaseTool, Tool, ToolContext, ToolError, ToolResult
 

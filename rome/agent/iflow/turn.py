@@ -11,7 +11,8 @@ from rome.agent.iflow import events
 from rome.agent.iflow.calls import CallRunner, Ending
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.events import AssistantMessage, EventLog
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.guard import Finding, Guard
 from rome.agent.iflow.inbox import Inbox, LoggedHooks
 from rome.agent.iflow.limits import Limits, Spent

@@ -223,7 +223,9 @@ class Refined:
     characters: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tasks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    seconds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
 
 
 def _refine(
@@ -298,12 +300,13 @@ def _card(
 ) -> dict[str, Any]:
     """Return the content of card.json."""
     counts: collections.Counter[str] = collections.Counter()
-    seconds: collections.Counter[str] = collections.Counter(refined.seconds)
+    seconds = collections.defaultdict(float, refined.seconds)
     reasons: collections.Counter[tuple[str, str]] = collections.Counter()
     for path in paths:
         head = units.read_head(path)
         counts.update(head.counts)
-        seconds.update(head.seconds)
+        for name, value in head.seconds.items():
+            seconds[name] += value
         reasons.update(head.reasons)
     everything = _all_aside(paths, aside)
     kinds = {}

@@ -8,6 +8,8 @@ one tree: {"outcomes": {test: outcome}, "functions": {test: [[path, line]]}, "ed
 Tests are those of unittest, and functions test_* that take no arguments.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import inspect
@@ -19,12 +21,15 @@ import signal
 import subprocess
 import sys
 import unittest
+from collections.abc import Iterator
+from typing import Any
 
+Place = tuple[str, int]  # a file, and the first line of a function in it
 MODULE_SECONDS = 20.0  # of processor time, for the tests of one module
 PROCESS_SECONDS = 60.0
 
 
-def main():
+def main() -> None:
     """Run all trees of an order, each in a copy of the base and in processes of its own."""
     order = json.loads(pathlib.Path(sys.argv[1]).read_text())
     for number, tree in enumerate(order["trees"]):
@@ -38,14 +43,14 @@ def main():
             else:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(text.encode())
-        total = {"outcomes": {}, "functions": {}, "edges": []}
+        total: dict[str, Any] = {"outcomes": {}, "functions": {}, "edges": []}
         for module in tree["modules"]:
             add(total, run_module(folder, module, tree.get("trace", False)), module)
         subprocess.run(["rm", "-rf", str(folder)], check=True)
         print(json.dumps(total), flush=True)
 
 
-def run_module(folder, module, trace):
+def run_module(folder: pathlib.Path, module: str, trace: bool) -> Any:
     """Return what a process of its own says about the tests of a module; None where it fails."""
     read, write = os.pipe()
     command = [sys.executable, "-B", os.path.abspath(__file__), "--module", module, str(write)]
@@ -62,7 +67,7 @@ def run_module(folder, module, trace):
     os.close(write)
     chunks = []
 
-    def stop(*_):
+    def stop(*_: object) -> None:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -82,7 +87,7 @@ def run_module(folder, module, trace):
         return None
 
 
-def add(total, result, module):
+def add(total: Any, result: Any, module: str) -> None:
     """Add the result of a module to those of its tree."""
     if result is None:
         total["outcomes"][module] = "error"
@@ -92,15 +97,15 @@ def add(total, result, module):
     total["edges"] += result["edges"]
 
 
-def work(module, descriptor, trace):
+def work(module: str, descriptor: int, trace: bool) -> None:
     """Run the tests of a module and write their outcomes into a pipe."""
     sys.path.insert(0, os.getcwd())
     if os.path.isdir("src"):
         sys.path.insert(1, os.path.join(os.getcwd(), "src"))
     tracer = Tracer(os.getcwd() + os.sep) if trace else None
     name = module[: -len(".py")].replace("/", ".")
-    outcomes = {}
-    functions = {}
+    outcomes: dict[str, str] = {}
+    functions: dict[str, list[Place]] = {}
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         try:
@@ -124,7 +129,7 @@ def work(module, descriptor, trace):
     os._exit(0)  # no exit handler of the tests has a say
 
 
-def tests_of(path, module):
+def tests_of(path: str, module: Any) -> Iterator[tuple[str, Any]]:
     """Yield (label, function) of each test of a module."""
     for key, value in sorted(vars(module).items()):
         if getattr(value, "__module__", None) != module.__name__:
@@ -136,12 +141,12 @@ def tests_of(path, module):
             yield f"{path}::{key}", value
 
 
-def is_plain(function):
+def is_plain(function: Any) -> bool:
     """Return whether a function can be called as it is."""
     return not inspect.signature(function).parameters and not inspect.iscoroutinefunction(function)
 
 
-def outcome_of(test):
+def outcome_of(test: Any) -> str:
     """Return passed, failed, error or skipped."""
     if isinstance(test, unittest.TestCase):
         result = unittest.TestResult()
@@ -165,13 +170,13 @@ def outcome_of(test):
 class Tracer:
     """Notes which functions below a folder run for each test, and which calls which."""
 
-    def __init__(self, root):
+    def __init__(self, root: str) -> None:
         self.root = root
-        self.used = {}
-        self.edges = set()
+        self.used: dict[str, set[Place]] = {}
+        self.edges: set[tuple[Place, Place]] = set()
         self.label = ""
 
-    def __call__(self, frame, event, argument):
+    def __call__(self, frame: Any, event: str, argument: object) -> None:
         if event != "call":
             return
         place = self.place(frame)
@@ -181,10 +186,11 @@ class Tracer:
         caller = frame.f_back
         while caller is not None and self.place(caller) is None:
             caller = caller.f_back
-        if caller is not None:
-            self.edges.add((self.place(caller), place))
+        called_from = None if caller is None else self.place(caller)
+        if called_from is not None:
+            self.edges.add((called_from, place))
 
-    def place(self, frame):
+    def place(self, frame: Any) -> Place | None:
         """Return (path, first line) of a function of the tree; None for others."""
         file = frame.f_code.co_filename
         if not file.startswith(self.root) or frame.f_code.co_name == "<module>":
@@ -193,7 +199,7 @@ class Tracer:
 
 
 @contextlib.contextmanager
-def tracing(tracer, label):
+def tracing(tracer: Tracer | None, label: str) -> Iterator[None]:
     """Trace what runs meanwhile."""
     if tracer is None:
         yield

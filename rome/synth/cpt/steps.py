@@ -46,7 +46,7 @@ async def step_documents(
       runs: runs tests in sandboxes.
     """
     place = str(repository.folder)
-    modules = []
+    modules: list[str] = []
     lacking = ""
     for path in sorted(texts):
         if not is_test(path) or len(modules) >= MAX_TEST_MODULES:

@@ -40,7 +40,9 @@ class Made:
         default_factory=collections.Counter
     )
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    seconds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
 
     def take(self, kind: str, found: Document | str, began: float) -> None:
         """Keep a document, or count the reason why there is none."""
@@ -88,7 +90,7 @@ def read_head(path: pathlib.Path) -> Made:
         aside=[SetAside(*one) for one in head["aside"]],
         reasons=collections.Counter({(kind, why): count for kind, why, count in head["reasons"]}),
         counts=collections.Counter(head["counts"]),
-        seconds=collections.Counter(head["seconds"]),
+        seconds=collections.defaultdict(float, head["seconds"]),
     )
 
 

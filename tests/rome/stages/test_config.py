@@ -47,7 +47,7 @@ def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
 
-@pytest.mark.parametrize("preset", ["stage1", "stage2", "stage1_qwen3_30b_a3b", "stage2_smoke"])
+@pytest.mark.parametrize("preset", ["stage1", "stage2", "stage1-qwen3_30b_a3b", "stage2-smoke"])
 def test_the_stages_of_pre_training_are_accepted(preset):
     config = load_config("experiments/cpt.py", preset)
     check_config(config)

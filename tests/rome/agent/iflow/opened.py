@@ -26,7 +26,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.events import EventLog, TodoChanged, TodoItem, ToolCall, ToolOutput, Usage
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import TodoChanged, TodoItem, ToolCall, ToolOutput, Usage
 from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.model import Answer, ModelError

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.keep import KeepList
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.model import Answer, ModelError
@@ -53,7 +54,7 @@ class Session:
     """A log and the conversation that folds it."""
 
     def __init__(self, model=None, store=True, **options):
-        self.log = ev.EventLog()
+        self.log = EventLog()
         self.conversation = Conversation()
         self.log.listen(self.conversation.add)
         self.model = model or Counting()
@@ -237,7 +238,7 @@ def test_an_agent_whose_server_refuses_the_conversation_goes_on_with_a_shorter_o
     model = ScriptedModel(
         calls(("note", {"text": "x" * 4000})), refused, "They noted it; the key is 17.", "done"
     )
-    log = ev.EventLog()
+    log = EventLog()
     context = ContextManager()
     agent = Agent(model, [Note()], log, Folder(), context=context)
     finished = asyncio.run(agent.run("note it"))
@@ -250,7 +251,7 @@ def test_an_agent_whose_server_refuses_the_conversation_goes_on_with_a_shorter_o
 
 def test_a_server_that_refuses_all_ends_the_turn_at_its_limit():
     model = ScriptedModel(ModelError("too long", is_context_full=True))
-    agent = Agent(model, [], ev.EventLog(), Folder(), context=ContextManager())
+    agent = Agent(model, [], EventLog(), Folder(), context=ContextManager())
     finished = asyncio.run(asyncio.wait_for(agent.run("go"), 5))
     assert (finished.outcome, finished.reason) == ("limit", "too long")
 

@@ -3,7 +3,8 @@
 import asyncio
 
 from rome.agent.dialogue import Dialogue
-from rome.agent.iflow.events import AssistantMessage, EventLog
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.dialogue_model import DialogueModel
 from rome.agent.session import Session

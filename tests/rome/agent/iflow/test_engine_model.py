@@ -8,7 +8,7 @@ import pytest
 from rome.agent.iflow import events
 from rome.agent.iflow.assemble import assemble
 from rome.agent.iflow.connect import TOKENS
-from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.feedback import export
 from rome.agent.iflow.models.engine_model import connect_engine
 from rome.agent.iflow.models.model import ModelError

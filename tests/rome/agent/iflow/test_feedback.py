@@ -8,7 +8,8 @@ import pytest
 
 from launch.feedback import main
 from rome.agent.iflow import events
-from rome.agent.iflow.events import AssistantMessage, EventLog, FeedbackGiven, ToolCall
+from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage, FeedbackGiven, ToolCall
 from rome.agent.iflow.feedback import (
     FeedbackError,
     judged_answers,

@@ -9,7 +9,7 @@ import pytest
 from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.desk import Desk, UnknownRequest
-from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent, AgentError
 from rome.agent.iflow.models.model import Answer, ModelError

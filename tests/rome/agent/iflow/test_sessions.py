@@ -10,7 +10,7 @@ import pytest
 
 from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.event_log import EventError, EventLog
 from rome.agent.iflow.sessions import SessionStore, SessionUnavailable
 from tests.paths import ROOT
 
@@ -110,7 +110,7 @@ def test_a_torn_line_is_cut_and_a_damaged_file_named(store):
     session.close()
     assert [event.text for event in EventLog(path).events] == ["a", "b"]
     path.write_bytes(b"nonsense\n" + path.read_bytes())
-    with pytest.raises(events.EventError, match=r"events.jsonl:1"):
+    with pytest.raises(EventError, match=r"events.jsonl:1"):
         store.open(id)
 
 
@@ -119,7 +119,7 @@ def test_a_line_that_is_no_event_is_named(store, line):
     id = begin(store, "a")
     with (store.folder / id / "events.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(events.EventError, match=r"events.jsonl:2 is no event"):
+    with pytest.raises(EventError, match=r"events.jsonl:2 is no event"):
         store.open(id)
     assert [one.title for one in store.list()] == ["a"]
 

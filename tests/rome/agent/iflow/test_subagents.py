@@ -11,7 +11,7 @@ import time
 import pytest
 
 from rome.agent.iflow import events as ev
-from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.model import ModelError

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from rome.agent.iflow import events
-from rome.agent.iflow.events import EventLog
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.places.checkpoint import Checkpoints
 from rome.agent.iflow.tools.standard import standard_tools

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rome.agent.iflow import events
+from rome.agent.iflow.event_log import read_events
 from rome.agent.iflow.tui.markdown import MarkdownBlocks
 from rome.agent.iflow.tui.screen import Screen
 from tests.paths import ROOT
@@ -143,7 +144,7 @@ def test_as_a_filter_each_line_is_a_message_and_nothing_is_asked(tmp_path):
         assert said in " ".join(run.stdout.split())
     assert "\x1b" not in run.stdout and not (tmp_path / "a").exists()
     (session,) = (tmp_path / "s").glob("*/events.jsonl")
-    stored = list(events.read_events(session))
+    stored = list(read_events(session))
     (given,) = (event for event in stored if isinstance(event, events.FeedbackGiven))
     assert isinstance(stored[given.target], events.AssistantMessage) and given.rating == 5
 
