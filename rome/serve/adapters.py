@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.hf.peft import HostAdapters, tensor_names
+from rome.model.hf.peft import HostAdapters, load_peft, tensor_names
 from rome.model.lora import MATRICES, Lora, adapter_shapes, find_targets
 from rome.model.ops.low_rank import SERVED, SUFFIX, Served
 from rome.model.ops.native import LANES
@@ -240,6 +241,17 @@ def with_adapters(params: Params, arrays: AdapterArrays | None, slot_T: Array) -
             own[group] = own[group] | served
         layers.append(own)
     return params | {"layers": tuple(layers)}
+
+
+def read_adapters(path: str, config: ModelConfig) -> HostAdapters:
+    """Return the adapters of a model in a directory that PEFT wrote.
+
+    Raises:
+      ValueError, OSError: it does not hold adapters of this model, or numbers that are not finite.
+    """
+    adapters = load_peft(pathlib.Path(path), config)
+    adapters.require_finite(path)
+    return adapters
 
 
 # -- arrays

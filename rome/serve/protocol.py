@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from rome.serve.device import MEMORY_TAGS
 from rome.serve.request import Request, SamplingParams, TextCodec
 
 # Far more than a trainer has at once, and longer than its episodes: they bound what a server
@@ -362,6 +363,31 @@ def check_text(name: str, value: Any) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
         raise BadRequest(f"{name} is not valid Unicode: {value!r}") from None
     return value
+
+
+def parse_memory_tags(body: dict[str, Any]) -> list[str]:
+    """Return the tags of a body; all where it has none.
+
+    Raises:
+      BadRequest: one is unknown.
+    """
+    tags = body.get("tags") or list(MEMORY_TAGS)
+    if not isinstance(tags, list) or any(tag not in MEMORY_TAGS for tag in tags):
+        raise BadRequest(f"tags must be of {', '.join(MEMORY_TAGS)}, got {tags!r}")
+    return tags
+
+
+def parse_row_count(given: Any) -> int:
+    """Return truncate_size; a query string has it as text.
+
+    Raises:
+      BadRequest: it is no number of rows.
+    """
+    if isinstance(given, str) and given.isdecimal():
+        given = int(given)
+    if type(given) is not int or given < 0:
+        raise BadRequest(f"truncate_size must be a number of rows, got {given!r}")
+    return given
 
 
 def _check_integer(name: str, value: Any) -> int:

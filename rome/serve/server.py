@@ -9,7 +9,6 @@ import asyncio
 import hmac
 import json
 import logging
-import pathlib
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -17,11 +16,18 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from rome.model.hf.peft import HostAdapters, load_peft
 from rome.model.qwen3 import Params
+from rome.serve.adapters import read_adapters
 from rome.serve.answer import make_answer
-from rome.serve.device import MEMORY_TAGS
-from rome.serve.protocol import BadRequest, Bounds, check_flag, check_text, parse_generate
+from rome.serve.protocol import (
+    BadRequest,
+    Bounds,
+    check_flag,
+    check_text,
+    parse_generate,
+    parse_memory_tags,
+    parse_row_count,
+)
 from rome.serve.request import Request, SamplingParams, TextCodec
 from rome.serve.scheduler import PAUSE_MODES, Scheduler
 from rome.serve.weights import checksums, find_tensor, load_weights
@@ -261,14 +267,8 @@ class Server:
         if not name or not path or "\0" in path:
             raise BadRequest("give lora_name, and lora_path: a directory that PEFT wrote")
         device = self.scheduler.device
-
-        def read() -> HostAdapters:
-            adapters = load_peft(pathlib.Path(path), device.config)
-            adapters.require_finite(path)
-            return adapters
-
         try:
-            adapters = await asyncio.to_thread(read)
+            adapters = await asyncio.to_thread(read_adapters, path, device.config)
             await self._in_thread(lambda: device.adapters.load(name, path, adapters), ValueError)
         except (ValueError, OSError) as error:
             return self._adapters_answer(f"{name!r} is not loaded: {error}")
@@ -296,7 +296,7 @@ class Server:
 
     async def release_memory_occupation(self, http: web.Request) -> web.Response:
         """Delete the arrays of the given tags (all by default) to free the device's memory."""
-        tags = _memory_tags(await _read_body(http))
+        tags = parse_memory_tags(await _read_body(http))
         async with self._updating:
             await self._in_thread(lambda: self.scheduler.release_memory(tags), refused=ValueError)
         logging.info("memory released: %s", ", ".join(tags))
@@ -308,7 +308,7 @@ class Server:
         Weights must be loaded by /update_weights_from_disk before anything runs: nothing is sampled
         from old ones.
         """
-        tags = _memory_tags(await _read_body(http))
+        tags = parse_memory_tags(await _read_body(http))
         async with self._updating:
             await self._in_thread(lambda: self.scheduler.take_back_memory(tags))
         return web.json_response(None)
@@ -336,7 +336,7 @@ class Server:
         """Return the first rows of one tensor."""
         body = dict(http.query) if http.method == "GET" else await _read_body(http)
         name = check_text("name", body.get("name"))
-        size = _row_count(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
+        size = parse_row_count(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
         config = self.scheduler.device.config
         tensor = await asyncio.to_thread(find_tensor, self._loaded_params(), config, name)
         if tensor is None:
@@ -477,22 +477,6 @@ async def _read_body(http: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
     return body
-
-
-def _memory_tags(body: dict[str, Any]) -> list[str]:
-    tags = body.get("tags") or list(MEMORY_TAGS)
-    if not isinstance(tags, list) or any(tag not in MEMORY_TAGS for tag in tags):
-        raise BadRequest(f"tags must be of {', '.join(MEMORY_TAGS)}, got {tags!r}")
-    return tags
-
-
-def _row_count(given: Any) -> int:
-    """Return truncate_size; a query string has it as text."""
-    if isinstance(given, str) and given.isdecimal():
-        given = int(given)
-    if type(given) is not int or given < 0:
-        raise BadRequest(f"truncate_size must be a number of rows, got {given!r}")
-    return given
 
 
 async def _send_event(response: web.StreamResponse, data: str) -> None:
