@@ -135,8 +135,9 @@ def plant(trajectory: Trajectory, chat: Chat, rng: random.Random) -> tuple[Traje
         before = chunks[place]
         if kind == "off_task":
             command, answer = rng.choice(STRAY)
-            call = {"name": (before.tool_call or {})["name"], "arguments": {"command": command}}
-            text = chat.say("", [(call["name"], call["arguments"])])
+            name = (before.tool_call or {})["name"]
+            call: dict[str, Any] | None = {"name": name, "arguments": {"command": command}}
+            text = chat.say("", [(name, {"command": command})])
         else:
             call, text, answer = before.tool_call, before.text, before.observation
         ids = chat.turn(text)
