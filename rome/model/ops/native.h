@@ -104,8 +104,9 @@ void for_each(ffi::ThreadPool& pool, int64_t count, const std::function<void(int
   while (shared->done.load() < count) std::this_thread::yield();
 }
 
-// out[r][0:columns] = sum over d of x[r][d] * w[d][0:columns], for `Rows` rows.
-template <int Rows, int Wide>
+// out[r][0:columns] = sum over d of x[r][d] * w[d][0:columns], for `Rows` rows. With `Onto` the
+// sums begin from what `out` holds.
+template <int Rows, int Wide, bool Onto = false>
 inline __attribute__((always_inline)) void multiply_block(const float* const* x, const float* w,
                                                           int64_t depth, int64_t stride,
                                                           Vec out[Rows][Wide]) {
@@ -115,7 +116,7 @@ inline __attribute__((always_inline)) void multiply_block(const float* const* x,
   for (int r = 0; r < Rows; ++r) {
     row[r] = x[r];
 #pragma GCC unroll 8
-    for (int v = 0; v < Wide; ++v) sum[r][v] = Vec{};
+    for (int v = 0; v < Wide; ++v) sum[r][v] = Onto ? out[r][v] : Vec{};
   }
   for (int64_t d = 0; d < depth; ++d, w += stride) {
     Vec w_row[Wide];

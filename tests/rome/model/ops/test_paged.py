@@ -188,3 +188,38 @@ def test_padding_writes_nothing(config, form):
         assert written.sum(axis=1).tolist() == [8, 0, 5, 1]
         unused = np.setdiff1d(np.arange(COUNT), cache.table_RM)
         assert not np.asarray(pages)[unused].any()
+
+
+def attend_in_pieces(inputs, sizes, positions):
+    """[B, L, N, H] of the native form, fed in pieces of these sizes to pages of `positions`."""
+    q_BLNH, kv_BLKH = inputs
+    batch, length = q_BLNH.shape[:2]
+    per_row = -(-length // positions)
+    table_RM = np.random.default_rng(1).permutation(batch * per_row).astype(np.int32)
+    kv = jnp.full((batch * per_row, positions, *kv_BLKH.shape[2:]), np.nan, jnp.float32)
+    parts = []
+    begin = 0
+    for size in sizes:
+        own = slice(begin, begin + size)
+        row_T = np.repeat(np.arange(batch, dtype=np.int32), size)
+        position_T = np.tile(np.arange(begin, begin + size, dtype=np.int32), batch)
+        q_TNH, kv_TKH = (np.concatenate(array[:, own]) for array in inputs)
+        out_TNH, kv = jax.jit(native.attention_native)(
+            q_TNH, kv_TKH, row_T, position_T, table_RM.reshape(batch, per_row), kv
+        )
+        parts.append(np.asarray(out_TNH).reshape(batch, size, *q_BLNH.shape[2:]))
+        begin += size
+    return np.concatenate(parts, axis=1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", [(4, 4, 16), (4, 2, 64), (6, 2, 32)], ids=["1", "2", "3"])
+def test_no_bit_of_native_attention_depends_on_pieces_or_the_size_of_a_page(heads):
+    query_heads, key_heads, dim = heads
+    rng = np.random.default_rng(0)
+    q_BLNH = rng.standard_normal((2, LENGTH, query_heads, dim), dtype=np.float32)
+    kv_BLKH = rng.standard_normal((2, LENGTH, 2 * key_heads, dim), dtype=np.float32)
+    one_by_one = attend_in_pieces((q_BLNH, kv_BLKH), [1] * LENGTH, 16)
+    for sizes, positions in ([LENGTH], 16), ([2, 3, 14, 1, 20], 8), ([1] * LENGTH, 32):
+        out = attend_in_pieces((q_BLNH, kv_BLKH), sizes, positions)
+        assert out.tobytes() == one_by_one.tobytes()
