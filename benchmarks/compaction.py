@@ -337,6 +337,7 @@ class Street:
     """The workspace: the tools of the town need none."""
 
     root = "/town"
+    directory = "/town"
     is_isolated = True
 
 

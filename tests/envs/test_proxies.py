@@ -89,15 +89,16 @@ def test_only_what_leaves_this_machine_goes_through_the_proxy(monkeypatch, tmp_p
         async with listening(monkeypatch) as (url, asked):
             await ask(url)
             await ask(OUTSIDE)
-            here, outside = asked
-            assert here.split()[1].startswith("/")
-            assert outside.split()[1].startswith(OUTSIDE + "/")
-            assert "Proxy-Authorization: Basic dXNlcjp3b3Jk" in outside
-            assert "secret" not in here + outside
+            # a client may try twice: the requests of the first question, and as many of the second
+            here, outside = asked[: len(asked) // 2], asked[len(asked) // 2 :]
+            assert here and all(one.split()[1].startswith("/") for one in here)
+            assert all(one.split()[1].startswith(OUTSIDE + "/") for one in outside)
+            assert all("Proxy-Authorization: Basic dXNlcjp3b3Jk" in one for one in outside)
+            assert "secret" not in "".join(asked)
             monkeypatch.setenv("no_proxy", "engine.example")
             with contextlib.suppress(EngineError, RemoteEnvError, aiohttp.ClientError):
                 await ask(OUTSIDE)  # directly: the name does not exist
-            assert len(asked) == 2
+            assert len(asked) == len(here + outside)
 
     asyncio.run(asyncio.wait_for(conversation(), 30))
 

@@ -142,20 +142,40 @@ class TaskTool(BaseTool):
     # -- one sub-agent
     # ---------------------------------------------------------------------------------------------
 
-    async def _work(self, birth: Birth, prompt: str) -> ev.SubagentFinished:
-        """Run a sub-agent to its end; its end is in the parent's session whatever it is."""
+    async def _work(
+        self,
+        birth: Birth,
+        prompt: str,
+        tell: Callable[[ev.SubagentFinished], None] | None = None,
+    ) -> ev.SubagentFinished:
+        """Run a sub-agent to its end; its end is in the parent's session whatever it is.
+
+        Args:
+          birth: of the sub-agent.
+          prompt: its task.
+          tell: called with its end, unless it was cancelled.
+        """
         first = len(birth.log.events)
         finished = _cancelled(birth.id)
+        child = None
         try:
             async with self._slots:
-                finished = await self._run(birth, prompt)
+                child = self._make(birth)
+                finished = await self._run(child, birth, prompt)
+        except Exception as error:  # a fault of one sub-agent is no end of its parent
+            finished = _failed(birth.id, error)
         finally:
-            # What it used counts for its parent, also where it was cancelled or failed.
+            # What it used counts for its parent, also where it was cancelled or failed. Nothing is
+            # awaited since its last answer: its tokens are counted by itself or by its parent.
             usage = Conversation.of(birth.log.events[first:]).usage
             finished = dataclasses.replace(finished, usage=usage)
+            self._finish(finished)
+            if tell is not None and finished.outcome != "aborted":
+                tell(finished)
+            if child is not None:
+                await _close(child)
             if birth.folder:
                 birth.log.close()
-            self._finish(finished)
         return finished
 
     def _finish(self, finished: ev.SubagentFinished) -> None:
@@ -165,27 +185,23 @@ class TaskTool(BaseTool):
         if emit is not None:
             emit(finished)
 
-    async def _run(self, birth: Birth, prompt: str) -> ev.SubagentFinished:
+    async def _run(self, child: Child, birth: Birth, prompt: str) -> ev.SubagentFinished:
         first = len(birth.log.events)
-        child = None
-        try:
-            child = self._make(birth)
-            turn = await child.run(prompt)
-        except Exception as error:  # a fault of one sub-agent is no end of its parent
-            reason = f"it failed: {type(error).__name__}: {error}"
-            return ev.SubagentFinished(id=birth.id, outcome="infrastructure", result=reason)
-        finally:
-            if child is not None:
-                await _close(child)
+        turn = await child.run(prompt)
         result = _last_words(birth.log.events[first:])
         if turn.outcome != "finished":
             result = "\n".join(filter(None, [f"It ended early: {turn.reason}", result]))
         return ev.SubagentFinished(id=birth.id, outcome=turn.outcome, result=_shorten(result))
 
     async def _work_in_background(self, birth: Birth, prompt: str) -> None:
-        finished = await self._work(birth, prompt)
-        assert self._notify is not None
-        self._notify(f"Sub-agent {birth.id}, which worked in the background:\n{_answer(finished)}")
+        notify = self._notify
+        assert notify is not None
+
+        def tell(finished: ev.SubagentFinished) -> None:
+            head = f"Sub-agent {birth.id}, which worked in the background:"
+            notify(f"{head}\n{_answer(finished)}")
+
+        await self._work(birth, prompt, tell)
 
     def _birth(self, arguments: Mapping[str, Any], session_folder: str) -> Birth:
         """Return what a call asks for: a new sub-agent, or an earlier one.
@@ -277,6 +293,11 @@ async def _close(child: Child) -> None:
 
 def _cancelled(id: str) -> ev.SubagentFinished:
     return ev.SubagentFinished(id=id, outcome="aborted", result="it was cancelled")
+
+
+def _failed(id: str, error: Exception) -> ev.SubagentFinished:
+    reason = f"it failed: {type(error).__name__}: {error}"
+    return ev.SubagentFinished(id=id, outcome="infrastructure", result=reason)
 
 
 def _result_of(id: str, finished: ev.SubagentFinished) -> ToolResult:

@@ -180,7 +180,7 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
             {"input_ids": [1], "sampling_params": {"stop_token_ids": ["a"]}},
             "stop_token_ids must be an integer",
         ),
-        ({"input_ids": [1], "lora_path": "x"}, "'lora_path' = 'x' is not supported"),
+        ({"input_ids": [1], "lora_path": "x"}, "no adapter 'x' is loaded"),
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
         ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "Duplicate request ID detected: a"),
         ({"input_ids": [1], "sampling_params": {"stop": 5}}, "stop must be a string or a list"),

@@ -19,8 +19,12 @@ GIVEN_WITH = {  # what the same page says to give besides
     "max_context=8192": {"row_length": 8192},
     "sandbox.backend=docker": {"sandbox.image": "python:3.12"},
     "max_context=320": {"row_length": 320},
+    "max_context=512": {"row_length": 512},
+    "feedback=decisions.jsonl": {"select": "preferred"},
+    "lora.publish=adapter": {"lora.rank": 8},
     "sandbox.backend=remote": {"sandbox.url": "http://127.0.0.1:9"},
 }
+FILES: dict[str, str] = {}
 EXAMPLES = {"key", "KEY"}  # of --config.key=value
 
 
@@ -77,6 +81,7 @@ def is_accepted(name, text, configs):
         kind = type(default)
         try:
             value = {"True": True, "False": False}[text] if kind is bool else kind(text)
+            value = FILES.get(text, value)
             together = GIVEN_WITH.get(f"{name}={text}", {})
             changed.update_from_flattened_dict({name: value, **together})
             check_config(changed)
@@ -86,8 +91,11 @@ def is_accepted(name, text, configs):
     return False
 
 
-def test_the_keys_and_values_that_texts_advise_are_accepted(configs, monkeypatch):
+def test_the_keys_and_values_that_texts_advise_are_accepted(configs, monkeypatch, tmp_path):
     monkeypatch.setenv("ROCK_TOKEN", "x")
+    decisions = tmp_path / "decisions.jsonl"  # stands for a file that the reader has
+    decisions.touch()
+    monkeypatch.setitem(FILES, "decisions.jsonl", str(decisions))
     found, wrong = 0, []
     for place, text in texts():
         for name, value in FLAG.findall(text):
