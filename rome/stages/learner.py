@@ -21,9 +21,9 @@ from rome.train.state import make_optimizer
 from rome.train.step import Learner
 from rome.train.workdir import ConfigError
 
-# Forms of attention with which rows of prefix trees were timed beside separate rows, over all cases
-# of benchmarks/prefix_tree.py, and pay: none yet.
-TREES_PAY: tuple[str, ...] = ()
+# Platform and forms of attention with which rows of prefix trees were timed beside separate rows,
+# over all cases of benchmarks/prefix_tree.py, and pay.
+TREES_PAY = (("cpu", "auto"), ("cpu", "blocked"))
 
 
 def make_learner(
@@ -84,7 +84,8 @@ def shares_prefixes(config: ml_collections.ConfigDict, learner: Learner) -> bool
     sequence = learner.mesh.shape["sequence"]
     attention = learner.chosen_kernels.attention
     if wanted == "auto":
-        return sequence == 1 and attention in TREES_PAY and config.loss in SPECS
+        platform = learner.mesh.devices.flat[0].platform
+        return sequence == 1 and (platform, attention) in TREES_PAY and config.loss in SPECS
     if sequence > 1:
         raise ConfigError(
             f"learner.prefix_tree=on takes whole rows, and mesh.sequence={sequence} splits them."
