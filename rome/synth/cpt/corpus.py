@@ -40,6 +40,7 @@ EVALUATION_SETS = (
     *("safety", "harbor", "pro"),
 )
 STAGES = ("candidates", "made", "exact", "near", "contaminated", "kept")
+MAX_REASONS = 5  # that a terminal shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,8 +350,11 @@ def describe_card(card: dict[str, Any]) -> list[str]:
     for kind, row in card["kinds"].items():
         cells = "".join(f"{row[name]:>14,}" for name in (*STAGES, "tokens"))
         lines.append(f"{kind:14}{cells}")
-    lines.append(
-        f"{card['documents']} documents, {card['tokens']:,} tokens,"
-        f" {card['seconds_per_document']} s each; {card['set_aside']} inputs set aside"
-    )
+    seconds = card["seconds_per_document"]
+    pace = "" if seconds is None else f", {seconds} s each"
+    lines.append(f"{card['documents']} documents, {card['tokens']:,} tokens{pace}")
+    if card["set_aside"]:
+        lines.append(f"{card['set_aside']} inputs set aside (set_aside.jsonl names each):")
+    for reason, count in list(card["set_aside_reasons"].items())[:MAX_REASONS]:
+        lines.append(f"  {count:,} x {reason}")
     return lines
