@@ -125,6 +125,14 @@ def sandbox() -> ml_collections.ConfigDict:
     return block
 
 
+def apply_games(config: ml_collections.ConfigDict) -> None:
+    """Set two text games as tasks, and sizes that hold ten turns of a bare board each."""
+    config.task = "0.5*gem:game/frozen_lake-bare + 0.5*gem:game/sokoban-bare"
+    config.max_context = 352
+    config.row_length = 352
+    config.max_new_tokens = 8
+
+
 def apply_pod_sizes(config: ml_collections.ConfigDict, preset: str) -> Pod:
     """Set model, tokenizer, mesh and rematerialisation for a pod; return the pod's entry."""
     pod = PODS[preset]

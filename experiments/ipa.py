@@ -143,6 +143,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.eval_every = 4
         config.eval_tasks = 2
         config.rollout.filter_groups = False  # hardly trained, all fail; the loss is to see them
+    elif preset == "games":
+        _apply_games(config)
     elif preset in common.PODS:
         _apply_pod(config, preset)
     elif preset != "tiny":
@@ -172,6 +174,16 @@ def _rollout() -> ml_collections.ConfigDict:
     # how many engines give their devices to the learner while it updates (time division)
     rollout.lend_engines = 0
     return rollout
+
+
+def _apply_games(config: ml_collections.ConfigDict) -> None:
+    """Train on text games with the boards and the turns of ROLL's agentic examples."""
+    common.apply_games(config)
+    config.steps = 60
+    config.groups = 32
+    config.group_size = 4
+    config.eval_every = 15
+    config.eval_tasks = 150
 
 
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:

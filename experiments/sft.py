@@ -101,6 +101,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.eval_every = 0
         config.demonstrations = 200
         config.eval_tasks = 2
+    elif size == "games":
+        _apply_games(config)
     elif size in common.PODS:
         _apply_pod(config, size)
     elif size != "tiny":
@@ -137,6 +139,15 @@ def _apply_stage2(config: ml_collections.ConfigDict, size: str) -> None:
         config.eval_every = 200
     elif size == "smoke":
         config.steps = 10
+
+
+def _apply_games(config: ml_collections.ConfigDict) -> None:
+    """Learn text games from their planners until a fifth of the boards is solved."""
+    common.apply_games(config)
+    config.steps = 600
+    config.until_success = 0.2
+    config.eval_every = 50
+    config.eval_tasks = 150
 
 
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:

@@ -10,6 +10,7 @@ from docs.figures import (
     chunk_credit,
     configuration,
     engine_states,
+    games_curve,
     iflow_session,
     layers,
     learning_curve,
@@ -21,7 +22,7 @@ from docs.figures import (
 
 
 def main() -> None:
-    """Draw everything; the curve of the current configuration only where runs are recorded."""
+    """Draw everything; curves of runs only where runs are recorded."""
     processes.draw()
     layers.draw()
     engine_states.draw()
@@ -31,6 +32,7 @@ def main() -> None:
     relevance.draw()
     speed.draw()
     learning_curve.main([])
+    games_curve.main([])
     configuration.main([])
     iflow_session.draw()
 

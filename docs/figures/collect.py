@@ -4,6 +4,7 @@ python -m docs.figures.collect runs/ipa0 runs/ipa1 --machine="2 cores of an AMD 
 
 Each WORKDIR becomes docs/results/runs/LOSS_seedN.json: evaluations by step with successes and
 tasks, the evaluation that the stage started from, seconds, command, commit, date and machine.
+Runs of other presets belong into folders of their own (--out=docs/results/games).
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def _counts(entry: dict[str, Any]) -> dict[str, Any]:
         "successes": round(entry["success"] * entry["n"]),
         "n": entry["n"],
         "families": len(families),
+        "by_family": {name: [round(rate * n), n] for name, (rate, n) in entry["by_family"].items()},
         "unseen_successes": round(sum(rate * n for rate, n in unseen)),
         "unseen_n": sum(n for _, n in unseen),
     }

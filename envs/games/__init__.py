@@ -5,6 +5,7 @@ observation, info = env.reset()
 env.step(env.demonstrator_action())
 """
 
+from envs.games.bare import BareFrozenLake, BareSokoban
 from envs.games.base import GameTask, TextGame
 from envs.games.frozen_lake import FrozenLake
 from envs.games.guess_the_number import GuessTheNumber
@@ -24,6 +25,9 @@ GAMES: dict[str, tuple[type[TextGame], dict]] = {
     "game/wordle": (Wordle, {}),
     "game/tower_of_hanoi": (TowerOfHanoi, {}),
     "game/tower_of_hanoi-5": (TowerOfHanoi, {"num_disks": 5}),
+    # for tiny models (experiments/ipa.py:games): boards and turns of ROLL's agentic examples
+    "game/frozen_lake-bare": (BareFrozenLake, {"max_turns": 10}),
+    "game/sokoban-bare": (BareSokoban, {"max_turns": 10}),
 }
 
 for _name, (_kind, _settings) in GAMES.items():
@@ -31,6 +35,8 @@ for _name, (_kind, _settings) in GAMES.items():
 
 __all__ = [
     "GAMES",
+    "BareFrozenLake",
+    "BareSokoban",
     "FrozenLake",
     "GameTask",
     "GuessTheNumber",

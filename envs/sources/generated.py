@@ -39,8 +39,9 @@ GROUPS = {
 KINDS = {
     "worlds": tuple(WORLD_IDS),
     "problems": tuple(env_id for env_id in PROBLEM_IDS if "/all-" not in env_id),
-    # Without the slippery ones: chance decides there, so that no demonstrator always wins.
-    "games": tuple(env_id for env_id in GAMES if "slippery" not in env_id),
+    # Without the slippery ones: chance decides there, so that no demonstrator always wins. Without
+    # the bare ones: only a model that was trained on their boards knows what to do.
+    "games": tuple(env_id for env_id in GAMES if "slippery" not in env_id and "bare" not in env_id),
 }
 TERMINAL_TURNS = 6
 TERMINAL_PLAY_SECONDS = 16 * 5.0 + VERIFIER_TIMEOUT_SECONDS

@@ -421,6 +421,25 @@ PRESETS: dict[str, ModelConfig] = {
         eos_token_id=743,
         pad_token_id=741,
     ),
+    # 9.8 M active parameters of 31 M, for experiments on a CPU that outgrow tiny; ids are tiny's
+    "small_10m": ModelConfig(
+        vocab_size=768,
+        hidden_size=384,
+        num_layers=6,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        num_experts=8,
+        experts_per_token=2,
+        moe_intermediate_size=512,
+        rope_theta=1e4,
+        max_position=2048,
+        initializer_range=0.05,
+        remat="none",
+        scan_layers=False,
+        eos_token_id=743,
+        pad_token_id=741,
+    ),
     "qwen3_30b_a3b": _QWEN3,
     "qwen3_coder_30b_a3b": dataclasses.replace(
         _QWEN3, rope_theta=1e7, max_position=262144, router_aux_loss_coef=0.0

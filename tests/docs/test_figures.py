@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from docs.figures import collect, configuration, learning_curve, style
+from docs.figures import collect, configuration, games_curve, learning_curve, style
 
 
 def make_report(tmp_path, steps=60, last=60):
@@ -51,6 +51,7 @@ def test_a_run_is_recorded_with_counts_command_and_origin(tmp_path):
     ]
     assert record["start"]["stage"] == "sft"
     assert record["start"]["unseen_successes"] == 1
+    assert record["evals"][-1]["by_family"] == {"sum": [10, 20], "line": [10, 20]}
     assert record["command"] == (
         "python -m launch.train --config=experiments/ipa.py --config.loss=grpo --config.seed=3"
     )
@@ -92,6 +93,47 @@ def test_without_runs_only_the_older_curve_is_drawn(tmp_path, capsys, monkeypatc
     assert learning_curve.main(["--runs", str(tmp_path)]) == 1
     assert "docs.figures.collect" in capsys.readouterr().out
     assert [path.name for path in style.IMAGES.iterdir()] == ["older_learning_curve.png"]
+
+
+def make_record(seed, before, after):
+    """Return a record of a run on games, with (FrozenLake, Sokoban) solved of 100 boards each."""
+
+    def entry(step, solved):
+        names = [f"gem:{game}#{game}" for game in games_curve.GAMES]
+        counts = {name: [won, 100] for name, won in zip(names, solved, strict=True)}
+        return {"step": step, "n": 200, "successes": sum(solved), "by_family": counts}
+
+    return {
+        "loss": "ipa",
+        "seed": seed,
+        "wall_seconds": 90.0,
+        "start_wall_seconds": 30.0,
+        "evals": [entry(0, before), entry(30, after)],
+        "command": f"command {seed}",
+        "commit": "abc1234",
+        "date": "2026-11-30",
+        "machine": "a machine",
+    }
+
+
+def test_the_games_table_has_every_seed_and_all_boards_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "IMAGES", tmp_path)
+    records = [make_record(0, (30, 10), (60, 30)), make_record(1, (40, 12), (70, 20))]
+    table = games_curve.table(records)
+    seed = "| seed 0 | 30 % (22 to 40) | 60 % (50 to 69) | +30 | 10 % (6 to 17) | 30 % (22 to 40) "
+    assert f"{seed}| +20 | 2 |" in table
+    assert "| all seeds | 35 % (29 to 42) | 65 % (58 to 71) | +30 | 11 % " in table
+    assert "- `command 1`: commit abc1234" in table
+    assert games_curve.draw(records).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_results_shows_the_recorded_games():
+    page = learning_curve.PAGE.read_text()
+    records = learning_curve.load_runs(games_curve.RUNS).get("ipa", [])
+    text = learning_curve.insert(
+        page, games_curve.section(records), games_curve.BEGIN, games_curve.END
+    )
+    assert page == text, "run python -m docs.figures.games_curve"
 
 
 @pytest.mark.slow

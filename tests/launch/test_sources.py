@@ -26,6 +26,7 @@ TASKS = {
     "problems:math/dice": {},
     "harbor": {"max_turns": 4},
     "gem:game/guess_the_number": {},
+    "gem:game/sokoban-bare": {"max_new_tokens": 8},
     "examples/own_environment.py:Reverse": {},
     MIXTURE: {},
 }

@@ -47,6 +47,15 @@ def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
 
+@pytest.mark.parametrize("preset", ["games"])
+def test_presets_of_tasks_are_accepted_with_the_sft_that_they_start_from(preset):
+    config = load_config("experiments/ipa.py", preset)
+    check_chain(config)
+    start = init_config(config)
+    assert (start.experiment, start.preset) == ("sft", preset)
+    assert (start.task, start.max_context) == (config.task, config.max_context)
+
+
 @pytest.mark.parametrize("preset", ["stage1", "stage2", "stage1-qwen3_30b_a3b", "stage2-smoke"])
 def test_the_stages_of_pre_training_are_accepted(preset):
     config = load_config("experiments/cpt.py", preset)
