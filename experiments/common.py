@@ -133,6 +133,31 @@ def apply_games(config: ml_collections.ConfigDict) -> None:
     config.max_new_tokens = 8
 
 
+def apply_mixture(config: ml_collections.ConfigDict) -> None:
+    """Set terminal tasks and errands in a user interface, which take up to ten times the tokens."""
+    config.model = "small"
+    config.task = "0.7*terminal + 0.3*worlds:gui/easy"
+    config.max_turns = 16
+    config.max_context = 1792
+    config.row_length = 1792
+    config.chunks_per_row = 64
+    config.rows_per_microbatch = 4
+
+
+def apply_small(config: ml_collections.ConfigDict) -> None:
+    """Set all families of the terminal curriculum, and a model of about 10 M active parameters.
+
+    Four combined families stay unseen. The longest episodes of a few wide families do not fit.
+    """
+    config.model = "small_10m"
+    config.task = "terminal:all"
+    config.max_context = 640
+    config.row_length = 640
+    config.chunks_per_row = 24
+    config.max_new_tokens = 192
+    config.rows_per_microbatch = 8
+
+
 def apply_pod_sizes(config: ml_collections.ConfigDict, preset: str) -> Pod:
     """Set model, tokenizer, mesh and rematerialisation for a pod; return the pod's entry."""
     pod = PODS[preset]

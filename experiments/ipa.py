@@ -145,6 +145,10 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.rollout.filter_groups = False  # hardly trained, all fail; the loss is to see them
     elif preset == "games":
         _apply_games(config)
+    elif preset == "mixture":
+        _apply_mixture(config)
+    elif preset == "small":
+        _apply_small(config)
     elif preset in common.PODS:
         _apply_pod(config, preset)
     elif preset != "tiny":
@@ -179,11 +183,31 @@ def _rollout() -> ml_collections.ConfigDict:
 def _apply_games(config: ml_collections.ConfigDict) -> None:
     """Train on text games with the boards and the turns of ROLL's agentic examples."""
     common.apply_games(config)
-    config.steps = 60
-    config.groups = 32
-    config.group_size = 4
+    config.steps = 45
+    config.minibatches = 2
+    config.epochs = 1
     config.eval_every = 15
     config.eval_tasks = 150
+
+
+def _apply_mixture(config: ml_collections.ConfigDict) -> None:
+    """Train on a mixture of terminal tasks and a world with a scripted user."""
+    common.apply_mixture(config)
+    config.steps = 60
+    config.learning_rate = 3e-4
+    config.eval_every = 20
+    config.eval_tasks = 8
+
+
+def _apply_small(config: ml_collections.ConfigDict) -> None:
+    """Train a model of 10 M active parameters on all families of the terminal curriculum."""
+    common.apply_small(config)
+    config.steps = 60
+    config.groups = 24
+    config.learning_rate = 2e-4
+    config.eval_every = 20
+    config.eval_tasks = 4
+    config.checkpoint_every = 5
 
 
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:

@@ -103,6 +103,10 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.eval_tasks = 2
     elif size == "games":
         _apply_games(config)
+    elif size == "mixture":
+        _apply_mixture(config)
+    elif size == "small":
+        _apply_small(config)
     elif size in common.PODS:
         _apply_pod(config, size)
     elif size != "tiny":
@@ -146,8 +150,28 @@ def _apply_games(config: ml_collections.ConfigDict) -> None:
     common.apply_games(config)
     config.steps = 600
     config.until_success = 0.2
-    config.eval_every = 50
-    config.eval_tasks = 150
+    config.eval_every = 100
+    config.eval_tasks = 60
+
+
+def _apply_mixture(config: ml_collections.ConfigDict) -> None:
+    """Learn a mixture of terminal tasks and a world with a scripted user."""
+    common.apply_mixture(config)
+    config.steps = 1200
+    config.rows = 4
+    config.learning_rate = 2e-3
+    config.eval_every = 200
+    config.eval_tasks = 8
+
+
+def _apply_small(config: ml_collections.ConfigDict) -> None:
+    """Learn all families of the terminal curriculum with a model of 10 M active parameters."""
+    common.apply_small(config)
+    config.steps = 1200
+    config.demonstrations = 4000
+    config.learning_rate = 1e-3
+    config.eval_every = 150
+    config.eval_tasks = 4
 
 
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:

@@ -47,7 +47,7 @@ def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
 
-@pytest.mark.parametrize("preset", ["games"])
+@pytest.mark.parametrize("preset", ["games", "mixture", "small"])
 def test_presets_of_tasks_are_accepted_with_the_sft_that_they_start_from(preset):
     config = load_config("experiments/ipa.py", preset)
     check_chain(config)
