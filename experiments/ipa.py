@@ -183,11 +183,12 @@ def _rollout() -> ml_collections.ConfigDict:
 def _apply_games(config: ml_collections.ConfigDict) -> None:
     """Train on text games with the boards and the turns of ROLL's agentic examples."""
     common.apply_games(config)
-    config.steps = 45
+    config.steps = 30
+    config.groups = 16
     config.minibatches = 2
     config.epochs = 1
     config.eval_every = 15
-    config.eval_tasks = 150
+    config.eval_tasks = 100
 
 
 def _apply_mixture(config: ml_collections.ConfigDict) -> None:
