@@ -25,6 +25,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
 EXPERIMENTS = ("ipa", "sft", "cpt")
 PRESETS = ("smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
+TASK_PRESETS = ("games", "mixture", "small")  # presets that train on other tasks
+PRESETS_OF = {"ipa": (*TASK_PRESETS, *PRESETS), "sft": (*TASK_PRESETS, *PRESETS)}
 SECTIONS = {
     "": "Model, data, optimizer, schedule",
     "iflow": "The iFlow agent: `config.iflow`",
@@ -283,7 +285,8 @@ def _preset_tables() -> list[str]:
     ]
     for name in EXPERIMENTS:
         tiny = load(name, "tiny")
-        others = {preset: load(name, preset) for preset in PRESETS}
+        presets = PRESETS_OF.get(name, PRESETS)
+        others = {preset: load(name, preset) for preset in presets}
         changed = [
             key
             for key in tiny
@@ -291,8 +294,8 @@ def _preset_tables() -> list[str]:
         ]
         lines += [f"### experiments/{name}.py", ""]
         lines += [
-            "| key | tiny | " + " | ".join(PRESETS) + " |",
-            "|---|---" + "|---" * len(PRESETS) + "|",
+            "| key | tiny | " + " | ".join(presets) + " |",
+            "|---|---" + "|---" * len(presets) + "|",
         ]
         for key in changed:
             values = [
