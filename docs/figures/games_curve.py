@@ -28,22 +28,23 @@ RUNS = PAGE.parent / "results" / "games"
 BEGIN = "<!-- games: written by python -m docs.figures.games_curve -->"
 END = "<!-- end of games -->"
 GAMES = {"game/frozen_lake-bare": "FrozenLake", "game/sokoban-bare": "Sokoban"}
+Counts = dict[str, list[int]]  # family -> [solved, boards]
 # Success of uniformly random moves, of 5,000 boards each (tests/envs/games/test_bare.py)
 RANDOM = {"game/frozen_lake-bare": 0.23, "game/sokoban-bare": 0.02}
 
 
-def rate_of(entry: dict[str, Any], game: str) -> tuple[int, int]:
+def rate_of(by_family: Counts, game: str) -> tuple[int, int]:
     """Return successes and boards of a game in an evaluation."""
-    (counts,) = [
-        counts for name, counts in entry["by_family"].items() if name.rpartition("#")[2] == game
-    ]
+    (counts,) = [counts for name, counts in by_family.items() if name.rpartition("#")[2] == game]
     return counts[0], counts[1]
 
 
 def draw_game(axes: Axes, records: Sequence[dict[str, Any]], game: str) -> None:
     """Draw the seeds of a game, their mean, and the 95 % interval of all their boards together."""
     steps = [entry["step"] for entry in records[0]["evals"]]
-    counts_SN2 = np.array([[rate_of(e, game) for e in record["evals"]] for record in records])
+    counts_SN2 = np.array(
+        [[rate_of(e["by_family"], game) for e in record["evals"]] for record in records]
+    )
     rates_SN = counts_SN2[..., 0] / counts_SN2[..., 1]
     for rates_N in rates_SN:
         axes.plot(steps, 100 * rates_N, color=BLUE, linewidth=0.9, alpha=0.6)
@@ -74,23 +75,30 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"| run | {head} | minutes |", "|---|" + "---|" * (3 * len(GAMES) + 1)]
     for record in records:
         seconds = record["wall_seconds"] + (record["start_wall_seconds"] or 0)
-        entries = (record["evals"][0], record["evals"][-1])
-        lines.append(f"| seed {record['seed']} | {_cells([entries])} | {seconds / 60:.0f} |")
+        lines.append(f"| seed {record['seed']} | {_cells([_ends(record)])} | {seconds / 60:.0f} |")
     if len(records) > 1:
-        every = [(record["evals"][0], record["evals"][-1]) for record in records]
-        lines.append(f"| all seeds | {_cells(every)} | |")
+        lines.append(f"| all seeds | {_cells([_ends(record) for record in records])} | |")
+    if all("new_boards" in record for record in records):  # of docs/figures/games_boards.py
+        new = [tuple(record["new_boards"].values()) for record in records]
+        cells = _cells([(counts[0], counts[-1]) for counts in new])
+        lines.append(f"| all seeds, boards never trained on | {cells} | |")
     lines.append("")
     lines += [origin(record) for record in records]
     return "\n".join(lines)
 
 
-def _cells(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """Return the cells of some runs' (first, last) evaluations, taken together."""
+def _ends(record: dict[str, Any]) -> tuple[Counts, Counts]:
+    """Return the counts of a run's first and last evaluation."""
+    return record["evals"][0]["by_family"], record["evals"][-1]["by_family"]
+
+
+def _cells(pairs: Sequence[tuple[Counts, Counts]]) -> str:
+    """Return the cells of some runs' (first, last) counts, taken together."""
     cells = []
     for game in GAMES:
         rates = []
-        for entries in zip(*pairs, strict=True):
-            counts = [rate_of(entry, game) for entry in entries]
+        for by_family in zip(*pairs, strict=True):
+            counts = [rate_of(one, game) for one in by_family]
             won = sum(count[0] for count in counts)
             boards = sum(count[1] for count in counts)
             low, high = wilson(won, boards)

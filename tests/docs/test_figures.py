@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from docs.figures import collect, configuration, games_curve, learning_curve, style
+from docs.figures import (
+    collect,
+    configuration,
+    games_boards,
+    games_curve,
+    learning_curve,
+    style,
+)
+from envs.sources import open_source
 
 
 def make_report(tmp_path, steps=60, last=60):
@@ -109,6 +117,12 @@ def make_record(seed, before, after):
         "wall_seconds": 90.0,
         "start_wall_seconds": 30.0,
         "evals": [entry(0, before), entry(30, after)],
+        "new_boards": {
+            str(step): {
+                name: [won // 2, 50] for name, (won, _) in entry(0, solved)["by_family"].items()
+            }
+            for step, solved in ((0, before), (30, after))
+        },
         "command": f"command {seed}",
         "commit": "abc1234",
         "date": "2026-11-30",
@@ -123,8 +137,27 @@ def test_the_games_table_has_every_seed_and_all_boards_together(tmp_path, monkey
     seed = "| seed 0 | 30 % (22 to 40) | 60 % (50 to 69) | +30 | 10 % (6 to 17) | 30 % (22 to 40) "
     assert f"{seed}| +20 | 2 |" in table
     assert "| all seeds | 35 % (29 to 42) | 65 % (58 to 71) | +30 | 11 % " in table
+    assert "| all seeds, boards never trained on | 35 % (26 to 45) | 65 % (55 to 74) |" in table
     assert "- `command 1`: commit abc1234" in table
     assert games_curve.draw(records).read_bytes().startswith(b"\x89PNG")
+
+
+def test_boards_that_training_began_with_are_left_out_of_the_count(tmp_path):
+    task = "game/frozen_lake-bare"
+    source = open_source(f"gem:{task}")
+    names = [f"{task}/{seed}" for seed in (1_000_000, 1_000_001)]
+    folder = tmp_path / "evals" / "ipa_000030"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"task": name, "family": task, "success": True}) for name in names]
+    (folder / "results.jsonl").write_text("\n".join(lines))
+    (tmp_path / "report.json").write_text(json.dumps({"experiment": "ipa", "seed": 0}))
+    (tmp_path / "config.json").write_text(json.dumps({"task": f"gem:{task}"}))
+    (tmp_path / "trajectories").mkdir()
+    board = source.task(names[0]).content.opening
+    (tmp_path / "trajectories" / "a.json").write_text(json.dumps({"steps": [{"message": board}]}))
+    trained = games_boards.trained_boards([tmp_path])
+    assert trained == {board}
+    assert games_boards.count_new(tmp_path, trained) == {"30": {task: [1, 1]}}
 
 
 def test_the_page_of_results_shows_the_recorded_games():
