@@ -28,6 +28,9 @@ PODS = {
     "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 16, "expert": 16}),
 }
 
+# Presets of ipa and sft that train on other tasks than tiny does.
+TASK_PRESETS = ("games", "mixture", "small")
+
 
 def own(*roles: str) -> ml_collections.ConfigDict:
     """Return the blocks of the keys that own code declares, one for each role."""

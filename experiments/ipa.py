@@ -7,6 +7,16 @@ python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b \
 
 The first command runs experiments/sft.py before (4 to 8 min more) where its result is missing.
 
+Other tasks (each runs its own SFT before; docs/results.md says what was measured):
+
+python -m launch.train --config=experiments/ipa.py:games    # FrozenLake and Sokoban, tiny
+    # SFT of 100 steps: 37 % and 20 % of held-out boards (random moves: 23 % and 2 %). The result of
+    # IPA is not measured yet. A step takes about 4 s of processor time: a few minutes on 2 cores
+python -m launch.train --config=experiments/ipa.py:mixture  # terminal and a user interface; not run
+python -m launch.train --config=experiments/ipa.py:small    # 10 M active parameters, all families
+    # of the curriculum; not run. 1,170 tokens a second and core were measured, at which SFT takes
+    # about 60 min and IPA about 50 on 2 cores. It resumes after any stop
+
 Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo, dr_grpo, rloo,
 gspo, dapo, cispo, topr, tis, icepop, gigpo (described in rome/losses/policy.py). They learn from
 their own episodes alone; --config.lambda_il=1 shows them the demonstrations that ipa learns from
@@ -152,7 +162,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     elif preset in common.PODS:
         _apply_pod(config, preset)
     elif preset != "tiny":
-        raise common.unknown_preset("experiments/ipa.py", preset)
+        raise common.unknown_preset("experiments/ipa.py", preset, common.TASK_PRESETS)
     return config
 
 
@@ -187,8 +197,8 @@ def _apply_games(config: ml_collections.ConfigDict) -> None:
     config.groups = 16
     config.minibatches = 2
     config.epochs = 1
-    # Failures have three times the turns of successes. At full weight they taught the policy to
-    # write what is no move: up to a quarter of the turns within ten steps.
+    # Failures have twice the tokens of successes. At full weight they taught the policy to write
+    # what is no move: up to a quarter of the turns within eleven steps.
     config.negative_weight = 0.2
     config.eval_every = 15
     config.eval_tasks = 100

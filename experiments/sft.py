@@ -12,6 +12,8 @@ python -m launch.train --config=experiments/sft.py:stage2        # CPT, stage 1,
 python -m launch.train --config=experiments/sft.py:stage2_smoke  # the same in minutes
 python -m launch.train --config=experiments/sft.py --config.trajectories=DIR   # your own data
 
+The presets games, mixture and small are what those of experiments/ipa.py start from.
+
 Scripted demonstrators play in real sandboxes and sometimes make a typical mistake. Erroneous turns
 stay in the context but are masked from the loss (Eq. 1-2 of "Let It Flow"). The tiny preset ends
 as soon as an evaluation solves a quarter of the held-out tasks.
@@ -110,7 +112,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     elif size in common.PODS:
         _apply_pod(config, size)
     elif size != "tiny":
-        raise common.unknown_preset("experiments/sft.py", preset, (*STAGES, "stage1_SIZE"))
+        more = (*common.TASK_PRESETS, *STAGES, "stage1_SIZE")
+        raise common.unknown_preset("experiments/sft.py", preset, more)
     if stage in STAGES:
         STAGES[stage](config, size)
     return config

@@ -19,14 +19,14 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from experiments.common import TASK_PRESETS
 from rome.stages.config import key_class
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
 EXPERIMENTS = ("ipa", "sft", "cpt")
 PRESETS = ("smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
-TASK_PRESETS = ("games", "mixture", "small")  # presets that train on other tasks
-PRESETS_OF = {"ipa": (*TASK_PRESETS, *PRESETS), "sft": (*TASK_PRESETS, *PRESETS)}
+PRESETS_OF = {name: (*TASK_PRESETS, *PRESETS) for name in ("ipa", "sft")}
 SECTIONS = {
     "": "Model, data, optimizer, schedule",
     "iflow": "The iFlow agent: `config.iflow`",
