@@ -181,6 +181,12 @@ def test_a_stream_says_what_the_whole_answer_says(path):
         (CHAT, {**HELLO, "n": 2}, "n=2 cannot be honoured"),
         (CHAT, {**HELLO, "stop": ["x"]}, "stop"),
         (CHAT, {**HELLO, "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {**HELLO, "logprobs": True}, "logprobs"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "function_call": {"name": "x"}}]},
+            "function_call is the form before tools",
+        ),
         (CHAT, {**HELLO, "max_tokens": 0}, "max_tokens is 0"),
         (CHAT, {**HELLO, "max_tokens": True}, "max_tokens has the wrong type"),
         (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "has no name"),
@@ -198,7 +204,8 @@ def test_a_stream_says_what_the_whole_answer_says(path):
         ),
         (MESSAGES, {**HELLO, "tool_choice": {"type": "any"}}, "tool_choice"),
         (RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
-        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "no item of this episode"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema"}}}, "json_schema"),
         (RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, "web_search"),
     ],
 )
