@@ -149,6 +149,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.agent = "command:TELL_TOOLS=0 python3 $AGENT_FILES/outside_agent.py"
         config.agent_files = "examples/agents"
         config.steps = 60
+        config.groups = 16
+        config.eval_tasks = 12
     elif preset in common.PODS:
         _apply_pod(config, preset)
     elif preset != "tiny":
