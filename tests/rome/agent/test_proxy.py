@@ -170,6 +170,28 @@ def test_a_stream_says_what_the_whole_answer_says(path):
     assert said == "look" and json.loads(arguments) == {"b": 1, "a": "x"}
 
 
+@pytest.mark.parametrize("path", WRITERS)
+def test_a_stream_counts_tokens_as_the_whole_answer_does(path):
+    async def work(place, episode, key):
+        body = next(WRITERS[path]({}))
+        whole = (await place.post(path, body, key))[1]["usage"]
+        without = await place.stream(path, body, key)
+        asked = {**body, "stream_options": {"include_usage": True}}
+        return whole, without, await place.stream(path, asked, key)
+
+    (whole, without, text), engine = run(work, f"look {CALL}")
+    assert len(engine.requests) == 1  # the second and the third call are retries
+    frames = [json.loads(one.split("data: ", 1)[1]) for one in text.split("\n\n") if "{" in one]
+    if path == CHAT:
+        assert '"usage"' not in without
+        assert frames[-1]["choices"] == [] and frames[-1]["usage"] == whole
+    elif path == MESSAGES:
+        counted = frames[0]["message"]["usage"] | frames[-2]["usage"]
+        assert counted == whole
+    else:
+        assert frames[-1]["response"]["usage"] == whole
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
