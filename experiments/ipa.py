@@ -2,7 +2,7 @@ r"""IPA, reinforcement learning on interaction chunks, on the terminal curriculu
 
 python -m launch.train --config=experiments/ipa.py          # tiny: 20 min on 2 CPU cores, after SFT
 python -m launch.train --config=experiments/ipa.py:smoke    # under a minute; runs every stage once
-python -m launch.train --config=experiments/ipa.py:outside  # 60 steps behind docs/agents.md's
+python -m launch.train --config=experiments/ipa.py:outside  # played by docs/agents.md's agent
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b \
     --config.engine.urls=http://a:30000,http://b:30000      # a pod; not run
 
