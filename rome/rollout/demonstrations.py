@@ -238,12 +238,19 @@ def in_own_form(text: str, chat: Chat) -> str:
 
 
 def _raise_failed(played: DemonstrationEpisode) -> None:
-    """Raise for a demonstration that did not end as a success."""
+    """Raise for a demonstration that did not end as a success.
+
+    A demonstrator does not read what it sees, so a command that a busy machine cut off leaves its
+    task unsolved: that is the infrastructure's failure, and is played again.
+    """
+    slow = [turn.text for turn in played.turns if turn.status == "timeout"]
     last = played.turns[-1].observation if played.turns else ""
     message = (
         f"the demonstration of {played.task} ended as {played.ending}, not as a success"
         f" ({played.note or 'no note'}); its last observation: {last!r}"
     )
-    if played.ending.startswith("infra_"):
+    if slow:
+        message += f"; a command ran into its time limit: {slow[0]!r}"
+    if slow or played.ending.startswith("infra_"):
         raise SpoiledDemonstration(message)
     raise FailedDemonstration(played.ending, message)

@@ -86,3 +86,29 @@ def test_a_demonstrator_that_fails_its_task_costs_that_task_only(tmp_path, monke
     assert collect(tmp_path, on_spoiled=faults.append) == {} and not list(tmp_path.iterdir())
     assert [(fault.task, fault.ending) for fault in faults] == [("count/3", "failure")]
     assert "not as a success" in faults[0].note
+
+
+def test_a_demonstration_that_a_slow_machine_cut_off_plays_again(tmp_path, monkeypatch):
+    real = demonstrations.play_demonstration
+    slow = [True]
+
+    async def play(env, *arguments):
+        if not slow.pop():
+            return await real(env, *arguments)
+        slow.append(False)
+        turns = [DemonstrationTurn("sort a > b", "[timeout]", "timeout")]
+        turns.append(DemonstrationTurn("done", "", "ok"))
+        return DemonstrationEpisode(env.task.name, "count", "Count.", turns, 0.0, "failure")
+
+    monkeypatch.setattr(demonstrations, "play_demonstration", play)
+    assert collect(tmp_path)[7].reward == 1.0
+
+
+def test_a_demonstrator_that_is_cut_off_every_time_is_named_with_its_command(tmp_path, monkeypatch):
+    async def play(env, *_):
+        turns = [DemonstrationTurn("sleep 9999", "[timeout]", "timeout")]
+        return DemonstrationEpisode(env.task.name, "count", "Count.", turns, 0.0, "failure")
+
+    monkeypatch.setattr(demonstrations, "play_demonstration", play)
+    with pytest.raises(SpoiledTaskError, match="time limit: 'sleep 9999'"):
+        collect(tmp_path)
