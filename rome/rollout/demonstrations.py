@@ -110,12 +110,17 @@ async def collect_demonstrations(
         await to_thread_until_done(save_trajectory, trajectory, path)
         return trajectory
 
-    played = await asyncio.gather(*(collect_one(*numbered) for numbered in tasks.items()))
-    return {
-        number: trajectory
-        for number, trajectory in zip(tasks, played, strict=True)
-        if trajectory is not None
-    }
+    try:
+        # Not gather: the others would go on behind an error, and fail as the program ends.
+        async with asyncio.TaskGroup() as group:
+            playing = {
+                number: group.create_task(collect_one(number, task))
+                for number, task in tasks.items()
+            }
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    played = {number: task.result() for number, task in playing.items()}
+    return {number: one for number, one in played.items() if one is not None}
 
 
 def _load_kept(path: pathlib.Path) -> Trajectory | None:
