@@ -43,6 +43,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="token ids in, token ids out; no text and no stop strings",
     )
+    for name, what in (
+        ("expert", "the experts; as many for each share of the other"),
+        ("tensor", "heads, the cache with them, and hidden units of experts"),
+    ):
+        add(
+            f"--{name}_parallel",
+            f"--{name}-parallel",
+            type=int,
+            default=1,
+            help=f"devices that share {what}",
+        )
     add("--weight_version", "--weight-version", default="0", help="of the first weights")
     add("--slots", type=int, default=64, help="requests that run at once")
     add("--max_context", type=int, default=384, help="tokens of prompt and answer together")
@@ -124,6 +135,8 @@ def main() -> None:
         shapes,
         dtype=arguments.dtype,
         weight_version=arguments.weight_version,
+        expert_parallel=arguments.expert_parallel,
+        tensor_parallel=arguments.tensor_parallel,
         room=room,
         with_tokenizer=not arguments.skip_tokenizer_init,
         max_queued_requests=arguments.max_queued_requests,
