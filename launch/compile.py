@@ -8,7 +8,7 @@ FLOPs, collectives by mesh axis, the least time that each takes, the MFU that is
 what to change where it does not fit (exit status 1). All passes of a step are counted: the scoring
 of pi_old, the counting of experts where nothing is scored, and the epochs.
 
-    --engine=expert=4,tensor=2 [--calls=64,256,1024] [--sequence_length=N]
+    --engine=expert=4,tensor=2 [--calls=64,256,1024] [--page_tokens=128] [--sequence_length=N]
 
 compiles the calls of the embedded engine of the same model on this mesh instead, with the config's
 engine.slots, engine.cache_tokens and max_context; N is the context of the sequences in a call.
@@ -47,6 +47,7 @@ _ENGINE = flags.DEFINE_string(
     "engine", "", "Compile an engine's calls on this mesh, such as expert=4,tensor=2, and no step."
 )
 _CALLS = flags.DEFINE_list("calls", "64,256,1024", "Tokens of the engine's calls.")
+_PAGE = flags.DEFINE_integer("page_tokens", 128, "Tokens of a page of the engine's cache.")
 _JSON = flags.DEFINE_string("json", "", "Write the report to this file.")
 
 
@@ -140,6 +141,7 @@ def compile_engine(
     topology: str,
     mesh: str,
     calls: Sequence[str],
+    page_tokens: int,
     layers: int = 0,
     sequence_length: int = 0,
 ) -> dict[str, Any]:
@@ -150,6 +152,7 @@ def compile_engine(
       topology: such as v6e:2x4.
       mesh: such as expert=4,tensor=2; an axis that is not named has one device.
       calls: tokens of each call.
+      page_tokens: of a page of the cache.
       layers: instead of the model's own; 0: all of them.
       sequence_length: context of the sequences that are decoded; 0: config.max_context.
     """
@@ -189,7 +192,7 @@ def compile_engine(
     engine_mesh = make_engine_mesh(sizes["expert"], sizes["tensor"], model, devices)
     assert engine_mesh is not None, "there are several devices"
     engine = config.engine
-    shapes = Shapes(engine.slots, config.max_context, engine.cache_tokens, call_tokens=max(tokens))
+    shapes = Shapes(engine.slots, config.max_context, engine.cache_tokens, page_tokens, max(tokens))
     context = sequence_length or config.max_context
     found = {
         "model": config.model,
@@ -217,7 +220,13 @@ def main(argv: list[str]) -> int:
     topology = _TOPOLOGY.value
     if _ENGINE.value:
         found = compile_engine(
-            config, topology, _ENGINE.value, _CALLS.value, _LAYERS.value, _SEQUENCE.value
+            config,
+            topology,
+            _ENGINE.value,
+            _CALLS.value,
+            _PAGE.value,
+            _LAYERS.value,
+            _SEQUENCE.value,
         )
 
         from rome.cost.serving import show_engine

@@ -29,6 +29,9 @@ from rome.model.ops.row_sums import sum_of_rows
 from rome.model.sharding import ENGINE_RULES, is_on_engine_mesh, partition_spec
 
 IMPLEMENTATIONS = ("auto", "gather", "native", "ragged_paged")
+# Of the TPU's kernel: what most entries of its table of tuned sizes come to.
+POSITIONS_A_BLOCK = 1024
+QUERIES_A_BLOCK = 32
 _HEADS = partition_spec((None, "heads", None), ENGINE_RULES)
 _KV_HEADS = partition_spec((None, "kv_heads", None), ENGINE_RULES)
 _PAGES = partition_spec((None, None, "kv_heads", None), ENGINE_RULES)
@@ -217,6 +220,10 @@ def _ragged_paged(q_TNH: Array, pages: LayerPages) -> Array:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     num_rows = jnp.sum(pages.lengths_R > 0, keepdims=True).astype(jnp.int32)
+    per_row = pages.table_RM.shape[1]
+    # Given, not looked up by the kernel: it would ask which device this process runs on, which is
+    # none where a program is compiled ahead of time.
+    blocks = max(POSITIONS_A_BLOCK // pages.kv.shape[1], 1)
     return ragged_paged_attention(
         q_TNH,
         pages.kv,
@@ -225,4 +232,6 @@ def _ragged_paged(q_TNH: Array, pages: LayerPages) -> Array:
         pages.starts_R,
         num_rows,
         sm_scale=q_TNH.shape[-1] ** -0.5,
+        num_kv_pages_per_block=min(per_row, blocks),
+        num_queries_per_block=min(q_TNH.shape[0], QUERIES_A_BLOCK),
     )
