@@ -8,6 +8,7 @@ that are replaced make room one by one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 from typing import Any
@@ -139,7 +140,8 @@ class LeafReader:
         return array
 
 
-def leaves(config: ModelConfig) -> list[Leaf]:
+@functools.lru_cache(maxsize=4)
+def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
     """Return every parameter of a model, layer by layer."""
     shapes = parameter_shapes(config)
     found = []
@@ -157,7 +159,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
             shape = shape[1:]
             tensors = [dataclasses.replace(one, index=one.index[1:]) for one in tensors]
         found.append(Leaf(path, layer, shape, tuple(tensors)))
-    return found
+    return tuple(found)
 
 
 @jax.jit

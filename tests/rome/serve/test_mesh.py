@@ -30,7 +30,6 @@ from rome.serve.programs import Shapes
 from rome.serve.request import Request, SamplingParams
 from rome.serve.scheduler import Scheduler
 from rome.serve.weights import load_weights
-from tests.processes import user_environment
 from tests.rome.serve.talk import PROMPT, logprobs_of, talk
 from tests.rome.serve.test_adapters import host
 from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, make_params, serve
@@ -229,7 +228,6 @@ def test_a_mesh_that_does_not_fit_is_refused_with_what_would(sizes, words):
 def test_a_server_on_four_devices_serves_is_updated_paused_and_hashes_as_one(tmp_path):
     new = Oracle.load(checkpoint_of(1))
     flags = ("--expert_parallel", "2", "--tensor_parallel", "2", "--call_tokens", "16")
-    environment = user_environment(devices=4)
 
     async def conversation(http):
         first = await http.generate(PROMPT, max_new_tokens=8)
@@ -247,7 +245,7 @@ def test_a_server_on_four_devices_serves_is_updated_paused_and_hashes_as_one(tmp
         return first, second, sums, again, await http.generate(PROMPT, max_new_tokens=8)
 
     log = tmp_path / "log"
-    with serve(checkpoint_of(0), log, *flags, environment=environment) as server:
+    with serve(checkpoint_of(0), log, *flags) as server:  # which makes its devices itself
         first, second, sums, again, third = talk(server, conversation)
     assert sums == again
     assert first["output_ids"] == third["output_ids"] != second["output_ids"]
