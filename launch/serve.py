@@ -111,6 +111,7 @@ def main() -> None:
     if arguments.parent_pid:
         threading.Thread(target=end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     listener = listen(arguments.host, arguments.port)
+    divide_cpu(arguments.expert_parallel * arguments.tensor_parallel)
     # Only after the port is taken: these import JAX, which takes seconds.
     from rome.serve.adapters import AdapterRoom
     from rome.serve.programs import Shapes
@@ -147,6 +148,16 @@ def main() -> None:
         asyncio.run(service)
     except ServeError as error:
         sys.exit(f"launch.serve: {error}")
+
+
+def divide_cpu(count: int) -> None:
+    """Make so many devices of a CPU, where that is what JAX runs on and XLA_FLAGS do not say.
+
+    A mesh can then be tried out anywhere; it is no faster than one device. JAX reads this when it
+    is imported.
+    """
+    if count > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
 
 
 def end_with_parent(parent: int) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import pathlib
 import signal
 import socket
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from aiohttp import web
 
 from rome.files import read_json
@@ -100,7 +98,6 @@ async def serve(
 
     def load() -> tuple[Params, ModelConfig]:
         use_full_precision(dtype)
-        _divide_cpu(expert_parallel * tensor_parallel)
         mesh = make_engine_mesh(expert_parallel, tensor_parallel, config)
         return load_weights(model_path, dtype, mesh)
 
@@ -125,15 +122,6 @@ async def serve(
     await runner.cleanup()
     if failure is not None:
         raise ServeError(failure)
-
-
-def _divide_cpu(count: int) -> None:
-    """Make so many devices of a CPU, where that is what JAX runs on and XLA_FLAGS do not say.
-
-    A mesh can then be tried out anywhere; it is no faster than one device.
-    """
-    if count > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _read_json(model_path: str, name: str) -> dict[str, Any]:
