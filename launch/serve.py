@@ -153,11 +153,12 @@ def main() -> None:
 def divide_cpu(count: int) -> None:
     """Make so many devices of a CPU, where that is what JAX runs on and XLA_FLAGS do not say.
 
-    A mesh can then be tried out anywhere; it is no faster than one device. JAX reads this when it
-    is imported.
+    A mesh can then be tried out anywhere; it is no faster than one device.
     """
     if count > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def end_with_parent(parent: int) -> None:
