@@ -161,13 +161,12 @@ class LlamaCpp:
         self.server.handle_completions(
             {
                 "prompt": prompt,
-                "n_predict": new,
+                "max_tokens": new,
                 "temperature": temperature,
                 "top_k": 0,
                 "top_p": 1.0,
                 "min_p": 0.0,
                 "ignore_eos": True,
-                "return_tokens": True,
                 "cache_prompt": True,
                 "stream": first is not None,
             },
@@ -186,7 +185,8 @@ class LlamaCpp:
             thread.start()
         for thread in threads:
             thread.join()
-        return [[token for part in one for token in part["tokens"]] for one in answers], []
+        texts = ["".join(part["choices"][0]["text"] for part in one) for one in answers]
+        return [[int(word) for word in text.split("t")[1:]] for text in texts], []
 
     def open_loop(self, prompts, arrivals, new):
         """Answer prompts that arrive at these seconds; return first-token and whole seconds."""
