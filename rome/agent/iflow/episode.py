@@ -25,7 +25,7 @@ from rome.agent.iflow.events import AssistantMessage, TurnFinished
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Answer, Model, ModelError
+from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.specs.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
@@ -314,7 +314,7 @@ class _EpisodeModel:
         edge: Edge | None = None,
         max_tokens: int | None = None,
         on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+    ) -> AssistantMessage:
         """Answer a conversation; see `Model`."""
         self._episode.refuse_at_the_end()
         shown = self._episode.shown_tools(tools)

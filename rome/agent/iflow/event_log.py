@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
-from rome.agent.iflow.events import KINDS, Event, TodoItem, ToolCall, Usage
+from rome.agent.iflow.events import KINDS, E, Event, TodoItem, ToolCall, Usage
 
 
 class EventError(ValueError):
@@ -39,7 +39,7 @@ class EventLog:
             self.events = list(read_events(path))
             self._cut_torn_line()
 
-    def append(self, event: Event) -> Event:
+    def append(self, event: E) -> E:
         """Store an event, tell the listeners, and return it with its number and time.
 
         It is in the file before anybody is told of it; the operating system has it, so that

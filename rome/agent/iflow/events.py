@@ -531,7 +531,7 @@ class SupervisorJudged(Event):
     """The supervisor judged a call.
 
     Attributes:
-      call_id: of the call.
+      call_id: of the call; "" as long as it is not logged.
       verdict: "pass", "pause" (ask) or "stop".
       rule: that decided; "" for pass.
       severity: from 0 to 3.
@@ -539,7 +539,7 @@ class SupervisorJudged(Event):
       cost: that training may subtract.
     """
 
-    call_id: str
+    call_id: str = ""
     verdict: Literal["pass", "pause", "stop"]
     rule: str = ""
     severity: int = 0

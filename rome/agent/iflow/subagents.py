@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.places.output import shorten
 from rome.agent.iflow.specs.agent_specs import AgentSpec
 from rome.agent.iflow.tools.base import Access, BaseTool, Tool, ToolContext, ToolError, ToolResult
 
@@ -191,7 +192,9 @@ class TaskTool(BaseTool):
         result = _last_words(birth.log.events[first:])
         if turn.outcome != "finished":
             result = "\n".join(filter(None, [f"It ended early: {turn.reason}", result]))
-        return ev.SubagentFinished(id=birth.id, outcome=turn.outcome, result=_shorten(result))
+        return ev.SubagentFinished(
+            id=birth.id, outcome=turn.outcome, result=shorten(result, MAX_RESULT)
+        )
 
     async def _work_in_background(self, birth: Birth, prompt: str) -> None:
         notify = self._notify
@@ -315,13 +318,6 @@ def _last_words(events: Sequence[ev.Event]) -> str:
         if isinstance(event, ev.AssistantMessage):
             return event.text
     return ""
-
-
-def _shorten(text: str) -> str:
-    if len(text) <= MAX_RESULT:
-        return text
-    half = MAX_RESULT // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
 def _folder_of(id: str, session_folder: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from envs.gem import ToolCallError
 from envs.gem.tool_call import iterate_tool_calls
 from rome.agent.dialogue import Dialogue, DialogueError
-from rome.agent.iflow.events import ToolCall, Usage
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.events import AssistantMessage, ToolCall, Usage
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.messages import Message
 from rome.data.tree import Edge
 from rome.engine.errors import EngineError
@@ -43,7 +43,7 @@ class DialogueModel:
         edge: Edge | None = None,
         max_tokens: int | None = None,
         on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+    ) -> AssistantMessage:
         """Answer a conversation; each call samples, also one that repeats another.
 
         Raises:
@@ -65,7 +65,7 @@ class DialogueModel:
                     on_text(text, is_thought)
         chunk = self._dialogue.session.chunks[reply.chunk]
         is_malformed = chunk.status == "malformed" and reply.finish_reason != "length"
-        return Answer(
+        return AssistantMessage(
             text=reply.text,
             reasoning=reply.reasoning,
             tool_calls=tuple(

@@ -20,8 +20,8 @@ from rome.agent.dialects.base import BadRequest
 from rome.agent.dialects.openai_chat import read_message, write_message
 from rome.agent.endpoint import Answer as Completion
 from rome.agent.endpoint import ChatEndpoint, EndpointError, OnRetry
-from rome.agent.iflow.events import ToolCall, Usage
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.events import AssistantMessage, ToolCall, Usage
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.messages import Message, readable
 from rome.agent.session import ContextFull
 from rome.data.tree import Edge
@@ -141,7 +141,7 @@ class EndpointModel:
         edge: Edge | None = None,
         max_tokens: int | None = None,
         on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+    ) -> AssistantMessage:
         """Answer a conversation.
 
         Raises:
@@ -241,7 +241,7 @@ class EndpointModel:
         completion: Completion,
         messages: Sequence[Message],
         tools: Sequence[dict[str, Any]],
-    ) -> Answer:
+    ) -> AssistantMessage:
         """Return what the server said."""
         try:
             said = read_message(
@@ -250,7 +250,9 @@ class EndpointModel:
         except BadRequest as error:  # such as a call without a name: the model may try again
             content = completion.choice["message"].get("content")
             text = content if isinstance(content, str) else ""
-            return Answer(text, usage=self._usage(completion.usage), malformed=str(error))
+            return AssistantMessage(
+                text=text, usage=self._usage(completion.usage), malformed=str(error)
+            )
         calls = [ToolCall(call.id, call.name, call.arguments) for call in said.tool_calls]
         text = said.content
         reasoning = said.reasoning
@@ -263,7 +265,7 @@ class EndpointModel:
                 text, malformed = said.content, ""
         is_cut = completion.choice.get("finish_reason") == "length"
         finish: Literal["stop", "tool_calls"] = "tool_calls" if calls else "stop"
-        return Answer(
+        return AssistantMessage(
             text=text,
             reasoning=reasoning,
             tool_calls=_with_own_ids(calls, messages),

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rome.agent.dialogue import Dialogue
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.messages import Message
 from rome.agent.session import Session
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
@@ -56,7 +57,7 @@ class EngineModel(DialogueModel):
         edge: Edge | None = None,
         max_tokens: int | None = None,
         on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+    ) -> AssistantMessage:
         """Answer a conversation.
 
         An answer that was cut cannot be gone on from token by token. It is read again as a text

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from rome.agent.iflow.events import NO_USAGE, ToolCall, Usage
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.messages import Message
 from rome.data.tree import Edge
 
@@ -21,19 +20,6 @@ class ModelError(RuntimeError):
     def __init__(self, message: str, *, is_context_full: bool = False) -> None:
         super().__init__(message)
         self.is_context_full = is_context_full
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One answer of a model; the attributes are those of `events.AssistantMessage`."""
-
-    text: str
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    finish: Literal["stop", "tool_calls", "length"] = "stop"
-    usage: Usage = NO_USAGE
-    chunk: int = -1
-    malformed: str = ""
 
 
 class Model(Protocol):
@@ -55,7 +41,7 @@ class Model(Protocol):
         edge: Edge | None = None,
         max_tokens: int | None = None,
         on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+    ) -> AssistantMessage:
         """Answer a conversation.
 
         Args:

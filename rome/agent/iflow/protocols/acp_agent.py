@@ -30,6 +30,7 @@ from rome.agent.iflow.protocols.acp_forms import (
     settings_of,
 )
 from rome.agent.iflow.protocols.acp_updates import Translator, diff_contents
+from rome.agent.iflow.sessions import SessionUnavailable
 from rome.agent.iflow.user_input import InputError, expand
 from rome.version import VERSION
 
@@ -143,9 +144,7 @@ class ProtocolAgent:
                 session_id=one.id,
                 cwd=one.directory,
                 title=one.title,
-                updated_at=datetime.datetime.fromtimestamp(
-                    one.changed_at, datetime.UTC
-                ).isoformat(),
+                updated_at=datetime.datetime.fromtimestamp(one.changed, datetime.UTC).isoformat(),
             )
             for one in self._opener.sessions(cwd or "")
         ]
@@ -248,7 +247,7 @@ class ProtocolAgent:
                 servers=[server(one) for one in servers or ()],
                 wrap=editor.wrap if editor is not None else None,
             )
-        except KeyError as error:
+        except SessionUnavailable as error:
             raise RequestError.resource_not_found(resume) from error
         except ValueError as error:
             raise invalid(str(error)) from error
@@ -312,11 +311,11 @@ class ProtocolAgent:
         chosen = await self._choose(held, call, permissions(event.rule))
         with contextlib.suppress(UnknownRequest):  # the turn was cancelled meanwhile
             if chosen == ALWAYS:
-                agent.respond(event.request, "allow", scope="session")
+                agent.desk.respond(event.request, "allow", scope="session")
             elif chosen == ALLOW:
-                agent.respond(event.request, "allow")
+                agent.desk.respond(event.request, "allow")
             else:
-                agent.respond(event.request, "stop" if chosen == STOP else "deny")
+                agent.desk.respond(event.request, "stop" if chosen == STOP else "deny")
 
     async def _ask_question(self, held: Held, event: events.QuestionAsked) -> None:
         """Let the client answer: by a form where it has one, else by one of the choices."""
@@ -332,7 +331,7 @@ class ProtocolAgent:
             ]
             answer = await self._choose(held, call, options)
         with contextlib.suppress(UnknownRequest):
-            held.session.agent.respond(event.request, answer=answer)
+            held.session.agent.desk.respond(event.request, answer=answer)
 
     async def _fill_form(self, held: Held, event: events.QuestionAsked) -> str:
         answer = protocol.ElicitationStringPropertySchema(

@@ -146,7 +146,7 @@ class SessionApi:
     async def _approve(self, given: dict[str, Any]) -> None:
         decision = _one_of(given, "decision", ("allow", "deny", "stop"))
         scope = _one_of({"scope": "once", **given}, "scope", ("once", "session", "project"))
-        self._session.agent.respond(
+        self._session.agent.desk.respond(
             _text(given, "request"),
             decision,  # type: ignore[arg-type]
             scope=scope,  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ class SessionApi:
 
     async def _answer(self, given: dict[str, Any]) -> None:
         answer = _text(given, "answer")
-        self._session.agent.respond(_text(given, "request"), answer=answer)
+        self._session.agent.desk.respond(_text(given, "request"), answer=answer)
 
     async def _mode(self, given: dict[str, Any]) -> None:
         self._session.agent.set_mode(_one_of(given, "mode", tuple(MODES)))

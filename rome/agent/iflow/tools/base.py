@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
-from rome.agent.iflow.events import Event, TodoItem, ToolCall
+from rome.agent.iflow.events import TodoItem, ToolCall, ToolFinished
 from rome.agent.iflow.places.workspace import Workspace
 
 # What a call may touch, for approval: nothing outside the session, files to read, files to write,
@@ -32,6 +32,12 @@ class ToolResult:
     diff: str = ""
     denials: int = 0
     ends_turn: bool = False
+
+    def finished(self, call_id: str, seconds: float = 0.0) -> ToolFinished:
+        """Return the event of a call that has this result."""
+        values = dataclasses.asdict(self)
+        del values["ends_turn"]
+        return ToolFinished(call_id=call_id, seconds=round(seconds, 3), **values)
 
 
 class Asker(Protocol):
@@ -60,7 +66,7 @@ class ToolContext:
 
     call: ToolCall
     workspace: Workspace
-    emit: Callable[[Event], Event]
+    emit: Callable[[Any], Any]
     asker: Asker
     session_folder: str
     todo: tuple[TodoItem, ...] = ()

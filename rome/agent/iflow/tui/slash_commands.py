@@ -154,7 +154,7 @@ async def _resume(terminal: Terminal, words: str) -> None:
         await terminal.open(resume=words)
         return
     rows = [
-        (one.id, f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(one.changed_at))}  {one.title}")
+        (one.id, f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(one.changed))}  {one.title}")
         for one in terminal.opener.sessions(terminal.directory)
     ]
     _print_rows(terminal, rows or [("", "no sessions")])

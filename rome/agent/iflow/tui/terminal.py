@@ -129,16 +129,14 @@ class Terminal:
         """Go over to another session: a new one, or `resume` with its id.
 
         Raises:
-          ActionError: the agent works, or there is no such session.
+          ActionError: the agent works.
+          ValueError: there is no such session.
         """
         if self.is_working:
             raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
         if choice.get("resume") == self.session.agent.session:
             raise ActionError("this is that session")
-        try:
-            session = await self.opener.open(self.directory, **choice)
-        except KeyError as error:
-            raise ActionError(f"no session {choice.get('resume')!r}; /resume lists them") from error
+        session = await self.opener.open(self.directory, **choice)
         await self.close_session()
         self.session = session
         self._pending.clear()
@@ -257,19 +255,21 @@ class Terminal:
                 return
             place = int(text) - 1 if text.isdecimal() else -1
             is_choice = 0 <= place < len(request.choices)
-            agent.respond(request.request, answer=request.choices[place] if is_choice else text)
+            agent.desk.respond(
+                request.request, answer=request.choices[place] if is_choice else text
+            )
             return
         word, _, note = text.partition(" ")
         word = word.lower()
         if word in ("y", "yes"):
-            agent.respond(request.request, "allow", note=note)
+            agent.desk.respond(request.request, "allow", note=note)
         elif word in ("a", "always", "p") and request.rule:
             scope = "project" if word == "p" else "session"
-            agent.respond(request.request, "allow", scope=scope)  # type: ignore[arg-type]
+            agent.desk.respond(request.request, "allow", scope=scope)  # type: ignore[arg-type]
         elif word in ("n", "no"):
-            agent.respond(request.request, "deny", note=note)
+            agent.desk.respond(request.request, "deny", note=note)
         elif word in ("s", "stop"):
-            agent.respond(request.request, "stop", note=note)
+            agent.desk.respond(request.request, "stop", note=note)
         elif text:
             self.screen.say(self._hint(request), "yellow")
 

@@ -27,12 +27,20 @@ from typing import Any, ClassVar
 
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.event_log import EventLog
-from rome.agent.iflow.events import TodoChanged, TodoItem, ToolCall, ToolOutput, Usage
-from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
+from rome.agent.iflow.events import (
+    AssistantMessage,
+    TodoChanged,
+    TodoItem,
+    ToolCall,
+    ToolOutput,
+    Usage,
+)
+from rome.agent.iflow.interfaces import InterfaceSession
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import CommandOutput, WorkspaceError
 from rome.agent.iflow.protocols.mcp_client import MCPServers
+from rome.agent.iflow.sessions import SessionInfo, SessionUnavailable
 from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
 from tests.rome.agent.iflow.doubles import Said, Shortener, Snapshots
 
@@ -73,25 +81,30 @@ class Obedient:
 
 async def _say(words, reasoning, on_text):
     on_text(words, False)
-    return Answer(words, reasoning, usage=Usage(1000, 50, price=0.25))
+    return AssistantMessage(text=words, reasoning=reasoning, usage=Usage(1000, 50, price=0.25))
 
 
 async def _call(words, reasoning, on_text):
     name, _, arguments = words.partition(" ")
     call = ToolCall(secrets.token_hex(4), name, arguments or "{}")
-    return Answer("", reasoning, (call,), "tool_calls", Usage(1000, 50, price=0.25))
+    return AssistantMessage(
+        reasoning=reasoning,
+        tool_calls=(call,),
+        finish="tool_calls",
+        usage=Usage(1000, 50, price=0.25),
+    )
 
 
 async def _slow(words, reasoning, on_text):
     for word in words.split():
         on_text(f"{word} ", False)
         await asyncio.sleep(0.05)
-    return Answer(words, reasoning, usage=Usage(1000, 50))
+    return AssistantMessage(text=words, reasoning=reasoning, usage=Usage(1000, 50))
 
 
 async def _wait(words, reasoning, on_text):
     await asyncio.sleep(float(words))
-    return Answer("waited", reasoning)
+    return AssistantMessage(text="waited", reasoning=reasoning)
 
 
 async def _fail(words, reasoning, on_text):
@@ -250,7 +263,7 @@ class FolderOpener:
         session = resume or secrets.token_hex(4)
         path = self.folder / session / "events.jsonl"
         if resume and not path.exists():
-            raise KeyError(resume)
+            raise SessionUnavailable(f"no session {resume!r}")
         if is_fork:
             session = secrets.token_hex(4)
             shutil.copytree(path.parent, self.folder / session)
@@ -276,8 +289,8 @@ class FolderOpener:
             session_folder=str(path.parent),
         )
 
-        async def close():
-            await agent.aclose()
+        async def close(outcome="finished"):
+            await agent.aclose(outcome)
             await connected.close()
             log.close()
 
@@ -286,8 +299,6 @@ class FolderOpener:
             agent=agent,
             keep=_nothing,
             make_model=_model,
-            workspace=workspace,
-            folder=path.parent,
             close=close,
             servers=connected,
             models=("obedient", "other"),
@@ -302,12 +313,13 @@ class FolderOpener:
             where = events[0]["directory"]
             if directory in ("", where):
                 title = said[0] if said else ""
-                found.append(SessionSummary(path.parent.name, where, title, path.stat().st_mtime))
-        return sorted(found, key=lambda one: -one.changed_at)
+                found.append(SessionInfo(path.parent.name, where, title, path.stat().st_mtime))
+        return sorted(found, key=lambda one: -one.changed)
 
 
 async def _nothing():
     """Keep nothing."""
+    return ""
 
 
 async def _model(name):

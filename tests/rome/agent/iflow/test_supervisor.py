@@ -7,8 +7,8 @@ import pytest
 
 from rome.agent.iflow.approval.supervisor import Supervisor
 from rome.agent.iflow.approval.supervisor_rules import RULES, Bounds
-from rome.agent.iflow.events import SupervisorJudged
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.events import AssistantMessage, SupervisorJudged
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.tools.base import BaseTool, ToolResult
 
@@ -260,7 +260,7 @@ class Judge:
             raise self.answer
         if self.answer is None:
             await asyncio.sleep(1000)
-        return Answer(self.answer)
+        return AssistantMessage(text=self.answer)
 
 
 @pytest.mark.parametrize(
