@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rome.agent.iflow import events
-from rome.agent.iflow.approval.permissions import is_wanted, make_policy
+from rome.agent.iflow.approval.permissions import hides, is_wanted, make_policy
 from rome.agent.iflow.approval.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
@@ -76,7 +76,13 @@ async def assemble(
     settings, projects = read_settings(options, home)
     model = await connect_model(options, settings, session)
     try:
-        place = await open_place(options.workspace, project, session.folder, egress=options.egress)
+        place = await open_place(
+            options.workspace,
+            project,
+            session.folder,
+            egress=options.egress,
+            hides=hides(options, settings),
+        )
     except BaseException:
         await model.aclose()
         raise

@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from envs.gem.core import Env
 from envs.gem.episode import EnvironmentFault, OutOfTime, PlayedEnv, Turn
@@ -25,7 +25,7 @@ from rome.agent.iflow.events import AssistantMessage, TurnFinished
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Model, ModelError
+from rome.agent.iflow.models.model import Ask, Model, ModelError
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.specs.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
@@ -34,7 +34,6 @@ from rome.agent.iflow.tools.todo import TodoTool
 from rome.agent.messages import Message
 from rome.agent.session import Generator
 from rome.data.trajectory import Chunk, Trajectory
-from rome.data.tree import Edge
 from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
@@ -307,21 +306,13 @@ class _EpisodeModel:
         self._episode = episode
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
     ) -> AssistantMessage:
         """Answer a conversation; see `Model`."""
         self._episode.refuse_at_the_end()
         shown = self._episode.shown_tools(tools)
         try:
-            return await self._model.ask(
-                messages, shown, edge=edge, max_tokens=max_tokens, on_text=on_text
-            )
+            return await self._model.ask(messages, shown, **how)
         except ModelError as error:
             self._episode.note_fault(error)
             raise

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from rome.agent.iflow import events
-from rome.agent.iflow.approval.permissions import is_wanted, make_policy
+from rome.agent.iflow.approval.permissions import hides, is_wanted, make_policy
 from rome.agent.iflow.assemble import assemble, read_settings
 from rome.agent.iflow.interfaces import InterfaceSession
 from rome.agent.iflow.options import Options
@@ -131,7 +131,11 @@ async def tool_server(
     settings, projects = read_settings(options, home)
     with tempfile.TemporaryDirectory(prefix="iflow-") as folder:
         place = await open_place(
-            options.workspace, project, pathlib.Path(folder), egress=options.egress
+            options.workspace,
+            project,
+            pathlib.Path(folder),
+            egress=options.egress,
+            hides=hides(options, settings),
         )
         try:
             policy = make_policy(options, settings, place.workspace, pathlib.Path(folder), projects)

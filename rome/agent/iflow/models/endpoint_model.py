@@ -12,7 +12,7 @@ import dataclasses
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
@@ -21,10 +21,9 @@ from rome.agent.dialects.openai_chat import read_message, write_message
 from rome.agent.endpoint import Answer as Completion
 from rome.agent.endpoint import ChatEndpoint, EndpointError, OnRetry
 from rome.agent.iflow.events import AssistantMessage, ToolCall, Usage
-from rome.agent.iflow.models.model import ModelError
+from rome.agent.iflow.models.model import Ask, ModelError
 from rome.agent.messages import Message, readable
 from rome.agent.session import ContextFull
-from rome.data.tree import Edge
 
 DEFAULT_CONTEXT = 32_768  # tokens, where neither the settings nor the server say
 BYTES_PER_TOKEN = 4
@@ -134,23 +133,19 @@ class EndpointModel:
                 self.context_tokens = length
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
     ) -> AssistantMessage:
         """Answer a conversation.
 
         Raises:
           ModelError: there is no answer.
         """
-        limits = [limit for limit in (max_tokens, self._max_tokens) if limit]
+        limits = [limit for limit in (how.get("max_tokens"), self._max_tokens) if limit]
         while True:
             try:
-                completion = await self._request(messages, tools, min(limits, default=0), on_text)
+                completion = await self._request(
+                    messages, tools, min(limits, default=0), how.get("on_text")
+                )
                 return self._read(completion, messages, tools)
             except ContextFull as error:
                 raise ModelError(str(error), is_context_full=True) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from rome.agent.iflow.events import AssistantMessage
 from rome.agent.messages import Message
@@ -22,6 +22,20 @@ class ModelError(RuntimeError):
         self.is_context_full = is_context_full
 
 
+class Ask(TypedDict, total=False):
+    """How a model is asked.
+
+    Attributes:
+      edge: how the answer follows what was asked before (`rome.data.tree`); None finds it out.
+      max_tokens: of the answer; None for the model's own.
+      on_text: called with each piece of text and whether it is a thought.
+    """
+
+    edge: Edge | None
+    max_tokens: int | None
+    on_text: Callable[[str, bool], None] | None
+
+
 class Model(Protocol):
     """Answers a conversation.
 
@@ -34,22 +48,14 @@ class Model(Protocol):
     context_tokens: int
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
     ) -> AssistantMessage:
         """Answer a conversation.
 
         Args:
           messages: all of it; the first one is the system text.
           tools: their schemas, in OpenAI's form.
-          edge: how the answer follows what was asked before (`rome.data.tree`); None finds it out.
-          max_tokens: of the answer; None for the model's own.
-          on_text: called with each piece of text and whether it is a thought.
+          **how: as `Ask` has it.
 
         Raises:
           ModelError: there is no answer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError
@@ -15,6 +15,8 @@ Kind = Literal["sandbox", "host"]
 KINDS: tuple[Kind, ...] = ("sandbox", "host")
 FILES = "workspace.tar"  # in the session's folder: what the last turn in a sandbox left
 PIECE = 1 << 20
+HIDDEN = ".iflow-hidden"  # in the sandbox, for a moment: the names of what is left out
+REMOVE_SECONDS = 60.0
 
 
 class Place:
@@ -62,7 +64,12 @@ class Place:
 
 
 async def open_place(
-    kind: Kind, directory: pathlib.Path, session_folder: pathlib.Path, *, egress: Sequence[str] = ()
+    kind: Kind,
+    directory: pathlib.Path,
+    session_folder: pathlib.Path,
+    *,
+    egress: Sequence[str] = (),
+    hides: Callable[[str], bool] = lambda path: False,
 ) -> Place:
     """Open the place of a session.
 
@@ -72,6 +79,7 @@ async def open_place(
       session_folder: where whole outputs are kept, and the files of a sandbox between two turns; a
         session that is resumed goes on with these.
       egress: what a sandbox may reach, as `envs.rock.SandboxConfig` has it.
+      hides: says of a file of the project that it must not be read: a sandbox does not get it.
 
     Raises:
       WorkspaceError: the directory is not there, or the sandbox did not start.
@@ -91,6 +99,7 @@ async def open_place(
             await sandbox.unpack(".", _pieces(files))
         else:
             await sandbox.upload(directory, ".")
+            await _leave_out(sandbox, directory, hides)
     except (OSError, SandboxError) as error:
         with contextlib.suppress(OSError, SandboxError):
             await sandbox.stop()
@@ -99,6 +108,24 @@ async def open_place(
             is_infrastructure=True,
         ) from error
     return Place(SandboxWorkspace(sandbox), sandbox, files)
+
+
+async def _leave_out(
+    sandbox: Sandbox, directory: pathlib.Path, hides: Callable[[str], bool]
+) -> None:
+    """Remove from the sandbox's copy of a project what must not be read there."""
+    hidden = []
+    for above, folders, names in os.walk(directory):
+        found = [name for name in (*folders, *names) if hides(os.path.join(above, name))]
+        folders[:] = [name for name in folders if name not in found]
+        hidden += [os.path.relpath(os.path.join(above, name), directory) for name in found]
+    if hidden:
+        await sandbox.write_file(
+            HIDDEN, b"".join(os.fsencode(f"./{one}") + b"\0" for one in hidden)
+        )
+        done = await sandbox.execute(f"xargs -0 rm -rf < {HIDDEN} && rm {HIDDEN}", REMOVE_SECONDS)
+        if done.exit_code != 0:
+            raise SandboxError(f"files that must not be read are still there: {done.stderr[:300]}")
 
 
 async def _pieces(path: pathlib.Path) -> AsyncIterator[bytes]:

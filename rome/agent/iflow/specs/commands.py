@@ -22,12 +22,10 @@ from typing import Any
 from rome.agent.iflow.specs.spec_files import (
     Place,
     SpecError,
-    list_of,
     read_text,
     split_front_matter,
     text_in,
 )
-from rome.agent.iflow.specs.tool_names import tool_name
 
 # Runs a command, or reads a file, and returns text; the caller asks the policy first.
 Fetch = Callable[[str], Awaitable[str]]
@@ -49,18 +47,12 @@ class Command:
       description: for people.
       template: its text.
       hint: what to write after it.
-      tools: that it may use without being asked, as rules; () for none.
-      model: that answers; "" for the session's.
-      path: of its file.
     """
 
     name: str
     description: str
     template: str
     hint: str = ""
-    tools: tuple[str, ...] = ()
-    model: str = ""
-    path: str = ""
 
     async def expand(self, arguments: str, *, execute: Fetch, read: Fetch) -> str:
         """Return the text of the user's message.
@@ -133,15 +125,7 @@ def read_command(path: pathlib.Path, name: str, boundary: pathlib.Path | None = 
         description=text_in(table, "description") or first[:80],
         template=template.strip(),
         hint=text_in(table, "argument-hint"),
-        tools=tuple(_rule(rule) for rule in list_of(table.get("allowed-tools"))),
-        model=text_in(table, "model"),
-        path=str(path),
     )
-
-
-def _rule(text: str) -> str:
-    name, bracket, pattern = text.partition("(")
-    return f"{tool_name(name.strip())}{bracket}{pattern}"
 
 
 def _fill(text: str, arguments: str, *, quote: bool) -> str:

@@ -77,8 +77,7 @@ class ReadFileTool(BaseTool):
         last = offset + limit - 1
         target = shlex.quote(key_of(context.workspace, path))
         command = f"sed -n '{offset},{last}p;{last}q' -- {target} | head -c {MAX_CHARACTERS}"
-        parts = context.workspace.stream(command, timeout=SECONDS)
-        text = "".join([part async for part in parts])
+        text = await context.workspace.run(command, timeout=SECONDS)
         if "\0" in text:
             raise ToolError(f"{path} is binary data of {size} bytes, and no text")
         lines = text.removesuffix("\n").split("\n") if text else []

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rome.agent.iflow.events import JobFinished, JobStarted, ToolOutput
+from rome.agent.iflow.places.jobs import BackgroundJob
 from rome.agent.iflow.places.output import LiveOutput
-from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput
+from rome.agent.iflow.places.workspace import CommandOutput
 from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
 
 DEFAULT_SECONDS = 120.0

@@ -131,7 +131,7 @@ class Directory:
     async def write(self, path, content):
         pathlib.Path(self.root, path).write_bytes(content)
 
-    async def execute(self, command, *, timeout, env=None, on_output=None):
+    async def execute(self, command, *, timeout, on_output=None):
         run = subprocess.run(
             command, shell=True, cwd=self.root, capture_output=True, text=True, timeout=timeout
         )
@@ -331,12 +331,13 @@ async def _model(name):
 async def talk(folder, first=""):
     """Run the terminal interface here."""
     from rome.agent.iflow.specs.commands import Command
+    from rome.agent.iflow.tui.slash_commands import ACTIONS
     from rome.agent.iflow.tui.terminal import Terminal
 
     commands = {"greet": Command("greet", "Greets.", "say hello $ARGUMENTS")}
     opener = FolderOpener(folder, commands=commands)
     session = await opener.open(os.getcwd())
-    await Terminal(opener, session, os.getcwd()).run(first)
+    await Terminal(opener, session, os.getcwd(), ACTIONS).run(first)
 
 
 if __name__ == "__main__":
