@@ -25,7 +25,7 @@ from rome.agent.iflow.events import AssistantMessage, TurnFinished
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Ask, Model, ModelError
+from rome.agent.iflow.models.model import Ask, ModelError
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.specs.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
@@ -235,7 +235,7 @@ class _Episode:
         if settings.compaction:
             context = ContextManager(ContextSettings(threshold=settings.compaction))
         return Agent(
-            _EpisodeModel(DialogueModel(self._dialogue), self),
+            _EpisodeModel(self._dialogue, self),
             tools,
             log,
             cast(Workspace, _Place()),
@@ -291,18 +291,16 @@ class _Episode:
             self._engine_fault = str(error)
 
 
-class _EpisodeModel:
+class _EpisodeModel(DialogueModel):
     """The policy as a model of the agent: told of the environment's tools beside the agent's own.
 
     Args:
-      model: answers.
+      dialogue: of the episode.
       episode: says what it is told, and when it is over.
     """
 
-    def __init__(self, model: Model, episode: _Episode) -> None:
-        self.name = model.name
-        self.context_tokens = model.context_tokens
-        self._model = model
+    def __init__(self, dialogue: Dialogue, episode: _Episode) -> None:
+        super().__init__(dialogue)
         self._episode = episode
 
     async def ask(
@@ -310,9 +308,8 @@ class _EpisodeModel:
     ) -> AssistantMessage:
         """Answer a conversation; see `Model`."""
         self._episode.refuse_at_the_end()
-        shown = self._episode.shown_tools(tools)
         try:
-            return await self._model.ask(messages, shown, **how)
+            return await super().ask(messages, self._episode.shown_tools(tools), **how)
         except ModelError as error:
             self._episode.note_fault(error)
             raise
@@ -321,11 +318,7 @@ class _EpisodeModel:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
     ) -> int:
         """Return the tokens of a conversation."""
-        return self._model.count_tokens(messages, self._episode.shown_tools(tools) if tools else ())
-
-    async def aclose(self) -> None:
-        """Free what the model holds."""
-        await self._model.aclose()
+        return super().count_tokens(messages, self._episode.shown_tools(tools) if tools else ())
 
 
 class _Player:

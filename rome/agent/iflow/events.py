@@ -41,11 +41,7 @@ class Event:
 
     def to_json(self) -> dict[str, Any]:
         """Return the event as it stands in a session file."""
-        values = {"kind": self.kind, "number": self.number, "at": self.at}
-        for field in dataclasses.fields(self):
-            if field.name not in values:
-                values[field.name] = _plain(getattr(self, field.name))
-        return values
+        return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
 KINDS: dict[str, type[Event]] = {}
@@ -562,12 +558,3 @@ class FeedbackGiven(Event):
     verdict: Literal["accept", "reject", "correct", "rate"]
     rating: int = 0
     text: str = ""
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of a field as JSON has it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return value

@@ -28,7 +28,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal, TextIO
 
 from rome.agent.iflow import events
@@ -244,20 +244,17 @@ def _feed(reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None
         loop.call_soon_threadsafe(reader.feed_eof)
 
 
-class _signals:
-    """Calls `stop` at SIGINT and SIGTERM, as long as it is entered."""
-
-    def __init__(self, stop: Callable[[str], None]) -> None:
-        self._stop = stop
-
-    def __enter__(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop, f"{number.name} was received")
-
-    def __exit__(self, *_: object) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+@contextlib.contextmanager
+def _signals(stop: Callable[[str], None]) -> Iterator[None]:
+    """Call `stop` at SIGINT and SIGTERM meanwhile."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, stop, f"{number.name} was received")
+    try:
+        yield
+    finally:
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

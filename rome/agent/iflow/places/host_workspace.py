@@ -35,7 +35,9 @@ from rome.agent.iflow.places.workspace import (
 
 _READ_BYTES = 1 << 16
 # Takes the output of a job, which is not to fill the disk and must not wait for a reader.
-_KEEP_BEGINNING = f"head -c {MAX_OUTPUT_BYTES}; exec cat > /dev/null"
+_KEEP_BEGINNING = (
+    f"trap '' XFSZ; ulimit -f {MAX_OUTPUT_BYTES >> 10}; cat 2> /dev/null; exec cat > /dev/null"
+)
 # Programs must not wait for somebody at a terminal.
 _ENVIRONMENT = {
     "PAGER": "cat",
@@ -140,6 +142,7 @@ class HostWorkspace:
             await asyncio.to_thread(kill_processes, f"IFLOW_JOB={mark}")
 
         async def read_end(place: int, limit: int) -> tuple[int, bytes]:
+            await asyncio.sleep(0)  # a caller may read again and again
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 file.seek(max(place, size - limit))

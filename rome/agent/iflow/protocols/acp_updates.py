@@ -188,7 +188,12 @@ def diff_contents(diff: str, root: str) -> list[Any]:
     is_new_file = "\n@@ -0,0 " in diff
     contents = []
     for hunk in hunks:
-        lines = re.sub(r"\n\\ No newline.*\n", "", hunk).splitlines(keepends=True)
+        lines: list[str] = []
+        for line in re.findall(r"[^\n]*\n", hunk):
+            if line.startswith("\\"):  # the line before ends without a break
+                lines[-1] = lines[-1].removesuffix("\n")
+            else:
+                lines.append(line)
         old = "".join(line[1:] for line in lines if line[0] in " -")
         new = "".join(line[1:] for line in lines if line[0] in " +")
         contents.append(acp.tool_diff_content(path, new, None if is_new_file else old))

@@ -27,16 +27,15 @@ from typing import Any
 
 from aiohttp import web
 
-from rome.agent.iflow import events
 from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
+from rome.agent.iflow.feedback import make_feedback
 from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.user_input import InputError, expand
 
 MAX_WAITING = 10_000  # events that a slow reader may be behind; then its stream ends
 PING_SECONDS = 15.0  # after which a silent stream is sent a comment
-VERDICTS = ("accept", "reject", "correct", "rate")
 
 
 class SessionApi:
@@ -162,27 +161,9 @@ class SessionApi:
 
     async def _feedback(self, given: dict[str, Any]) -> None:
         log = self._session.agent.log
+        values = {name: given[name] for name in ("rating", "text") if name in given}
         target = given.get("target")
-        answers = {
-            event.number for event in log.events if isinstance(event, events.AssistantMessage)
-        }
-        if type(target) is not int or target not in answers:
-            raise InputError(f"target {target!r} is not the number of an answer")
-        verdict = _one_of(given, "verdict", VERDICTS)
-        rating = given.get("rating", 0)
-        if verdict == "rate" and rating not in (1, 2, 3, 4, 5):
-            raise InputError(f"rating must be from 1 to 5, not {rating!r}")
-        text = str(given.get("text", ""))
-        if verdict == "correct" and not text:
-            raise InputError("text must say what would have been right")
-        log.append(
-            events.FeedbackGiven(
-                target=target,
-                verdict=verdict,  # type: ignore[arg-type]
-                rating=rating if verdict == "rate" else 0,
-                text=text,
-            )
-        )
+        log.append(make_feedback(log, given.get("verdict", ""), target=target, **values))
 
 
 async def serve(session: InterfaceSession, *, host: str, port: int, token: str = "") -> None:

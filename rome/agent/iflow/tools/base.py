@@ -146,6 +146,23 @@ class BaseTool:
         raise NotImplementedError(f"{type(self).__name__} does not run")
 
 
+def takes(*required: str, **members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of a tool's arguments.
+
+    Args:
+      *required: names of those that a call must have.
+      **members: the schema of each.
+    """
+    schema: dict[str, Any] = {"type": "object", "properties": members}
+    return schema | {"required": list(required)} if required else schema
+
+
+def of(type: str, description: str = "", **rest: Any) -> dict[str, Any]:
+    """Return the schema of one argument: its type, and what it means."""
+    said = {"description": description} if description else {}
+    return {"type": type, **said, **rest}
+
+
 def schema_of(tool: Tool) -> dict[str, Any]:
     """Return the schema of a tool as chat templates and OpenAI's API have it."""
     function = {

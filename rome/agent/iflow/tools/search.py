@@ -6,7 +6,15 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import (
+    Access,
+    BaseTool,
+    ToolContext,
+    ToolError,
+    ToolResult,
+    of,
+    takes,
+)
 from rome.agent.iflow.tools.walking import find_files, find_lines
 
 MAX_FILES = 500
@@ -14,7 +22,7 @@ MAX_MATCHES = 200
 MAX_CHARACTERS = 30_000
 MAX_LINE = 300
 MAX_CONTEXT = 20
-_PATH = {"type": "string", "description": "Folder or file to look in; default the project."}
+_PATH = of("string", "Folder or file to look in; default the project.")
 
 
 class GlobTool(BaseTool):
@@ -25,11 +33,7 @@ class GlobTool(BaseTool):
         "Find files by name, such as **/*.py, src/**/test_*.{ts,tsx} or *.md (in any folder)."
         " What .gitignore and .iflowignore name is left out."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {"pattern": {"type": "string"}, "path": _PATH},
-        "required": ["pattern"],
-    }
+    parameters = takes("pattern", pattern=of("string"), path=_PATH)
     is_parallel = True
     accesses: ClassVar[Access] = "read"
 
@@ -59,18 +63,15 @@ class SearchTool(BaseTool):
         "Search the lines of files by a regular expression. Binary files, and what .gitignore and"
         " .iflowignore name, are left out."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "pattern": {"type": "string", "description": "Regular expression."},
-            "path": _PATH,
-            "glob": {"type": "string", "description": "Only files that fit, such as *.py."},
-            "ignore_case": {"type": "boolean"},
-            "context": {"type": "integer", "description": "Lines to show around each match."},
-            "files_only": {"type": "boolean", "description": "Show only the names of files."},
-        },
-        "required": ["pattern"],
-    }
+    parameters = takes(
+        "pattern",
+        pattern=of("string", "Regular expression."),
+        path=_PATH,
+        glob=of("string", "Only files that fit, such as *.py."),
+        ignore_case=of("boolean"),
+        context=of("integer", "Lines to show around each match."),
+        files_only=of("boolean", "Show only the names of files."),
+    )
     is_parallel = True
     accesses: ClassVar[Access] = "read"
 

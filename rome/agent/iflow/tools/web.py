@@ -20,7 +20,15 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from rome.agent.iflow.places.output import is_long, join
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import (
+    Access,
+    BaseTool,
+    ToolContext,
+    ToolError,
+    ToolResult,
+    of,
+    takes,
+)
 
 SECONDS = 30.0
 MAX_BYTES = 2 << 20
@@ -39,11 +47,7 @@ class WebFetchTool(BaseTool):
 
     name = "web_fetch"
     description = "Fetch a page of the web by its address, and read it as text."
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {"url": {"type": "string", "description": "http:// or https://"}},
-        "required": ["url"],
-    }
+    parameters = takes("url", url=of("string", "http:// or https://"))
     is_parallel = True
     accesses: ClassVar[Access] = "network"
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rome.agent.iflow import events
+from rome.agent.iflow.feedback import make_feedback
 from rome.agent.iflow.interfaces import MODES
 from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.terminal import Action, ActionError, Terminal
@@ -214,19 +215,9 @@ async def _feedback(terminal: Terminal, words: str) -> None:
     rating = 0
     if verdict == "rate":
         number, _, text = text.strip().partition(" ")
-        if number not in ("1", "2", "3", "4", "5"):
-            raise ActionError("rate from 1 to 5, such as /feedback rate 4")
-        rating = int(number)
-    elif verdict not in ("accept", "reject", "correct") or (verdict == "correct" and not text):
-        raise ActionError("/feedback accept, reject, rate 1-5, or correct WORDS")
-    log.append(
-        events.FeedbackGiven(
-            target=answers[-1].number,
-            verdict=verdict,  # type: ignore[arg-type]
-            rating=rating,
-            text=text.strip(),
-        )
-    )
+        rating = int(number) if number.isdecimal() else 0
+    target = answers[-1].number
+    log.append(make_feedback(log, verdict, target=target, rating=rating, text=text.strip()))
 
 
 @action("quit", "ends the program; the session can be resumed")
