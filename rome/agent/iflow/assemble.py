@@ -197,7 +197,6 @@ class _Builder:
         )
 
     # -- what the session is given
-    # ---------------------------------------------------------------------------------------------
 
     async def _close(self, outcome: events.Outcome = "finished") -> None:
         """End the session in order and free all that it holds."""
@@ -236,7 +235,6 @@ class _Builder:
         return model
 
     # -- agents
-    # ---------------------------------------------------------------------------------------------
 
     def _make_child(self, birth: Birth) -> Agent:
         """Return a sub-agent: it shares files, rules, hooks and desk with its parent.

@@ -202,7 +202,6 @@ class ContextManager:
         return round(self._ratio * asked.model.count_tokens(messages, schemas))
 
     # -- outputs that move to files
-    # ---------------------------------------------------------------------------------------------
 
     async def _move_outputs(self, asked: _Asked, tokens: int, trigger: Trigger) -> None:
         """Move long outputs of old calls to files, the oldest first, until the target is reached.
@@ -239,7 +238,6 @@ class ContextManager:
             tokens -= size
 
     # -- the summary
-    # ---------------------------------------------------------------------------------------------
 
     async def _summarise(self, asked: _Asked, trigger: Trigger, focus: str, tokens: int) -> int:
         """Replace the older part of the context by a summary; return the tokens that are left."""
@@ -329,7 +327,6 @@ class ContextManager:
         return f"{request[:half]}\n{middle}\n{request[-half:]}"
 
     # -- reminders
-    # ---------------------------------------------------------------------------------------------
 
     async def _notice_changes(self, asked: _Asked) -> None:
         """Tell the model of files that changed since it saw them, once for each change."""

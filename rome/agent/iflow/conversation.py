@@ -104,7 +104,6 @@ class Conversation:
         return conversation
 
     # -- what it says
-    # ---------------------------------------------------------------------------------------------
 
     @property
     def entries(self) -> list[Entry]:
@@ -141,7 +140,6 @@ class Conversation:
         return next(later, "")
 
     # -- what happened
-    # ---------------------------------------------------------------------------------------------
 
     def add(self, event: Event) -> None:
         """Take one event; kinds that change nothing here are passed over."""

@@ -225,7 +225,6 @@ class _Episode:
         return turn
 
     # -- the agents
-    # ---------------------------------------------------------------------------------------------
 
     def _make_agent(
         self, log: EventLog, system: str, tools: Sequence[Tool], *, is_main: bool, kind: str = ""
@@ -263,7 +262,6 @@ class _Episode:
         return self._make_agent(birth.log, system, tools, is_main=False, kind=birth.spec.name)
 
     # -- what their models are shown
-    # ---------------------------------------------------------------------------------------------
 
     def shown_tools(self, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the schemas that the model is told: the environment's, and the agent's own."""

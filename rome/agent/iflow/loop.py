@@ -42,7 +42,6 @@ class Agent(Parts):
         self._stop_listening = self.log.listen(self._on_event)
 
     # -- what interfaces call
-    # ---------------------------------------------------------------------------------------------
 
     @property
     def is_working(self) -> bool:
@@ -198,7 +197,6 @@ class Agent(Parts):
             await self.workspace.aclose()
 
     # -- one turn
-    # ---------------------------------------------------------------------------------------------
 
     async def _play(self, text: str) -> Ending:
         await self.start()

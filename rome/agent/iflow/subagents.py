@@ -138,7 +138,6 @@ class TaskTool(BaseTool):
             log.close()
 
     # -- one sub-agent
-    # ---------------------------------------------------------------------------------------------
 
     async def _work(
         self,

@@ -86,7 +86,6 @@ class Turn:
         parts.inbox.deliver()
 
     # -- asking
-    # ---------------------------------------------------------------------------------------------
 
     async def _ask(self) -> AssistantMessage:
         """Ask the model; where the context is too long for it, make that shorter and ask again.
@@ -121,7 +120,6 @@ class Turn:
         self._log.append(events.TextDelta(text=text, is_reasoning=is_reasoning))
 
     # -- acting
-    # ---------------------------------------------------------------------------------------------
 
     async def _act_on(self, message: AssistantMessage) -> Ending | None:
         """Do what an answer asks for; return how the turn ends with it, None where it goes on."""
@@ -182,7 +180,6 @@ class Turn:
             task.add_done_callback(self._notifications.discard)
 
     # -- ending
-    # ---------------------------------------------------------------------------------------------
 
     async def _end(self, message: AssistantMessage) -> Ending | None:
         """End the turn with an answer that makes no call, unless there is more to do."""

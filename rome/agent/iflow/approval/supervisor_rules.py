@@ -110,7 +110,6 @@ def _sets(action: Action, variables: str) -> str:
 
 
 # -- what rules look for
-# -------------------------------------------------------------------------------------------------
 
 
 def _outside(action: Action, bounds: Bounds) -> str:

@@ -171,7 +171,6 @@ class EndpointModel:
         await self._endpoint.close()
 
     # -- a request
-    # ---------------------------------------------------------------------------------------------
 
     async def _request(
         self,
@@ -229,7 +228,6 @@ class EndpointModel:
         return False
 
     # -- its answer
-    # ---------------------------------------------------------------------------------------------
 
     def _read(
         self,

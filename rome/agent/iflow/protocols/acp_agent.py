@@ -100,7 +100,6 @@ class ProtocolAgent:
         """Do nothing: keys stand in the settings or in the environment."""
 
     # -- sessions
-    # ---------------------------------------------------------------------------------------------
 
     async def new_session(
         self, cwd: str, mcp_servers: Sequence[Any] | None = None, **kwargs: Any
@@ -175,7 +174,6 @@ class ProtocolAgent:
         return protocol.SetSessionConfigOptionResponse(config_options=options)
 
     # -- a turn
-    # ---------------------------------------------------------------------------------------------
 
     async def prompt(
         self, session_id: str, prompt: Sequence[Any], **kwargs: Any
@@ -223,7 +221,6 @@ class ProtocolAgent:
         await asyncio.gather(*(self._release(one) for one in held))
 
     # -- within
-    # ---------------------------------------------------------------------------------------------
 
     async def _open(
         self,

@@ -111,7 +111,6 @@ class Screen:
             self.say(f"  ... {len(lines) - DIFF_LINES} more lines")
 
     # -- events
-    # ---------------------------------------------------------------------------------------------
 
     def _on_user_message(self, event: events.UserMessage) -> None:
         if event.source in ("user", "steer"):

@@ -164,7 +164,6 @@ class Terminal:
         return self._work is not None
 
     # -- what the user types
-    # ---------------------------------------------------------------------------------------------
 
     async def _take_line(self, line: str) -> None:
         text = line.strip()
@@ -245,7 +244,6 @@ class Terminal:
         )
 
     # -- answers
-    # ---------------------------------------------------------------------------------------------
 
     def _answer(self, text: str) -> None:
         """Answer the oldest approval or question that waits."""
@@ -286,7 +284,6 @@ class Terminal:
             self.keyboard.wake()
 
     # -- events
-    # ---------------------------------------------------------------------------------------------
 
     def _take_event(self, event: Event) -> None:
         self.screen.take(event)
@@ -308,7 +305,6 @@ class Terminal:
             self.screen.console.bell()
 
     # -- controls, for the keyboard
-    # ---------------------------------------------------------------------------------------------
 
     def prompt(self) -> str:
         """Return what stands before the cursor: what is being written, and what is being done."""

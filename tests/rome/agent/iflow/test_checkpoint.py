@@ -251,3 +251,30 @@ def test_a_checkpoint_is_taken_while_a_job_runs(kind, tmp_path):
         await job.kill()
 
     work(kind, tmp_path, body)
+
+
+def test_a_repository_below_that_was_removed_comes_back_with_its_commits(tmp_path):
+    root = tmp_path / "project"
+    inner = root / "lib"
+    inner.mkdir(parents=True)
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=inner, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    (inner / "a.txt").write_text("one")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    shadow = ShadowRepository(tmp_path / "session", root)
+    shadow.take()
+    (inner / "a.txt").write_text("two")
+    git("commit", "-qam", "second")
+    git("pack-refs", "--all")
+    kept = shadow.take()
+    shutil.rmtree(inner)
+    shadow.restore(kept)
+    assert (inner / "a.txt").read_text() == "two"
+    assert git("log", "--format=%s").split() == ["second", "first"]
+    assert git("status", "--porcelain") == "" and git("fsck", "--strict") == ""
+    git("commit", "-q", "--allow-empty", "-m", "third")  # the data is its own again
