@@ -16,6 +16,7 @@ from rome.agent.iflow.events import NO_USAGE, Event, TodoItem, ToolCall, Usage
 from rome.agent.messages import Call, Message
 
 NO_RESULT = "[This call has no result yet.]"
+KILLED = "the process ended while it ran"
 
 
 @dataclasses.dataclass(eq=False)
@@ -299,3 +300,31 @@ def moved_text(event: events.OutputMoved) -> str:
 
 def _result_message(call_id: str, output: str) -> Message:
     return Message("tool", output, tool_call_id=call_id)
+
+
+def events_after_a_kill(conversation: Conversation) -> list[Event]:
+    """Return the events that end what a killed process left open: calls, requests, jobs, the turn.
+
+    Whether a call had its effect before the kill is not known, and the model is told so.
+    """
+    lost: list[Event] = []
+    for call in conversation.open_calls:
+        output = (
+            f"[This call has no result: {KILLED}. It may have had its effect, or a part of it.]"
+        )
+        lost.append(events.ToolFinished(call_id=call, output=output, status="cancelled"))
+    for request, asked in conversation.open_requests.items():
+        if isinstance(asked, events.ApprovalRequested):
+            lost.append(
+                events.ApprovalAnswered(request=request, decision="stop", note=KILLED, by="timeout")
+            )
+        else:
+            lost.append(events.QuestionAnswered(request=request, answer=""))
+    for subagent in conversation.subagents:
+        result = f"{KILLED}; go on with it by its id"
+        lost.append(events.SubagentFinished(id=subagent, outcome="aborted", result=result))
+    lost += [events.JobFinished(job=job) for job in conversation.jobs]
+    if conversation.is_working:
+        usage = conversation.turn_usage
+        lost.append(events.TurnFinished(outcome="aborted", reason=KILLED, usage=usage))
+    return lost

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from rome.agent.iflow import events
 from rome.agent.iflow.calls import CANCELLED, Ending
+from rome.agent.iflow.conversation import events_after_a_kill
 from rome.agent.iflow.events import TurnFinished
 from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.parts import Parts
-from rome.agent.iflow.recovery import events_after_a_kill
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.turn import Turn
 from rome.version import VERSION

@@ -9,7 +9,7 @@ from typing import Any
 from rome.agent.iflow import events
 from rome.agent.iflow.calls import CallRunner, Ending
 from rome.agent.iflow.events import AssistantMessage
-from rome.agent.iflow.guard import Finding, Guard
+from rome.agent.iflow.limits import Finding, Guard
 from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.parts import Parts
 from rome.agent.iflow.places.workspace import WorkspaceError

@@ -22,6 +22,7 @@ from typing import Any
 from rome.agent.iflow.specs.spec_files import (
     Place,
     SpecError,
+    load_named,
     read_text,
     split_front_matter,
     text_in,
@@ -82,33 +83,25 @@ class Command:
 
 
 def load_commands(where: Iterable[Place]) -> tuple[dict[str, Command], list[str]]:
-    """Return the commands by name, and what was wrong with files.
-
-    Args:
-      where: folders to read; a later one replaces what an earlier one has under the same name.
-    """
-    commands = {}
+    """Return the commands by name, and what was wrong with files; see `load_named`."""
+    found: dict[str, Command] = {}
     problems = []
-    for place in where:
-        folder = place.folder / "commands"
-        for path in sorted(folder.rglob("*")):
-            if path.suffix not in (".md", ".toml") or not path.is_file():
-                continue
-            name = ":".join(path.relative_to(folder).with_suffix("").parts)
-            try:
-                commands[name] = read_command(path, name, place.boundary)
-            except SpecError as error:
-                problems.append(str(error))
-    return commands, problems
+    for place in where:  # the kinds of file of one place count alike
+        for suffix in (".md", ".toml"):
+            commands, wrong = load_named([place], f"commands/**/*{suffix}", _read_command)
+            found |= commands
+            problems += wrong
+    return found, problems
 
 
-def read_command(path: pathlib.Path, name: str, boundary: pathlib.Path | None = None) -> Command:
+def _read_command(path: pathlib.Path, place: Place) -> Command:
     """Return the command that a file describes.
 
     Raises:
       SpecError: it has no text, or is no TOML.
     """
-    text = read_text(path, boundary)
+    name = ":".join(path.relative_to(place.folder / "commands").with_suffix("").parts)
+    text = read_text(path, place.boundary)
     if path.suffix == ".toml":
         try:
             table: dict[str, Any] = tomllib.loads(text)

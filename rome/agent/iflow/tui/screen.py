@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +14,6 @@ from rich.text import Text
 from rome.agent.iflow import events
 from rome.agent.iflow.events import Event
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.tui.markdown import MarkdownBlocks
 
 OUTPUT_LINES = 6  # that are shown of a call's output
 USER_LINES = 12  # of a message of the user
@@ -49,6 +49,9 @@ LINES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
+
+
 class _LeftHeading(Heading):
     """A heading that begins at the left, as the text below it does."""
 
@@ -59,6 +62,44 @@ class _LeftHeading(Heading):
 
 class _LeftMarkdown(Markdown):
     elements: ClassVar[dict[str, Any]] = {**Markdown.elements, "heading_open": _LeftHeading}
+
+
+class MarkdownBlocks:
+    """Cuts a text that comes in pieces into blocks, at blank lines outside of fenced code.
+
+    Attributes:
+      rest: the block that is not whole yet.
+    """
+
+    def __init__(self) -> None:
+        self.rest = ""
+
+    def feed(self, text: str) -> list[str]:
+        """Take a piece; return the blocks that are whole with it."""
+        self.rest += text
+        blocks = []
+        start = place = 0
+        fence = ""
+        while (end := self.rest.find("\n", place)) >= 0:
+            line = self.rest[place:end]
+            found = _FENCE.match(line)
+            if found and not fence:
+                fence = found[1]
+            elif fence and line.strip().startswith(fence) and not line.strip(fence[0] + " "):
+                fence = ""
+            place = end + 1
+            if not line.strip() and not fence:
+                block = self.rest[start:place]
+                if block.strip():
+                    blocks.append(block)
+                start = place
+        self.rest = self.rest[start:]
+        return blocks
+
+    def finish(self) -> list[str]:
+        """Return what is left, as one block."""
+        left, self.rest = self.rest, ""
+        return [left] if left.strip() else []
 
 
 class Screen:

@@ -20,10 +20,10 @@ from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
 from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.tui.files import ProjectFiles
 from rome.agent.iflow.tui.keyboard import (
     Keyboard,
     PlainKeyboard,
+    ProjectFiles,
     RichKeyboard,
     is_rich_terminal,
 )
