@@ -117,10 +117,13 @@ def from_json(values: Mapping[str, Any]) -> Event:
     """Return the event that `Event.to_json` wrote; members that it does not know are passed over.
 
     Raises:
-      EventError: the kind is unknown, or a member is missing or of another type.
+      UnknownKind: this version does not know the kind.
+      EventError: there is no kind, or a member is missing or of another type.
     """
     kind = values.get("kind") if isinstance(values, Mapping) else None
-    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str):
+        raise EventError(f"it has no kind: {str(values)[:80]}")
+    cls = KINDS.get(kind)
     if cls is None:
         raise UnknownKind(
             f"iFlow {VERSION} does not know events of the kind {kind!r}: a newer one wrote this"

@@ -12,19 +12,17 @@ denied denies all, and what is not understood is never allowed by a rule.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 import posixpath
-import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from rome.agent.iflow.approval.command_paths import may_lead_to, path_parts, paths_in, read_below
 from rome.agent.iflow.approval.rules import Fit, Rule, absolute, parse_rule, parse_rules
 from rome.agent.iflow.approval.shell_programs import (
     INTERPRETERS,
     RIGHTS,
-    base_name,
     commands_of,
     is_read_only,
 )
@@ -39,25 +37,14 @@ HARMLESS_VARIABLES = frozenset({
     "LANG", "LC_ALL", "TZ", "TERM", "NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "LINES", "DEBUG",
     "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "RUST_BACKTRACE", "RUST_LOG", "NODE_ENV",
 })  # fmt: skip
-_SPEAKERS = ("echo", "printf")  # their words are no paths
-# Programs that read whatever lies below a folder -> options that make them do so; "" for always.
-_DEEP_READERS = {
-    "grep": r"-\w*[rR]|--(dereference-)?recursive", "egrep": r"-\w*[rR]", "fgrep": r"-\w*[rR]",
-    "rg": "", "ag": "", "ack": "", "tar": "", "rsync": "", "zip": r"-\w*r|--recurse",
-    "cp": r"-\w*[rRa]|--recursive|--archive", "scp": r"-\w*r", "diff": r"-\w*r|--recursive",
-}  # fmt: skip
-MAX_LOOKED_AT = (
-    50_000  # entries below a folder, for a file that must not be read; more count as one
-)
-_SEARCHERS = ("grep", "egrep", "fgrep", "rg", "ag", "ack")  # their first word is none
 # Programs whose first argument says what they do, so that "always" should keep it.
 _SUBCOMMANDS = frozenset({
     "git", "npm", "pnpm", "yarn", "cargo", "go", "make", "docker", "pip", "uv", "poetry", "kubectl",
     "apt", "apt-get", "brew", "systemctl", "gh", "dotnet", "mvn", "gradle", "bundle", "rails",
 })  # fmt: skip
+# Entries below a folder, for a file that must not be read; more count as one.
+MAX_LOOKED_AT = 50_000
 MAX_DIRECTORIES = 64  # of one line, in which its commands may run
-MAX_ALTERNATIVES = 64  # of one word with braces
-_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 # Programs that can do anything: "always" keeps all of their arguments.
 _ANYTHING = INTERPRETERS | RIGHTS | {"ssh", "env", "xargs", "find", "awk", "sed", "rm", "curl"}
 
@@ -225,7 +212,7 @@ class Policy:
 
     def _reads(self, command: SimpleCommand, where: Sequence[str]) -> bool:
         """Return whether a command only reads, and only in the project."""
-        return is_read_only(command) and self._are_open(_paths_in(command), where)
+        return is_read_only(command) and self._are_open(paths_in(command), where)
 
     def _is_allowed(
         self, command: SimpleCommand, allow: Sequence[Rule], where: Sequence[str]
@@ -266,7 +253,7 @@ class Policy:
             paths = [one.target.text for one in command.redirects if one.writes] if writes else []
             if reads or (writes and not is_read_only(command)):
                 paths += [one.target.text for one in command.redirects if one.operator != "<<"]
-                paths += [part for text in command.texts[1:] for part in _path_parts(text)]
+                paths += [part for text in command.texts[1:] for part in path_parts(text)]
             if any(self._fits(rule, path, where) for path in paths):
                 return True
         return False
@@ -279,10 +266,10 @@ class Policy:
             return True
         for command in line.commands:
             patterns = [word.text for word in command.words[1:] if word.has_pattern]
-            folders = _read_below(command) if rule.names("read_file") and self._is_here else []
+            folders = read_below(command) if rule.names("read_file") and self._is_here else []
             for one in where:
                 places = [absolute(text, one, self._home) for text in patterns]
-                if any(_may_lead_to(rule, place, self._root) for place in places):
+                if any(may_lead_to(rule, place, self._root) for place in places):
                     return True
                 if any(self._holds(rule, absolute(text, one, self._home)) for text in folders):
                     return True
@@ -377,80 +364,6 @@ def _fit(rule: Rule, line: Line) -> Fit:
     if line.problems:
         fits.append(Fit.MAYBE)
     return max(fits, default=Fit.NO)
-
-
-def _paths_in(command: SimpleCommand) -> list[str]:
-    """Return what of a command may be a path to read."""
-    found = [one.target.text for one in command.redirects if one.operator == "<"]
-    words = list(command.texts[1:])
-    if command.name in _SPEAKERS:
-        words = []
-    elif command.name in _SEARCHERS and not any(re.match(r"--|-\w*[ef]", word) for word in words):
-        plain = [word for word in words if not word.startswith("-")]
-        if plain:
-            words.remove(plain[0])  # what is looked for
-    return found + [part for text in words for part in _path_parts(text)]
-
-
-def _read_below(command: SimpleCommand) -> list[str]:
-    """Return the folders all of whose files a command reads."""
-    options = _DEEP_READERS.get(base_name(command))
-    words = [text for text in command.texts[1:] if text.startswith("-")]
-    if options is None or not (options == "" or any(re.match(options, word) for word in words)):
-        return []
-    plain = [text for text in command.texts[1:] if not text.startswith("-")]
-    is_search = base_name(command) in _SEARCHERS
-    if is_search and not any(re.match(r"--(regexp|file)|-\w*[ef]", word) for word in words):
-        plain = plain[1:]  # what is looked for
-    return plain or ["."]
-
-
-def _may_lead_to(rule: Rule, pattern: str, root: str) -> bool:
-    """Return whether the names that the shell puts in place of a pattern may fit a rule.
-
-    Args:
-      rule: on files.
-      pattern: with its folder, as an absolute path.
-      root: directory of the project.
-    """
-    wanted = rule.pattern.removeprefix("./").rstrip("/")
-    last = posixpath.basename(wanted.rstrip("/*"))
-    if "/" not in wanted:
-        return fnmatch.fnmatchcase(last, posixpath.basename(pattern))
-    parts = absolute(wanted, root, "/~").split("/")
-    given = pattern.split("/")
-    fixed = next((place for place, one in enumerate(parts) if "*" in one), len(parts))
-    if len(given) < fixed + (fixed < len(parts)):
-        return False
-    return all(map(fnmatch.fnmatchcase, parts[:fixed], given))
-
-
-def _alternatives(text: str) -> list[str]:
-    """Return what the shell makes of braces, such as {a,b}."""
-    found = [text]
-    while len(found) < MAX_ALTERNATIVES:
-        place, match = next(
-            ((at, m) for at, one in enumerate(found) if (m := _BRACES.search(one))), (0, None)
-        )
-        if match is None:
-            return found
-        before, after = found[place][: match.start()], found[place][match.end() :]
-        found[place : place + 1] = [f"{before}{one}{after}" for one in match[1].split(",")]
-    return ["/"]  # too many to be looked at: it may be any path
-
-
-def _path_parts(text: str) -> list[str]:
-    """Return what of an argument may be a path: all of it, or the value of an option."""
-    return [part for one in _alternatives(text) for part in _plain_parts(one)]
-
-
-def _plain_parts(text: str) -> list[str]:
-    parts = [text]
-    if text.startswith("-"):
-        parts = [text[2:]] if not text.startswith("--") and len(text) > 2 else []
-    if "=" in text:
-        parts.append(text.partition("=")[2])
-    return [part for part in parts if part]
 
 
 def _host(arguments: Mapping[str, Any]) -> str:
