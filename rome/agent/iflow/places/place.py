@@ -99,7 +99,7 @@ async def open_place(
             await sandbox.unpack(".", _pieces(files))
         else:
             await sandbox.upload(directory, ".")
-            await _leave_out(sandbox, directory, hides)
+        await _leave_out(sandbox, directory, hides)
     except (OSError, SandboxError) as error:
         with contextlib.suppress(OSError, SandboxError):
             await sandbox.stop()

@@ -87,7 +87,7 @@ class SandboxWorkspace:
                 try:
                     result = await session.run(command, timeout)
                     session.on_output = None
-                    await self._note_directory()
+                    await self._note_directory(session, result)
                 except asyncio.CancelledError:
                     # When the shell would be ready again is not known.
                     self._was_cancelled = True
@@ -276,11 +276,22 @@ class SandboxWorkspace:
             self._session = session
         return self._session
 
-    async def _note_directory(self) -> None:
+    async def _note_directory(self, session: Session, result: CommandResult) -> None:
         """Note where the shell is: the rules judge the next command's paths from there."""
-        # Not by the shell itself, whose status and traces are the agent's.
-        result = await self._sandbox.execute(f"readlink /proc/{self._pid}/cwd", FILE_SECONDS)
-        self.directory = result.stdout.removesuffix("\n") or self.root
+        if session.ended:
+            return
+        try:
+            # Not by the shell itself, whose status and traces are the agent's.
+            asked = f"cd -P /proc/{self._pid}/cwd && pwd"
+            found = await self._sandbox.execute(asked, FILE_SECONDS)
+            if found.exit_code != 0:  # some tiers do not show it to others
+                asked = f"\\builtin pwd -P; (\\builtin exit {result.exit_code or 0})"
+                found = await session.run(asked, FILE_SECONDS)
+        except SandboxError:  # the command's own result is worth more
+            await self._leave_shell()
+            return
+        lines = found.stdout.splitlines()[::-1]  # traces of the shell may stand around it
+        self.directory = next((line for line in lines if line.startswith("/")), self.root)
 
     async def _leave_shell(self) -> None:
         session = self._session
