@@ -46,7 +46,7 @@ from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import Workspace
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult
 from rome.agent.messages import Message
 from rome.data.tree import Edge
 
@@ -114,7 +114,7 @@ class Town:
         return f"RESULT {codes} {self.number} {self.word}"
 
 
-class Visit(BaseTool):
+class Visit(Tool):
     """Visits a house."""
 
     name: ClassVar[str] = "visit"
@@ -143,7 +143,7 @@ class Visit(BaseTool):
         return ToolResult(f"{before}\n{fact}\n{after_it}")
 
 
-class Count(BaseTool):
+class Count(Tool):
     """Starts the count in the background, or returns its result."""
 
     name: ClassVar[str] = "count"
@@ -166,7 +166,7 @@ class Count(BaseTool):
         return ToolResult(f"the count is {self._town.number}")
 
 
-class Todo(BaseTool):
+class Todo(Tool):
     """Keeps the list of what is to do."""
 
     name: ClassVar[str] = "todo"
@@ -183,7 +183,7 @@ class Todo(BaseTool):
         return ToolResult("noted")
 
 
-class Search(BaseTool):
+class Search(Tool):
     """Returns the lines of a kept file that have a word."""
 
     name: ClassVar[str] = "search"

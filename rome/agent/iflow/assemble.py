@@ -28,7 +28,6 @@ from rome.agent.iflow.models.endpoint_model import EndpointModel
 from rome.agent.iflow.models.engine_model import EngineModel
 from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.options import Options
-from rome.agent.iflow.places.checkpoint import Checkpoints
 from rome.agent.iflow.places.place import Place, open_place
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.prompts import surroundings, system_text
@@ -174,7 +173,7 @@ class _Builder:
                 instructions=self._instructions.opening(),
                 skills=describe_skills(self._skills.values()),
             ),
-            checkpoints=Checkpoints(workspace) if self._settings.checkpointing else None,
+            has_checkpoints=self._settings.checkpointing,
             session=self._session.id,
             session_folder=str(self._session.folder),
             mode=self._options.mode,

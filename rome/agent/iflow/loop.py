@@ -155,11 +155,11 @@ class Agent(Parts):
         if to not in [request.number for request in self.conversation.requests]:
             raise AgentError(f"event {to} is no message of the user in this conversation")
         if files:
-            if self.checkpoints is None:
+            if not self.has_checkpoints:
                 raise AgentError("this session keeps no checkpoints; rewind the conversation only")
             checkpoint = self.conversation.checkpoint_of(to)
             if checkpoint:
-                await self.checkpoints.restore(checkpoint)
+                await self.workspace.restore(checkpoint)
         self.log.append(events.Rewound(to=to, conversation=conversation, files=files))
 
     async def compact(self, focus: str = "") -> None:

@@ -44,7 +44,20 @@ class SessionOpener:
         servers: Sequence[McpServer] = (),
         wrap: Callable[[Workspace], Workspace] | None = None,
     ) -> InterfaceSession:
-        """Open a session; see `interfaces.Opener.open`."""
+        """Open a session whose desk is attended.
+
+        Args:
+          directory: where it works.
+          resume: id of a session to go on with; "" for a new one.
+          is_fork: whether a copy of that session goes on, and itself stays as it is.
+          servers: of MCP, besides those of the settings.
+          wrap: is given the workspace and returns the one that is to be used.
+
+        Raises:
+          ValueError: there is no such session, or settings or directory are wrong.
+          ModelError: the endpoint is not there.
+          WorkspaceError: the place where tools work is not there.
+        """
         if not pathlib.Path(directory).is_dir():
             raise ValueError(f"{directory} is no directory")
         store = self._store(directory)

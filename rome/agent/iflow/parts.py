@@ -17,7 +17,6 @@ from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.inbox import Inbox
 from rome.agent.iflow.limits import Limits, Spent
 from rome.agent.iflow.models.model import Model
-from rome.agent.iflow.places.checkpoint import Checkpoints
 from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.specs.hooks import HookOutcome, Hooks
 from rome.agent.iflow.tools.base import Tool, ToolResult, schema_of
@@ -53,7 +52,7 @@ class Parts:
       hooks: of the user.
       context: keeps the context within its limit; None leaves it as it is.
       supervisor: judges each call; None for none.
-      checkpoints: of the files, for rewinds; None for none.
+      has_checkpoints: whether the files can be rewound.
       environment: a task that answers in the user's place; None for none.
       limits: of one turn.
       spent: counts what this agent and others use together; None counts this one alone.
@@ -80,7 +79,7 @@ class Parts:
     hooks: Hooks = dataclasses.field(default_factory=Hooks)
     context: ContextManager | None = None
     supervisor: Supervisor | None = None
-    checkpoints: Checkpoints | None = None
+    has_checkpoints: bool = False
     environment: Environment | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
     spent: Spent | None = None

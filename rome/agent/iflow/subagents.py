@@ -22,16 +22,7 @@ from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.places.output import shorten
 from rome.agent.iflow.specs.agent_specs import AgentSpec
-from rome.agent.iflow.tools.base import (
-    Access,
-    BaseTool,
-    Tool,
-    ToolContext,
-    ToolError,
-    ToolResult,
-    of,
-    takes,
-)
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 
 MAX_DEPTH = 2  # agents below the main one
 MAX_PARALLEL = 4
@@ -60,7 +51,7 @@ class Birth:
     depth: int
 
 
-class TaskTool(BaseTool):
+class TaskTool(Tool):
     """Gives a task to a sub-agent.
 
     Args:

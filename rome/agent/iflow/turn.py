@@ -160,11 +160,11 @@ class Turn:
 
     async def _take_checkpoint(self) -> None:
         """Keep the files before the first change of the turn."""
-        if self._parts.checkpoints is None or self._has_checkpoint:
+        if not self._parts.has_checkpoints or self._has_checkpoint:
             return
         self._has_checkpoint = True
         try:
-            checkpoint = await self._parts.checkpoints.take()
+            checkpoint = await self._parts.workspace.snapshot()
         except (WorkspaceError, OSError) as error:
             text = f"no checkpoint was taken, so the files of this turn cannot be rewound: {error}"
             self._log.append(events.Notice(text=text, level="warning"))

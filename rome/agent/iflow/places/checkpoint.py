@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -15,7 +14,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+from rome.agent.iflow.places.workspace import WorkspaceError
 
 GIT_DATA = "git-data"  # of a repository below, in the folder of its shadow
 GIT_SECONDS = 300.0  # for one command of git
@@ -37,36 +36,6 @@ _SETTINGS = {
 }
 _EXCLUDED = b"\n/.iflow/worktrees/\n"  # where other agents may be at work
 _ATTRIBUTES = "* -text -eol -filter -ident -working-tree-encoding -crlf -diff -merge\n"
-
-
-class Checkpoints:
-    """The states of the files that a session can go back to.
-
-    Args:
-      workspace: whose files they are.
-    """
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._turn = asyncio.Lock()
-
-    async def take(self) -> str:
-        """Keep the files as they are and return the checkpoint's name.
-
-        Raises:
-          WorkspaceError: they could not be kept.
-        """
-        async with self._turn:
-            return await self._workspace.snapshot()
-
-    async def restore(self, checkpoint: str) -> None:
-        """Bring the files back.
-
-        Raises:
-          WorkspaceError: there is no such checkpoint, or a file could not be written.
-        """
-        async with self._turn:
-            await self._workspace.restore(checkpoint)
 
 
 class ShadowRepository:

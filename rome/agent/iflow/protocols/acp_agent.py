@@ -16,7 +16,8 @@ from acp import schema as protocol
 from rome.agent.iflow import events
 from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
-from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
+from rome.agent.iflow.interfaces import MODES, InterfaceSession
+from rome.agent.iflow.opening import SessionOpener
 from rome.agent.iflow.protocols.acp_editor import EditorFiles
 from rome.agent.iflow.protocols.acp_forms import (
     ALLOW,
@@ -61,7 +62,7 @@ class ProtocolAgent:
       opener: opens sessions.
     """
 
-    def __init__(self, opener: Opener) -> None:
+    def __init__(self, opener: SessionOpener) -> None:
         self._opener = opener
         self._client: Any = None
         self._can = protocol.ClientCapabilities()
@@ -368,7 +369,7 @@ class ProtocolAgent:
             task.cancel()
 
 
-async def serve(opener: Opener) -> None:
+async def serve(opener: SessionOpener) -> None:
     """Serve one client on standard input and output, until it closes them."""
     agent = ProtocolAgent(opener)
     try:

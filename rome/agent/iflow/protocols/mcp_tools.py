@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from envs.gem.tools.mcp_connection import MCPConnection, MCPServerError
 from rome.agent.iflow.places import output
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult
 
 MAX_NAME = 64  # characters of a tool's name that endpoints take
 MAX_DESCRIPTION = 8_000
@@ -56,7 +56,7 @@ class Server:
     listed_at: float = 0.0
 
 
-class ServerTool(BaseTool):
+class ServerTool(Tool):
     """A tool of a server.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rome.agent.iflow.events import ModeChanged
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 APPROVE = "Carry it out, and ask before changes"
 APPROVE_EDITS = "Carry it out, and let edits pass"
@@ -14,7 +14,7 @@ REJECT = "Go on planning"
 MAX_CHOICES = 8
 
 
-class AskUserTool(BaseTool):
+class AskUserTool(Tool):
     """Asks a question."""
 
     name = "ask_user"
@@ -37,7 +37,7 @@ class AskUserTool(BaseTool):
         return ToolResult(f"The user answers: {answer}")
 
 
-class ExitPlanModeTool(BaseTool):
+class ExitPlanModeTool(Tool):
     """Ends the mode in which nothing is changed, once the user agrees to a plan."""
 
     name = "exit_plan_mode"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
+from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.events import TodoItem, ToolCall, ToolFinished
 from rome.agent.iflow.places.workspace import Workspace
 
@@ -40,13 +41,6 @@ class ToolResult:
         return ToolFinished(call_id=call_id, seconds=round(seconds, 3), **values)
 
 
-class Asker(Protocol):
-    """Asks the user, by whatever interface there is."""
-
-    async def question(self, question: str, choices: Sequence[str] = ()) -> str:
-        """Return the user's answer; "" where nobody can answer."""
-
-
 @dataclasses.dataclass
 class ToolContext:
     """What a running call may use.
@@ -67,7 +61,7 @@ class ToolContext:
     call: ToolCall
     workspace: Workspace
     emit: Callable[[Any], Any]
-    asker: Asker
+    asker: Desk
     session_folder: str
     todo: tuple[TodoItem, ...] = ()
     mode: str = "default"
@@ -75,48 +69,16 @@ class ToolContext:
     is_denied: Callable[[str], bool] = lambda path: False
 
 
-class Tool(Protocol):
-    """A tool that the model may call.
+class Tool:
+    """A tool that the model may call, to derive from.
 
     Attributes:
       name: as the model calls it.
       description: for the model.
       parameters: JSON schema of its arguments, an object.
       is_parallel: whether calls of it may run beside others: it changes nothing that they read.
+      accesses: what a call may touch, unless `access` says more.
     """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def parameters(self) -> Mapping[str, Any]: ...
-    @property
-    def is_parallel(self) -> bool: ...
-
-    def access(self, arguments: Mapping[str, Any]) -> Access:
-        """Return what a call with these arguments may touch, at most."""
-
-    def paths(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the files that such a call names, for rules on paths."""
-
-    def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people: what such a call does."""
-
-    async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
-        """Return the diff that such a call would make; "" where it makes none."""
-
-    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Run a call.
-
-        Raises:
-          ToolError: it failed, as the model is told.
-          WorkspaceError: the place failed.
-        """
-
-
-class BaseTool:
-    """Defaults of `Tool`, to derive from."""
 
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
@@ -125,24 +87,29 @@ class BaseTool:
     accesses: ClassVar[Access] = "none"
 
     def access(self, arguments: Mapping[str, Any]) -> Access:
-        """Return what a call may touch, at most."""
+        """Return what a call with these arguments may touch, at most."""
         return self.accesses
 
     def paths(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the files that a call names."""
+        """Return the files that such a call names, for rules on paths."""
         path = arguments.get("path", "")
         return (path,) if isinstance(path, str) and path else ()
 
     def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
+        """Return one line for people: what such a call does."""
         return " ".join([self.name, *self.paths(arguments)])
 
     async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
-        """Return the diff that a call would make; this one makes none."""
+        """Return the diff that such a call would make; "" where it makes none."""
         return ""
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Run a call."""
+        """Run a call.
+
+        Raises:
+          ToolError: it failed, as the model is told.
+          WorkspaceError: the place failed.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not run")
 
 

@@ -7,15 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import (
-    Access,
-    BaseTool,
-    ToolContext,
-    ToolError,
-    ToolResult,
-    of,
-    takes,
-)
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.matching import apply_edit
 from rome.agent.iflow.tools.text import Text, key_of, read_text, unified_diff, write_text
 
@@ -35,7 +27,7 @@ class _Plan:
     notes: tuple[str, ...]
 
 
-class EditTool(BaseTool):
+class EditTool(Tool):
     """Replaces a piece of text."""
 
     name = "edit"

@@ -8,15 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import (
-    Access,
-    BaseTool,
-    ToolContext,
-    ToolError,
-    ToolResult,
-    of,
-    takes,
-)
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.text import (
     MAX_FILE_BYTES,
     Text,
@@ -37,7 +29,7 @@ SECONDS = 30.0
 _PATH = of("string", "File, relative to the project or absolute.")
 
 
-class ReadFileTool(BaseTool):
+class ReadFileTool(Tool):
     """Shows lines of a text file."""
 
     name = "read_file"
@@ -88,7 +80,7 @@ class ReadFileTool(BaseTool):
         return f"{shown}\n[{path} has {size} bytes; continue with offset {following}, or search it]"
 
 
-class WriteFileTool(BaseTool):
+class WriteFileTool(Tool):
     """Writes a file whole."""
 
     name = "write_file"
@@ -128,7 +120,7 @@ class WriteFileTool(BaseTool):
         return before, after
 
 
-class ListDirectoryTool(BaseTool):
+class ListDirectoryTool(Tool):
     """Lists a folder."""
 
     name = "list_directory"

@@ -7,15 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rome.agent.iflow.tools.base import (
-    Access,
-    BaseTool,
-    ToolContext,
-    ToolError,
-    ToolResult,
-    of,
-    takes,
-)
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.text import (
     MAX_FILE_BYTES,
     Text,
@@ -29,7 +21,7 @@ MAX_CHARACTERS = 2000  # of one fact
 PROJECT_FILES = ("AGENTS.md", "IFLOW.md", "CLAUDE.md")
 
 
-class SaveMemoryTool(BaseTool):
+class SaveMemoryTool(Tool):
     """Adds a fact to the user's or to the project's instructions.
 
     Args:

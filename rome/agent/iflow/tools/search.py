@@ -6,15 +6,7 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rome.agent.iflow.tools.base import (
-    Access,
-    BaseTool,
-    ToolContext,
-    ToolError,
-    ToolResult,
-    of,
-    takes,
-)
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.walking import find_files, find_lines
 
 MAX_FILES = 500
@@ -25,7 +17,7 @@ MAX_CONTEXT = 20
 _PATH = of("string", "Folder or file to look in; default the project.")
 
 
-class GlobTool(BaseTool):
+class GlobTool(Tool):
     """Finds files by name."""
 
     name = "glob"
@@ -55,7 +47,7 @@ class GlobTool(BaseTool):
         return ToolResult("\n".join(lines) or f"no file fits {pattern}")
 
 
-class SearchTool(BaseTool):
+class SearchTool(Tool):
     """Finds lines by a regular expression."""
 
     name = "search"

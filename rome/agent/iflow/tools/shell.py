@@ -12,15 +12,7 @@ from rome.agent.iflow.events import JobFinished, JobStarted, ToolOutput
 from rome.agent.iflow.places.jobs import BackgroundJob
 from rome.agent.iflow.places.output import LiveOutput
 from rome.agent.iflow.places.workspace import CommandOutput
-from rome.agent.iflow.tools.base import (
-    Access,
-    BaseTool,
-    ToolContext,
-    ToolError,
-    ToolResult,
-    of,
-    takes,
-)
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 
 DEFAULT_SECONDS = 120.0
 MAX_SECONDS = 600.0
@@ -28,7 +20,7 @@ MAX_WAIT = 60.0
 _JOB = of("string", "Id of the job.")
 
 
-class ShellTool(BaseTool):
+class ShellTool(Tool):
     """Runs a command.
 
     Args:
@@ -102,7 +94,7 @@ class ShellTool(BaseTool):
         )
 
 
-class ShellOutputTool(BaseTool):
+class ShellOutputTool(Tool):
     """Shows what a job wrote."""
 
     name = "shell_output"
@@ -128,7 +120,7 @@ class ShellOutputTool(BaseTool):
         return ToolResult(f"{output}\n{status}" if output else f"(no new output)\n{status}")
 
 
-class ShellKillTool(BaseTool):
+class ShellKillTool(Tool):
     """Ends a job."""
 
     name = "shell_kill"
@@ -144,7 +136,7 @@ class ShellKillTool(BaseTool):
         return ToolResult(f"job {job.id} was ended")
 
 
-class ShellListTool(BaseTool):
+class ShellListTool(Tool):
     """Lists the jobs."""
 
     name = "shell_list"

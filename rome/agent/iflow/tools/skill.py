@@ -10,13 +10,13 @@ from rome.agent.iflow.events import SkillLoaded
 from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.specs.skills import Skill
 from rome.agent.iflow.specs.spec_files import SpecError
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 MAX_FILES = 100
 MAX_BYTES = 2 << 20  # of a skill's files together
 
 
-class SkillTool(BaseTool):
+class SkillTool(Tool):
     """Loads a skill.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rome.agent.iflow.events import TodoChanged, TodoItem
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 Status = Literal["pending", "in_progress", "done"]
 _STATUSES: Mapping[str, Status] = {
@@ -18,7 +18,7 @@ _STATUSES: Mapping[str, Status] = {
 _MARKS: Mapping[Status, str] = {"pending": "[ ]", "in_progress": "[>]", "done": "[x]"}
 
 
-class TodoTool(BaseTool):
+class TodoTool(Tool):
     """Replaces the list, or shows it."""
 
     name = "todo"

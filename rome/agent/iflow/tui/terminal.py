@@ -16,8 +16,9 @@ from rich.console import Console
 
 from rome.agent.iflow import events
 from rome.agent.iflow.events import Event
-from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
+from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.loop import AgentError
+from rome.agent.iflow.opening import SessionOpener
 from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.tui.keyboard import (
@@ -79,7 +80,7 @@ class Terminal:
 
     def __init__(
         self,
-        opener: Opener,
+        opener: SessionOpener,
         session: InterfaceSession,
         directory: str,
         actions: Mapping[str, Action],

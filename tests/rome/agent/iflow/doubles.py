@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from rome.agent.iflow.events import AssistantMessage, SupervisorJudged, ToolCall, Usage
 from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult
 from rome.agent.messages import Message
 
 Step = str | AssistantMessage | Exception | Callable[[Sequence[Message]], Any]
@@ -73,14 +73,25 @@ class ScriptedModel:
 
 
 class Folder:
-    """A workspace that only has a name; tools of these tests do not touch it."""
+    """A workspace that only has a name; its snapshots only count. Tools here do not touch it."""
 
     root = "/project"
     directory = "/project"
     is_isolated = True
 
+    def __init__(self) -> None:
+        self.taken = 0
+        self.restored: list[str] = []
 
-class Note(BaseTool):
+    async def snapshot(self) -> str:
+        self.taken += 1
+        return f"checkpoint {self.taken}"
+
+    async def restore(self, snapshot) -> None:
+        self.restored.append(snapshot)
+
+
+class Note(Tool):
     """Records what it is called with; `wait` seconds pass meanwhile."""
 
     name: ClassVar[str] = "note"
@@ -117,7 +128,7 @@ class Note(BaseTool):
         return ToolResult(f"noted {text}", ends_turn=text == "the end")
 
 
-class Stubborn(BaseTool):
+class Stubborn(Tool):
     """A tool that ignores that it is cancelled."""
 
     name: ClassVar[str] = "stubborn"
@@ -190,21 +201,6 @@ class Judge:
 
     async def observe(self, tool, arguments, result) -> SupervisorJudged:
         return SupervisorJudged(verdict="pass")
-
-
-class Snapshots:
-    """Checkpoints that only count."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.restored: list[str] = []
-
-    async def take(self) -> str:
-        self.taken += 1
-        return f"checkpoint {self.taken}"
-
-    async def restore(self, checkpoint) -> None:
-        self.restored.append(checkpoint)
 
 
 class Shortener:

@@ -41,8 +41,8 @@ from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import CommandOutput, WorkspaceError
 from rome.agent.iflow.protocols.mcp_client import MCPServers
 from rome.agent.iflow.sessions import SessionInfo, SessionUnavailable
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
-from tests.rome.agent.iflow.doubles import Said, Shortener, Snapshots
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult
+from tests.rome.agent.iflow.doubles import Folder, Said, Shortener
 
 
 class Obedient:
@@ -114,12 +114,13 @@ async def _fail(words, reasoning, on_text):
 _ORDERS = {"say": _say, "call": _call, "slow": _slow, "wait": _wait, "fail": _fail, "think": None}
 
 
-class Directory:
+class Directory(Folder):
     """A workspace in a directory of this machine."""
 
     is_isolated = False
 
     def __init__(self, root):
+        super().__init__()
         self.root = self.directory = str(root)
 
     async def read(self, path, limit=4 << 20):
@@ -138,7 +139,7 @@ class Directory:
         return CommandOutput(run.stdout + run.stderr, run.returncode)
 
 
-class Write(BaseTool):
+class Write(Tool):
     """Writes a file."""
 
     name: ClassVar[str] = "write_file"
@@ -167,7 +168,7 @@ class Write(BaseTool):
         return ToolResult("written", changed=(arguments["path"],), diff=diff)
 
 
-class Shell(BaseTool):
+class Shell(Tool):
     """Runs a command."""
 
     name: ClassVar[str] = "shell"
@@ -188,7 +189,7 @@ class Shell(BaseTool):
         return ToolResult(done.output, status, exit_code=done.exit_code)
 
 
-class Todo(BaseTool):
+class Todo(Tool):
     """Keeps the list; the first item is begun."""
 
     name: ClassVar[str] = "todo"
@@ -205,7 +206,7 @@ class Todo(BaseTool):
         return ToolResult("noted")
 
 
-class Ask(BaseTool):
+class Ask(Tool):
     """Asks the user."""
 
     name: ClassVar[str] = "ask_user"
@@ -255,7 +256,6 @@ class FolderOpener:
     def __init__(self, folder, **more):
         self.folder = pathlib.Path(folder)
         self.more = more
-        self.checkpoints = Snapshots()
 
     async def open(self, directory, *, resume="", is_fork=False, servers=(), wrap=None):
         if not os.path.isdir(directory):
@@ -283,7 +283,7 @@ class FolderOpener:
             policy=Cautious(),
             session=session,
             context=Shortener(),
-            checkpoints=self.checkpoints,
+            has_checkpoints=True,
             system="Obey.",
             desk=Desk(log, is_attended=True),
             session_folder=str(path.parent),

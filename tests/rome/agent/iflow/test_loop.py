@@ -24,7 +24,6 @@ from tests.rome.agent.iflow.doubles import (
     Said,
     ScriptedModel,
     Shortener,
-    Snapshots,
     Stubborn,
     calls,
 )
@@ -498,10 +497,10 @@ def test_plan_mode_is_told_once_and_the_policy_knows_every_change():
 
 def test_a_rewind_takes_back_what_was_said_and_done():
     async def steps():
-        files = Snapshots()
         write = Note("write", access="write")
         two = calls(("write", {"text": "a"}), ("write", {"text": "b"}))
-        agent, model = make("zero", two, "one", "two", "three", tools=[write], checkpoints=files)
+        agent, model = make("zero", two, "one", "two", "three", tools=[write], has_checkpoints=True)
+        files = agent.workspace
         for text in ("first", "second", "third"):
             await agent.run(text)
         assert files.taken == 1, "one before the first change of a turn"

@@ -6,11 +6,11 @@ import pytest
 
 from rome.agent.iflow.approval.policy import Policy
 from rome.agent.iflow.approval.rules import parse_rule
-from rome.agent.iflow.tools.base import BaseTool
+from rome.agent.iflow.tools.base import Tool
 
 
-def tool(name: str, access: str) -> BaseTool:
-    return type(name, (BaseTool,), {"name": name, "accesses": access})()
+def tool(name: str, access: str) -> Tool:
+    return type(name, (Tool,), {"name": name, "accesses": access})()
 
 
 SHELL = tool("shell", "execute")
