@@ -28,7 +28,7 @@ from rome.agent.iflow.models.endpoint_model import EndpointModel
 from rome.agent.iflow.models.engine_model import EngineModel
 from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.options import Options
-from rome.agent.iflow.places.place import Place, open_place
+from rome.agent.iflow.places.place import open_place
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.prompts import surroundings, system_text
 from rome.agent.iflow.protocols.mcp_client import MCPServers
@@ -86,7 +86,7 @@ async def assemble(
         await model.aclose()
         raise
     if wrap is not None:
-        place.workspace = wrap(place.workspace)
+        place = wrap(place)
     user = home or pathlib.Path.home()
     configs = (*settings.mcp_servers.values(), *options.servers)
     servers = MCPServers(
@@ -128,7 +128,7 @@ class _Builder:
         options: Options,
         settings: Settings,
         session: OpenSession,
-        place: Place,
+        place: Workspace,
         servers: MCPServers,
         model: Model,
         projects: Projects,
@@ -150,7 +150,7 @@ class _Builder:
         names = settings.context_files or FILE_NAMES
         self._instructions = Instructions(root_of(project, home), project, where, names)
         self._problems = [*skill_problems, *spec_problems, *command_problems]
-        self._policy = make_policy(options, settings, place.workspace, session.folder, projects)
+        self._policy = make_policy(options, settings, place, session.folder, projects)
         self._desk = Desk(session.log, is_attended=is_attended)
         self._hooks = Hooks(settings.hooks, str(project))
         self._supervisor = self._make_supervisor()
@@ -160,7 +160,7 @@ class _Builder:
 
     def build(self) -> InterfaceSession:
         """Return the agent with what is around it."""
-        workspace = self._place.workspace
+        workspace = self._place
         model = self._models[0]
         agent = self._agent = self._make_agent(
             model,
@@ -241,7 +241,7 @@ class _Builder:
         Its shell is its own: several sub-agents work at once, and none moves another's directory.
         """
         spec = birth.spec
-        workspace = self._place.workspace.beside()
+        workspace = self._place.beside()
         tools = [tool for tool in tools_for(spec, self._make_tools()) if tool.name not in NOT_BELOW]
         around = surroundings(workspace.root, workspace.is_isolated)
         model = self._models[0]
@@ -322,7 +322,7 @@ class _Builder:
         if given is None:
             return None
         hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
-        workspace = self._place.workspace
+        workspace = self._place
         return make_supervisor(
             dataclasses.replace(given, hosts=(*given.hosts, *hosts)),
             root=workspace.root,
@@ -335,7 +335,7 @@ class _Builder:
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""
         content = text.encode("utf-8", "surrogatepass")
-        workspace = self._place.workspace
+        workspace = self._place
         folder = f"{session_folder}/outputs"
         if workspace.is_isolated:  # agents of one sandbox have a folder each
             folder = f"{workspace.outputs}/{pathlib.PurePath(session_folder).name}"
@@ -345,7 +345,7 @@ class _Builder:
 
     def _follow_folders(self, agent: Agent) -> None:
         """Tell the agent the instructions of folders whose files it touches."""
-        root = self._place.workspace.root
+        root = self._place.root
 
         def on_event(event: events.Event) -> None:
             if not isinstance(event, events.ToolStarted):

@@ -151,13 +151,13 @@ async def tool_server(
             hides=hides(options, settings),
         )
         try:
-            policy = make_policy(options, settings, place.workspace, pathlib.Path(folder), projects)
+            policy = make_policy(options, settings, place, pathlib.Path(folder), projects)
             tools = standard_tools(
                 has_web=options.has_web,
                 shell_seconds=settings.shell_timeout,
                 user_memory=home and home / ".iflow" / "IFLOW.md",
             )
             wanted = {tool.name: tool for tool in tools if is_wanted(tool.name, options, settings)}
-            yield ToolServer(wanted, place.workspace, policy, folder)
+            yield ToolServer(wanted, place, policy, folder)
         finally:
             await place.aclose()

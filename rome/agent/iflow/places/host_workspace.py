@@ -214,6 +214,9 @@ class HostWorkspace:
         other._turn = asyncio.Lock()
         return other
 
+    async def keep(self) -> None:
+        """Do nothing: the files are where they were."""
+
     async def aclose(self) -> None:
         """End the shell and all jobs."""
         await self._leave_shell()

@@ -19,50 +19,6 @@ HIDDEN = ".iflow-hidden"  # in the sandbox, for a moment: the names of what is l
 REMOVE_SECONDS = 60.0
 
 
-class Place:
-    """Where a session works.
-
-    Attributes:
-      workspace: for the tools.
-      files: archive where `keep` leaves the files of a sandbox; None on the host.
-    """
-
-    def __init__(
-        self,
-        workspace: Workspace,
-        sandbox: Sandbox | None = None,
-        files: pathlib.Path | None = None,
-    ) -> None:
-        self.workspace = workspace
-        self.files = files
-        self._sandbox = sandbox
-
-    async def keep(self) -> None:
-        """Copy the files of a sandbox to this machine, so that the session can be resumed.
-
-        Raises:
-          WorkspaceError: they could not be copied.
-        """
-        if self._sandbox is None or self.files is None:
-            return
-        new = self.files.with_suffix(".new")
-        try:
-            with open(new, "wb") as archive:
-                async for piece in self._sandbox.pack("."):
-                    archive.write(piece)
-            os.replace(new, self.files)
-        except (OSError, SandboxError) as error:
-            raise WorkspaceError(
-                f"the files of the sandbox were not kept: {error}", is_infrastructure=True
-            ) from error
-
-    async def aclose(self) -> None:
-        """End what runs there; a sandbox is deleted."""
-        await self.workspace.aclose()
-        if self._sandbox is not None:
-            await self._sandbox.stop()
-
-
 async def open_place(
     kind: Kind,
     directory: pathlib.Path,
@@ -70,8 +26,8 @@ async def open_place(
     *,
     egress: Sequence[str] = (),
     hides: Callable[[str], bool] = lambda path: False,
-) -> Place:
-    """Open the place of a session.
+) -> Workspace:
+    """Open the place of a session; it is closed with `aclose`.
 
     Args:
       kind: "host" works in `directory` itself, "sandbox" in a copy of it.
@@ -88,7 +44,7 @@ async def open_place(
     from rome.agent.iflow.places.sandbox_workspace import SandboxWorkspace
 
     if kind == "host":
-        return Place(HostWorkspace(str(directory), str(session_folder)))
+        return HostWorkspace(str(directory), str(session_folder))
     if not directory.is_dir():
         raise WorkspaceError(f"{directory} is no directory; name one to work in")
     sandbox = Sandbox(_config(egress))
@@ -107,7 +63,7 @@ async def open_place(
             f"no sandbox with the files of {directory}: {error}. --workspace=host needs none",
             is_infrastructure=True,
         ) from error
-    return Place(SandboxWorkspace(sandbox), sandbox, files)
+    return SandboxWorkspace(sandbox, kept=files)
 
 
 async def _leave_out(

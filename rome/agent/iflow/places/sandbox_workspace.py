@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import itertools
+import os
 import pathlib
 import posixpath
 import shlex
@@ -38,17 +39,21 @@ _KILL = (
 
 
 class SandboxWorkspace:
-    """A running sandbox; see `Workspace`. It stays the caller's to stop.
+    """A running sandbox; see `Workspace`.
 
     Args:
       sandbox: that runs. Its `max_output_bytes` bounds what is kept of an output: the default of
         64 KiB is short for an agent, a few MiB are not.
       root: directory of the project; "" for the sandbox's workspace.
+      kept: archive where `keep` leaves the files; the sandbox is then stopped with the workspace.
+        None for a sandbox that stays the caller's.
     """
 
     is_isolated = True
 
-    def __init__(self, sandbox: Sandbox, root: str = "") -> None:
+    def __init__(
+        self, sandbox: Sandbox, root: str = "", *, kept: pathlib.Path | None = None
+    ) -> None:
         self.root = root or sandbox.workspace
         self.directory = self.root
         # The landlock tier has no file system of its own, so no /tmp.
@@ -57,6 +62,7 @@ class SandboxWorkspace:
         self.jobs: dict[str, BackgroundJob] = {}
         self._job_numbers = itertools.count(1)
         self._sandbox = sandbox
+        self._kept = kept
         self._session: Session | None = None
         self._pid = 0  # of its shell, in the sandbox
         self._was_cancelled = False  # the last command, and its shell with it
@@ -242,6 +248,21 @@ class SandboxWorkspace:
         other._turn = asyncio.Lock()
         return other
 
+    async def keep(self) -> None:
+        """Copy the files to this machine; see `Workspace.keep`."""
+        if self._kept is None:
+            return
+        new = self._kept.with_suffix(".new")
+        try:
+            with open(new, "wb") as archive:
+                async for piece in self._sandbox.pack("."):
+                    archive.write(piece)
+            os.replace(new, self._kept)
+        except (OSError, SandboxError) as error:
+            raise WorkspaceError(
+                f"the files of the sandbox were not kept: {error}", is_infrastructure=True
+            ) from error
+
     async def aclose(self) -> None:
         """End the shell and all jobs, and forget the snapshots."""
         with contextlib.suppress(SandboxError):
@@ -254,6 +275,8 @@ class SandboxWorkspace:
         for name in list(self._snapshots):
             with contextlib.suppress(SandboxError):
                 await self._forget(name)
+        if self._kept is not None:
+            await self._sandbox.stop()
 
     # -- steps of the above
 

@@ -110,6 +110,13 @@ class Workspace(Protocol):
         Closing it ends that shell only; closing this one ends all.
         """
 
+    async def keep(self) -> None:
+        """Copy the files of a sandbox to this machine, so that the session can be resumed.
+
+        Raises:
+          WorkspaceError: they could not be copied.
+        """
+
     async def aclose(self) -> None:
         """End the shell and all jobs."""
 

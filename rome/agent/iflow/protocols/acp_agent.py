@@ -18,7 +18,8 @@ from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
 from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.opening import SessionOpener
-from rome.agent.iflow.protocols.acp_editor import EditorFiles
+from rome.agent.iflow.places.workspace import Workspace
+from rome.agent.iflow.protocols.acp_editor import EditorWorkspace, offers_files
 from rome.agent.iflow.protocols.acp_forms import (
     ALLOW,
     ALWAYS,
@@ -236,22 +237,27 @@ class ProtocolAgent:
             raise invalid(f"cwd must be an absolute path, not {cwd!r}")
         if resume in self._held and not is_fork:
             await self.close_session(resume)
-        editor = EditorFiles.offered(self._can, self._client)
         try:
             session = await self._opener.open(
                 cwd,
                 resume=resume,
                 is_fork=is_fork,
                 servers=[server(one) for one in servers or ()],
-                wrap=editor.wrap if editor is not None else None,
+                wrap=self._with_editor,
             )
         except SessionUnavailable as error:
             raise RequestError.resource_not_found(resume) from error
         except ValueError as error:
             raise invalid(str(error)) from error
-        if editor is not None:
-            editor.session = session.agent.session
+        if isinstance(session.workspace, EditorWorkspace):
+            session.workspace.session = session.agent.session
         return self._hold(session, is_replayed)
+
+    def _with_editor(self, workspace: Workspace) -> Workspace:
+        """Return the workspace with the editor's files, where it offers them."""
+        if workspace.is_isolated or not offers_files(self._can):
+            return workspace
+        return EditorWorkspace(workspace, self._client)
 
     def _hold(self, session: InterfaceSession, is_replayed: bool) -> Held:
         updates: asyncio.Queue[Any] = asyncio.Queue()
