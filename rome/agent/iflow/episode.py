@@ -34,7 +34,6 @@ from rome.agent.iflow.tools.todo import TodoTool
 from rome.agent.messages import Message
 from rome.agent.session import Generator
 from rome.data.trajectory import Chunk, Trajectory
-from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
 # Tools of the agent that need no workspace; `task` comes beside them.
@@ -159,7 +158,7 @@ class _Episode:
         self._turns = asyncio.Lock()  # an environment takes one turn at a time
         self._end: Turn | None = None
         self._fault: EnvironmentFault | None = None
-        self._engine_fault = ""
+        self.engine_fault = ""
         self._tools = list(getattr(played.env, "tools", None) or ()) if is_told else []
 
     async def play(self, instruction: str) -> Turn:
@@ -181,8 +180,8 @@ class _Episode:
 
     async def _end_at(self, finished: TurnFinished) -> Turn:
         """Judge what is there, where the agent ended before the environment did."""
-        if self._engine_fault:
-            return Turn("", ending="infra_engine", note=self._engine_fault)
+        if self.engine_fault:
+            return Turn("", ending="infra_engine", note=self.engine_fault)
         ending = "truncated_turns" if self._are_answers_used_up else "truncated_tokens"
         return await self._played.judge(ending, finished.reason)
 
@@ -278,15 +277,10 @@ class _Episode:
         Raises:
           ModelError: the episode is over or spoiled, or its answers are used up.
         """
-        if self._end is not None or self._fault is not None or self._engine_fault:
+        if self._end is not None or self._fault is not None or self.engine_fault:
             raise ModelError("the episode is over")
         if self._are_answers_used_up:
             raise ModelError(f"the {self._agent.answers} answers of the episode are used up")
-
-    def note_fault(self, error: ModelError) -> None:
-        """Note that the engine failed: what comes after says nothing about the policy."""
-        if isinstance(error.__cause__, EngineError):
-            self._engine_fault = str(error)
 
 
 class _EpisodeModel(DialogueModel):
@@ -308,8 +302,9 @@ class _EpisodeModel(DialogueModel):
         self._episode.refuse_at_the_end()
         try:
             return await super().ask(messages, self._episode.shown_tools(tools), **how)
-        except ModelError as error:
-            self._episode.note_fault(error)
+        except ModelError:
+            # What comes after a fault of the engine says nothing about the policy.
+            self._episode.engine_fault = self._episode.engine_fault or str(self.fault or "")
             raise
 
     def count_tokens(

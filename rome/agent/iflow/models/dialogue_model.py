@@ -25,11 +25,13 @@ class DialogueModel:
     Attributes:
       name: as given.
       context_tokens: of one context, answers included.
+      fault: the engine's, once one ended an answer; it says nothing about the agent.
     """
 
     def __init__(self, dialogue: Dialogue, name: str = "policy") -> None:
         self.name = name
         self.context_tokens = dialogue.session.max_context
+        self.fault: EngineError | None = None
         self._dialogue = dialogue
 
     async def ask(
@@ -52,6 +54,7 @@ class DialogueModel:
             full = error.reason == "context_full"
             raise ModelError(str(error), is_context_full=full) from error
         except EngineError as error:
+            self.fault = error
             raise ModelError(str(error)) from error
         on_text = how.get("on_text")
         if on_text is not None:

@@ -158,7 +158,7 @@ def shorten(text: str, folder: str) -> tuple[str, str]:
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     file = f"{folder}/mcp-{time.time_ns():x}.txt"
     pathlib.Path(file).write_text(text, encoding="utf-8")
-    return f"{output.shorten(text, MAX_OUTPUT)}\n[The whole is in {file}]", file
+    return output.shorten(text, MAX_OUTPUT, file), file
 
 
 def _object_schema(schema: Any) -> dict[str, Any]:
