@@ -58,24 +58,38 @@ def collectives(module: Module, devices: int) -> list[Collective]:
     found = []
     in_fusions = set()
     for one in executed(module):
-        instruction = one.instruction
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        collective = read_collective(one, devices)
+        if collective is None:
             continue
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        channel = re.search(r"channel_id=(\d+)", one.instruction.attributes)
         if one.fused and channel:
-            if (kind, channel[1]) in in_fusions:
+            if (collective.kind, channel[1]) in in_fusions:
                 continue
-            in_fusions.add((kind, channel[1]))
-        groups = replica_groups(instruction.attributes, devices)
-        payload = _payload(one, kind)
-        if kind == "all-gather":
-            payload *= groups.shape[1]
-        elif kind == "all-reduce" and _is_scattered(one):
-            kind = "reduce-scatter"
-        if groups.shape[1] > 1:
-            found.append(Collective(kind, payload, groups, one.times, instruction.op_name))
+            in_fusions.add((collective.kind, channel[1]))
+        found.append(collective)
     return found
+
+
+def read_collective(one: Executed, devices: int) -> Collective | None:
+    """Return the collective that an instruction is or starts; None for others and among one.
+
+    Args:
+      one: the instruction.
+      devices: of the whole mesh.
+    """
+    instruction = one.instruction
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    groups = replica_groups(instruction.attributes, devices)
+    payload = _payload(one, kind)
+    if kind == "all-gather":
+        payload *= groups.shape[1]
+    elif kind == "all-reduce" and _is_scattered(one):
+        kind = "reduce-scatter"
+    if groups.shape[1] < 2:
+        return None
+    return Collective(kind, payload, groups, one.times, instruction.op_name)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:

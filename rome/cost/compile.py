@@ -200,9 +200,17 @@ def _show_speed(found: dict[str, Any]) -> None:
             f" {one['bytes'] / GIB:8.2f} GiB in {one['runs']:6.0f} runs "
             f" {one['largest'][-_MAX_NAME:]}"
         )
+    print("  of them hidden behind compute by the compiled schedule:")
+    for one in found["overlap"][:_SHOWN_COLLECTIVES]:
+        print(
+            f"    {one['kind']:<20}{one['axes']:<16}{one['seconds']:9.4f} s"
+            f" {100 * one['hidden_share']:5.0f} %"
+        )
+    print(f"  in that order {seconds['scheduled']:7.4f} s")
     print(
         f"  MFU at most {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute,"
-        f" {100 * found['roofline_mfu_serial']:.1f} % where none does"
+        f" {100 * found['roofline_mfu_serial']:.1f} % where none does,"
+        f" {100 * found['roofline_mfu_scheduled']:.1f} % in the order of the schedule"
     )
     if found["kernels_not_counted"]:
         print(f"  kernels whose FLOPs are not counted: {', '.join(found['kernels_not_counted'])}")

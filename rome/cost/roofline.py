@@ -239,8 +239,8 @@ def _total_seconds(members: list[_Member]) -> float:
     inverse_of: dict[bytes, bytes] = {}
     for member in members:
         groups = member.collective.groups
-        key = _group_key(groups)
-        inverse_of[key] = _group_key(groups[:, ::-1])
+        key = group_key(groups)
+        inverse_of[key] = group_key(groups[:, ::-1])
         seconds_of[key] = seconds_of.get(key, 0.0) + member.collective.times * member.seconds
     if members[0].collective.kind != "collective-permute":
         return sum(seconds_of.values())
@@ -253,7 +253,7 @@ def _total_seconds(members: list[_Member]) -> float:
     return total
 
 
-def _group_key(groups: np.ndarray) -> bytes:
+def group_key(groups: np.ndarray) -> bytes:
     return np.array(sorted(groups.tolist())).tobytes()
 
 
