@@ -33,13 +33,17 @@ _MAX_MAKER = 90
 def topology_devices(topology: str) -> list[Any]:
     """Return the devices of a slice, or of several ("v5p:4x4x4*2"), from a description alone.
 
+    A shape of ones ("v5e:1x1") is a single chip.
+
     Raises:
       ValueError: libtpu is missing or knows no such slice.
     """
     from jax.experimental import topologies
 
     name, _, slices = topology.partition("*")
-    options = {"num_slices": int(slices)} if slices else {}
+    options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
+    if set(name.partition(":")[2].split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # a host has four otherwise
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
         return list(described.devices)
