@@ -4,8 +4,13 @@ gradients included, and refuses by name what it does not take.
 
 import functools
 import importlib.util
+import json
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -176,6 +181,24 @@ def test_memory_of_splash_over_trees_is_linear_in_the_row():
     shapes = re.findall(r"\w+\[([\d,]+)\]", str(program))
     sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
     assert max(sizes) == N * T * H < T * T
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
+def test_trees_compile_for_a_tpu_in_memory_that_is_linear_in_the_row():
+    command = "tests.rome.model.ops.compile_tree_for_tpu", "v5p:2x2x1", "8192", "32768"
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        cwd=pathlib.Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    short, long = json.loads(done.stdout.splitlines()[-1]).values()
+    # 138 and 597 MiB; a mask of the longer row would take 4 GiB
+    assert short < 160 * 2**20 and long < 5 * short
 
 
 def test_splash_refuses_rows_of_trees_that_it_does_not_take():
