@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from rome.cost.hlo import Executed, Instruction, Module, executed
+from rome.model.ops.experts import ROWS_OVER_SHARE
 
 COLLECTIVES = (
     "all-gather",
@@ -123,9 +124,9 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 def _payload(one: Executed, kind: str) -> float:
     operands = one.computation.operands_of(one.instruction)
     if kind == "ragged-all-to-all":
-        # Rows and the array that receives them, one of the two with room to spare; offsets are
-        # nothing beside them.
-        return min(operand.bytes for operand in operands[:2])
+        # Rows and the array that receives them; offsets are nothing beside them. One of the two is
+        # the room for a part of the rows, and has its even share and some to spare.
+        return min(operand.bytes for operand in operands[:2]) / ROWS_OVER_SHARE
     return sum(operand.bytes for operand in operands)
 
 

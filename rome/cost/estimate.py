@@ -369,7 +369,6 @@ def _bound(program: Program, chip: Chip) -> Bound:
         compute=program.flops / chip.device_flops,
         memory=program.traffic / chip.device_hbm,
         collectives=sum(one.seconds for one in program.sent),
-        exposed=sum(one.seconds for one in program.sent if one.kind == "ragged-all-to-all"),
     )
 
 

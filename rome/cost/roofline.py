@@ -113,20 +113,16 @@ class Bound:
       compute: at the chip's peak.
       memory: at the peak of its bandwidth.
       collectives: of all of them, one after the other.
-      exposed: of those among them that nothing can hide: an exchange of experts sends, multiplies
-        and sends back inside a loop whose number of rounds the data decides.
     """
 
     compute: float
     memory: float
     collectives: float
-    exposed: float = 0.0
 
     @property
     def overlapped(self) -> float:
         """Return the seconds where all that can happens at the same time."""
-        hidden = self.collectives - self.exposed
-        return max(self.compute, self.memory, hidden) + self.exposed
+        return max(self.compute, self.memory, self.collectives)
 
     @property
     def serial(self) -> float:
