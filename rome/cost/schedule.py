@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rome.cost import costs
-from rome.cost.collectives import Collective, read_collective
+from rome.cost.collectives import Collective, collectives, read_collective
 from rome.cost.hlo import Computation, Executed, Instruction, Module, branches, trip_count
 from rome.cost.roofline import Chip, cost, group_key, mesh_axes, place
 
@@ -34,7 +34,8 @@ class Overlap:
     Attributes:
       kind: one of COLLECTIVES.
       axes: such as "fsdp+expert".
-      seconds: on the interconnect.
+      seconds: on the interconnect; of a permutation and its inverse, which share the two
+        directions of a link, half of each.
       waited: seconds of these in which nothing was computed.
     """
 
@@ -69,7 +70,7 @@ class _Run:
         """Let the clock stand still until a collective is done."""
         waited = max(0.0, flight.done_at - self.seconds)
         self.seconds += waited
-        self._count(flight.key, flight.seconds, min(waited, flight.seconds))
+        self._count(flight.key, flight.counted, min(waited, flight.seconds))
 
     def _count(self, key: tuple[str, str], seconds: float, waited: float) -> None:
         total = self.totals.setdefault(key, [0.0, 0.0])
@@ -79,10 +80,11 @@ class _Run:
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A collective that is under way."""
+    """A collective that is under way; `counted` are its seconds as `Overlap` has them."""
 
     key: tuple[str, str]
     seconds: float
+    counted: float
     done_at: float
 
 
@@ -118,6 +120,10 @@ class _Player:
         self._score_share = score_share
         self._places = np.array([place(device) for device in mesh.devices.flat])
         self._runs: dict[str, _Run] = {}
+        self._permutations: set[bytes] = set()
+        for one in collectives(module, mesh.size):
+            if one.kind == "collective-permute":
+                self._permutations.add(group_key(one.groups))
 
     def run(self, computation: Computation) -> _Run:
         """Return one run of a computation; the clock starts at 0."""
@@ -202,10 +208,16 @@ class _Player:
     def _launch(self, one: Collective, now: float, links: dict[tuple, float]) -> _Flight:
         _, seconds = cost(one, self._places, self._chip)
         key = (one.kind, mesh_axes(one.groups, self._mesh))
-        direction = group_key(one.groups) if one.kind == "collective-permute" else b""
+        direction = b""
+        counted = seconds
+        if one.kind == "collective-permute":
+            direction = group_key(one.groups)
+            inverse = group_key(one.groups[:, ::-1])
+            if inverse != direction and inverse in self._permutations:
+                counted = seconds / 2
         link = (key[1], direction)
         links[link] = max(now, links.get(link, 0.0)) + seconds
-        return _Flight(key, seconds, links[link])
+        return _Flight(key, seconds, counted, links[link])
 
 
 def _start_of(computation: Computation, done: Instruction) -> str:

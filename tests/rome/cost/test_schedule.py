@@ -71,7 +71,9 @@ def test_a_transfer_that_is_awaited_at_once_hides_nothing():
 
 def test_the_two_directions_of_a_link_are_used_at_once_and_one_direction_in_turn():
     both = start("a", 1, ONWARD) + start("b", 2, BACKWARD) + done("a") + done("b")
-    assert played(both).seconds == pytest.approx(HOP)
+    found = played(both)
+    assert found.seconds == found.overlaps[0].seconds == pytest.approx(HOP)
+    assert hidden(found.overlaps[0]) == pytest.approx(0, abs=1e-9)
     same = start("a", 1, ONWARD) + start("b", 2, ONWARD) + done("a") + done("b")
     assert played(same).seconds == pytest.approx(2 * HOP)
 

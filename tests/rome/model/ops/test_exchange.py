@@ -140,7 +140,7 @@ def test_in_bfloat16_choices_are_added_up_in_float32():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
 @pytest.mark.parametrize(
     ("form", "transfer", "least"),
-    [("all_to_all", "ragged-all-to-all expert", 0.5), ("ring", "collective-permute expert", 0.7)],
+    [("all_to_all", "ragged-all-to-all expert", 0.5), ("ring", "collective-permute expert", 0.6)],
 )
 def test_a_tpus_compiler_hides_most_of_the_transfer_behind_matmuls(form, transfer, least):
     command = "tests.rome.model.ops.compile_experts_for_tpu", "v5p:2x2x1", "1", "4", form
