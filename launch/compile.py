@@ -32,7 +32,9 @@ from rome.train.xla_flags import environment_of
 
 _CONFIG = define_config("experiments/ipa.py:qwen3_30b_a3b")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5p:4x4x4", "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), or CHIP:SHAPE*SLICES."
+    "topology",
+    "v5p:4x4x4",
+    "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), CHIP:SHAPE*SLICES, or one chip (v5e:1x1).",
 )
 _LAYERS = flags.DEFINE_integer(
     "layers", 0, "Compile this many layers instead of the model's: quicker, for a first look."
