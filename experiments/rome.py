@@ -20,4 +20,6 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config = ipa.get_config(preset)
     config.experiment = "rome"
     config.init_from = f"experiments/sft.py:stage2_{preset}"
+    if preset == "tiny":
+        config.steps = 120
     return config
