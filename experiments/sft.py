@@ -119,6 +119,8 @@ def _apply_stage1(config: ml_collections.ConfigDict, size: str) -> None:
     if size == "tiny":
         config.until_success = 0.2
         config.eval_every = 200  # an evaluation takes as long as 170 steps
+    elif size == "smoke":
+        config.demonstrations = 80
 
 
 def _apply_stage2(config: ml_collections.ConfigDict, size: str) -> None:
@@ -130,11 +132,12 @@ def _apply_stage2(config: ml_collections.ConfigDict, size: str) -> None:
     config.until_success = 0.0
     config.learning_rate = 1e-3 if size == "tiny" else config.learning_rate / 2
     config.decay = True
-    config.demonstrations = max(config.demonstrations // 5, 1)
+    config.demonstrations = config.demonstrations // 5
     if size == "tiny":
         config.steps = 400
         config.eval_every = 0
     elif size == "smoke":
+        config.demonstrations = 20
         config.steps = 10
 
 

@@ -13,6 +13,7 @@ from docs.figures import (
     iflow_session,
     layers,
     learning_curve,
+    pipeline,
     processes,
     relevance,
     sandbox_layers,
@@ -31,6 +32,7 @@ def main() -> None:
     relevance.draw()
     speed.draw()
     learning_curve.main([])
+    pipeline.main([])
     configuration.main([])
     iflow_session.draw()
 
