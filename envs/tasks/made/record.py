@@ -162,7 +162,8 @@ def parameters(function, values, skip=0):
         return [("", values, True), ("", values, True)]
     found = []
     for parameter in listed:
-        if parameter.kind is parameter.VAR_KEYWORD:
+        is_private = parameter.name.startswith("_") and parameter.default is not parameter.empty
+        if parameter.kind is parameter.VAR_KEYWORD or is_private:
             continue
         fitting = fitting_values(parameter, values)
         if parameter.kind is parameter.VAR_POSITIONAL:

@@ -75,6 +75,7 @@ def prove_one(folder, program):
     return recording, draft
 
 
+@pytest.mark.slow
 def test_shell_functions_are_recorded_broken_and_proven(tmp_path, few):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -94,6 +95,7 @@ def test_shell_functions_are_recorded_broken_and_proven(tmp_path, few):
     assert "folder of shell scripts" in draft.instruction
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_javascript_modules_are_recorded_broken_and_proven(tmp_path, few):
     folder = tmp_path / "boxes"
