@@ -145,11 +145,13 @@ function linesRun() {
     if (!script.url.startsWith("file:")) continue;
     const file = url.fileURLToPath(script.url);
     if (!file.startsWith(root + path.sep)) continue;
+    const called = script.functions.filter(({ ranges }) => ranges[0].count > 0);
+    if (!called.length) continue;
     const text = fs.readFileSync(file, "utf8");
     const ran = new Uint8Array(text.length);
-    for (const { ranges } of script.functions) {
+    for (const { ranges } of called) {
       for (const { startOffset, endOffset, count } of ranges) {
-        if (ranges[0].count > 0) ran.fill(count > 0 ? 1 : 0, startOffset, endOffset);
+        ran.fill(count > 0 ? 1 : 0, startOffset, endOffset);
       }
     }
     const found = [];

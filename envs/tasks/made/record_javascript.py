@@ -116,7 +116,8 @@ def parameters(count, values):
 def constants(module):
     """Return the short texts and numbers in a module's source."""
     text = pathlib.Path(module).read_text(errors="replace")
-    return sorted(set(_LITERAL.findall(text)))[:60]
+    found = {one for one in _LITERAL.findall(text) if not one[1:].startswith((".", "/"))}
+    return sorted(found)[:60]
 
 
 def run(file, path):
