@@ -134,7 +134,10 @@ def _apply_stage2(config: ml_collections.ConfigDict, size: str) -> None:
     config.decay = True
     config.demonstrations = config.demonstrations // 5
     if size == "tiny":
-        config.steps = 400
+        # Few: after 400 steps on 600 tasks it solves 85 %, and no group is left to compare.
+        config.demonstrations = 200
+        config.steps = 40
+        config.warmup_updates = 5
         config.eval_every = 0
     elif size == "smoke":
         config.demonstrations = 20
