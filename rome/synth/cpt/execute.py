@@ -94,7 +94,7 @@ class Runs:
         async with self._asking:
             if self._has_pytest is None:
                 async with Sandbox(self._config) as sandbox:
-                    asked = await self._execute(sandbox, "python3 -c 'import pytest'", 60.0)
+                    asked = await self._execute(sandbox, "python3 -c 'import pytest'", RUN_SECONDS)
                 self._has_pytest = asked.exit_code == 0
         return "" if self._has_pytest else "pytest"
 
