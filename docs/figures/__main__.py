@@ -14,6 +14,7 @@ from docs.figures import (
     layers,
     learning_curve,
     outside_agent,
+    pipeline,
     processes,
     relevance,
     sandbox_layers,
@@ -33,6 +34,7 @@ def main() -> None:
     speed.draw()
     learning_curve.main([])
     outside_agent.main([])
+    pipeline.main([])
     configuration.main([])
     iflow_session.draw()
 

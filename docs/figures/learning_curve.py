@@ -156,11 +156,19 @@ def insert(page: str, text: str) -> str:
 
     Raises ValueError where the page has no marks.
     """
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
+    return insert_between(page, text, BEGIN, END)
+
+
+def insert_between(page: str, text: str, begin: str, end: str) -> str:
+    """Return a page with `text` between two marks of its own.
+
+    Raises ValueError where the page has no such marks.
+    """
+    before, _, rest = page.partition(begin)
+    _, mark, after = rest.partition(end)
     if not mark:
-        raise ValueError(f"the page has no {BEGIN} before an {END}; put the two lines into it")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise ValueError(f"the page has no {begin} before an {end}; put the two lines into it")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from docs.figures import collect, configuration, learning_curve, outside_agent, style
+from docs.figures import (
+    collect,
+    configuration,
+    learning_curve,
+    outside_agent,
+    pipeline,
+    style,
+)
 
 
 def make_report(tmp_path, steps=60, last=60):
@@ -125,3 +132,63 @@ def test_the_scripts_draw_every_picture_that_the_pages_show(tmp_path, monkeypatc
     monkeypatch.setattr(learning_curve, "PAGE", results)
     all_figures.main()
     assert {path.name for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")} == shown
+
+
+def make_pipeline_report(tmp_path):
+    def measured(share):
+        return {"success": share, "n": 40, "low": share / 2, "high": share + 0.1}
+
+    def stage(name, loss, before, after, bits):
+        added = None
+        if before is not None:
+            added = {"points": after - before, "low": after - before - 0.1, "high": 0.4}
+        return {
+            "stage": name,
+            "loss": loss,
+            "steps": 20,
+            "seconds": 90.0,
+            "before": None if before is None else measured(before),
+            "after": measured(after),
+            "added": added,
+            "bits_before": bits and bits[0],
+            "bits_after": bits and bits[1],
+            "bits_of": "byte" if bits else None,
+        }
+
+    report = json.loads((make_report(tmp_path) / "report.json").read_text())
+    names = ("sft_stage1", "sft_stage2", "rome")
+    report["evals"] = [
+        {**report["evals"][0], "stage": name, "step": step, "success": 0.25 * number}
+        for number, name in enumerate(names)
+        for step in (0, 20)
+    ]
+    report["stages"] = [
+        stage("cpt", "cpt", None, 0.0, (7.5, 2.25)),
+        stage("sft_stage1", "sft", 0.0, 0.25, None),
+        stage("sft_stage2", "sft", 0.25, 0.4, None),
+        stage("rome", "ipa", 0.4, 0.6, None),
+    ]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_a_whole_pipeline_is_recorded_and_shown_by_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "IMAGES", tmp_path / "images")
+    record = pipeline.read_run(make_pipeline_report(tmp_path), "a machine")
+    assert [entry["successes"] for entry in record["evals"]] == [0, 0, 10, 10, 20, 20]
+    text = pipeline.section([record])
+    assert "| 3 | CPT | 20 | 1.5 | 0 % (0 to 10) |  | 7.50 to 2.25 a byte |" in text
+    assert "| 3 | IPA | 20 | 1.5 | 60 % (30 to 70) | +20 (10 to 40) |  |" in text
+    assert "6 minutes" in text and "a machine" in text
+    assert pipeline.draw([record]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pipeline_that_has_not_ended_is_not_recorded(tmp_path):
+    with pytest.raises(ValueError, match="no table of all stages"):
+        pipeline.read_run(make_report(tmp_path), "a machine")
+
+
+def test_the_page_of_the_pipeline_shows_the_recorded_runs():
+    page = pipeline.PAGE.read_text()
+    recorded = pipeline.section(pipeline.load_runs())
+    assert page == learning_curve.insert_between(page, recorded, pipeline.BEGIN, pipeline.END)
