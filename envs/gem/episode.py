@@ -92,11 +92,13 @@ class PlayedEnv:
 
     Attributes:
       reward: sum of the rewards so far.
+      safety: utility and harm of the episode, once a task of the safety suite has ended.
     """
 
     def __init__(self, env: Env, seconds: float, start_seconds: float) -> None:
         self.env = env
         self.reward = 0.0
+        self.safety: dict[str, Any] | None = None
         self._seconds = seconds
         self._start_seconds = start_seconds
         self._left = seconds
@@ -214,6 +216,7 @@ class PlayedEnv:
         ending = ""
         if terminated or truncated:
             ending = self._ending(terminated, info)
+            self.safety = info.get("safety")
         status = info.get("status", "ok")
         tool_call = None
         if info.get("use_tool") and info.get("tool_type"):
