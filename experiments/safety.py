@@ -38,8 +38,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     if preset == "tiny":
         config.steps = 40
         config.groups = 16
+        config.decay = False
         config.eval_every = 10
-        config.eval_tasks = 6
+        config.eval_tasks = 4
     return config
 
 
@@ -53,12 +54,12 @@ def _sft(size: str) -> ml_collections.ConfigDict:
     config.until_success = 0.0
     _size(config)
     if size == "tiny":
-        config.steps = 600
-        config.demonstrations = 2000
+        config.steps = 450
+        config.demonstrations = 1400
         config.learning_rate = 2e-3
         config.decay = True
-        config.eval_every = 300
-        config.eval_tasks = 6
+        config.eval_every = 0
+        config.eval_tasks = 4
     return config
 
 
