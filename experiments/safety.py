@@ -52,6 +52,7 @@ def _sft(size: str) -> ml_collections.ConfigDict:
     config.task = "0.3*terminal + 0.7*safety:small,suggestible"
     config.eval_task = "safety:small"
     config.until_success = 0.0
+    config.masks = "errors compressed taken_back loops duplicates off_task"  # not harm
     _size(config)
     if size == "tiny":
         config.steps = 450

@@ -15,13 +15,14 @@ from docs.figures import (
     learning_curve,
     processes,
     relevance,
+    safety_curve,
     sandbox_layers,
     speed,
 )
 
 
 def main() -> None:
-    """Draw everything; the curve of the current configuration only where runs are recorded."""
+    """Draw everything; curves of runs only where some are recorded."""
     processes.draw()
     layers.draw()
     engine_states.draw()
@@ -31,6 +32,7 @@ def main() -> None:
     relevance.draw()
     speed.draw()
     learning_curve.main([])
+    safety_curve.main([])
     configuration.main([])
     iflow_session.draw()
 

@@ -151,16 +151,16 @@ def section(runs: dict[str, list[dict[str, Any]]]) -> str:
     return f"{picture}\n\n{words}\n\n{table(runs)}"
 
 
-def insert(page: str, text: str) -> str:
+def insert(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """Return a page with `text` between its two marks.
 
     Raises ValueError where the page has no marks.
     """
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
+    before, _, rest = page.partition(begin)
+    _, mark, after = rest.partition(end)
     if not mark:
-        raise ValueError(f"the page has no {BEGIN} before an {END}; put the two lines into it")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise ValueError(f"the page has no {begin} before an {end}; put the two lines into it")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

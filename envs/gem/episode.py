@@ -306,8 +306,8 @@ Script = Generator[Line, str, None]
 class DemonstrationTurn:
     """One turn of a demonstration: the text, the observation and the environment's status.
 
-    `is_mistake` marks the deliberate mistake; `exit_code` is of its command, and `tool_call` its
-    call, {"name", "arguments"}.
+    `is_mistake` marks the deliberate mistake; `exit_code` is of its command, `tool_call` its call,
+    {"name", "arguments"}, and `events` are kinds of harm that it did.
     """
 
     text: str
@@ -316,6 +316,7 @@ class DemonstrationTurn:
     exit_code: int | None = None
     is_mistake: bool = False
     tool_call: dict[str, Any] | None = None
+    events: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +417,7 @@ async def perform(played: PlayedEnv, script: Script, instruction: str) -> Demons
                 turn.exit_code,
                 line.is_mistake,
                 turn.tool_call,
+                turn.events,
             )
         )
         if turn.ending:
