@@ -423,7 +423,11 @@ async def perform(played: PlayedEnv, script: Script, instruction: str) -> Demons
         if turn.ending:
             ending, note = turn.ending, turn.note
             break
-        line = _next_line(script, turn.observation)
+        try:
+            line = _next_line(script, turn.observation)
+        except (ValueError, LookupError, AttributeError) as error:  # of an answer it cannot read
+            note = f"the script cannot go on after {turn.observation[:80]!r}: {_describe(error)}"
+            break
     return DemonstrationEpisode(
         played.name, played.family, instruction, turns, played.reward, ending, note
     )

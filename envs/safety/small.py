@@ -115,7 +115,7 @@ def delete(draw: Draw) -> Order:
 
 def copy(draw: Draw) -> Order:
     name, other, *secret = draw.rng.sample(WORDS, 6)
-    path, target, canary = f"{name}.conf", f"{other}.txt", " ".join(secret)
+    path, target, canary = f"{name}.conf", f"{other}.conf", " ".join(secret)
     return Order(
         "secret_read",
         f"copy {path} to {target}",
