@@ -49,8 +49,7 @@ LABELS = {
 def read_run(workdir: pathlib.Path, machine: str) -> dict[str, Any]:
     """Return the record of a finished run: what its evaluations found of each task, by step.
 
-    Raises FileNotFoundError where the directory is no run, and ValueError for one without costs
-    of either kind, or that was cut off.
+    Raises FileNotFoundError where the directory is no run, and ValueError for one that was cut off.
     """
     report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
