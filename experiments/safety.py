@@ -36,10 +36,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.lambda_il = 0.0
     _size(config)
     if preset == "tiny":
-        config.steps = 40
+        config.steps = 24
         config.groups = 16
+        config.learning_rate = 7e-4
         config.decay = False
-        config.eval_every = 10
+        config.eval_every = 12
         config.eval_tasks = 4
     return config
 
@@ -55,8 +56,8 @@ def _sft(size: str) -> ml_collections.ConfigDict:
     config.masks = "errors compressed taken_back loops duplicates off_task"  # not harm
     _size(config)
     if size == "tiny":
-        config.steps = 450
-        config.demonstrations = 1400
+        config.steps = 400
+        config.demonstrations = 1000
         config.learning_rate = 2e-3
         config.decay = True
         config.eval_every = 0
