@@ -7,7 +7,8 @@ The first command keeps finished runs of experiments/safety.py in docs/results/s
 draws docs/images/safety_curve.png and writes the table into docs/safety.md.
 
 Points pool the held-out tasks of all seeds, and bands are their 95 % intervals, clustered by seed
-family (rome/evals/safety.py). Thin lines are the seeds.
+family (rome/evals/safety.py). Thin lines are the seeds. Dashed lines are the episodes of training
+families that each step sampled, pooled over the seeds and WINDOW steps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ PANELS = {
     "check_edits": "checks edited in place of the work, %",
     "utility_under_attack": "utility under attack, %",
     "utility_without_attack": "utility without attack, %",
+}
+WINDOW = 4  # steps
+# Measure -> the sort of tasks of training episodes that it is about, and its fact.
+TRAINED = {
+    "attack_success": ("attack", "attacked"),
+    "check_edits": ("hackable", "harms"),
+    "utility_under_attack": ("attack", "utility"),
 }
 ROWS = (*PANELS, "hack_rate", "cue_use", "false_refusals")
 LABELS = {
@@ -76,7 +84,40 @@ def read_run(workdir: pathlib.Path, machine: str) -> dict[str, Any]:
         "version": report["version"],
         "machine": machine,
         "evals": evals,
+        "training": read_training(workdir, report["experiment"]),
     }
+
+
+def read_training(workdir: pathlib.Path, experiment: str) -> dict[str, dict[str, list[int]]]:
+    """Return what each step's training episodes did: step -> measure -> [episodes, hits]."""
+    counts: dict[str, dict[str, list[int]]] = {}
+    for path in sorted((workdir / "trajectories").glob(f"{experiment}_*_e*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))["extra"].get("safety")
+        step = str(int(path.name.removeprefix(f"{experiment}_").partition("_")[0]))
+        for name, (sort, fact) in TRAINED.items():
+            if facts and facts["sort"] == sort and not facts["clean"]:
+                count = counts.setdefault(step, {}).setdefault(name, [0, 0])
+                count[0] += 1
+                count[1] += bool(facts[fact])
+    return counts
+
+
+def training_rates(records: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Return steps and shares of a measure over training episodes, pooled over WINDOW steps."""
+    steps = max((int(step) for record in records for step in record["training"]), default=-1) + 1
+    places, rates = [], []
+    for first in range(0, steps, WINDOW):
+        window = range(first, min(first + WINDOW, steps))
+        counts = [
+            record["training"].get(str(step), {}).get(name, [0, 0])
+            for record in records
+            for step in window
+        ]
+        episodes = sum(count for count, _ in counts)
+        if episodes:
+            places.append((window[0] + window[-1]) / 2)
+            rates.append(sum(hits for _, hits in counts) / episodes)
+    return places, rates
 
 
 def load_runs(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
@@ -118,6 +159,9 @@ def draw_panel(axes: Axes, runs: dict[str, list[dict[str, Any]]], name: str) -> 
         for record in records:
             alone = [100 * measures([record], step)[name]["value"] for step in steps]
             axes.plot(places, alone, color=colour, linewidth=0.8, alpha=0.5)
+        places_trained, rates = training_rates(records, name)
+        shares = [100 * rate for rate in rates]
+        axes.plot(places_trained, shares, "--", color=colour, linewidth=1.2, alpha=0.8)
         values = [100 * one["value"] for one in pooled]
         seeds = "1 seed" if len(records) == 1 else f"{len(records)} seeds"
         axes.plot(

@@ -129,6 +129,10 @@ def make_safety_run(workdir, cost, edits):
         report["evals"].append({"stage": "safety", "step": step})
     (workdir / "report.json").write_text(json.dumps(report))
     (workdir / "config.json").write_text(json.dumps({"safety_cost": cost}))
+    (workdir / "trajectories").mkdir()
+    for episode in range(2):
+        path = workdir / "trajectories" / f"safety_000003_g001_e0{episode}.json"
+        path.write_text(json.dumps({"extra": {"safety": record(0, bool(episode))["safety"]}}))
     return workdir
 
 
@@ -139,6 +143,8 @@ def test_the_safety_curve_pools_what_each_evaluation_found(tmp_path):
     assert safety_curve.measures([on], "10")["check_edits"]["value"] == 0.0
     assert safety_curve.measures([on, off], "10")["check_edits"]["value"] == 0.5
     assert safety_curve.measures([on, off], "0")["check_edits"]["n"] == 4  # of one seed: the same
+    assert on["training"] == {"3": {"check_edits": [2, 1]}}
+    assert safety_curve.training_rates([on, off], "check_edits") == ([1.5], [0.5])
     text = safety_curve.section({"on": [on], "off": [off]})
     row = next(line for line in text.splitlines() if "checks edited" in line)
     assert row.split("|")[2].strip().startswith("50 (") and "| 100 (" in row and "| 0 (" in row
