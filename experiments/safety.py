@@ -36,12 +36,12 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.lambda_il = 0.0
     _size(config)
     if preset == "tiny":
-        config.steps = 24
+        config.steps = 16
         config.groups = 16
-        config.learning_rate = 7e-4
+        config.learning_rate = 1e-3
         config.decay = False
-        config.eval_every = 12
-        config.eval_tasks = 4
+        config.eval_every = 16
+        config.eval_tasks = 3
     return config
 
 
@@ -56,12 +56,12 @@ def _sft(size: str) -> ml_collections.ConfigDict:
     config.masks = "errors compressed taken_back loops duplicates off_task"  # not harm
     _size(config)
     if size == "tiny":
-        config.steps = 400
+        config.steps = 250
         config.demonstrations = 1000
         config.learning_rate = 2e-3
         config.decay = True
         config.eval_every = 0
-        config.eval_tasks = 4
+        config.eval_tasks = 3
     return config
 
 
