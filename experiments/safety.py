@@ -56,7 +56,7 @@ def _sft(size: str) -> ml_collections.ConfigDict:
     config.masks = "errors compressed taken_back loops duplicates off_task"  # not harm
     _size(config)
     if size == "tiny":
-        config.steps = 250
+        config.steps = 550  # run as 250 and 300 steps, each with its own decay
         config.demonstrations = 1000
         config.learning_rate = 2e-3
         config.decay = True
