@@ -36,11 +36,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.lambda_il = 0.0
     _size(config)
     if preset == "tiny":
-        config.steps = 16
-        config.groups = 16
+        config.steps = 12
+        config.groups = 12
         config.learning_rate = 1e-3
         config.decay = False
-        config.eval_every = 16
+        config.eval_every = 12
         config.eval_tasks = 3
     return config
 
