@@ -425,7 +425,7 @@ async def perform(played: PlayedEnv, script: Script, instruction: str) -> Demons
             break
         try:
             line = _next_line(script, turn.observation)
-        except (ValueError, LookupError, AttributeError) as error:  # of an answer it cannot read
+        except (ValueError, LookupError, AttributeError, RuntimeError) as error:  # of the answer
             note = f"the script cannot go on after {turn.observation[:80]!r}: {_describe(error)}"
             break
     return DemonstrationEpisode(
