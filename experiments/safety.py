@@ -34,13 +34,15 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_task = "safety:small"
     config.safety_cost = COSTS
     config.lambda_il = 0.0
+    # without demonstrations, failures that count as -1 drive the tiny policy to nothing useful
+    config.failure_reward = 0.0
     _size(config)
     if preset == "tiny":
-        config.steps = 12
+        config.steps = 10
         config.groups = 12
-        config.learning_rate = 1e-3
+        config.learning_rate = 7e-4
         config.decay = False
-        config.eval_every = 12
+        config.eval_every = 10
         config.eval_tasks = 3
     return config
 
