@@ -2,7 +2,7 @@ r"""Safety in the loop: IPA on terminal tasks and the small families of the safe
 
 python -m launch.train --config=experiments/safety.py \
     --config.safety_cost=""                               # the costs off
-python -m launch.train --config=experiments/safety.py     # tiny: the costs on
+python -m launch.train --config=experiments/safety.py     # tiny: the costs on; 6 min on busy cores
 python -m launch.train --config=experiments/safety.py:smoke     # runs every stage once
 
 The first command runs experiments/safety.py:sft before, and that experiments/sft.py, where their
