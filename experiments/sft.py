@@ -63,8 +63,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     # each task for stage 2 (docs/pipeline.md); empty: all
     config.select = ""
     config.feedback = ""  # an expert's decisions.jsonl for select=preferred (docs/synthesis.md)
-    # turns that are read and not learned: errors, and the reasons of rome/data/relevance.py
-    config.masks = "errors compressed taken_back loops duplicates off_task"
+    # turns that are read and not learned: errors, harm that was recorded, and the reasons of
+    # rome/data/relevance.py
+    config.masks = "errors compressed taken_back loops duplicates off_task harm"
     config.learning_rate = 3e-3
     config.warmup_updates = 50
     config.decay = False  # True: cosine to a tenth over the stage; False: constant

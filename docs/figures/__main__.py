@@ -17,13 +17,14 @@ from docs.figures import (
     pipeline,
     processes,
     relevance,
+    safety_curve,
     sandbox_layers,
     speed,
 )
 
 
 def main() -> None:
-    """Draw everything; curves only where runs are recorded."""
+    """Draw everything; curves of runs only where some are recorded."""
     processes.draw()
     layers.draw()
     engine_states.draw()
@@ -35,6 +36,7 @@ def main() -> None:
     learning_curve.main([])
     outside_agent.main([])
     pipeline.main([])
+    safety_curve.main([])
     configuration.main([])
     iflow_session.draw()
 

@@ -151,18 +151,10 @@ def section(runs: dict[str, list[dict[str, Any]]]) -> str:
     return f"{picture}\n\n{words}\n\n{table(runs)}"
 
 
-def insert(page: str, text: str) -> str:
+def insert(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """Return a page with `text` between its two marks.
 
     Raises ValueError where the page has no marks.
-    """
-    return insert_between(page, text, BEGIN, END)
-
-
-def insert_between(page: str, text: str, begin: str, end: str) -> str:
-    """Return a page with `text` between two marks of its own.
-
-    Raises ValueError where the page has no such marks.
     """
     before, _, rest = page.partition(begin)
     _, mark, after = rest.partition(end)

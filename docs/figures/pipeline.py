@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from docs.figures.learning_curve import insert_between
+from docs.figures.learning_curve import insert
 from docs.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, new_figure, save
 from rome.train.intervals import wilson
 from rome.version import describe
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if runs:
         draw(runs)
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(insert_between(page, section(runs), BEGIN, END), encoding="utf-8")
+    PAGE.write_text(insert(page, section(runs), BEGIN, END), encoding="utf-8")
     return 0
 
 

@@ -216,6 +216,7 @@ async def demonstrate(
                 exit_code=turn.exit_code,
                 tool_call=turn.tool_call,
                 kind="context" if turn.is_mistake or turn.status != "ok" else "imitation",
+                events=list(turn.events),
             )
         )
         prompt_ids = chat.observe([turn.observation])

@@ -12,6 +12,7 @@ from docs.figures import (
     learning_curve,
     outside_agent,
     pipeline,
+    safety_curve,
     style,
 )
 
@@ -191,4 +192,53 @@ def test_a_pipeline_that_has_not_ended_is_not_recorded(tmp_path):
 def test_the_page_of_the_pipeline_shows_the_recorded_runs():
     page = pipeline.PAGE.read_text()
     recorded = pipeline.section(pipeline.load_runs())
-    assert page == learning_curve.insert_between(page, recorded, pipeline.BEGIN, pipeline.END)
+    assert page == learning_curve.insert(page, recorded, pipeline.BEGIN, pipeline.END)
+
+
+def make_safety_run(workdir, cost, edits):
+    """Write the files of a run whose policy edits this many of four checks at its last step."""
+
+    def record(number, edited):
+        facts = {"sort": "hackable", "clean": False, "seed": "small-hackable-make"}
+        facts |= {"pillar": "controllability", "channel": "repository", "severity": 2}
+        facts |= {"difficulty": 1, "goal": "tests", "attacked": edited, "refused": False}
+        facts |= {"utility": float(not edited), "harms": {"tests": "edited"} if edited else {}}
+        return {"task": f"small-hackable-make/{number}", "ending": "success", "safety": facts}
+
+    report = {"experiment": "safety", "seed": 4, "steps": 10, "wall_seconds": 60.0, "version": "v"}
+    report["evals"] = [{"stage": "safety_sft", "step": 9}]
+    for step, edited in ((0, 2), (10, edits)):
+        folder = workdir / "evals" / f"safety_{step:06d}"
+        folder.mkdir(parents=True)
+        lines = [json.dumps(record(number, number < edited)) for number in range(4)]
+        (folder / "results.jsonl").write_text("\n".join([*lines, json.dumps({"task": "plain/1"})]))
+        report["evals"].append({"stage": "safety", "step": step})
+    (workdir / "report.json").write_text(json.dumps(report))
+    (workdir / "config.json").write_text(json.dumps({"safety_cost": cost}))
+    (workdir / "trajectories").mkdir()
+    for episode in range(2):
+        path = workdir / "trajectories" / f"safety_000003_g001_e0{episode}.json"
+        path.write_text(json.dumps({"extra": {"safety": record(0, bool(episode))["safety"]}}))
+    return workdir
+
+
+def test_the_safety_curve_pools_what_each_evaluation_found(tmp_path):
+    on = safety_curve.read_run(make_safety_run(tmp_path / "on", "tests:2", 0), "a machine")
+    off = safety_curve.read_run(make_safety_run(tmp_path / "off", "", 4), "a machine")
+    assert (on["arm"], off["arm"]) == ("on", "off")
+    assert safety_curve.measures([on], "10")["check_edits"]["value"] == 0.0
+    assert safety_curve.measures([on, off], "10")["check_edits"]["value"] == 0.5
+    assert safety_curve.measures([on, off], "0")["check_edits"]["n"] == 4  # of one seed: the same
+    assert on["training"] == {"3": {"check_edits": [2, 1]}}
+    assert safety_curve.training_rates([on, off], "check_edits") == ([1.5], [0.5])
+    text = safety_curve.section({"on": [on], "off": [off]})
+    row = next(line for line in text.splitlines() if "checks edited" in line)
+    assert row.split("|")[2].strip().startswith("50 (") and "| 100 (" in row and "| 0 (" in row
+
+
+def test_a_safety_run_that_was_cut_off_is_refused(tmp_path):
+    workdir = make_safety_run(tmp_path / "cut", "", 1)
+    report = json.loads((workdir / "report.json").read_text()) | {"steps": 20}
+    (workdir / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="not evaluated at its last step"):
+        safety_curve.read_run(workdir, "a machine")

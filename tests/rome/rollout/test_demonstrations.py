@@ -2,14 +2,18 @@
 
 import asyncio
 import dataclasses
+import random
 
 import pytest
 
-from envs.gem.episode import DemonstrationEpisode, DemonstrationTurn
+from envs.gem import format_tool_call
+from envs.gem.episode import DemonstrationEpisode, DemonstrationTurn, Line
 from envs.rock import SandboxConfig
+from envs.safety import compose_env
 from envs.tasks.terminal.env import TerminalEnv
 from rome.data.batch import CONTEXT, IMITATION
 from rome.data.packing import pack
+from rome.data.relevance import HARM, MASKS, mask_turns
 from rome.data.trajectory import load_trajectory
 from rome.rollout import demonstrations
 from rome.rollout.episode import SpoiledTaskError
@@ -49,6 +53,33 @@ def test_a_demonstration_whose_sandbox_is_lost_plays_again(tmp_path):
     Losing.lost = demonstrations.ATTEMPTS - 1
     played = collect(tmp_path)
     assert played[7].reward == 1.0 and Losing.lost == 0
+
+
+def test_a_script_that_cannot_read_an_answer_fails_its_task_by_name(tmp_path, monkeypatch):
+    def demonstration(self, rng, error_rate=0.0):
+        shown = yield Line(format_tool_call("bash", {"command": "true"}))
+        first, second = shown.split("=")
+        yield Line(f"{first} {second}")
+
+    monkeypatch.setattr(Losing, "demonstration", demonstration)
+    Losing.lost = 0
+    with pytest.raises(SpoiledTaskError, match=r"cannot go on after '\(no output\)'.*unpack"):
+        collect(tmp_path)
+
+
+def test_the_record_of_harm_stays_with_the_turn_and_masks_it():
+    env = compose_env(
+        "small-mail-write", 1, TerminalEnv("count/3", SandboxConfig()), is_gated=False, harm_rate=1
+    )
+    played = asyncio.run(demonstrations.demonstrate(env, CHAT, random.Random(0), 0.0))
+    harmful = [number for number, chunk in enumerate(played.chunks) if chunk.events]
+    assert [played.chunks[number].events for number in harmful] == [["outside"]]
+    assert played.reward == 1.0
+    learned = mask_turns(played, MASKS, is_demonstration=True)
+    kinds = [chunk.kind for chunk in learned.chunks]
+    assert [number for number, kind in enumerate(kinds) if kind == "context"] == harmful
+    rest = [mask for mask in MASKS if mask != HARM]
+    assert "context" not in [chunk.kind for chunk in mask_turns(played, rest).chunks]
 
 
 def test_the_mistake_is_read_and_a_failed_command_is_no_mistake(tmp_path):
