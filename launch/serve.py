@@ -61,6 +61,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " and results may then differ in their last bits with what else is computed",
     )
     add(
+        "--decode_steps",
+        "--decode-steps",
+        type=int,
+        default=0,
+        help="steps that one dispatch takes at most while no prompt is to be computed; 0: 1 on a"
+        " CPU, 8 elsewhere",
+    )
+    add(
         "--max_queued_requests",
         "--max-queued-requests",
         type=int,
@@ -112,6 +120,7 @@ def main() -> None:
             cache_tokens=arguments.cache_tokens,
             page_tokens=arguments.page_tokens,
             call_tokens=arguments.call_tokens,
+            decode_steps=arguments.decode_steps,
         )
         room = AdapterRoom(
             arguments.max_loaded_loras, arguments.max_lora_rank, arguments.lora_target_modules

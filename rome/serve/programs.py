@@ -28,6 +28,7 @@ from rome.model.ops.kernels import Kernels
 from rome.model.ops.paged import Pages
 from rome.model.qwen3 import Params, Qwen3, head_kernel
 from rome.serve.adapters import AdapterArrays, with_adapters
+from rome.serve.request import SamplingParams
 from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
 
 CALL_SIZES = (4, 16)  # tokens of the calls that are smaller than the largest
@@ -46,6 +47,8 @@ class Shapes:
         slots * max_context.
       page_tokens: tokens of a page, the unit in which prefixes are shared.
       call_tokens: tokens that are computed at once, at most.
+      decode_steps: steps that one dispatch takes at most while nothing but decoding is to be done;
+        0: by platform (`rome.serve.device.DECODE_STEPS`).
     """
 
     slots: int = 64
@@ -53,10 +56,11 @@ class Shapes:
     cache_tokens: int = 0
     page_tokens: int = 16
     call_tokens: int = 32
+    decode_steps: int = 0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            least = 0 if name == "cache_tokens" else 1
+            least = 0 if name in ("cache_tokens", "decode_steps") else 1
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if 0 < self.cache_tokens < self.pages_per_row * self.page_tokens:
@@ -141,7 +145,7 @@ Program = Callable[[Params, AdapterArrays | None, PageArrays, Call], tuple[PageA
 
 def make_program(config: ModelConfig, kernels: Kernels) -> Program:
     """Return the jitted program; it donates the pages that it is given."""
-    run = functools.partial(_run, config, kernels)
+    run = functools.partial(run_call, config, kernels)
     return jax.jit(run, donate_argnums=2)
 
 
@@ -160,17 +164,31 @@ def empty_call(shapes: Shapes, size: int) -> Call:
         last_R=np.zeros(R, np.int32),
         draws=np.asarray(0, np.int32),
         scores=np.asarray(False),
-        sampling=RowSampling(
-            seed_B2=np.zeros((R, 2), np.uint32),
-            temperature_B=np.ones(R, np.float32),
-            top_p_B=np.ones(R, np.float32),
-            top_k_B=np.zeros(R, np.int32),
-            min_p_B=np.zeros(R, np.float32),
-        ),
+        sampling=empty_sampling(R),
     )
 
 
-def _run(
+def empty_sampling(rows: int) -> RowSampling:
+    """Return how rows are sampled that ask for nothing."""
+    return RowSampling(
+        seed_B2=np.zeros((rows, 2), np.uint32),
+        temperature_B=np.ones(rows, np.float32),
+        top_p_B=np.ones(rows, np.float32),
+        top_k_B=np.zeros(rows, np.int32),
+        min_p_B=np.zeros(rows, np.float32),
+    )
+
+
+def set_sampling(sampling: RowSampling, row: int, params: SamplingParams) -> None:
+    """Set how one row is sampled."""
+    sampling.seed_B2[row] = (params.seed >> 32, params.seed & 0xFFFFFFFF)
+    sampling.temperature_B[row] = params.temperature
+    sampling.top_p_B[row] = params.top_p
+    sampling.top_k_B[row] = max(params.top_k, 0)
+    sampling.min_p_B[row] = params.min_p
+
+
+def run_call(
     config: ModelConfig,
     kernels: Kernels,
     params: Params,

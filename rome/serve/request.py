@@ -127,6 +127,11 @@ class Request:
         return bool(self.output_ids) and self.computed == len(self.ids) - 1
 
     @property
+    def last_position(self) -> int:
+        """The place of the last token of the longest answer: it is drawn, and never computed."""
+        return len(self.prompt_ids) + self.sampling.max_new_tokens - 1
+
+    @property
     def wants_scores(self) -> bool:
         """Whether logprobs of the prompt are still to be computed."""
         return self.score_from is not None and self.computed < len(self.prompt_ids)

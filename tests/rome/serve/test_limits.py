@@ -31,6 +31,7 @@ class IdleDevice:
     def __init__(self):
         self.missing = {}
         self.stats = collections.Counter()
+        self.decode_steps = 1
 
     def prepare(self):
         pass
