@@ -64,9 +64,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--decode_steps",
         "--decode-steps",
         type=int,
-        default=0,
-        help="steps that one dispatch takes at most while no prompt is to be computed; 0: 1 on a"
-        " CPU, 8 elsewhere",
+        default=8,
+        help="steps that one dispatch takes at most while no prompt is to be computed; a new"
+        " request waits for as many",
     )
     add(
         "--max_queued_requests",

@@ -118,9 +118,12 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Let waiting requests run, first come first served, while there are slots and pages."""
+        """Let waiting requests run while there are slots and pages.
+
+        Those of the highest priority first, and among them who came first.
+        """
         while self._waiting and len(self.running) < self._shapes.slots:
-            request = next(iter(self._waiting))
+            request = max(self._waiting, key=lambda one: one.priority)
             self._begin(request)
             missing = len(request.ids) // self._shapes.page_tokens + 1 - len(request.pages)
             if self.running and missing > self._pages.available:

@@ -21,10 +21,16 @@ import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.ops.kernels import Kernels
 from rome.model.qwen3 import Params
 from rome.serve.adapters import AdapterArrays
-from rome.serve.programs import Call, PageArrays, Shapes, empty_sampling, run_call, set_sampling
+from rome.serve.programs import (
+    Call,
+    PageArrays,
+    Program,
+    Shapes,
+    empty_sampling,
+    set_sampling,
+)
 from rome.serve.request import Request
 from rome.serve.sampling import AnyArray, RowSampling
 
@@ -86,15 +92,22 @@ Decoder = Callable[
 ]
 
 
-def make_decoder(config: ModelConfig, kernels: Kernels, steps: int) -> Decoder:
-    """Return the jitted program of up to `steps` steps; it donates the pages that it is given."""
-    decode = functools.partial(_decode, config, kernels, steps)
+def make_decoder(program: Program, config: ModelConfig, steps: int) -> Decoder:
+    """Return the jitted program of up to `steps` steps; it donates the pages that it is given.
+
+    Args:
+      program: of one call, as `rome.serve.programs.make_program` returns it. It is not traced again
+        for a size that has been called before.
+      config: of the model.
+      steps: of a dispatch at most.
+    """
+    decode = functools.partial(_decode, program, config, steps)
     return jax.jit(decode, donate_argnums=2)
 
 
 def _decode(
+    program: Program,
     config: ModelConfig,
-    kernels: Kernels,
     steps: int,
     params: Params,
     adapters: AdapterArrays | None,
@@ -120,7 +133,7 @@ def _decode(
     def take_step(loop: Loop) -> Loop:
         step, kv, front, taken = loop
         is_active_R = _is_active(front, rows)
-        kv, result = run_call(config, kernels, params, adapters, kv, _call_of(rows, front))
+        kv, result = program(params, adapters, kv, _call_of(rows, front))
         taken = Steps(
             taken.token_NR.at[step].set(result.token_R),
             taken.logprob_NR.at[step].set(result.logprob_R),

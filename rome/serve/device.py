@@ -41,9 +41,6 @@ from rome.serve.request import Request
 
 MEMORY_TAGS = ("weights", "kv_cache")
 NO_ROOM = AdapterRoom()
-# Steps of a dispatch where the command line leaves them open; other platforms: OTHER_STEPS.
-DECODE_STEPS = {"cpu": 1}
-OTHER_STEPS = 8
 
 
 class Piece(NamedTuple):
@@ -92,7 +89,6 @@ class Device:
       adapters: that requests may name.
       missing: memory tag -> what must happen before anything can run again.
       stats: calls, tokens and milliseconds so far.
-      decode_steps: that a dispatch takes at most; set by `prepare`.
     """
 
     def __init__(
@@ -107,7 +103,6 @@ class Device:
         self.config: ModelConfig
         self.missing: dict[str, str] = {}
         self.stats: collections.defaultdict[str, float] = collections.defaultdict(int)
-        self.decode_steps = shapes.decode_steps or 1
         self._load = load
         self._pages: PageArrays | None = None
         self._idle_since = 0.0  # end of the last call or dispatch
@@ -117,19 +112,18 @@ class Device:
         self.params, self.config = self._load()
         self.adapters.prepare(self.config)
         self._pages = self._make_pages()
-        platform = jax.default_backend()
-        self.decode_steps = self.shapes.decode_steps or DECODE_STEPS.get(platform, OTHER_STEPS)
-        kernels = choose_serving_kernels(platform, self.config)
+        kernels = choose_serving_kernels(jax.default_backend(), self.config)
         self._program = make_program(self.config, kernels)
-        self._decoder = make_decoder(self.config, kernels, self.decode_steps)
+        steps = self.shapes.decode_steps
+        self._decoder = make_decoder(self._program, self.config, steps)
         started = time.monotonic()
         for size in self.shapes.call_sizes:
             self._run_program(empty_call(self.shapes, size), wants_routes=False)
-            if self.decode_steps > 1:
+            if steps > 1:
                 rows, front = empty_rows(self.shapes, size)
                 for _ in range(2):  # from the host's numbers, then from where the last one stood
-                    front, steps = self._run_decoder(rows, front)
-                jax.block_until_ready(steps)
+                    front, taken = self._run_decoder(rows, front)
+                jax.block_until_ready(taken)
         logging.info("compiled in %.1f s", time.monotonic() - started)
 
     def swap(self, params: Params) -> None:

@@ -47,8 +47,7 @@ class Shapes:
         slots * max_context.
       page_tokens: tokens of a page, the unit in which prefixes are shared.
       call_tokens: tokens that are computed at once, at most.
-      decode_steps: steps that one dispatch takes at most while nothing but decoding is to be done;
-        0: by platform (`rome.serve.device.DECODE_STEPS`).
+      decode_steps: steps that one dispatch takes at most while nothing but decoding is to be done.
     """
 
     slots: int = 64
@@ -56,11 +55,11 @@ class Shapes:
     cache_tokens: int = 0
     page_tokens: int = 16
     call_tokens: int = 32
-    decode_steps: int = 0
+    decode_steps: int = 8
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            least = 0 if name in ("cache_tokens", "decode_steps") else 1
+            least = 0 if name == "cache_tokens" else 1
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if 0 < self.cache_tokens < self.pages_per_row * self.page_tokens:
@@ -145,7 +144,7 @@ Program = Callable[[Params, AdapterArrays | None, PageArrays, Call], tuple[PageA
 
 def make_program(config: ModelConfig, kernels: Kernels) -> Program:
     """Return the jitted program; it donates the pages that it is given."""
-    run = functools.partial(run_call, config, kernels)
+    run = functools.partial(_run, config, kernels)
     return jax.jit(run, donate_argnums=2)
 
 
@@ -188,7 +187,7 @@ def set_sampling(sampling: RowSampling, row: int, params: SamplingParams) -> Non
     sampling.min_p_B[row] = params.min_p
 
 
-def run_call(
+def _run(
     config: ModelConfig,
     kernels: Kernels,
     params: Params,

@@ -11,6 +11,7 @@ import concurrent.futures
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -210,6 +211,10 @@ class Scheduler:
         self._batcher.note_new_weights(fresh)
         return running
 
+    def rename(self, version: str) -> None:
+        """Give the weights another version; tokens that are sampled from now on have it."""
+        self.version = version
+
     def load_metrics(self) -> dict[str, Any]:
         """Return how busy the engine is, and what it has computed so far. From any thread."""
         return {
@@ -286,7 +291,7 @@ class Scheduler:
             self._finish_dispatch(goes_on=True)
             return
         batch, size = self._batcher.next_batch()
-        steps = self.device.decode_steps
+        steps = self.shapes.decode_steps
         if steps > 1 and self._batcher.only_decodes():
             requests = [piece.request for piece in batch]
             self._batcher.give_pages(requests, steps)
@@ -313,7 +318,7 @@ class Scheduler:
         dispatch = self._in_flight
         if dispatch is None:
             return
-        steps = self.device.decode_steps
+        steps = self.shapes.decode_steps
         self._in_flight = None
         if goes_on and self._batcher.can_go_on(dispatch.requests, dispatch.size, steps):
             self._in_flight = self.device.decode_on(dispatch)
@@ -373,6 +378,8 @@ class Scheduler:
             message = f"logits are not finite with weights {self.version}"
             return {"type": "abort", "message": message, "status_code": 500}
         before = len(request.output_ids)
+        if request.first_token is None:
+            request.first_token = time.monotonic()
         taken, finish = find_end(request, drawn, self._tokenizer)
         request.logprobs += logprobs[:taken]
         if request.versions and request.versions[-1][0] == self.version:

@@ -6,6 +6,7 @@ The HTTP server and the scheduler are the real ones; the device answers without 
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import json
 import random
 
@@ -21,7 +22,7 @@ from rome.serve.request import Request, SamplingParams
 from rome.serve.scheduler import Scheduler
 from rome.serve.server import Server
 
-SHAPES = Shapes(slots=2, max_context=4096, page_tokens=4, call_tokens=16)
+SHAPES = Shapes(slots=2, max_context=4096, page_tokens=4, call_tokens=16, decode_steps=1)
 LAYERS, TOP_K = 2, 1
 
 
@@ -31,7 +32,6 @@ class IdleDevice:
     def __init__(self):
         self.missing = {}
         self.stats = collections.Counter()
-        self.decode_steps = 1
 
     def prepare(self):
         pass
@@ -170,7 +170,7 @@ def test_requests_of_any_kind_end_with_fewer_pages_than_they_would_like():
     """Where pages run out, the youngest start over, and nothing waits for ever or leaks."""
     for seed in range(30):
         rng = random.Random(seed)
-        shapes = Shapes(slots=6, max_context=32, cache_tokens=40, page_tokens=4, call_tokens=16)
+        shapes = dataclasses.replace(SHAPES, slots=6, max_context=32, cache_tokens=40)
         scheduler = make_scheduler(shapes)
         requests = []
         for number in range(20):

@@ -70,7 +70,7 @@ def make_checkpoint(directory: pathlib.Path, seed: int = 0, endless: bool = Fals
 
 
 def serve(directory: pathlib.Path, log: pathlib.Path, *flags: str, **options) -> ServerProcess:
-    return start_server(directory, log, flags=[*FLAGS, *flags], deadline_seconds=120, **options)
+    return start_server(directory, log, flags=[*FLAGS, *flags], deadline_seconds=400, **options)
 
 
 @dataclasses.dataclass
