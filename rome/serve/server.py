@@ -41,6 +41,7 @@ OPEN_ROUTES = (
     "/metrics",
 )  # served without a key, and while it starts
 HEALTH_GENERATE_SECONDS = 20.0
+CLIENT_CLOSED = 499  # nginx's status for it; none is registered
 MAX_BODY_BYTES = 64 << 20
 DEFAULT_TRUNCATE_SIZE = 100  # rows of a tensor that /get_weights_by_name shows
 
@@ -408,6 +409,8 @@ class Server:
             return busy(reason)
         except web.HTTPException as answer:
             return error(answer.status, answer.reason)
+        except ConnectionResetError:  # amid its answer, which nobody reads any more
+            return error(CLIENT_CLOSED, "the client went away")
         except Exception as failure:
             if self.scheduler.failure is None:  # else the scheduler has logged why it ended
                 logging.exception("%s %s failed", request.method, request.path)
