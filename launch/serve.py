@@ -43,6 +43,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="token ids in, token ids out; no text and no stop strings",
     )
+    for name, what in (
+        ("expert", "the experts; as many for each share of the other"),
+        ("tensor", "heads, the cache with them, and hidden units of experts"),
+    ):
+        add(
+            f"--{name}_parallel",
+            f"--{name}-parallel",
+            type=int,
+            default=1,
+            help=f"devices that share {what}",
+        )
     add("--weight_version", "--weight-version", default="0", help="of the first weights")
     add("--slots", type=int, default=64, help="requests that run at once")
     add("--max_context", type=int, default=384, help="tokens of prompt and answer together")
@@ -108,6 +119,7 @@ def main() -> None:
     if arguments.parent_pid:
         threading.Thread(target=end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     listener = listen(arguments.host, arguments.port)
+    divide_cpu(arguments.expert_parallel * arguments.tensor_parallel)
     # Only after the port is taken: these import JAX, which takes seconds.
     from rome.serve.adapters import AdapterRoom
     from rome.serve.programs import Shapes
@@ -133,6 +145,8 @@ def main() -> None:
         shapes,
         dtype=arguments.dtype,
         weight_version=arguments.weight_version,
+        expert_parallel=arguments.expert_parallel,
+        tensor_parallel=arguments.tensor_parallel,
         room=room,
         with_tokenizer=not arguments.skip_tokenizer_init,
         max_queued_requests=arguments.max_queued_requests,
@@ -143,6 +157,17 @@ def main() -> None:
         asyncio.run(service)
     except ServeError as error:
         sys.exit(f"launch.serve: {error}")
+
+
+def divide_cpu(count: int) -> None:
+    """Make so many devices of a CPU, where that is what JAX runs on and XLA_FLAGS do not say.
+
+    A mesh can then be tried out anywhere; it is no faster than one device.
+    """
+    if count > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def end_with_parent(parent: int) -> None:

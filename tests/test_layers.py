@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "rome.data": ["rome.model", "rome.files", "rome.stopping", "rome.version"],
     "rome.losses": ["rome.data", "rome.own_code"],
     "rome.train": ["rome.model", "rome.data", "rome.losses", "rome.files", "rome.version"],
-    "rome.cost": ["rome.train"],
+    "rome.cost": ["rome.train", "rome.serve"],
     "rome.serve": ["rome.model", "envs.gem"],
     "rome.engine": ["rome.serve", "rome.data", "envs.proxies"],
     "rome.agent": ["rome.engine", "envs.gem", "envs.rock"],

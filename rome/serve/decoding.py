@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params
@@ -92,7 +93,9 @@ Decoder = Callable[
 ]
 
 
-def make_decoder(program: Program, config: ModelConfig, steps: int) -> Decoder:
+def make_decoder(
+    program: Program, config: ModelConfig, steps: int, page_sharding: Sharding
+) -> Decoder:
     """Return the jitted program of up to `steps` steps; it donates the pages that it is given.
 
     Args:
@@ -100,9 +103,10 @@ def make_decoder(program: Program, config: ModelConfig, steps: int) -> Decoder:
         for a size that has been called before.
       config: of the model.
       steps: of a dispatch at most.
+      page_sharding: that the pages have, and keep.
     """
     decode = functools.partial(_decode, program, config, steps)
-    return jax.jit(decode, donate_argnums=2)
+    return jax.jit(decode, donate_argnums=2, out_shardings=(page_sharding, None, None))
 
 
 def _decode(

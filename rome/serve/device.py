@@ -6,17 +6,21 @@ Only the scheduler's thread uses a `Device`; other threads may read its public a
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import choose_serving_kernels
-from rome.model.ops.paged import make_pages
+from rome.model.ops.paged import make_pages, page_sharding
+from rome.model.params import engine_mesh_of
 from rome.model.qwen3 import Params
 from rome.serve.adapters import AdapterRoom, AdapterTable
 from rome.serve.decoding import (
@@ -76,7 +80,7 @@ class Dispatch(NamedTuple):
 
 
 class Device:
-    """Weights, cache and compiled programs.
+    """Weights, cache and compiled programs, on one device or on the mesh that the weights lie on.
 
     Args:
       load: returns the parameters (layers unstacked) and their config; called once, by `prepare`.
@@ -86,6 +90,7 @@ class Device:
     Attributes:
       params: None before `prepare`, and while the weights are released.
       config: of the model; set by `prepare`.
+      mesh: of the weights; None: one device. Set by `prepare`.
       adapters: that requests may name.
       missing: memory tag -> what must happen before anything can run again.
       stats: calls, tokens and milliseconds so far.
@@ -101,21 +106,30 @@ class Device:
         self.adapters = AdapterTable(room)
         self.params: Params | None = None
         self.config: ModelConfig
+        self.mesh: Mesh | None = None
         self.missing: dict[str, str] = {}
         self.stats: collections.defaultdict[str, float] = collections.defaultdict(int)
         self._load = load
         self._pages: PageArrays | None = None
         self._idle_since = 0.0  # end of the last call or dispatch
 
+    @property
+    def place(self) -> Mesh | jax.Device:
+        """The mesh, or the one device."""
+        return self.mesh or jax.local_devices()[0]
+
     def prepare(self) -> None:
         """Load the weights, and compile the program for each size of a call by running it."""
         self.params, self.config = self._load()
-        self.adapters.prepare(self.config)
+        self.mesh = engine_mesh_of(self.params)
+        self.adapters.prepare(self.config, self.mesh)
         self._pages = self._make_pages()
-        kernels = choose_serving_kernels(jax.default_backend(), self.config)
-        self._program = make_program(self.config, kernels)
+        tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
+        kernels = choose_serving_kernels(jax.default_backend(), self.config, tensor)
+        self._program = make_program(self.config, kernels, page_sharding(self.place))
         steps = self.shapes.decode_steps
-        self._decoder = make_decoder(self._program, self.config, steps)
+        sharding = page_sharding(self.place)
+        self._decoder = make_decoder(self._program, self.config, steps, sharding)
         started = time.monotonic()
         for size in self.shapes.call_sizes:
             self._run_program(empty_call(self.shapes, size), wants_routes=False)
@@ -125,6 +139,17 @@ class Device:
                     front, taken = self._run_decoder(rows, front)
                 jax.block_until_ready(taken)
         logging.info("compiled in %.1f s", time.monotonic() - started)
+
+    def take_weights(self, why: str) -> Params | None:
+        """Return the weights, for others to take their place one by one; None if there are none.
+
+        Args:
+          why: nothing can run until `swap`.
+        """
+        params = self.params
+        self.params = None
+        self.missing["weights"] = why
+        return params
 
     def swap(self, params: Params) -> None:
         """Replace the weights."""
@@ -152,7 +177,10 @@ class Device:
 
     def _run_program(self, call: Call, wants_routes: bool) -> Result:
         assert self.params is not None and self._pages is not None
-        self._pages, result = self._program(self.params, self.adapters.arrays, self._pages, call)
+        with self._on_mesh():
+            self._pages, result = self._program(
+                self.params, self.adapters.arrays, self._pages, call
+            )
         if not wants_routes:
             result = result._replace(routes_LTk=None)  # stays on the device
         return jax.tree.map(np.asarray, result)
@@ -195,10 +223,14 @@ class Device:
 
     def _run_decoder(self, rows: Rows, front: Front) -> tuple[Front, Steps]:
         assert self.params is not None and self._pages is not None
-        self._pages, front, steps = self._decoder(
-            self.params, self.adapters.arrays, self._pages, rows, front
-        )
+        with self._on_mesh():
+            self._pages, front, steps = self._decoder(
+                self.params, self.adapters.arrays, self._pages, rows, front
+            )
         return front, steps
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _count(self, **amounts: float) -> None:
         for name, amount in amounts.items():
@@ -234,12 +266,18 @@ class Device:
             )
 
     def allocated_bytes(self) -> int:
-        """Return the size of weights, adapters and cache."""
+        """Return the size of weights, adapters and cache, on each device of a mesh."""
         arrays = jax.tree.leaves((self.params, self.adapters.arrays, self._pages))
-        return sum(array.nbytes for array in arrays if not array.is_deleted())
+        return sum(_bytes_each(array) for array in arrays if not array.is_deleted())
 
     def _make_pages(self) -> PageArrays:
-        return make_pages(self.config, self.shapes.pages, self.shapes.page_tokens)
+        sharding = page_sharding(self.place)
+        return make_pages(self.config, self.shapes.pages, self.shapes.page_tokens, sharding)
+
+
+def _bytes_each(array: jax.Array) -> int:
+    """Return the bytes of an array on each device that it lies on."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 # -- inputs of calls

@@ -22,16 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
 from rome.model.ops.paged import Pages
 from rome.model.qwen3 import Params, Qwen3, head_kernel
+from rome.model.sharding import constrain
 from rome.serve.adapters import AdapterArrays, with_adapters
 from rome.serve.request import SamplingParams
 from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
 
-CALL_SIZES = (4, 16)  # tokens of the calls that are smaller than the largest
+CALL_SIZES = (4, 16, 64, 256)  # tokens of the calls that are smaller than the largest
 FEW_SAMPLES = 4  # rows of the smaller head
 PageArrays = tuple[Array, ...]
 
@@ -142,10 +144,16 @@ class Result(NamedTuple):
 Program = Callable[[Params, AdapterArrays | None, PageArrays, Call], tuple[PageArrays, Result]]
 
 
-def make_program(config: ModelConfig, kernels: Kernels) -> Program:
-    """Return the jitted program; it donates the pages that it is given."""
+def make_program(config: ModelConfig, kernels: Kernels, page_sharding: Sharding) -> Program:
+    """Return the jitted program; it donates the pages that it is given.
+
+    Args:
+      config: the model.
+      kernels: of the model.
+      page_sharding: that the pages have, and keep.
+    """
     run = functools.partial(_run, config, kernels)
-    return jax.jit(run, donate_argnums=2)
+    return jax.jit(run, donate_argnums=2, out_shardings=(page_sharding, None))
 
 
 def empty_call(shapes: Shapes, size: int) -> Call:
@@ -237,6 +245,10 @@ def _score(hidden_TD: Array, kernel_DV: Array, call: Call) -> Array:
 
 
 def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:
-    """Return float32 logits, computed as in the trainer's `chunked_logprobs`."""
+    """Return float32 logits, computed as in the trainer's `chunked_logprobs`.
+
+    On a mesh each device computes its part of the vocabulary, and gets the others'.
+    """
     kernel_DV = kernel_DV.astype(hidden_ND.dtype)
-    return jnp.matmul(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
+    logits_NV = jnp.matmul(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
+    return constrain(logits_NV, None, None)

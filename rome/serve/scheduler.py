@@ -46,6 +46,7 @@ class Scheduler:
       ready: set when the weights are loaded and the programs compiled.
       failure: why the thread ended; None while it runs.
       paused: whether sampling is paused.
+      refuses: why requests are refused: an update failed midway. None while they are not.
       version: of the weights.
     """
 
@@ -63,6 +64,7 @@ class Scheduler:
         self.ready = threading.Event()
         self.failure: str | None = None
         self.paused = False
+        self.refuses: str | None = None
         self._tokenizer = tokenizer
         self._wake = threading.Condition()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
@@ -125,7 +127,10 @@ class Scheduler:
         return future
 
     def _queue(self, request: Request) -> None:
-        """Queue a request, or end it where its adapter is not there."""
+        """Queue a request; end it where there are no weights, or its adapter is not there."""
+        if self.refuses is not None:
+            self._end(request, {"type": "abort", "message": self.refuses, "status_code": 503})
+            return
         if request.adapter_name:
             try:
                 request.adapter = self.device.adapters.take(request.adapter_name)
@@ -207,6 +212,7 @@ class Scheduler:
         """
         running = len(self._batcher.running)
         self.device.swap(params)
+        self.refuses = None
         self.version = version
         self._batcher.note_new_weights(fresh)
         return running
@@ -215,6 +221,23 @@ class Scheduler:
         """Give the weights another version; tokens that are sampled from now on have it."""
         self.version = version
 
+    def take_weights(self, why: str) -> Params | None:
+        """Return the weights, for others to take their place one by one. Requests wait.
+
+        `swap` or `lose_weights` ends it.
+        """
+        return self.device.take_weights(why)
+
+    def lose_weights(self, why: str) -> None:
+        """End all requests, and refuse new ones until `swap`: there are no weights.
+
+        Args:
+          why: what happened, and the remedy; requests get it with status 503.
+        """
+        self.device.missing["weights"] = why
+        self.refuses = why
+        self._abort(lambda request: True, why, status_code=503)
+
     def load_metrics(self) -> dict[str, Any]:
         """Return how busy the engine is, and what it has computed so far. From any thread."""
         return {
@@ -222,6 +245,7 @@ class Scheduler:
             "slots": self.shapes.slots,
             "paused": self.paused,
             "released": sorted(self.device.missing),
+            "refuses": self.refuses,
             "device_bytes": self.device.allocated_bytes(),
             **self.device.stats,
         }

@@ -30,7 +30,8 @@ from rome.serve.openai_routes import OpenAIRoutes
 from rome.serve.protocol import Bounds
 from rome.serve.request import Request, SamplingParams, TextCodec
 from rome.serve.scheduler import PAUSE_MODES, Scheduler
-from rome.serve.weights import checksums, find_tensor, load_weights
+from rome.serve.update import WeightUpdates
+from rome.serve.weights import checksums, find_tensor
 from rome.serve.wire import Busy, Handler, busy, error, read_body
 
 VERSION = "rome.serve 1"
@@ -71,7 +72,7 @@ class Server:
         self._model_path = str(arguments["model_path"])
         self._api_key = arguments.get("api_key")
         self._generation = Generation(scheduler, bounds, tokenizer)
-        self._updating = asyncio.Lock()
+        self._updates = WeightUpdates(scheduler)
 
     def app(self) -> web.Application:
         """Return the HTTP application."""
@@ -153,9 +154,9 @@ class Server:
         return web.Response(text="Cache flushed.\n")
 
     async def update_weights_from_disk(self, http: web.Request) -> web.Response:
-        """Load weights beside the old ones, and swap them between two steps.
+        """Replace the weights, parameter by parameter; requests wait meanwhile.
 
-        A directory that cannot be used changes nothing. With flush_cache (the default) running
+        `rome.serve.update` says what a failure leaves. With flush_cache (the default) running
         requests compute their cache anew with the new weights; without it they continue as they
         are.
         """
@@ -167,29 +168,15 @@ class Server:
         fresh = check_flag("flush_cache", body.get("flush_cache", True))
         if check_flag("abort_all_requests", body.get("abort_all_requests") or False):
             self.scheduler.abort("", everything=True)
-        device = self.scheduler.device
-        async with self._updating:
-            if "resume" in device.missing.get("weights", ""):
-                raise BadRequest(device.missing["weights"])
-            try:
-                params, _ = await asyncio.to_thread(
-                    load_weights, path, device.config.dtype, device.config
-                )
-            except (ValueError, OSError) as error:
-                answer = {
-                    "success": False,
-                    "message": f"kept the old weights: {error}",
-                    "num_paused_requests": 0,
-                }
-                return web.json_response(answer, status=400)
-            running = await self._in_thread(lambda: self.scheduler.swap(params, version, fresh))
+        outcome = await self._updates.run(path, version, fresh)
+        if outcome.error is None:
             self._model_path = path
         answer = {
-            "success": True,
-            "message": "Succeeded to update model weights.",
-            "num_paused_requests": running,
+            "success": outcome.error is None,
+            "message": outcome.error or "Succeeded to update model weights.",
+            "num_paused_requests": outcome.running,
         }
-        return web.json_response(answer)
+        return web.json_response(answer, status=200 if outcome.error is None else 400)
 
     async def update_weight_version(self, http: web.Request) -> web.Response:
         """Rename the version of the weights, which stay as they are."""
@@ -246,7 +233,7 @@ class Server:
     async def release_memory_occupation(self, http: web.Request) -> web.Response:
         """Delete the arrays of the given tags (all by default) to free the device's memory."""
         tags = parse_memory_tags(await read_body(http))
-        async with self._updating:
+        async with self._updates.lock:
             await self._in_thread(lambda: self.scheduler.release_memory(tags), refused=ValueError)
         logging.info("memory released: %s", ", ".join(tags))
         return web.json_response(None)
@@ -258,7 +245,7 @@ class Server:
         from old ones.
         """
         tags = parse_memory_tags(await read_body(http))
-        async with self._updating:
+        async with self._updates.lock:
             await self._in_thread(lambda: self.scheduler.take_back_memory(tags))
         return web.json_response(None)
 
@@ -273,7 +260,8 @@ class Server:
         if name:
             sums = await self._in_thread(lambda: device.adapters.checksums(name), ValueError)
         else:
-            sums = await asyncio.to_thread(checksums, self._loaded_params(), device.config)
+            async with self._updates.lock:
+                sums = await asyncio.to_thread(checksums, self._loaded_params(), device.config)
         answer = {
             "success": True,
             "message": "sha256 by tensor",
@@ -287,7 +275,8 @@ class Server:
         name = check_text("name", body.get("name"))
         size = parse_row_count(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
         config = self.scheduler.device.config
-        tensor = await asyncio.to_thread(find_tensor, self._loaded_params(), config, name)
+        async with self._updates.lock:
+            tensor = await asyncio.to_thread(find_tensor, self._loaded_params(), config, name)
         if tensor is None:
             raise BadRequest(
                 f"no weight is named {name!r}; names are those of the checkpoint's tensors"

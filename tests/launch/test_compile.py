@@ -87,6 +87,32 @@ def test_an_exchange_of_experts_sends_twice_forward_and_three_times_backward(tmp
 @pytest.mark.device
 @pytest.mark.timeout(3000)
 @needs_libtpu
+def test_an_engines_call_compiles_on_its_mesh_with_the_kernels_of_tpus(tmp_path):
+    file = tmp_path / "found.json"
+    done = run_compile(
+        "--config=experiments/ipa.py:qwen3_30b_a3b",
+        "--topology=v6e:2x4",
+        "--layers=1",
+        "--engine=expert=4,tensor=2",
+        "--calls=64",
+        "--config.engine.cache_tokens=65536",
+        f"--json={file}",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["kernels"] == ["ragged_paged", "megablox"]
+    assert found["bytes_per_device"] == sum(found["bytes"].values())
+    assert found["bytes"]["cache"] == 65536 * 2 * 4 * 128 * 2 / 2  # half of the key heads
+    call = found["calls"]["64"]
+    reduced = [one for one in call["collectives"] if one["kind"] == "all-reduce"]
+    assert {one["axes"] for one in reduced} == {"tensor", "expert+tensor"}
+    assert 0 < call["decoded_tokens_per_s"] < 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.device
+@pytest.mark.timeout(3000)
+@needs_libtpu
 def test_a_slice_that_is_too_small_fails_with_advice_and_figures(tmp_path):
     file = tmp_path / "found.json"
     done = run_compile(
