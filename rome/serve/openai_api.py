@@ -103,7 +103,7 @@ def wants_logprobs(body: Mapping[str, Any], is_chat: bool) -> bool:
     given = body.get("logprobs")
     if is_chat:
         return check_flag("logprobs", given or False)
-    if given in (None, False):
+    if given is None or given is False:
         return False
     if check_integer("logprobs", given) > 1:
         raise BadRequest(
@@ -143,8 +143,13 @@ def chat_ids(body: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of messages; it must not be empty")
     read = [_read_message(one, f"messages[{place}]") for place, one in enumerate(messages)]
+    tools = read_tools(body)
     try:
-        return Chat(tokenizer, read_tools(body) or None).render(read, hands_over=True)
+        json.dumps([read, tools], ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        raise BadRequest("the messages or tools are not valid Unicode") from None
+    try:
+        return Chat(tokenizer, tools or None).render(read, hands_over=True)
     except ValueError as error:
         raise BadRequest(str(error)) from None
 

@@ -394,6 +394,8 @@ class Server:
             return await handler(request)
         except BadRequest as refusal:
             return error(400, str(refusal))
+        except RecursionError:
+            return error(400, "the body is nested too deeply")
         except Busy as reason:
             return busy(reason)
         except web.HTTPException as answer:

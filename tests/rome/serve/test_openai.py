@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from rome.model.tokenizer import TINY, Tokenizer
 from rome.serve.checks import BadRequest
-from rome.serve.openai_api import Answers, chat_ids, prompt_of, read_calls, to_generate
+from rome.serve.openai_api import (
+    Answers,
+    chat_ids,
+    prompt_of,
+    read_calls,
+    to_generate,
+    wants_usage,
+)
+from rome.serve.protocol import Bounds, parse_generate
 from rome.serve.request import Request, SamplingParams
 from rome.serve.stopping import find_end
 from tests.rome.serve.talk import talk
@@ -19,6 +27,7 @@ from tests.rome.serve.talk import talk
 CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object"}}}]
 TOKENIZER = Tokenizer.load(TINY)
+BOUNDS = Bounds(TOKENIZER.vocab_size, 500, frozenset({TOKENIZER.im_end}))
 TEXTS = st.lists(
     st.sampled_from(
         ["I look. ", "é", "漢字", "\n", "<tool", "_call>", "a < b", "STOP", "ST", CALL]
@@ -100,6 +109,35 @@ def test_a_chat_is_rendered_as_the_template_has_it():
     assert ids.count(TOKENIZER.im_end) == 4  # not the one that a tool has spelled
 
 
+WORDS = st.sampled_from(["", "a", "user", "tool", "\0", "\ud800", "text", "function", "none"])
+NAMES = st.sampled_from(
+    ["role", "content", "type", "text", "function", "name", "arguments", "tool_calls", "parameters"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+OF_PROMPTS = ["model", "prompt", "messages", "tools", "tool_choice"]
+OF_ANSWERS = ["n", "stop", "seed", "max_tokens", "logprobs", "stream", "stream_options"]
+FIELDS = st.sampled_from([*OF_PROMPTS, *OF_ANSWERS, "rid", "priority", "response_format"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(body=st.dictionaries(FIELDS, JSON, max_size=5), is_chat=st.booleans())
+def test_whatever_is_sent_is_taken_or_refused_in_one_sentence(body, is_chat):
+    whole = {"messages": [{"role": "user", "content": "a"}], "prompt": "a"} | body
+    whole.pop("prompt" if is_chat else "messages")
+    try:
+        asked = to_generate(whole, (), is_chat)
+        wants_usage(whole)
+        prompt = {"input_ids": chat_ids(whole, TOKENIZER)} if is_chat else prompt_of(whole)
+        requests, _ = parse_generate(asked | prompt, BOUNDS, TOKENIZER)
+        Answers(whole, requests, TOKENIZER, "m", is_chat)
+    except BadRequest as refusal:
+        assert str(refusal)
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
@@ -128,6 +166,17 @@ def test_what_is_not_done_is_refused_by_name(field, value):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid Unicode"),
         ({"messages": [{"role": "user"}], "tools": [{"type": "web"}]}, "tools[0] must be"),
+        (
+            {
+                "messages": [{"role": "user"}],
+                "tools": [{"function": {"name": "a", "description": "\ud800"}}],
+            },
+            "not valid Unicode",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "\ud800"}}]}]},
+            "not valid Unicode",
+        ),
         ({"messages": [{"role": "user"}], "tool_choice": "required"}, "'required\"'"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "without a function's name"),
     ],
