@@ -43,17 +43,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="token ids in, token ids out; no text and no stop strings",
     )
-    for name, what in (
-        ("expert", "the experts; as many for each share of the other"),
-        ("tensor", "heads, the cache with them, and hidden units of experts"),
-    ):
-        add(
-            f"--{name}_parallel",
-            f"--{name}-parallel",
-            type=int,
-            default=1,
-            help=f"devices that share {what}",
-        )
+    add(
+        "--expert_parallel",
+        "--expert-parallel",
+        type=int,
+        default=1,
+        help="devices that share the experts, in each share of --tensor_parallel",
+    )
+    add(
+        "--tensor_parallel",
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="devices that share heads, the cache with them, and hidden units of experts",
+    )
     add("--weight_version", "--weight-version", default="0", help="of the first weights")
     add("--slots", type=int, default=64, help="requests that run at once")
     add("--max_context", type=int, default=384, help="tokens of prompt and answer together")

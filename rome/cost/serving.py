@@ -31,7 +31,7 @@ from rome.model.ops.kernels import Kernels, choose_serving_kernels
 from rome.model.ops.paged import page_shapes, page_sharding
 from rome.model.params import engine_sharding
 from rome.model.qwen3 import Params
-from rome.serve.programs import Shapes, empty_call, make_program
+from rome.serve.programs import FEW_SAMPLES, Shapes, empty_call, make_program
 
 LOOKED_UP = "embed/embedding"  # of which a call reads a few rows only
 
@@ -163,7 +163,7 @@ def _costs(
     kv_heads = 2 * config.num_kv_heads * config.head_dim // tensor
     position_bytes = kv_heads * jnp.dtype(config.dtype).itemsize * config.num_layers
     compute = program.flops / chip.device_flops
-    collectives = sum(one.seconds for one in program.sent)
+    collectives = _collective_seconds(program, rows, size, drawn=rows)
     seconds = {
         "compute": (program.flops + attention_flops) / chip.device_flops,
         "memory": (weights + rows * context * position_bytes) / chip.device_hbm,
@@ -171,7 +171,8 @@ def _costs(
     }
     # A layer needs the sums of the one before: nothing hides them.
     decode = max(seconds["compute"], seconds["memory"]) + collectives
-    prompts = max(compute, weights / chip.device_hbm) + collectives
+    alone = _collective_seconds(program, rows, size, drawn=min(rows, FEW_SAMPLES))
+    prompts = max(compute, weights / chip.device_hbm) + alone
     return {
         "needed_bytes": round(program.needed),
         "temporary_bytes": round(program.temporaries),
@@ -184,6 +185,18 @@ def _costs(
         "compile_seconds": round(program.compile_seconds, 1),
         "collectives": [dataclasses.asdict(one) for one in program.sent],
     }
+
+
+def _collective_seconds(program: Program, rows: int, size: int, drawn: int) -> float:
+    """Return the seconds of a call's collectives, with the logits of `drawn` rows alone.
+
+    The program has branches that gather logits of a few rows, of all rows and, where prompts are
+    scored, of all tokens.
+    """
+    gathered = sum(one.seconds for one in program.sent if one.kind == "all-gather")
+    others = sum(one.seconds for one in program.sent if one.kind != "all-gather")
+    few = FEW_SAMPLES if rows > FEW_SAMPLES else 0
+    return others + gathered * drawn / (few + rows + size)
 
 
 def _weights_read(config: ModelConfig, mesh: Mesh, params: Params, size: int) -> float:

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Sharding
+from jax.sharding import PartitionSpec, Sharding
 
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
 from rome.model.ops.paged import Pages
 from rome.model.qwen3 import Params, Qwen3, head_kernel
-from rome.model.sharding import constrain
+from rome.model.sharding import ENGINE_RULES, is_on_engine_mesh
 from rome.serve.adapters import AdapterArrays, with_adapters
 from rome.serve.request import SamplingParams
 from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
@@ -249,6 +249,22 @@ def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:
 
     On a mesh each device computes its part of the vocabulary, and gets the others'.
     """
-    kernel_DV = kernel_DV.astype(hidden_ND.dtype)
-    logits_NV = jnp.matmul(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
-    return constrain(logits_NV, None, None)
+
+    def matmul(hidden_ND: Array, kernel_DV: Array) -> Array:
+        kernel_DV = kernel_DV.astype(hidden_ND.dtype)
+        return jnp.matmul(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
+
+    if not is_on_engine_mesh():
+        return matmul(hidden_ND, kernel_DV)
+    over = ENGINE_RULES["vocab"]
+
+    def on_each_device(hidden_ND: Array, kernel_Dv: Array) -> Array:
+        # Said here: left to the partitioner, the kernel is gathered, which is far larger.
+        return jax.lax.all_gather(matmul(hidden_ND, kernel_Dv), over, axis=1, tiled=True)
+
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(PartitionSpec(), PartitionSpec(None, over)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(hidden_ND, kernel_DV)

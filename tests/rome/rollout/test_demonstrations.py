@@ -86,3 +86,60 @@ def test_a_demonstrator_that_fails_its_task_costs_that_task_only(tmp_path, monke
     assert collect(tmp_path, on_spoiled=faults.append) == {} and not list(tmp_path.iterdir())
     assert [(fault.task, fault.ending) for fault in faults] == [("count/3", "failure")]
     assert "not as a success" in faults[0].note
+
+
+def test_a_demonstration_that_a_slow_machine_cut_off_plays_again(tmp_path, monkeypatch):
+    real = demonstrations.play_demonstration
+    slow = [True]
+
+    async def play(env, *arguments):
+        if not slow.pop():
+            return await real(env, *arguments)
+        slow.append(False)
+        turns = [DemonstrationTurn("sort a > b", "[timeout]", "timeout")]
+        turns.append(DemonstrationTurn("done", "", "ok"))
+        return DemonstrationEpisode(env.task.name, "count", "Count.", turns, 0.0, "failure")
+
+    monkeypatch.setattr(demonstrations, "play_demonstration", play)
+    assert collect(tmp_path)[7].reward == 1.0
+
+
+def test_a_demonstrator_that_is_cut_off_every_time_is_named_with_its_command(tmp_path, monkeypatch):
+    async def play(env, *_):
+        turns = [DemonstrationTurn("sleep 9999", "[timeout]", "timeout")]
+        return DemonstrationEpisode(env.task.name, "count", "Count.", turns, 0.0, "failure")
+
+    monkeypatch.setattr(demonstrations, "play_demonstration", play)
+    with pytest.raises(SpoiledTaskError, match="time limit: 'sleep 9999'"):
+        collect(tmp_path)
+
+
+def test_an_error_of_one_demonstration_ends_the_others(tmp_path, monkeypatch):
+    """They would otherwise go on in the background, and be set aside as the program ends."""
+    ended = []
+
+    async def play(env, *_):
+        if env.task.name == "count/3":
+            await asyncio.sleep(0)
+            raise KeyError("not what is expected of an environment")
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append(env.task.name)
+
+    monkeypatch.setattr(demonstrations, "play_demonstration", play)
+
+    async def collect_two():
+        collecting = demonstrations.collect_demonstrations(
+            {0: "count/1", 1: "count/3"},
+            lambda task: TerminalEnv(task, SandboxConfig(isolation="best_available")),
+            CHAT,
+            error_rate=0.0,
+            concurrency=2,
+            record=lambda number: tmp_path / f"{number}.json",
+        )
+        with pytest.raises(KeyError):
+            await collecting
+        assert ended == ["count/1"]
+
+    asyncio.run(collect_two())

@@ -230,10 +230,10 @@ def test_a_server_on_four_devices_serves_is_updated_paused_and_hashes_as_one(tmp
     flags = ("--expert_parallel", "2", "--tensor_parallel", "2", "--call_tokens", "16")
 
     async def conversation(http):
-        first = await http.generate(PROMPT, max_new_tokens=8)
+        first = await http.generate(PROMPT, max_new_tokens=8, sampling_seed=9)
         sums = (await http.post("/weights_checker", {"action": "checksum"}))[1]["ranks"]
         await http.post("/pause_generation", {"mode": "retract"})
-        waiting = asyncio.ensure_future(http.generate(PROMPT, max_new_tokens=8))
+        waiting = asyncio.ensure_future(http.generate(PROMPT, max_new_tokens=8, sampling_seed=9))
         update = {"model_path": str(checkpoint_of(1)), "weight_version": "1"}
         status, said = await http.post("/update_weights_from_disk", update)
         assert status == 200 and said["success"] is True
@@ -242,7 +242,13 @@ def test_a_server_on_four_devices_serves_is_updated_paused_and_hashes_as_one(tmp
         back = update | {"model_path": str(checkpoint_of(0)), "weight_version": "0"}
         await http.post("/update_weights_from_disk", back)
         again = (await http.post("/weights_checker", {"action": "checksum"}))[1]["ranks"]
-        return first, second, sums, again, await http.generate(PROMPT, max_new_tokens=8)
+        return (
+            first,
+            second,
+            sums,
+            again,
+            await http.generate(PROMPT, max_new_tokens=8, sampling_seed=9),
+        )
 
     log = tmp_path / "log"
     with serve(checkpoint_of(0), log, *flags) as server:  # which makes its devices itself
