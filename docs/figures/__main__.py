@@ -13,6 +13,7 @@ from docs.figures import (
     iflow_session,
     layers,
     learning_curve,
+    outside_agent,
     processes,
     relevance,
     sandbox_layers,
@@ -21,7 +22,7 @@ from docs.figures import (
 
 
 def main() -> None:
-    """Draw everything; the curve of the current configuration only where runs are recorded."""
+    """Draw everything; curves only where runs are recorded."""
     processes.draw()
     layers.draw()
     engine_states.draw()
@@ -31,6 +32,7 @@ def main() -> None:
     relevance.draw()
     speed.draw()
     learning_curve.main([])
+    outside_agent.main([])
     configuration.main([])
     iflow_session.draw()
 

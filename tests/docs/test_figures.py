@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from docs.figures import collect, configuration, learning_curve, style
+from docs.figures import collect, configuration, learning_curve, outside_agent, style
 
 
 def make_report(tmp_path, steps=60, last=60):
@@ -72,6 +72,24 @@ def test_the_curve_and_its_table_come_from_recorded_runs(tmp_path, monkeypatch):
     table = learning_curve.table(runs)
     assert "| GRPO, seed 3 | 25 % (14 to 40) | 40 % (26 to 55) | 50 % (35 to 65) | 2 |" in table
     assert learning_curve.draw(runs).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_behind_an_outside_agent_is_kept_with_its_steps_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(outside_agent, "RUN", tmp_path / "run.json")
+    assert outside_agent.main([]) == 1  # nothing is kept yet
+    workdir = make_report(tmp_path)
+    steps = [
+        {"step": step, "success": 0.25, "seconds_collect": 2.0, "seconds_update": 0.5}
+        for step in range(1, 61)
+    ]
+    lines = [json.dumps(one) for one in [{"stage": "ipa", "step": 0, "success": 0.2}, *steps]]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines))
+    assert outside_agent.main([str(workdir), "--machine", "a machine"]) == 0
+    kept = json.loads(outside_agent.RUN.read_text())
+    assert len(kept["training"]) == 60
+    assert kept["training"][0] == {"step": 1, "success": 0.25, "seconds": 2.5}
+    assert (tmp_path / "images/outside_agent.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_of_results_shows_the_recorded_runs():
