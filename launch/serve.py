@@ -75,6 +75,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " and results may then differ in their last bits with what else is computed",
     )
     add(
+        "--decode_steps",
+        "--decode-steps",
+        type=int,
+        default=8,
+        help="steps that one dispatch takes at most while no prompt is to be computed; a new"
+        " request waits for as many",
+    )
+    add(
         "--max_queued_requests",
         "--max-queued-requests",
         type=int,
@@ -127,6 +135,7 @@ def main() -> None:
             cache_tokens=arguments.cache_tokens,
             page_tokens=arguments.page_tokens,
             call_tokens=arguments.call_tokens,
+            decode_steps=arguments.decode_steps,
         )
         room = AdapterRoom(
             arguments.max_loaded_loras, arguments.max_lora_rank, arguments.lora_target_modules

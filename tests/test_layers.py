@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "rome.losses": ["rome.data", "rome.own_code"],
     "rome.train": ["rome.model", "rome.data", "rome.losses", "rome.files", "rome.version"],
     "rome.cost": ["rome.train", "rome.serve"],
-    "rome.serve": ["rome.model"],
+    "rome.serve": ["rome.model", "envs.gem"],
     "rome.engine": ["rome.serve", "rome.data", "envs.proxies"],
     "rome.agent": ["rome.engine", "envs.gem", "envs.rock"],
     "rome.rollout": ["rome.agent"],

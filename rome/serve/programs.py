@@ -30,6 +30,7 @@ from rome.model.ops.paged import Pages
 from rome.model.qwen3 import Params, Qwen3, head_kernel
 from rome.model.sharding import ENGINE_RULES, is_on_engine_mesh
 from rome.serve.adapters import AdapterArrays, with_adapters
+from rome.serve.request import SamplingParams
 from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
 
 CALL_SIZES = (4, 16, 64, 256)  # tokens of the calls that are smaller than the largest
@@ -48,6 +49,7 @@ class Shapes:
         slots * max_context.
       page_tokens: tokens of a page, the unit in which prefixes are shared.
       call_tokens: tokens that are computed at once, at most.
+      decode_steps: steps that one dispatch takes at most while nothing but decoding is to be done.
     """
 
     slots: int = 64
@@ -55,6 +57,7 @@ class Shapes:
     cache_tokens: int = 0
     page_tokens: int = 16
     call_tokens: int = 32
+    decode_steps: int = 8
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -168,14 +171,28 @@ def empty_call(shapes: Shapes, size: int) -> Call:
         last_R=np.zeros(R, np.int32),
         draws=np.asarray(0, np.int32),
         scores=np.asarray(False),
-        sampling=RowSampling(
-            seed_B2=np.zeros((R, 2), np.uint32),
-            temperature_B=np.ones(R, np.float32),
-            top_p_B=np.ones(R, np.float32),
-            top_k_B=np.zeros(R, np.int32),
-            min_p_B=np.zeros(R, np.float32),
-        ),
+        sampling=empty_sampling(R),
     )
+
+
+def empty_sampling(rows: int) -> RowSampling:
+    """Return how rows are sampled that ask for nothing."""
+    return RowSampling(
+        seed_B2=np.zeros((rows, 2), np.uint32),
+        temperature_B=np.ones(rows, np.float32),
+        top_p_B=np.ones(rows, np.float32),
+        top_k_B=np.zeros(rows, np.int32),
+        min_p_B=np.zeros(rows, np.float32),
+    )
+
+
+def set_sampling(sampling: RowSampling, row: int, params: SamplingParams) -> None:
+    """Set how one row is sampled."""
+    sampling.seed_B2[row] = (params.seed >> 32, params.seed & 0xFFFFFFFF)
+    sampling.temperature_B[row] = params.temperature
+    sampling.top_p_B[row] = params.top_p
+    sampling.top_k_B[row] = max(params.top_k, 0)
+    sampling.min_p_B[row] = params.min_p
 
 
 def _run(

@@ -9,17 +9,18 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
 
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params
 from rome.serve.adapters import AdapterRoom
 from rome.serve.batching import Batcher
-from rome.serve.device import NO_ROOM, Device, Piece
+from rome.serve.decoding import Steps
+from rome.serve.device import NO_ROOM, Device, Dispatch, Piece
 from rome.serve.programs import Result, Shapes
 from rome.serve.request import Request, TextCodec
 from rome.serve.stopping import find_end
@@ -69,6 +70,7 @@ class Scheduler:
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._stopping = False
         self._batcher = Batcher(shapes)
+        self._in_flight: Dispatch | None = None
         self._thread = threading.Thread(target=self._main, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -96,11 +98,11 @@ class Scheduler:
         def is_meant(request: Request) -> bool:
             return everything or request.rid.startswith(prefix)
 
-        self._post(lambda: self._abort(is_meant, "aborted on request"))
+        self._post(lambda: self._abort_now(is_meant, "aborted on request"))
 
     def cancel(self, request: Request) -> None:
         """End a request whose client has disconnected."""
-        self._post(lambda: self._abort(lambda other: other is request, "the client went away"))
+        self._post(lambda: self._abort_now(lambda other: other is request, "the client went away"))
 
     def call(self, function: Callable[[], Answer]) -> concurrent.futures.Future[Answer]:
         """Run `function` in the thread, between two steps.
@@ -116,6 +118,7 @@ class Scheduler:
             try:
                 if self.failure is not None:
                     raise RuntimeError(self.failure)
+                self._finish_dispatch()
                 future.set_result(function())
             except Exception as error:  # for the caller to handle
                 future.set_exception(error)
@@ -214,6 +217,10 @@ class Scheduler:
         self._batcher.note_new_weights(fresh)
         return running
 
+    def rename(self, version: str) -> None:
+        """Give the weights another version; tokens that are sampled from now on have it."""
+        self.version = version
+
     def take_weights(self, why: str) -> Params | None:
         """Return the weights, for others to take their place one by one. Requests wait.
 
@@ -266,6 +273,7 @@ class Scheduler:
             cause = f"the engine's scheduler ended: {type(error).__name__} {error}"
         else:
             cause = "the engine is shutting down"
+        self._in_flight = None
         with self._wake:
             self.failure = cause
             remaining = self._take_all_commands()
@@ -302,8 +310,17 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Compute the next tokens of some running requests, in one call."""
+        """Compute the next tokens of some running requests, in one call or dispatch."""
+        if self._in_flight is not None:
+            self._finish_dispatch(goes_on=True)
+            return
         batch, size = self._batcher.next_batch()
+        steps = self.shapes.decode_steps
+        if steps > 1 and self._batcher.only_decodes():
+            requests = [piece.request for piece in batch]
+            self._batcher.give_pages(requests, steps)
+            self._in_flight = self.device.decode(requests, size)
+            return
         result = self.device.run(batch, size)
         at = 0
         draws = 0
@@ -315,6 +332,36 @@ class Scheduler:
                 continue
             self._take_drawn(piece.request, draws, result)
             draws += 1
+
+    def _finish_dispatch(self, goes_on: bool = False) -> None:
+        """Read what the device has drawn since the last dispatch, if there was one.
+
+        Args:
+          goes_on: begin the next dispatch of the same requests first, where that makes sense.
+        """
+        dispatch = self._in_flight
+        if dispatch is None:
+            return
+        steps = self.shapes.decode_steps
+        self._in_flight = None
+        if goes_on and self._batcher.can_go_on(dispatch.requests, dispatch.size, steps):
+            self._in_flight = self.device.decode_on(dispatch)
+        taken = self.device.read(dispatch)
+        for row, request in enumerate(dispatch.requests):
+            if request.finish is None:  # not one that a stop string has ended before
+                self._take_steps(request, row, taken)
+
+    def _take_steps(self, request: Request, row: int, steps: Steps) -> None:
+        """Append what a dispatch has drawn for a request, and end it where its answer ends."""
+        count = int(steps.count_R[row])
+        drawn = steps.token_NR[:count, row].tolist()
+        logprobs = steps.logprob_NR[:count, row].tolist()
+        finish = self._append(request, drawn, logprobs)
+        taken = len(request.ids) - 1 - request.computed
+        if request.return_routes:
+            request.note_routes(steps.routes_NLRk[:taken, :, row])
+        self._batcher.note_computed(Piece(request, taken))
+        self._conclude(request, finish)
 
     def _note_computed(self, piece: Piece, at: int, result: Result) -> None:
         """Record what the call has computed for a piece, whose tokens begin at `at`."""
@@ -334,37 +381,43 @@ class Scheduler:
         if request.sampling.max_new_tokens == 0:
             self._end(request, {"type": "length", "length": 0})
             return
-        token = int(result.token_R[number])
-        self._take_tokens(request, [token], [float(result.logprob_R[number])])
+        drawn = [int(result.token_R[number])]
+        finish = self._append(request, drawn, [float(result.logprob_R[number])])
+        self._conclude(request, finish)
 
-    def _take_tokens(
-        self,
-        request: Request,
-        tokens: list[int],
-        logprobs: list[float],
-    ) -> None:
-        """Append drawn tokens up to the end of the request, and end it there.
+    def _append(
+        self, request: Request, drawn: list[int], logprobs: list[float]
+    ) -> dict[str, Any] | None:
+        """Append drawn tokens up to the end of the answer.
 
         Args:
           request: that they were drawn for.
-          tokens: in order.
+          drawn: tokens, in order.
           logprobs: of tokens.
+
+        Returns:
+          SGLang's finish_reason; None if the answer continues.
         """
-        before = len(request.output_ids)
-        if not np.all(np.isfinite(logprobs)):
+        if not all(map(math.isfinite, logprobs)):
             message = f"logits are not finite with weights {self.version}"
-            self._end(request, {"type": "abort", "message": message, "status_code": 500})
-            return
-        taken, finish = find_end(request, tokens, self._tokenizer)
+            return {"type": "abort", "message": message, "status_code": 500}
+        before = len(request.output_ids)
+        if request.first_token is None:
+            request.first_token = time.monotonic()
+        taken, finish = find_end(request, drawn, self._tokenizer)
         request.logprobs += logprobs[:taken]
         if request.versions and request.versions[-1][0] == self.version:
             request.versions[-1][2] = before + taken
         else:
             request.versions.append([self.version, before, before + taken])
         # Last: a stream that is answered meanwhile counts these, and must find all of the above.
-        request.ids += tokens[:taken]
-        request.output_ids += tokens[:taken]
+        request.ids += drawn[:taken]
+        request.output_ids += drawn[:taken]
         self.device.stats["generated_tokens"] += taken
+        return finish
+
+    def _conclude(self, request: Request, finish: dict[str, Any] | None) -> None:
+        """End a request that has ended, and tell a stream of its tokens."""
         if finish is not None:
             self._end(request, finish)
         elif request.stream:
@@ -379,6 +432,11 @@ class Scheduler:
             self.device.adapters.give_back(request.adapter)
         request.finish = finish
         request.notify(request)
+
+    def _abort_now(self, is_meant: Callable[[Request], bool], message: str) -> None:
+        """End requests with all that was sampled for them, what is in flight included."""
+        self._finish_dispatch()
+        self._abort(is_meant, message)
 
     def _abort(self, is_meant: Callable[[Request], bool], message: str, **more: Any) -> None:
         for request in self._batcher.requests():

@@ -169,7 +169,7 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
             {"input_ids": [1], "sampling_params": {"repetition_penalty": 1.2}},
             "'repetition_penalty' = 1.2 is not supported",
         ),
-        ({"input_ids": [1], "sampling_params": {"n": 2}}, "'n' = 2 is not supported"),
+        ({"input_ids": [1], "sampling_params": {"n": 0}}, "n must be from 1 to 128, got 0"),
         (
             {"input_ids": [1], "routed_experts_start_len": 2},
             "routed_experts_start_len must be from 0 to the 1 tokens of the prompt, got 2",
@@ -184,7 +184,7 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
         ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "Duplicate request ID detected: a"),
         ({"input_ids": [1], "sampling_params": {"stop": 5}}, "stop must be a string or a list"),
-        ({"input_ids": [1], "priority": 3}, "'priority' = 3 is not supported"),
+        ({"input_ids": [1], "top_logprobs_num": 3}, "'top_logprobs_num' = 3 is not supported"),
     ],
 )
 def test_a_bad_request_is_refused_with_its_reason(server, body, words):
