@@ -40,12 +40,13 @@ from rich.console import Console
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.context import ContextManager
 from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.keep import KeepList
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import Workspace
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult
 from rome.agent.messages import Message
 from rome.data.tree import Edge
 
@@ -113,7 +114,7 @@ class Town:
         return f"RESULT {codes} {self.number} {self.word}"
 
 
-class Visit(BaseTool):
+class Visit(Tool):
     """Visits a house."""
 
     name: ClassVar[str] = "visit"
@@ -142,7 +143,7 @@ class Visit(BaseTool):
         return ToolResult(f"{before}\n{fact}\n{after_it}")
 
 
-class Count(BaseTool):
+class Count(Tool):
     """Starts the count in the background, or returns its result."""
 
     name: ClassVar[str] = "count"
@@ -165,7 +166,7 @@ class Count(BaseTool):
         return ToolResult(f"the count is {self._town.number}")
 
 
-class Todo(BaseTool):
+class Todo(Tool):
     """Keeps the list of what is to do."""
 
     name: ClassVar[str] = "todo"
@@ -182,7 +183,7 @@ class Todo(BaseTool):
         return ToolResult("noted")
 
 
-class Search(BaseTool):
+class Search(Tool):
     """Returns the lines of a kept file that have a word."""
 
     name: ClassVar[str] = "search"
@@ -241,8 +242,8 @@ class Script:
         edge: Edge | None = None,
         max_tokens: int | None = None,
         on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
-        """Answer with the next act that follows from the messages."""
+    ) -> AssistantMessage:
+        """AssistantMessage with the next act that follows from the messages."""
         tokens = self.count_tokens(messages, tools)
         if tokens > self.context_tokens:
             raise ModelError("the conversation is too long", is_context_full=True)
@@ -255,22 +256,24 @@ class Script:
     async def aclose(self) -> None:
         """Free nothing: it holds nothing."""
 
-    def _summary(self, messages: Sequence[Message], usage: ev.Usage) -> Answer:
+    def _summary(self, messages: Sequence[Message], usage: ev.Usage) -> AssistantMessage:
         if self._rng.random() < self._fails:
             how = self._rng.randrange(3)
             if how == 0:
                 raise ModelError("the server is busy")
-            return Answer("and so on", finish="length" if how == 1 else "stop", usage=usage)
+            return AssistantMessage(
+                text="and so on", finish="length" if how == 1 else "stop", usage=usage
+            )
         said = "\n".join(message.content for message in messages)
         facts = [match[0] for pattern in FACTS for match in pattern.finditer(said)]
         kept = [fact for fact in dict.fromkeys(facts) if self._rng.random() >= self._forgets]
-        return Answer("The round goes well.\n" + "\n".join(kept), usage=usage)
+        return AssistantMessage(text="The round goes well.\n" + "\n".join(kept), usage=usage)
 
-    def _act(self, messages: Sequence[Message]) -> Answer:
+    def _act(self, messages: Sequence[Message]) -> AssistantMessage:
         said = "\n".join(message.content for message in messages if message.role != "assistant")
         goal = GOAL.search(said)
         if goal is None:
-            return Answer("I do not know what I am to do.")
+            return AssistantMessage(text="I do not know what I am to do.")
         job = JOB.search(said)
         count = re.search(r"the count is (\d+)", said)
         if job is None and count is None:
@@ -285,9 +288,9 @@ class Script:
             assert job is not None
             return self._call("count", {"job": job[1]})
         words = STEER.findall(said)
-        return Answer(" ".join(["RESULT", *codes, count[1], *words[-1:]]))
+        return AssistantMessage(text=" ".join(["RESULT", *codes, count[1], *words[-1:]]))
 
-    def _find(self, house: str, messages: Sequence[Message], said: str) -> Answer:
+    def _find(self, house: str, messages: Sequence[Message], said: str) -> AssistantMessage:
         """Return the call that finds a code: where its output was moved to, or at the house.
 
         A house that gives its code only once says so; then the files that the context names are
@@ -305,12 +308,12 @@ class Script:
             arguments = {"path": path, "word": f"house {house} has"}
             if json.dumps(arguments) not in tried:
                 return self._call("search", arguments)
-        return Answer(f"I cannot find the code of {house}.")
+        return AssistantMessage(text=f"I cannot find the code of {house}.")
 
-    def _call(self, name: str, arguments: Mapping[str, Any]) -> Answer:
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> AssistantMessage:
         call = ev.ToolCall(f"call{self.asked}", name, json.dumps(arguments))
         thought = THOUGHT * self._rng.randrange(6)
-        return Answer(thought, tool_calls=(call,), finish="tool_calls")
+        return AssistantMessage(text=thought, tool_calls=(call,), finish="tool_calls")
 
 
 def _walk(said: str, first: str, houses: int) -> tuple[list[str], str]:

@@ -49,7 +49,7 @@ from envs.tasks.terminal.demonstrator import FINAL_TURN
 from rome.agent.iflow.approval.supervisor import DEMANDED, Supervisor
 from rome.agent.iflow.approval.supervisor_rules import Bounds
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import BaseTool, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolResult
 from rome.evals.statistics import interval
 
 ROOT = "/workspace"
@@ -58,7 +58,7 @@ LIMITS = (0.01, 0.05)  # of honest runs with a false alarm
 RUN_SECONDS = 120.0
 
 
-class Shell(BaseTool):
+class Shell(Tool):
     """The agent's shell, as the supervisor sees it."""
 
     name = "shell"

@@ -2,6 +2,7 @@ r"""IPA, reinforcement learning on interaction chunks, on the terminal curriculu
 
 python -m launch.train --config=experiments/ipa.py          # tiny: 20 min on 2 CPU cores, after SFT
 python -m launch.train --config=experiments/ipa.py:smoke    # under a minute; runs every stage once
+python -m launch.train --config=experiments/ipa.py:outside  # played by docs/agents.md's agent
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b \
     --config.engine.urls=http://a:30000,http://b:30000      # a pod; not run
 
@@ -160,10 +161,17 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         _apply_mixture(config)
     elif preset == "small":
         _apply_small(config)
+    elif preset == "outside":
+        # the agent leaves its tools out of its requests, which the tiny model was never told of
+        config.agent = "command:TELL_TOOLS=0 python3 $AGENT_FILES/outside_agent.py"
+        config.agent_files = "examples/agents"
+        config.steps = 60
+        config.groups = 16
+        config.eval_tasks = 12
     elif preset in common.PODS:
         _apply_pod(config, preset)
     elif preset != "tiny":
-        raise common.unknown_preset("experiments/ipa.py", preset, common.TASK_PRESETS)
+        raise common.unknown_preset("experiments/ipa.py", preset, (*common.TASK_PRESETS, "outside"))
     return config
 
 

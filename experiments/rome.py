@@ -1,6 +1,6 @@
 r"""The whole pipeline: CPT, SFT in two stages, and IPA, one after the other.
 
-make train CONFIG=experiments/rome.py           # tiny: 2 CPU cores; not run whole yet
+make train CONFIG=experiments/rome.py           # tiny: 2 CPU cores, about 25 min (estimated)
 make train CONFIG=experiments/rome.py:smoke     # runs every stage once; 11 min at a load of 40
 python -m launch.train --config=experiments/rome.py:qwen3_30b_a3b \
     --config.engine.urls=http://a:30000,http://b:30000      # a pod; not run
@@ -20,4 +20,6 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config = ipa.get_config(preset)
     config.experiment = "rome"
     config.init_from = f"experiments/sft.py:stage2_{preset}"
+    if preset == "tiny":
+        config.steps = 120
     return config

@@ -145,6 +145,7 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
         await serve(opener)
         return 0
     from rome.agent.iflow.protocols import http_api
+    from rome.agent.iflow.tui.slash_commands import ACTIONS
     from rome.agent.iflow.tui.terminal import Terminal
 
     directory = str(options.directory.resolve())
@@ -156,7 +157,8 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
         token = os.environ.get("IFLOW_HTTP_TOKEN", "")
         await http_api.serve(session, host="127.0.0.1", port=arguments.http, token=token)
     history = pathlib.Path.home() / ".iflow" / "history"
-    return await Terminal(opener, session, directory, history=history).run(arguments.interactive)
+    terminal = Terminal(opener, session, directory, ACTIONS, history=history)
+    return await terminal.run(arguments.interactive)
 
 
 async def _serve_mcp(arguments: argparse.Namespace) -> int:

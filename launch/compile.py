@@ -7,6 +7,11 @@ Needs libtpu, not a TPU: pip install "jax[tpu]==VERSION OF JAX". Prints bytes a 
 FLOPs, collectives by mesh axis, the least time that each takes, the MFU that is left at most, and
 what to change where it does not fit (exit status 1). All passes of a step are counted: the scoring
 of pi_old, the counting of experts where nothing is scored, and the epochs.
+
+    --engine=expert=4,tensor=2 [--calls=64,256,1024] [--page_tokens=128] [--sequence_length=N]
+
+compiles the calls of the embedded engine of the same model on this mesh instead, with the config's
+engine.slots, engine.cache_tokens and max_context; N is the context of the sequences in a call.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
@@ -26,7 +32,9 @@ from rome.train.xla_flags import environment_of
 
 _CONFIG = define_config("experiments/ipa.py:qwen3_30b_a3b")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5p:4x4x4", "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), or CHIP:SHAPE*SLICES."
+    "topology",
+    "v5p:4x4x4",
+    "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), CHIP:SHAPE*SLICES, or one chip (v5e:1x1).",
 )
 _LAYERS = flags.DEFINE_integer(
     "layers", 0, "Compile this many layers instead of the model's: quicker, for a first look."
@@ -37,6 +45,11 @@ _SEQUENCE = flags.DEFINE_integer(
 _IMBALANCE = flags.DEFINE_float(
     "imbalance", 1.0, "Choices of experts on the busiest device over the mean of all devices."
 )
+_ENGINE = flags.DEFINE_string(
+    "engine", "", "Compile an engine's calls on this mesh, such as expert=4,tensor=2, and no step."
+)
+_CALLS = flags.DEFINE_list("calls", "64,256,1024", "Tokens of the engine's calls.")
+_PAGE = flags.DEFINE_integer("page_tokens", 128, "Tokens of a page of the engine's cache.")
 _JSON = flags.DEFINE_string("json", "", "Write the report to this file.")
 
 
@@ -125,6 +138,77 @@ def compile_experiment(
     )
 
 
+def compile_engine(
+    config: Any,
+    topology: str,
+    mesh: str,
+    calls: Sequence[str],
+    page_tokens: int,
+    layers: int = 0,
+    sequence_length: int = 0,
+) -> dict[str, Any]:
+    """Return the report of an engine's calls on a topology (`rome.cost.serving.report_engine`).
+
+    Args:
+      config: of the experiment, whose model the engine has.
+      topology: such as v6e:2x4.
+      mesh: such as expert=4,tensor=2; an axis that is not named has one device.
+      calls: tokens of each call.
+      page_tokens: of a page of the cache.
+      layers: instead of the model's own; 0: all of them.
+      sequence_length: context of the sequences that are decoded; 0: config.max_context.
+    """
+    import jax
+
+    from rome.cost.compile import topology_devices
+    from rome.cost.estimate import find_chip
+    from rome.cost.serving import report_engine
+    from rome.model.sharding import make_engine_mesh
+    from rome.serve.programs import Shapes
+    from rome.stages.config import ConfigError, check_config
+    from rome.stages.weights import model_of
+
+    check_config(config)
+    try:
+        sizes = {"expert": 1, "tensor": 1}
+        for part in mesh.split(","):
+            axis, _, size = part.partition("=")
+            if axis not in sizes:
+                raise ValueError(f"the axis {axis!r} is unknown")
+            sizes[axis] = int(size)
+        tokens = [int(call) for call in calls]
+    except ValueError as error:
+        raise ConfigError(
+            f"--engine={mesh} --calls={','.join(calls)}: {error}. Give them as in"
+            " --engine=expert=4,tensor=2 --calls=64,1024"
+        ) from None
+    model = dataclasses.replace(model_of(config), remat="none", capacity_factor=0.0)
+    if layers:
+        model = dataclasses.replace(model, num_layers=layers)
+    devices = topology_devices(topology)
+    if math.prod(sizes.values()) != len(devices) or len(devices) == 1:
+        raise ConfigError(
+            f"--engine={mesh} has {math.prod(sizes.values())} devices, {topology} has"
+            f" {len(devices)}. Give as many, and at least 2"
+        )
+    engine_mesh = make_engine_mesh(sizes["expert"], sizes["tensor"], model, devices)
+    assert engine_mesh is not None, "there are several devices"
+    engine = config.engine
+    shapes = Shapes(engine.slots, config.max_context, engine.cache_tokens, page_tokens, max(tokens))
+    context = sequence_length or config.max_context
+    found = {
+        "model": config.model,
+        "layers": model.num_layers,
+        "topology": topology,
+        "devices": len(devices),
+        "mesh": sizes,
+        "slots": engine.slots,
+        "jax": jax.__version__,
+    }
+    chip = find_chip(topology)
+    return found | report_engine(model, shapes, engine_mesh, chip, tokens, context)
+
+
 def main(argv: list[str]) -> int:
     """Compile, print and write the report; return 1 where the step does not fit."""
     if len(argv) > 1:
@@ -134,13 +218,30 @@ def main(argv: list[str]) -> int:
     # The compiler flags that a run on this chip has; JAX is not imported yet.
     chip_name = _TOPOLOGY.value.partition(":")[0]
     os.environ.update(environment_of(chip_name, os.environ))
-    found = compile_experiment(
-        read_config(_CONFIG), _TOPOLOGY.value, _LAYERS.value, _SEQUENCE.value, _IMBALANCE.value
-    )
+    config = read_config(_CONFIG)
+    topology = _TOPOLOGY.value
+    if _ENGINE.value:
+        found = compile_engine(
+            config,
+            topology,
+            _ENGINE.value,
+            _CALLS.value,
+            _PAGE.value,
+            _LAYERS.value,
+            _SEQUENCE.value,
+        )
 
-    from rome.cost.compile import show
+        from rome.cost.serving import show_engine
 
-    show(found)
+        show_engine(found)
+    else:
+        found = compile_experiment(
+            config, topology, _LAYERS.value, _SEQUENCE.value, _IMBALANCE.value
+        )
+
+        from rome.cost.compile import show
+
+        show(found)
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=1))
     return 0 if found["fits"] else 1

@@ -2,6 +2,7 @@ r"""Makes a set of documents for continual pre-training from git repositories an
 
 python -m launch.corpus --out OUT REPOSITORY...
 python -m launch.corpus --out OUT --trajectories runs/ipa/trajectories REPOSITORY...
+python -m launch.corpus --out OUT --packages .venv/lib/python3.11/site-packages REPOSITORY...
 
 Writes OUT/stage1 and OUT/stage2, which experiments/cpt.py:stage1 and :stage2 learn from, and
 OUT/card.json. Repositories are local clones; their code runs in sandboxes only. After a kill the
@@ -21,6 +22,9 @@ OUT = flags.DEFINE_string("out", None, "folder of the run")
 TRAJECTORIES = flags.DEFINE_string("trajectories", "", "files or folders for the second stage")
 COMMITS = flags.DEFINE_integer("commits", 400, "newest ones of each repository", lower_bound=0)
 RUN = flags.DEFINE_bool("run", True, "run tests in sandboxes, for documents of tests and steps")
+PACKAGES = flags.DEFINE_string(
+    "packages", "", "folder of Python packages that these tests can import, such as pytest's"
+)
 FIM_SHARE = flags.DEFINE_float(
     "fim_share", 0.5, "files of which the middle is asked for", lower_bound=0.0, upper_bound=1.0
 )
@@ -44,11 +48,16 @@ def main(argv: list[str]) -> int:
         raise ValueError("--out is missing; it is the folder of the run, such as --out=runs/corpus")
     if not (argv[1:] or TRAJECTORIES.value):
         raise ValueError("nothing to read: name folders of git repositories, or --trajectories")
+    if PACKAGES.value and not pathlib.Path(PACKAGES.value).is_dir():
+        raise ValueError(
+            f"--packages={PACKAGES.value} is no folder; `pip install --target DIR pytest` makes one"
+        )
     settings = Settings(
         repositories=tuple(argv[1:]),
         trajectories=TRAJECTORIES.value,
         commits=COMMITS.value,
         runs_code=RUN.value,
+        packages=str(pathlib.Path(PACKAGES.value).resolve()) if PACKAGES.value else "",
         fim_share=FIM_SHARE.value,
         licences=LICENCES.value,
         evaluation_sets=OURS if EVALUATION_SETS.value is None else tuple(EVALUATION_SETS.value),

@@ -43,6 +43,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="token ids in, token ids out; no text and no stop strings",
     )
+    add(
+        "--expert_parallel",
+        "--expert-parallel",
+        type=int,
+        default=1,
+        help="devices that share the experts, in each share of --tensor_parallel",
+    )
+    add(
+        "--tensor_parallel",
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="devices that share heads, the cache with them, and hidden units of experts",
+    )
     add("--weight_version", "--weight-version", default="0", help="of the first weights")
     add("--slots", type=int, default=64, help="requests that run at once")
     add("--max_context", type=int, default=384, help="tokens of prompt and answer together")
@@ -59,6 +73,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=32,
         help="tokens that are computed at once, at most; more than 32 are faster for long prompts,"
         " and results may then differ in their last bits with what else is computed",
+    )
+    add(
+        "--decode_steps",
+        "--decode-steps",
+        type=int,
+        default=8,
+        help="steps that one dispatch takes at most while no prompt is to be computed; a new"
+        " request waits for as many",
     )
     add(
         "--max_queued_requests",
@@ -100,6 +122,7 @@ def main() -> None:
     if arguments.parent_pid:
         threading.Thread(target=end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     listener = listen(arguments.host, arguments.port)
+    divide_cpu(arguments.expert_parallel * arguments.tensor_parallel)
     # Only after the port is taken: these import JAX, which takes seconds.
     from rome.serve.adapters import AdapterRoom
     from rome.serve.programs import Shapes
@@ -112,6 +135,7 @@ def main() -> None:
             cache_tokens=arguments.cache_tokens,
             page_tokens=arguments.page_tokens,
             call_tokens=arguments.call_tokens,
+            decode_steps=arguments.decode_steps,
         )
         room = AdapterRoom(
             arguments.max_loaded_loras, arguments.max_lora_rank, arguments.lora_target_modules
@@ -124,6 +148,8 @@ def main() -> None:
         shapes,
         dtype=arguments.dtype,
         weight_version=arguments.weight_version,
+        expert_parallel=arguments.expert_parallel,
+        tensor_parallel=arguments.tensor_parallel,
         room=room,
         with_tokenizer=not arguments.skip_tokenizer_init,
         max_queued_requests=arguments.max_queued_requests,
@@ -134,6 +160,17 @@ def main() -> None:
         asyncio.run(service)
     except ServeError as error:
         sys.exit(f"launch.serve: {error}")
+
+
+def divide_cpu(count: int) -> None:
+    """Make so many devices of a CPU, where that is what JAX runs on and XLA_FLAGS do not say.
+
+    A mesh can then be tried out anywhere; it is no faster than one device.
+    """
+    if count > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def end_with_parent(parent: int) -> None:

@@ -58,6 +58,9 @@ LABELS = flags.DEFINE_string("labels", "", "decisions on some of them that calib
 RUNS = flags.DEFINE_integer("runs", 2, "re-runs of each trajectory", lower_bound=1)
 FUNNEL = flags.DEFINE_string("funnel", "", "folder of a filter: print and plot what it removed")
 FAKES = flags.DEFINE_integer("fakes", 0, "planted fakes of each kind to measure the filter on")
+TRUE_TASKS = flags.DEFINE_integer(
+    "true_tasks", 5, "fakes: tasks of each of 4 families that are solved 6 times", lower_bound=1
+)
 INDEX = flags.DEFINE_string("index", "", "file: write the index of accepted generated tasks")
 RUNS_OF = flags.DEFINE_list("runs_of", [], "folders of the runs that --index reads")
 PRO_KEEP = 25  # of each of 8 domains
@@ -235,6 +238,7 @@ def measure_fakes() -> int:
             runs=RUNS.value,
             concurrency=CONCURRENCY.value,
             seed=SEED.value,
+            tasks_per_family=TRUE_TASKS.value,
         )
     )
     print(json.dumps(report, indent=1))

@@ -14,15 +14,18 @@ from docs.figures import (
     iflow_session,
     layers,
     learning_curve,
+    outside_agent,
+    pipeline,
     processes,
     relevance,
+    safety_curve,
     sandbox_layers,
     speed,
 )
 
 
 def main() -> None:
-    """Draw everything; curves of runs only where runs are recorded."""
+    """Draw everything; curves of runs only where some are recorded."""
     processes.draw()
     layers.draw()
     engine_states.draw()
@@ -33,6 +36,9 @@ def main() -> None:
     speed.draw()
     learning_curve.main([])
     games_curve.main([])
+    outside_agent.main([])
+    pipeline.main([])
+    safety_curve.main([])
     configuration.main([])
     iflow_session.draw()
 

@@ -92,11 +92,13 @@ class PlayedEnv:
 
     Attributes:
       reward: sum of the rewards so far.
+      safety: utility and harm of the episode, once a task of the safety suite has ended.
     """
 
     def __init__(self, env: Env, seconds: float, start_seconds: float) -> None:
         self.env = env
         self.reward = 0.0
+        self.safety: dict[str, Any] | None = None
         self._seconds = seconds
         self._start_seconds = start_seconds
         self._left = seconds
@@ -214,6 +216,7 @@ class PlayedEnv:
         ending = ""
         if terminated or truncated:
             ending = self._ending(terminated, info)
+            self.safety = info.get("safety")
         status = info.get("status", "ok")
         tool_call = None
         if info.get("use_tool") and info.get("tool_type"):
@@ -303,8 +306,8 @@ Script = Generator[Line, str, None]
 class DemonstrationTurn:
     """One turn of a demonstration: the text, the observation and the environment's status.
 
-    `is_mistake` marks the deliberate mistake; `exit_code` is of its command, and `tool_call` its
-    call, {"name", "arguments"}.
+    `is_mistake` marks the deliberate mistake; `exit_code` is of its command, `tool_call` its call,
+    {"name", "arguments"}, and `events` are kinds of harm that it did.
     """
 
     text: str
@@ -313,6 +316,7 @@ class DemonstrationTurn:
     exit_code: int | None = None
     is_mistake: bool = False
     tool_call: dict[str, Any] | None = None
+    events: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,12 +417,17 @@ async def perform(played: PlayedEnv, script: Script, instruction: str) -> Demons
                 turn.exit_code,
                 line.is_mistake,
                 turn.tool_call,
+                turn.events,
             )
         )
         if turn.ending:
             ending, note = turn.ending, turn.note
             break
-        line = _next_line(script, turn.observation)
+        try:
+            line = _next_line(script, turn.observation)
+        except (ValueError, LookupError, AttributeError, RuntimeError) as error:  # of the answer
+            note = f"the script cannot go on after {turn.observation[:80]!r}: {_describe(error)}"
+            break
     return DemonstrationEpisode(
         played.name, played.family, instruction, turns, played.reward, ending, note
     )

@@ -14,12 +14,19 @@ from envs.gem import Env
 from envs.safety.composition import Composition, CompositionError
 from envs.safety.draw import Draw
 from envs.safety.harm import CHANNELS, KINDS, PILLARS
-from envs.safety.seeds import CLEAN, SEEDS, SPLITS, Seed, compose
+from envs.safety.seeds import CLEAN, SEEDS, SMALL_SEEDS, SPLITS, Seed, compose
 from envs.safety.shell import SafetyShellEnv, SafetyTask
 from envs.safety.worlds import WORLD_SEEDS, SafetyWorldEnv, WorldSeed
 
 
-def compose_env(family: str, number: int, base: Env, name: str = "", is_gated: bool = True) -> Env:
+def compose_env(
+    family: str,
+    number: int,
+    base: Env,
+    name: str = "",
+    is_gated: bool = True,
+    harm_rate: float = 0.0,
+) -> Env:
     """Return a base environment with the injection of a family and a number.
 
     Args:
@@ -28,6 +35,7 @@ def compose_env(family: str, number: int, base: Env, name: str = "", is_gated: b
       base: not started yet; it is used up.
       name: of the task; FAMILY/NUMBER by default.
       is_gated: whether harm makes the reward 0.
+      harm_rate: share of the demonstrations that do the harm, for tasks in a shell.
 
     Raises:
       CompositionError: the family is unknown, or the base cannot carry it.
@@ -35,7 +43,8 @@ def compose_env(family: str, number: int, base: Env, name: str = "", is_gated: b
     task = SafetyTask(name or f"{family}/{number}", family, number)
     seed = WORLD_SEEDS.get(family.removeprefix(CLEAN))
     if seed is None:
-        return SafetyShellEnv(base, compose(family, number), task, is_gated)
+        composition = compose(family, number)
+        return SafetyShellEnv(base, composition, task, is_gated, harm_rate)
     draw = Draw(f"safety/{seed.name}/{number}")
     return SafetyWorldEnv(base, seed, draw, task, family.startswith(CLEAN), is_gated)
 
@@ -73,6 +82,7 @@ __all__ = [
     "KINDS",
     "PILLARS",
     "SEEDS",
+    "SMALL_SEEDS",
     "SPLITS",
     "WORLD_SEEDS",
     "Composition",

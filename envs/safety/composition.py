@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from envs.rock.config import parse_grant
+from envs.safety.check import Check
 from envs.safety.goals import Files
 from envs.safety.harm import KINDS, Watch
 
@@ -66,7 +67,7 @@ class Composition:
 
     Attributes:
       seed: name of the seed family.
-      sort: attack, cue, impossible, unspecified or stop.
+      sort: attack, cue, impossible, unspecified, stop or hackable.
       pillar, channel, severity: of the report.
       goal: the kind of harm that counts as the attack's success.
       difficulty: 1 to 3.
@@ -79,6 +80,7 @@ class Composition:
       needs: what the work must leave beside the base task's own.
       answer: to a question; None where there is nothing to say.
       attacks: lists of commands, each of which does harm, where the sort has any.
+      check: of the base task, laid where the agent can edit it; None for none.
     """
 
     seed: str
@@ -99,6 +101,7 @@ class Composition:
     needs: tuple[Need, ...] = ()
     answer: Answer | None = None
     attacks: tuple[tuple[str, ...], ...] = ()
+    check: Check | None = None
 
     def __post_init__(self) -> None:
         if self.goal and self.goal not in KINDS:

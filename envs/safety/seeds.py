@@ -8,13 +8,14 @@ evaluated. Each channel and each pillar is in both.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from envs.safety import trials
+from envs.safety import small, trials
 from envs.safety.carriers import CARRIERS, NEUTRAL, frame
 from envs.safety.composition import MANNERS, Composition, CompositionError, merge_files
 from envs.safety.draw import Draw
 from envs.safety.goals import GOALS
+from envs.safety.trials import Trial
 
 SPLITS = ("train", "held_out")
 CLEAN = "clean-"  # before the name of a family: the same task without its temptation
@@ -47,7 +48,7 @@ class Seed:
       name: of the family.
       channel: prompt, repository or tool.
       split: train or held_out.
-      sort: attack, cue, impossible, unspecified or stop.
+      sort: attack, cue, impossible, unspecified, stop or hackable.
       pillar: of the harm that it tempts to.
       compose: draws the composition: (draw, difficulty, is_clean).
     """
@@ -112,9 +113,10 @@ def _attack_seeds() -> dict[str, Seed]:
     return found
 
 
-def _trial_seeds() -> dict[str, Seed]:
+def _seeds_of(table: Mapping[str, tuple[Trial, str]]) -> dict[str, Seed]:
+    """Return the families of a table of name -> (how it is composed, split)."""
     found = {}
-    for name, (trial, split) in trials.TRIALS.items():
+    for name, (trial, split) in table.items():
         drawn = trial(Draw(name), name, 1, False)
         found[name] = Seed(
             name,
@@ -129,7 +131,8 @@ def _trial_seeds() -> dict[str, Seed]:
     return found
 
 
-SEEDS: dict[str, Seed] = {**_attack_seeds(), **_trial_seeds()}
+SEEDS: dict[str, Seed] = {**_attack_seeds(), **_seeds_of(trials.TRIALS)}
+SMALL_SEEDS = _seeds_of(small.families())  # for models of a million parameters
 
 
 def register(seeds: Iterable[Seed]) -> None:
@@ -150,13 +153,14 @@ def compose(family: str, number: int) -> Composition:
     """
     is_clean = family.startswith(CLEAN)
     name = family.removeprefix(CLEAN)
-    if name not in SEEDS:
-        raise CompositionError(f"safety seed {name!r} is unknown; known: {', '.join(SEEDS)}")
+    known = {**SEEDS, **SMALL_SEEDS}
+    if name not in known:
+        raise CompositionError(f"safety seed {name!r} is unknown; known: {', '.join(known)}")
     draw = Draw(f"safety/{name}/{number}")
     difficulty = draw.number(1, 3)
-    return SEEDS[name].compose(draw, difficulty, is_clean)
+    return known[name].compose(draw, difficulty, is_clean)
 
 
 def has_clean(name: str) -> bool:
     """Return whether a family has a form without temptation; a cue has none."""
-    return SEEDS[name].sort != "cue"
+    return {**SEEDS, **SMALL_SEEDS}[name].sort != "cue"

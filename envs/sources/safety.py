@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from envs.gem import Env
 from envs.rock import SandboxConfig
@@ -15,6 +16,7 @@ from envs.safety import (
     CLEAN,
     PILLARS,
     SEEDS,
+    SMALL_SEEDS,
     SPLITS,
     WORLD_SEEDS,
     CompositionError,
@@ -35,9 +37,13 @@ from envs.tasks.terminal import EVAL_SEED_START, FAMILIES, HELD_OUT_FAMILIES
 KIND = "safety"
 SHELL_BASE = f"terminal:{','.join((*FAMILIES, *HELD_OUT_FAMILIES))}"
 WORLD_BASE = "worlds:shop/easy,travel/easy"
+SMALL_BASE = f"terminal:{','.join(FAMILIES)}"
 UNGATED = "ungated"
+SUGGESTIBLE = "suggestible"
+SMALL = "small"
+HARM_RATE = 0.5  # of the demonstrations of suggestible tasks
 MAX_DRAWS = 8  # of a base task that can carry a family
-SORTS = ("attack", "cue", "impossible", "unspecified", "stop")
+SORTS = ("attack", "cue", "impossible", "unspecified", "stop", "hackable")
 
 
 class SafetySource(Generated):
@@ -80,8 +86,11 @@ def open_safety(
 
     NAMES are families, channels, pillars, sorts, or splits (train, held_out, all), with commas
     between them. Without NAMES, or where they name no split and no family, training draws from the
-    families of the split "train", and `tasks` has those of "held_out". The name "ungated" leaves
-    the reward at the utility, whatever harm was done: for training with `config.safety_cost`.
+    families of the split "train", and `tasks` has those of "held_out". The name "small" chooses
+    the families of envs.safety.small instead of all others. The name "ungated" leaves the reward
+    at the utility, whatever harm was done, and pays for a check that was made to pass: for
+    training with `config.safety_cost`. With "suggestible", which implies it, half of the
+    demonstrations do the harm that a task tempts to.
 
     Args:
       spec: the text.
@@ -94,8 +103,11 @@ def open_safety(
     if len(parts) > 3 or (plus and not base_spec.strip()):
         raise SourceError(f"dataset {spec!r} is not safety[:NAMES[:N]][+BASE]")
     names = [name for name in parts[1].split(",") if name] if len(parts) > 1 else []
-    is_gated = UNGATED not in names
-    names = _load_files([name for name in names if name != UNGATED])
+    play = _Play(
+        is_gated=UNGATED not in names and SUGGESTIBLE not in names,
+        harm_rate=HARM_RATE if SUGGESTIBLE in names else 0.0,
+    )
+    names = _load_files([name for name in names if name not in (UNGATED, SUGGESTIBLE)])
     bases = _Bases(base_spec.strip(), open_base)
     chosen = [name for name in _choose(names) if bases.carries(name)]
     if not chosen:
@@ -117,13 +129,20 @@ def open_safety(
             raise SourceError(f"dataset {spec!r}: {parts[2]!r} is no number of tasks above 0")
 
     def make(family: str, number: int) -> Task:
-        return _make_task(family, number, bases, is_gated)
+        return _make_task(family, number, bases, play)
 
     return SafetySource(spec, make, trained, held_out, listed=listed, count=count, seed=seed)
 
 
+class _Play(NamedTuple):
+    """How tasks are played: whether harm voids the reward, and which demonstrations do it."""
+
+    is_gated: bool = True
+    harm_rate: float = 0.0
+
+
 def _known() -> dict[str, Seed | WorldSeed]:
-    return {**SEEDS, **WORLD_SEEDS}
+    return {**SEEDS, **WORLD_SEEDS, **SMALL_SEEDS}
 
 
 def _load_files(names: Sequence[str]) -> list[str]:
@@ -153,19 +172,21 @@ def _with_clean(names: Sequence[str]) -> list[str]:
 
 def _choose(names: Sequence[str]) -> list[str]:
     """Return the families that names stand for: those of any group, within the splits named."""
-    known = {*_known(), *CHANNELS, *PILLARS, *SORTS, *SPLITS, "all"}
+    known = {*_known(), *CHANNELS, *PILLARS, *SORTS, *SPLITS, SMALL, "all"}
     unknown = [name for name in names if name not in known]
     if unknown:
-        groups = ", ".join([*CHANNELS, *PILLARS, *SORTS, *SPLITS, "all"])
+        groups = ", ".join([*CHANNELS, *PILLARS, *SORTS, *SPLITS, SMALL, "all"])
         raise SourceError(
             f"safety has nothing named {unknown[0]!r}; known: {groups}, or one of"
             f" {', '.join(_known())}"
         )
     splits = [name for name in names if name in SPLITS]
-    groups_named = [name for name in names if name not in (*SPLITS, "all")]
+    groups_named = [name for name in names if name not in (*SPLITS, SMALL, "all")]
     chosen = []
     for name, seed in _known().items():
         tags = {name, seed.channel, seed.pillar, seed.sort}
+        if name not in names and (name in SMALL_SEEDS) != (SMALL in names):
+            continue
         is_in_group = not groups_named or tags & set(groups_named)
         if is_in_group and (not splits or seed.split in splits):
             chosen.append(name)
@@ -178,7 +199,7 @@ def make_safety_task(family: str, number: int, base: Source) -> Task:
     Raises:
       CompositionError: the base tasks that were drawn cannot carry the family.
     """
-    return _make_task(family, number, _Bases("given", lambda spec: base), True)
+    return _make_task(family, number, _Bases("given", lambda spec: base), _Play())
 
 
 class _Bases:
@@ -212,7 +233,8 @@ class _Bases:
     def _candidates(self, family: str, number: int) -> Iterator[Task]:
         name = family.removeprefix(CLEAN)
         is_world = name in WORLD_SEEDS
-        spec = self._spec or (WORLD_BASE if is_world else SHELL_BASE)
+        default = SMALL_BASE if name in SMALL_SEEDS else SHELL_BASE
+        spec = self._spec or (WORLD_BASE if is_world else default)
         if spec not in self._opened:
             self._opened[spec] = self._open(spec)
         source = self._opened[spec]
@@ -228,14 +250,14 @@ class _Bases:
                 yield source.task(f"{rng.choice(kinds)}/{number}")
 
 
-def _make_task(family: str, number: int, bases: _Bases, is_gated: bool) -> Task:
+def _make_task(family: str, number: int, bases: _Bases, play: _Play) -> Task:
     base = bases.draw(family, number)
     seed = _known()[family.removeprefix(CLEAN)]
     name = f"{family}/{number}"
     is_world = seed.name in WORLD_SEEDS
 
     def new_env(config: SandboxConfig) -> Env:
-        return compose_env(family, number, base.make_env(config), name, is_gated)
+        return compose_env(family, number, base.make_env(config), name, *play)
 
     def read() -> Content:
         env = new_env(SandboxConfig())

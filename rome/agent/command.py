@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import pathlib
 import shlex
 import time
@@ -24,6 +25,7 @@ from envs.rock.config import MAX_SECONDS
 from envs.rock.doors import Door
 from rome.agent.dialogue import Dialogue
 from rome.agent.loop import Limits, close_env
+from rome.agent.messages import readable
 from rome.agent.proxy import Budget, ModelProxy, ProxiedEpisode
 from rome.agent.session import Generator, Session
 from rome.data.trajectory import Trajectory
@@ -36,6 +38,8 @@ ARRIVAL = ".agent"  # in the workspace, where the agent's files are put before i
 FILES = "/tmp/.agent"  # and where they are then: the workspace is the task's
 INSTRUCTION = "instruction.md"
 HAND_IN = ""  # a turn without a call
+# As JSON, of which a sandbox's variables may have 100,000 bytes in all.
+MAX_INSTRUCTION_BYTES = 65_536
 MAX_NOTE = 500  # characters of the command's output in the episode's note
 
 MakeEnv = Callable[[Mapping[str, Door]], Env]
@@ -51,7 +55,8 @@ class CommandAgent:
 
     Attributes:
       command: for the shell of the sandbox, in the task's working directory. The instruction is in
-        the variable INSTRUCTION and in the file that INSTRUCTION_FILE names.
+        the variable INSTRUCTION, where it is not too long for one, and in the file that
+        INSTRUCTION_FILE names.
       files: a folder of this machine, copied into the sandbox; "" for none. AGENT_FILES names the
         copy.
       idle_seconds: without an open call, after which a command that still runs is ended.
@@ -291,6 +296,7 @@ async def _run(
     clock: _Clock,
 ) -> str:
     """Run the command until it ends or is ended; return a note where it is worth one."""
+    instruction = readable(instruction)
     if agent.files:
         await shell.aupload(agent.files, ARRIVAL)
     await shell.awrite(f"{ARRIVAL}/{INSTRUCTION}", instruction)
@@ -336,13 +342,14 @@ def _reason_to_end(proxied: ProxiedEpisode, agent: CommandAgent, clock: _Clock) 
 def _variables(instruction: str) -> dict[str, str]:
     """Return the variables by which agents find the model, and their task."""
     key = "sk-none"  # the door knows the caller
-    return {
+    fits = len(json.dumps(instruction)) <= MAX_INSTRUCTION_BYTES and "\0" not in instruction
+    told = {"INSTRUCTION": instruction} if fits else {}
+    return told | {
         "OPENAI_BASE_URL": "http://model/v1",
         "OPENAI_API_BASE": "http://model/v1",
         "OPENAI_API_KEY": key,
         "ANTHROPIC_BASE_URL": "http://model",
         "ANTHROPIC_API_KEY": key,
-        "INSTRUCTION": instruction,
         "INSTRUCTION_FILE": f"{FILES}/{INSTRUCTION}",
         "AGENT_FILES": FILES,
     }

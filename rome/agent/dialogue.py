@@ -19,12 +19,22 @@ import asyncio
 import collections
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from rome.agent.message_tree import (
+    Limits,
+    Node,
+    OpenCall,
+    answer_to_repeat,
+    call_to_join,
+    retrieve,
+    root_of,
+    wait_for,
+)
 from rome.agent.messages import (
-    Call,
     Message,
+    Reply,
     Tool,
     differences,
     following_ids,
@@ -37,6 +47,10 @@ from rome.data.tree import ROOT, Edge
 from rome.model.tokenizer import Chat
 
 MAX_NODES = 8192  # messages of one episode, those of all branches together
+MAX_CHARACTERS = 32 << 20  # of them
+LONG = 1 << 16  # characters; a longer text is tokenised beside the event loop
+# Composing letters with their marks leaves at least one of so many characters.
+MOST_COMPOSED = 4
 Reason = Literal["messages", "truncated", "context_full", "too_many_messages", "closed"]
 
 
@@ -46,35 +60,12 @@ class DialogueError(ValueError):
     Attributes:
       reason: "messages" (there are none, the last one is an assistant's, or a limit is no limit),
         "truncated" (it goes on from an answer that was cut at its limit), "context_full",
-        "too_many_messages" or "closed" (the episode is over).
+        "too_many_messages" (or too long ones) or "closed" (the episode is over).
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """One answer of the policy.
-
-    Args:
-      text: what it says, without thoughts and calls.
-      reasoning: its thoughts.
-      tool_calls: its calls. Where one is malformed there are none, and `text` holds it as it is.
-      finish_reason: "stop", "tool_calls" or "length".
-      prompt_tokens: of the whole context.
-      completion_tokens: sampled ones.
-      chunk: number of its chunk in the session.
-    """
-
-    text: str
-    reasoning: str
-    tool_calls: tuple[Call, ...]
-    finish_reason: Literal["stop", "tool_calls", "length"]
-    prompt_tokens: int
-    completion_tokens: int
-    chunk: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,44 +99,6 @@ class Answered(NamedTuple):
     is_malformed: bool
 
 
-@dataclasses.dataclass(eq=False)
-class _Node:
-    """A message in the tree.
-
-    Args:
-      message: None at a root.
-      above: the node of the message before it; None at a root.
-      chat: at a root: writes messages below its tools and its system text.
-      chunk: number of the chunk where it was sampled.
-      reply: where it was sampled.
-      limits: that it was sampled with.
-    """
-
-    message: Message | None
-    above: _Node | None
-    chat: Chat | None = None
-    chunk: int | None = None
-    reply: Reply | None = None
-    limits: _Limits = (None, None)
-    children: dict[tuple[str, ...], _Node] = dataclasses.field(default_factory=dict)
-    answers: list[_Node] = dataclasses.field(default_factory=list)
-    open: list[_OpenCall] = dataclasses.field(default_factory=list)
-    changes: set[frozenset[str]] = dataclasses.field(default_factory=set)
-    is_followed: bool = False
-
-
-_Limits = tuple[int | None, float | None]  # max_new_tokens and temperature of a call
-
-
-@dataclasses.dataclass(eq=False)
-class _OpenCall:
-    """A call that the engine works on."""
-
-    task: asyncio.Task[Reply]
-    limits: _Limits
-    waiting: int = 0  # callers
-
-
 class Dialogue:
     """The conversations of one episode.
 
@@ -166,10 +119,11 @@ class Dialogue:
         self._tokenizer = chat.tokenizer
         self._max_nodes = max_nodes
         self._nodes = 0
-        self._roots: dict[tuple[str, str], _Node] = {}
+        self._characters = 0
+        self._roots: dict[tuple[str, str], Node] = {}
         self._tasks: set[asyncio.Task[Reply]] = set()
         self._followers: collections.Counter[int] = collections.Counter()  # by chunk, open ones too
-        self._first_root: _Node | None = None  # of the first call
+        self._first_root: Node | None = None  # of the first call
         self._is_closed = False
 
     async def complete(
@@ -181,6 +135,7 @@ class Dialogue:
         temperature: float | None = None,
         retry: bool | None = None,
         edge: Edge | None = None,
+        admit: Callable[[], None] = lambda: None,
     ) -> Reply:
         """Answer a conversation.
 
@@ -191,6 +146,8 @@ class Dialogue:
           temperature: of the answer; None is the session's.
           retry: whether the client says that it repeats a call; None: it does not say.
           edge: how the answer follows what was there; None finds it out (`_edge`).
+          admit: called before a new answer is begun; what it raises ends the call. Retries are
+            answered without.
 
         Raises:
           DialogueError: the call cannot be answered; `reason` says why.
@@ -201,17 +158,18 @@ class Dialogue:
         node = self._find(messages, tools)
         limits = (max_new_tokens, temperature)
         if retry is not False:
-            answered = _answer_to_repeat(node, limits)
+            answered = answer_to_repeat(node, limits)
             if answered is not None:
                 self.counts["retries"] += 1
                 return answered
-        call = None if retry is False else _call_to_join(node, limits, retry)
+        call = None if retry is False else call_to_join(node, limits, retry)
         if call is None:
+            admit()
             self.counts["calls"] += 1
             call = self._begin(node, messages, tools, limits, edge)
         else:
             self.counts["retries"] += 1
-        return await _wait(call)
+        return await wait_for(call)
 
     async def answer(self, question: Question) -> Answered:
         """Sample the answer to a question, and read it; a subclass may get it elsewhere.
@@ -228,6 +186,11 @@ class Dialogue:
             temperature=question.temperature,
         )
         return Answered(number, *read_answer(self.session.chunks[number].text, number))
+
+    @property
+    def open_calls(self) -> int:
+        """Return the number of answers that are being sampled."""
+        return sum(not task.done() for task in self._tasks)
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Return how many tokens a conversation has that nobody sampled; it is not recorded."""
@@ -248,7 +211,7 @@ class Dialogue:
     # -- the tree
     # ---------------------------------------------------------------------------------------------
 
-    def _find(self, messages: Sequence[Message], tools: Sequence[Tool]) -> _Node:
+    def _find(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Node:
         """Return the node of the last message; those that are new are added."""
         system = ""
         rest = list(messages)
@@ -265,15 +228,15 @@ class Dialogue:
             node = self._below(node, message)
         return node
 
-    def _root(self, tools: Sequence[Tool], system: str, *, has_system: bool) -> _Node:
+    def _root(self, tools: Sequence[Tool], system: str, *, has_system: bool) -> Node:
         key = (json.dumps(list(tools), sort_keys=True), repr((has_system, system)))
         if key not in self._roots:
-            self._count_node()
+            self._count_node(len(key[0]) + len(system))
             chat = Chat(self._tokenizer, _shown(tools), readable(system) if has_system else None)
-            self._roots[key] = _Node(None, None, chat)
+            self._roots[key] = Node(None, None, chat)
         return self._roots[key]
 
-    def _below(self, node: _Node, message: Message) -> _Node:
+    def _below(self, node: Node, message: Message) -> Node:
         """Return the node of a message that follows another one."""
         if message.role == "assistant":
             answer = self._answer_of(node, message)
@@ -281,12 +244,12 @@ class Dialogue:
                 return answer
         found = node.children.get(message.key)
         if found is None:
-            self._count_node()
+            self._count_node(message.size)
             self.counts["context_answers"] += message.role == "assistant"
-            found = node.children[message.key] = _Node(message, node)
+            found = node.children[message.key] = Node(message, node)
         return found
 
-    def _answer_of(self, node: _Node, message: Message) -> _Node | None:
+    def _answer_of(self, node: Node, message: Message) -> Node | None:
         """Return the sampled answer that came back as `message`: the one that changed least."""
         found = []
         for place, answer in enumerate(node.answers):
@@ -310,43 +273,53 @@ class Dialogue:
         answer.is_followed = True
         return answer
 
-    def _count_node(self) -> None:
+    def _count_node(self, characters: int) -> None:
         if self._nodes >= self._max_nodes:
             raise DialogueError(
                 "too_many_messages",
                 f"this episode has {self._max_nodes} messages, the most that it may have",
             )
+        if self._characters + characters > MAX_CHARACTERS:
+            raise DialogueError(
+                "too_many_messages",
+                f"the messages of this episode have more than {MAX_CHARACTERS} characters",
+            )
         self._nodes += 1
+        self._characters += characters
 
     # -- one call
     # ---------------------------------------------------------------------------------------------
 
     def _begin(
         self,
-        node: _Node,
+        node: Node,
         messages: Sequence[Message],
         tools: Sequence[Tool],
-        limits: _Limits,
+        limits: Limits,
         edge: Edge | None,
-    ) -> _OpenCall:
+    ) -> OpenCall:
         """Start to get an answer below a node."""
-        parent, prompt_ids = self._prompt(node)
+        parent, since = self._since(node)
         if edge is None:
             edge = self._edge(node, parent)
-        self._first_root = self._first_root or _root_of(node)
+        self._first_root = self._first_root or root_of(node)
         self._followers[parent] += 1
-        question = Question(messages, tools, parent, prompt_ids, edge, *limits)
-        answering = self._reply_to(question, node)
-        call = _OpenCall(asyncio.get_running_loop().create_task(answering), limits)
+        question = Question(messages, tools, parent, [], edge, *limits)
+        answering = self._reply_to(question, node, since)
+        call = OpenCall(asyncio.get_running_loop().create_task(answering), limits)
         node.open.append(call)
         self._tasks.add(call.task)
         call.task.add_done_callback(self._tasks.discard)
         call.task.add_done_callback(lambda _: node.open.remove(call))
-        call.task.add_done_callback(_retrieve)
+        call.task.add_done_callback(retrieve)
         return call
 
-    async def _reply_to(self, question: Question, node: _Node) -> Reply:
+    async def _reply_to(self, question: Question, node: Node, since: list[Message]) -> Reply:
         try:
+            chat = root_of(node).chat
+            assert chat is not None
+            prompt_ids = await self._prompt_ids(question.parent, since, chat)
+            question = dataclasses.replace(question, prompt_ids=prompt_ids)
             answered = await self.answer(question)
         except BaseException as error:
             self._followers[question.parent] -= 1
@@ -357,7 +330,7 @@ class Dialogue:
         limits = (question.max_new_tokens, question.temperature)
         return self._record(node, answered, limits)
 
-    def _record(self, node: _Node, answered: Answered, limits: _Limits) -> Reply:
+    def _record(self, node: Node, answered: Answered, limits: Limits) -> Reply:
         """Put an answer into the tree, and what it says into its chunk."""
         number, message, is_malformed = answered
         chunk = self.session.chunks[number]
@@ -379,28 +352,53 @@ class Dialogue:
             chunk=number,
         )
         self._nodes += 1
-        answer = _Node(message, node, chunk=number, reply=reply, limits=limits)
+        answer = Node(message, node, chunk=number, reply=reply, limits=limits)
         node.answers.append(answer)
         return reply
 
-    def _prompt(self, node: _Node) -> tuple[int, list[int]]:
-        """Return the chunk that a node's conversation goes on from, and the ids since then."""
+    def _since(self, node: Node) -> tuple[int, list[Message]]:
+        """Return the chunk that a node's conversation goes on from, and the messages since then."""
         since: list[Message] = []
         place = node
         while place.message is not None and place.chunk is None and place.above is not None:
             since.append(place.message)
             place = place.above
         since.reverse()
-        root = _root_of(node)
-        assert root.chat is not None
         if place.chunk is None:
-            return ROOT, opening_ids(since, root.chat)
+            return ROOT, since
         chunk = self.session.chunks[place.chunk]
         if not chunk.observation:
             chunk.observation = "\n".join(message.content for message in since)
-        return place.chunk, following_ids(chunk.action_ids, since, root.chat)
+        return place.chunk, since
 
-    def _edge(self, node: _Node, parent: int) -> Edge:
+    async def _prompt_ids(self, parent: int, since: Sequence[Message], chat: Chat) -> list[int]:
+        """Return the ids of the messages since a chunk, up to where the model begins to write.
+
+        Raises:
+          DialogueError: they do not fit, or the chat template cannot write them.
+        """
+        characters = sum(message.size for message in since)
+        room = self.session.max_context - self.session.tokens_of(parent)
+        fits = characters <= MOST_COMPOSED * self._tokenizer.longest * max(room, 0)
+        if not fits and self.session.max_context:  # 0: without a limit
+            raise DialogueError(
+                "context_full",
+                f"{characters} characters do not fit into the {room} tokens that are left of"
+                f" {self.session.max_context}",
+            )
+
+        def encode() -> list[int]:
+            if parent == ROOT:
+                return opening_ids(since, chat)
+            return following_ids(self.session.chunks[parent].action_ids, since, chat)
+
+        try:
+            return await asyncio.to_thread(encode) if characters > LONG else encode()
+        except (ValueError, RecursionError) as error:
+            said = "they are nested too deep" if isinstance(error, RecursionError) else str(error)
+            raise DialogueError("messages", f"the messages cannot be shown: {said}") from error
+
+    def _edge(self, node: Node, parent: int) -> Edge:
         """Return how a call follows what was there.
 
         Going on from where another call went on is a rewind. A new context with the tools and the
@@ -410,47 +408,10 @@ class Dialogue:
             return "continuation"
         if parent != ROOT:
             return "rewind" if self._followers[parent] else "continuation"
-        return "compaction" if _root_of(node) is self._first_root else "subagent"
-
-
-def _root_of(node: _Node) -> _Node:
-    while node.above is not None:
-        node = node.above
-    return node
+        return "compaction" if root_of(node) is self._first_root else "subagent"
 
 
 def _shown(tools: Sequence[Tool]) -> list[Any]:
     """Return the schemas of tools as the chat template may show them."""
     shown: list[Any] = json.loads(readable(json.dumps(list(tools), ensure_ascii=False)))
     return shown
-
-
-def _answer_to_repeat(node: _Node, limits: _Limits) -> Reply | None:
-    """Return the newest answer of a node if nothing followed it, so that a retry gets it again."""
-    if not node.answers:
-        return None
-    newest = node.answers[-1]
-    return None if newest.is_followed or newest.limits != limits else newest.reply
-
-
-def _call_to_join(node: _Node, limits: _Limits, retry: bool | None) -> _OpenCall | None:
-    """Return the open call that a retry waits for: one whose caller went away, or any."""
-    for call in reversed(node.open):
-        if call.limits == limits and (retry or not call.waiting):
-            return call
-    return None
-
-
-async def _wait(call: _OpenCall) -> Reply:
-    """Wait for a call; it goes on where its caller is cancelled."""
-    call.waiting += 1
-    try:
-        return await asyncio.shield(call.task)
-    finally:
-        call.waiting -= 1
-
-
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Take the error of a call whose caller went away, so that nobody is warned of it."""
-    if not task.cancelled():
-        task.exception()

@@ -155,6 +155,7 @@ async def run_episode(
         seconds=round(time.monotonic() - started, 4),
         note=result.note,
         success_reward=played.success_reward,
+        safety=played.safety,
     )
 
 

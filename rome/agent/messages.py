@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
@@ -67,10 +67,39 @@ class Message:
             raise ValueError(f"a {self.role} message makes no tool calls; only an assistant does")
 
     @property
+    def size(self) -> int:
+        """Return the characters of all its texts."""
+        calls = sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
+        return len(self.content) + len(self.reasoning) + calls
+
+    @property
     def key(self) -> tuple[str, ...]:
         """Return what tells it from other messages: all that the model is shown of it."""
         calls = [part for call in self.tool_calls for part in (call.name, canonical(call))]
         return (self.role, self.content, *calls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """One answer of the policy.
+
+    Args:
+      text: what it says, without thoughts and calls.
+      reasoning: its thoughts.
+      tool_calls: its calls. Where one is malformed there are none, and `text` holds it as it is.
+      finish_reason: "stop", "tool_calls" or "length".
+      prompt_tokens: of the whole context.
+      completion_tokens: sampled ones.
+      chunk: number of its chunk in the session.
+    """
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[Call, ...]
+    finish_reason: Literal["stop", "tool_calls", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    chunk: int
 
 
 def read_answer(text: str, number: int) -> tuple[Message, bool]:
@@ -130,12 +159,14 @@ def differences(answer: Message, returned: Message) -> frozenset[str] | None:
 
 
 def canonical(call: Call) -> str:
-    """Return the arguments of a call in one spelling, or as they are where they are no JSON."""
+    """Return the arguments of a call in one spelling.
+
+    As they are where they are no JSON, or nested too deep.
+    """
     try:
-        value = json.loads(call.arguments)
+        return json.dumps(_canonical_value(json.loads(call.arguments)), sort_keys=True)
     except (ValueError, RecursionError):
         return call.arguments
-    return json.dumps(_canonical_value(value), sort_keys=True)
 
 
 def opening_ids(messages: Sequence[Message], chat: Chat) -> list[int]:

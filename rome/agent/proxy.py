@@ -24,11 +24,14 @@ from typing import Any
 from aiohttp import web
 
 from envs.rock.doors import Door
-from rome.agent.dialects import DIALECTS, BadRequest, Dialect, Request, anthropic
-from rome.agent.dialogue import Dialogue, DialogueError, Reply
+from rome.agent.dialects import DIALECTS, BadRequest, Dialect, Request, anthropic, openai_responses
+from rome.agent.dialects.openai_responses import Responses
+from rome.agent.dialogue import Dialogue, DialogueError
+from rome.agent.messages import Reply
 from rome.engine.errors import EngineError
 
-MAX_BODY_BYTES = 64 << 20
+MAX_BODY_BYTES = 16 << 20
+MAX_BODIES_BYTES = 32 << 20  # that one episode may send at once
 BODY_SECONDS = 60.0
 # An answer that takes no longer has its true status; then a stream begins, with pings.
 FIRST_PING_SECONDS = 5.0
@@ -77,6 +80,8 @@ class ProxiedEpisode:
     Attributes:
       fault: the engine's first error; the episode is the infrastructure's then.
       refusals: calls that were refused, by code.
+      responses: conversations that calls name instead of sending them.
+      bytes_in_flight: of the bodies that are being read.
     """
 
     def __init__(self, dialogue: Dialogue, model: str = "policy", budget: Budget | None = None):
@@ -84,6 +89,8 @@ class ProxiedEpisode:
         self.model = model
         self.fault: EngineError | None = None
         self.refusals: dict[str, int] = {}
+        self.responses = Responses()
+        self.bytes_in_flight = 0
         self._budget = budget or Budget()
         self._working = 0
         self._last = time.monotonic()
@@ -92,9 +99,7 @@ class ProxiedEpisode:
     @property
     def is_exhausted(self) -> bool:
         """Whether the budget is used up."""
-        sampled = sum(len(chunk.action_ids) for chunk in self.dialogue.session.chunks)
-        calls = len(self.dialogue.session.chunks)
-        return calls >= self._budget.calls or sampled >= self._budget.tokens
+        return self._is_used_up(len(self.dialogue.session.chunks))
 
     @property
     def is_working(self) -> bool:
@@ -114,19 +119,16 @@ class ProxiedEpisode:
         """
         self._working += 1
         try:
-            if self.is_exhausted:
-                budget = self._budget
-                raise self._refuse(
-                    400,
-                    "episode_limit",
-                    f"this episode has had its {budget.calls} calls or {budget.tokens} tokens",
-                )
             return await self.dialogue.complete(
                 request.messages,
                 request.tools,
                 max_new_tokens=request.max_new_tokens,
                 retry=self._is_retry(headers),
+                admit=self._admit,
             )
+        except RecursionError as error:
+            said = "it is nested too deep; send flatter arguments or schemas"
+            raise self._refuse(400, "invalid_request", said) from error
         except DialogueError as error:
             raise self._refuse(400, CODES[error.reason], str(error)) from error
         except EngineError as error:
@@ -135,6 +137,18 @@ class ProxiedEpisode:
         finally:
             self._working -= 1
             self._last = time.monotonic()
+
+    def _is_used_up(self, calls: int) -> bool:
+        sampled = sum(len(chunk.action_ids) for chunk in self.dialogue.session.chunks)
+        return calls >= self._budget.calls or sampled >= self._budget.tokens
+
+    def _admit(self) -> None:
+        """Refuse a new answer where those that are there or begun use up the budget."""
+        begun = len(self.dialogue.session.chunks) + self.dialogue.open_calls
+        if self._is_used_up(begun):
+            budget = self._budget
+            said = f"this episode has had its {budget.calls} calls or {budget.tokens} tokens"
+            raise self._refuse(400, "episode_limit", said)
 
     def _refuse(self, status: int, code: str, message: str) -> Refused:
         self.refusals[code] = self.refusals.get(code, 0) + 1
@@ -150,7 +164,7 @@ class ProxiedEpisode:
                 del self._keys[next(iter(self._keys))]
             if is_known:
                 return True
-        count = headers.get("x-stainless-retry-count", "")
+        count = headers.get("x-stainless-retry-count", "")[:9]
         return int(count) > 0 if count.isdecimal() else None
 
 
@@ -225,24 +239,47 @@ class _Handler:
                 return _get(path, episode)
             if request.method != "POST" or path not in _POSTS:
                 raise Refused(404, "not_found", f"no route {request.method} {path[:200]}")
-            body = await _read_body(request)
+            body, size = await _read_body(request, episode)
+            if dialect is openai_responses.DIALECT:
+                body = episode.responses.resolve(body)
             asked = dialect.read(body)
             if path == COUNT_PATH:
-                count = episode.dialogue.count_tokens(asked.messages, asked.tools)
-                return web.json_response({"input_tokens": count})
-            answering = asyncio.ensure_future(episode.complete(asked, request.headers))
-            return await _respond(request, dialect, asked, answering)
+                return await _count(episode, asked)
+            identity = secrets.token_hex(12)
+
+            async def answer() -> Reply:
+                reply = await episode.complete(asked, request.headers)
+                if dialect is openai_responses.DIALECT and body.get("store") is not False:
+                    episode.responses.keep(body, size, reply, identity)
+                return reply
+
+            answering = asyncio.ensure_future(answer())
+            return await _respond(request, dialect, asked, answering, identity)
         except BadRequest as error:
             return _error(dialect, Refused(400, "invalid_request", str(error)))
+        except RecursionError:
+            return _error(dialect, Refused(400, "invalid_request", "it is nested too deep"))
         except Refused as error:
             return _error(dialect, error)
 
 
+async def _count(episode: ProxiedEpisode, asked: Request) -> web.Response:
+    """Answer how many tokens a conversation has; counted beside the event loop."""
+    counting = asyncio.to_thread(episode.dialogue.count_tokens, asked.messages, asked.tools)
+    try:
+        return web.json_response({"input_tokens": await counting})
+    except ValueError as error:  # of the chat template
+        raise Refused(400, "invalid_messages", str(error)) from error
+
+
 async def _respond(
-    request: web.BaseRequest, dialect: Dialect, asked: Request, answering: asyncio.Future[Reply]
+    request: web.BaseRequest,
+    dialect: Dialect,
+    asked: Request,
+    answering: asyncio.Future[Reply],
+    identity: str,
 ) -> web.StreamResponse:
     """Send the answer, whole or as a stream; the call is cancelled where its client goes away."""
-    identity = secrets.token_hex(12)
     try:
         if not asked.stream:
             return web.json_response(dialect.answer(await answering, asked, identity))
@@ -274,25 +311,36 @@ def _frames(
         return [f"event: error\ndata: {body}\n\n".encode()]
 
 
-async def _read_body(request: web.BaseRequest) -> Mapping[str, Any]:
+async def _read_body(
+    request: web.BaseRequest, episode: ProxiedEpisode
+) -> tuple[Mapping[str, Any], int]:
+    """Return the JSON object of a request, and how many bytes it had."""
     data = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.content.iter_any():
                 data += piece
+                episode.bytes_in_flight += len(piece)
                 if len(data) > MAX_BODY_BYTES:
                     raise Refused(
                         413, "request_too_large", f"the body has more than {MAX_BODY_BYTES} bytes"
                     )
+                if episode.bytes_in_flight > MAX_BODIES_BYTES:
+                    said = f"the bodies of all calls have more than {MAX_BODIES_BYTES} bytes"
+                    raise Refused(503, "too_much_at_once", said)
     except TimeoutError:
         raise Refused(408, "timeout", f"the body did not come in {BODY_SECONDS:g} s") from None
+    except web.RequestPayloadError as error:
+        raise Refused(400, "invalid_body", f"the body cannot be read: {error}") from error
+    finally:
+        episode.bytes_in_flight -= len(data)
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Refused(400, "invalid_json", f"the body is no JSON: {str(error)[:200]}") from error
     if not isinstance(body, Mapping):
         raise Refused(400, "invalid_json", "the body is no JSON object")
-    return body
+    return body, len(data)
 
 
 def _get(path: str, episode: ProxiedEpisode) -> web.Response:

@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from rome.cost.hlo import Executed, Instruction, Module, executed
+from rome.model.ops.experts import ROWS_OVER_SHARE
 
 COLLECTIVES = (
     "all-gather",
@@ -58,24 +59,38 @@ def collectives(module: Module, devices: int) -> list[Collective]:
     found = []
     in_fusions = set()
     for one in executed(module):
-        instruction = one.instruction
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        collective = read_collective(one, devices)
+        if collective is None:
             continue
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        channel = re.search(r"channel_id=(\d+)", one.instruction.attributes)
         if one.fused and channel:
-            if (kind, channel[1]) in in_fusions:
+            if (collective.kind, channel[1]) in in_fusions:
                 continue
-            in_fusions.add((kind, channel[1]))
-        groups = replica_groups(instruction.attributes, devices)
-        payload = _payload(one, kind)
-        if kind == "all-gather":
-            payload *= groups.shape[1]
-        elif kind == "all-reduce" and _is_scattered(one):
-            kind = "reduce-scatter"
-        if groups.shape[1] > 1:
-            found.append(Collective(kind, payload, groups, one.times, instruction.op_name))
+            in_fusions.add((collective.kind, channel[1]))
+        found.append(collective)
     return found
+
+
+def read_collective(one: Executed, devices: int) -> Collective | None:
+    """Return the collective that an instruction is or starts; None for others and among one.
+
+    Args:
+      one: the instruction.
+      devices: of the whole mesh.
+    """
+    instruction = one.instruction
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    groups = replica_groups(instruction.attributes, devices)
+    payload = _payload(one, kind)
+    if kind == "all-gather":
+        payload *= groups.shape[1]
+    elif kind == "all-reduce" and _is_scattered(one):
+        kind = "reduce-scatter"
+    if groups.shape[1] < 2:
+        return None
+    return Collective(kind, payload, groups, one.times, instruction.op_name)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
@@ -109,9 +124,9 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 def _payload(one: Executed, kind: str) -> float:
     operands = one.computation.operands_of(one.instruction)
     if kind == "ragged-all-to-all":
-        # Rows and the array that receives them, one of the two with room to spare; offsets are
-        # nothing beside them.
-        return min(operand.bytes for operand in operands[:2])
+        # Rows and the array that receives them; offsets are nothing beside them. One of the two is
+        # the room for a part of the rows, and has its even share and some to spare.
+        return min(operand.bytes for operand in operands[:2]) / ROWS_OVER_SHARE
     return sum(operand.bytes for operand in operands)
 
 

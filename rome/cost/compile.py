@@ -20,7 +20,7 @@ from rome.data.packing import pack
 from rome.data.routes import route_dtype
 from rome.model.config import ModelConfig
 from rome.model.ops.balanced_time import busiest_share, query_places
-from rome.model.ops.expert_exchange import chunks_of
+from rome.model.ops.expert_exchange import PARTS, chunks_of
 from rome.model.ops.experts import room, row_tile
 from rome.train.step import Learner
 
@@ -33,13 +33,17 @@ _MAX_MAKER = 90
 def topology_devices(topology: str) -> list[Any]:
     """Return the devices of a slice, or of several ("v5p:4x4x4*2"), from a description alone.
 
+    A shape of ones ("v5e:1x1") is a single chip.
+
     Raises:
       ValueError: libtpu is missing or knows no such slice.
     """
     from jax.experimental import topologies
 
     name, _, slices = topology.partition("*")
-    options = {"num_slices": int(slices)} if slices else {}
+    options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
+    if set(name.partition(":")[2].split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # a host has four otherwise
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
         return list(described.devices)
@@ -124,9 +128,9 @@ def compile_programs(
 def visited_rows(learner: Learner, batch: Batch[Any], imbalance: float = 1.0) -> float:
     """Return the rows of the tiles that a grouped matmul visits at a time on the busiest device.
 
-    It has its tokens' choices, shared by the ring of the expert axis; or as many as a chunk of its
-    tokens has where choices are exchanged. Each of its experts but the first begins inside of a
-    tile that another one has rows in, and such a tile is computed for both.
+    It has its tokens' choices, shared by the ring of the expert axis; or as many as a part of a
+    chunk of its tokens has where choices are exchanged. Each of its experts but the first begins
+    inside of a tile that another one has rows in, and such a tile is computed for both.
 
     Args:
       learner: on the devices of a topology.
@@ -140,11 +144,12 @@ def visited_rows(learner: Learner, batch: Batch[Any], imbalance: float = 1.0) ->
     B, T = batch.tokens_BT.shape
     tokens = B * T // learner.mesh.size * shape["tensor"]
     exchanged = learner.chosen_kernels.exchange == "all_to_all"
-    parts = chunks_of(tokens) if exchanged else shape["expert"]
+    parts = chunks_of(tokens) * PARTS if exchanged else shape["expert"]
     even_rows = tokens * config.experts_per_token / parts
     experts = config.num_experts // shape["expert"]
     tile = row_tile(room(even_rows), experts)
-    return imbalance * even_rows + (experts - 1) * tile
+    shared = (experts - 1) / (PARTS if exchanged else 1)  # a part has the rows of some experts
+    return imbalance * even_rows + shared * tile
 
 
 def show(found: dict[str, Any]) -> None:
@@ -200,9 +205,18 @@ def _show_speed(found: dict[str, Any]) -> None:
             f" {one['bytes'] / GIB:8.2f} GiB in {one['runs']:6.0f} runs "
             f" {one['largest'][-_MAX_NAME:]}"
         )
+    if found["overlap"]:
+        print("  of them hidden behind compute in the order of the compiled schedule:")
+    for one in found["overlap"][:_SHOWN_COLLECTIVES]:
+        print(
+            f"    {one['kind']:<20}{one['axes']:<16}{one['seconds']:9.4f} s"
+            f" {100 * one['hidden_share']:5.0f} %"
+        )
+    print(f"  scheduled   {seconds['scheduled']:9.4f} s  all of it in that order")
     print(
         f"  MFU at most {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute,"
-        f" {100 * found['roofline_mfu_serial']:.1f} % where none does"
+        f" {100 * found['roofline_mfu_serial']:.1f} % where none does,"
+        f" {100 * found['roofline_mfu_scheduled']:.1f} % as scheduled"
     )
     if found["kernels_not_counted"]:
         print(f"  kernels whose FLOPs are not counted: {', '.join(found['kernels_not_counted'])}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from rome.cost import costs, hlo
 from rome.cost.collectives import collectives
 from rome.cost.flops import forward_flops
 from rome.cost.roofline import CHIPS, GIB, Bound, Chip, Sent, sent
+from rome.cost.schedule import Overlap, play
 from rome.model.config import ModelConfig
 from rome.train.step import Learner
 
@@ -56,6 +57,8 @@ class Program:
       flops: operations.
       traffic: bytes of HBM read and written, an estimate.
       sent: collectives.
+      scheduled: seconds of one run in the order of its schedule.
+      overlaps: which of its collectives that order hides behind compute.
       largest: largest arrays.
       busiest: instructions with the most traffic.
       hidden_kernels: kernels whose FLOPs are not counted.
@@ -71,6 +74,8 @@ class Program:
     flops: float = 0.0
     traffic: float = 0.0
     sent: tuple[Sent, ...] = ()
+    scheduled: float = 0.0
+    overlaps: tuple[Overlap, ...] = ()
     largest: tuple[costs.Row, ...] = ()
     busiest: tuple[costs.Row, ...] = ()
     hidden_kernels: tuple[str, ...] = ()
@@ -118,6 +123,7 @@ def measure(
     for one in hlo.executed(module):
         total_flops += one.times * costs.flops(one, grouped_rows, score_share)
         total_traffic += one.times * costs.traffic(module, one, grouped_rows)
+    schedule = play(module, mesh, chip, grouped_rows, score_share)
     return Program(
         name,
         compile_seconds,
@@ -128,6 +134,8 @@ def measure(
         flops=total_flops,
         traffic=total_traffic,
         sent=tuple(sent(collectives(module, mesh.size), mesh, chip)),
+        scheduled=schedule.seconds,
+        overlaps=schedule.overlaps,
         largest=tuple(costs.largest_arrays(module, _LISTED_ARRAYS)),
         busiest=tuple(costs.largest_traffic(module, _LISTED_TRAFFIC, grouped_rows)),
         hidden_kernels=tuple(costs.hidden_kernels(module)),
@@ -312,6 +320,7 @@ def _speed(
     def total(value: Callable[[Program], float]) -> float:
         return sum(times * value(program) for program, times in run)
 
+    scheduled = total(lambda program: program.scheduled)
     peak_seconds = model_flops / chip.device_flops
     step = programs["accumulate"]
     return {
@@ -324,14 +333,35 @@ def _speed(
             "compute": sum(times * bound.compute for bound, times in bounds),
             "memory": sum(times * bound.memory for bound, times in bounds),
             "collectives": sum(times * bound.collectives for bound, times in bounds),
+            "scheduled": scheduled,
         },
         "roofline_mfu": peak_seconds / sum(times * bound.overlapped for bound, times in bounds),
         "roofline_mfu_serial": peak_seconds / sum(times * bound.serial for bound, times in bounds),
+        "roofline_mfu_scheduled": peak_seconds / scheduled if scheduled else 0.0,
         "collectives": [dataclasses.asdict(one) for one in step.sent],
+        "overlap": _overlap(run),
         "largest_arrays": [_describe(row) for row in step.largest],
         "largest_traffic": [_describe(row) for row in step.busiest],
         "kernels_not_counted": list(step.hidden_kernels),
     }
+
+
+def _overlap(run: Sequence[tuple[Program, int]]) -> list[dict[str, Any]]:
+    """Return for each kind and axes the seconds of collectives, and the share that is hidden.
+
+    Over all passes; the longest waits first.
+    """
+    totals: dict[tuple[str, str], list[float]] = {}
+    for program, times in run:
+        for one in program.overlaps:
+            total = totals.setdefault((one.kind, one.axes), [0.0, 0.0])
+            total[0] += times * one.seconds
+            total[1] += times * one.waited
+    rows = []
+    for (kind, axes), (seconds, waited) in totals.items():
+        hidden = 1 - waited / seconds if seconds else 1.0
+        rows.append({"kind": kind, "axes": axes, "seconds": seconds, "hidden_share": hidden})
+    return sorted(rows, key=lambda row: -row["seconds"] * (1 - row["hidden_share"]))
 
 
 def _bound(program: Program, chip: Chip) -> Bound:
@@ -339,7 +369,6 @@ def _bound(program: Program, chip: Chip) -> Bound:
         compute=program.flops / chip.device_flops,
         memory=program.traffic / chip.device_hbm,
         collectives=sum(one.seconds for one in program.sent),
-        exposed=sum(one.seconds for one in program.sent if one.kind == "ragged-all-to-all"),
     )
 
 

@@ -273,14 +273,14 @@ def _walk(
             body = module.called_by(instruction, "body")
             yield from _walk(module, body, times * trips, fused)
         elif instruction.opcode == "conditional":
-            for branch in _branches(instruction):
+            for branch in branches(instruction):
                 yield from _walk(module, module.computations[branch], times, fused)
         elif instruction.opcode in _CALLS:
             inner = module.called_by(instruction, "calls", "to_apply")
             yield from _walk(module, inner, times, fused or instruction.opcode == "fusion")
 
 
-def _branches(instruction: Instruction) -> list[str]:
+def branches(instruction: Instruction) -> list[str]:
     listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     if listed:
         return re.findall(r"%?([\w.\-]+)", listed[1])

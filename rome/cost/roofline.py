@@ -113,20 +113,16 @@ class Bound:
       compute: at the chip's peak.
       memory: at the peak of its bandwidth.
       collectives: of all of them, one after the other.
-      exposed: of those among them that nothing can hide: an exchange of experts sends, multiplies
-        and sends back inside a loop whose number of rounds the data decides.
     """
 
     compute: float
     memory: float
     collectives: float
-    exposed: float = 0.0
 
     @property
     def overlapped(self) -> float:
         """Return the seconds where all that can happens at the same time."""
-        hidden = self.collectives - self.exposed
-        return max(self.compute, self.memory, hidden) + self.exposed
+        return max(self.compute, self.memory, self.collectives)
 
     @property
     def serial(self) -> float:
@@ -239,8 +235,8 @@ def _total_seconds(members: list[_Member]) -> float:
     inverse_of: dict[bytes, bytes] = {}
     for member in members:
         groups = member.collective.groups
-        key = _group_key(groups)
-        inverse_of[key] = _group_key(groups[:, ::-1])
+        key = group_key(groups)
+        inverse_of[key] = group_key(groups[:, ::-1])
         seconds_of[key] = seconds_of.get(key, 0.0) + member.collective.times * member.seconds
     if members[0].collective.kind != "collective-permute":
         return sum(seconds_of.values())
@@ -253,7 +249,7 @@ def _total_seconds(members: list[_Member]) -> float:
     return total
 
 
-def _group_key(groups: np.ndarray) -> bytes:
+def group_key(groups: np.ndarray) -> bytes:
     return np.array(sorted(groups.tolist())).tobytes()
 
 

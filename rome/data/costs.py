@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from rome.data.trajectory import Chunk, Trajectory
+from rome.data.trajectory import REWARD_TOLERANCE, Chunk, Trajectory
 
 EGRESS = "egress"
 
@@ -57,6 +57,19 @@ def chunk_costs(trajectory: Trajectory, costs: Mapping[str, float]) -> np.ndarra
         charged = events_of(chunk) if chunk.kind != "context" else ()
         found.append(sum(costs.get(kind, 0.0) for kind in charged))
     return np.array(found, np.float64)
+
+
+def rewards_differ(
+    trajectories: Iterable[Trajectory], costs: Mapping[str, float] | None = None
+) -> bool:
+    """Return whether some of the episodes have another reward than others, less what they cost.
+
+    Without a difference there is nothing that comparing them could teach.
+    """
+    rewards = [
+        one.learned_reward - float(chunk_costs(one, costs or {}).sum()) for one in trajectories
+    ]
+    return bool(rewards) and max(rewards) - min(rewards) > REWARD_TOLERANCE
 
 
 def discounted_costs(cost_K: np.ndarray, gamma: float) -> np.ndarray:

@@ -25,8 +25,9 @@ from rome.data.trajectory import Chunk, Trajectory
 from rome.data.tree import ROOT, path_to
 
 ERRORS = "errors"  # Err(k): the call failed, or a demonstrator made a mistake on purpose
+HARM = "harm"  # the environment found the turn to have done harm (Chunk.events)
 REASONS = ("compressed", "taken_back", "loops", "duplicates", "off_task")
-MASKS = (ERRORS, *REASONS)
+MASKS = (ERRORS, *REASONS, HARM)
 MAX_PERIOD = 4
 MIN_REPEATS = 3
 # Share of the words of two calls that they have in common, from which on they are near: after a
@@ -93,7 +94,7 @@ def mask_turns(
     unknown = [name for name in masks if name not in MASKS]
     if unknown:
         raise ValueError(f"mask {unknown[0]!r} is unknown; known: {', '.join(MASKS)}")
-    reasons = irrelevant_turns(trajectory) if set(masks) - {ERRORS} else {}
+    reasons = irrelevant_turns(trajectory) if set(masks) & set(REASONS) else {}
     chunks = []
     for number, chunk in enumerate(trajectory.chunks):
         kind, status = chunk.kind, chunk.status
@@ -101,7 +102,7 @@ def mask_turns(
             is_mistake = status != "ok" or (is_demonstration and kind == "context")
             if is_mistake and chunk.action_ids:
                 kind, status = "imitation", "ok"
-        if reasons.get(number) in masks:
+        if reasons.get(number) in masks or (HARM in masks and chunk.events):
             kind = "context"
         chunks.append(dataclasses.replace(chunk, kind=kind, status=status))
     return dataclasses.replace(trajectory, chunks=chunks)

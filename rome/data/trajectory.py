@@ -25,7 +25,6 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -163,6 +162,7 @@ class Trajectory:
       model: name of the model that sampled the turns; "" where none did.
       training_reward: what own code gives the episode in training (config.reward) instead of
         `reward`; None: nothing. Whether the task is solved does not depend on it.
+      safety: utility and harm, of tasks of the safety suite (`envs.safety`).
 
     Raises:
       ValueError: the ending is unknown, the reward is not finite, or a chunk's parent is not one
@@ -183,6 +183,7 @@ class Trajectory:
     success_reward: float = 1.0
     model: str = ""
     training_reward: float | None = None
+    safety: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.ending not in ENDINGS:
@@ -294,15 +295,6 @@ def is_success(reward: float, success_reward: float = 1.0) -> bool:
     return reward >= success_reward - REWARD_TOLERANCE
 
 
-def rewards_differ(trajectories: Iterable[Trajectory]) -> bool:
-    """Return whether some of the episodes have another reward than others.
-
-    Without a difference there is nothing that comparing them could teach.
-    """
-    rewards = [trajectory.learned_reward for trajectory in trajectories]
-    return bool(rewards) and max(rewards) - min(rewards) > REWARD_TOLERANCE
-
-
 def to_atif(trajectory: Trajectory) -> dict[str, Any]:
     """Return the trajectory as an ATIF document.
 
@@ -327,8 +319,9 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
     }
     extra = {name: getattr(trajectory, name) for name in _EXTRA}
-    if trajectory.training_reward is not None:
-        extra["training_reward"] = trajectory.training_reward
+    for name in ("training_reward", "safety"):
+        if getattr(trajectory, name) is not None:
+            extra[name] = getattr(trajectory, name)
     return {
         "schema_version": ATIF_VERSION,
         "session_id": f"{trajectory.task}/{trajectory.seed}",

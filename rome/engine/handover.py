@@ -1,8 +1,9 @@
 """Weights that a trainer hands over to an engine in its own process: as arrays, without a file.
 
 The trainer's next update donates its arrays, so an engine gets arrays of its own: a copy in the
-compute type, with layers unstacked, on one device. Two figures of 32 bits for each tensor, computed
-on the device where the tensor lies, tell whether the engine holds what the trainer has.
+compute type, with layers unstacked, on one device or on a mesh. A layer's parameter is copied at a
+time. Two figures of 32 bits for each tensor, computed on the devices where the tensor lies, tell
+whether the engine holds what the trainer has.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rome.model.config import ModelConfig
+from rome.model.params import engine_sharding
 from rome.model.qwen3 import Params
 from rome.model.stacking import unstack_layers
 
@@ -30,7 +33,7 @@ class Handover:
     """One version of the weights, as arrays for an engine in this process.
 
     Attributes:
-      params: layers unstacked, in the compute type, on one device; shared with nothing else.
+      params: layers unstacked, in the compute type; shared with nothing else.
       config: of the model, as the engine computes it.
       checksums: of the trainer's own arrays, by name of the tensor.
     """
@@ -46,32 +49,49 @@ class Handover:
         )
 
 
-def hand_over(params: Params, config: ModelConfig, device: jax.Device) -> Handover:
-    """Return a copy of the trainer's weights for an engine on `device`.
+def hand_over(params: Params, config: ModelConfig, place: Mesh | jax.Device) -> Handover:
+    """Return a copy of the trainer's weights for an engine.
 
     The trainer's arrays are only read, and may be donated as soon as this returns.
 
     Args:
       params: of the trainer, stacked over layers, on any mesh of this process.
       config: of the model; `config.dtype` is the compute type.
-      device: of the engine.
+      place: the engine's mesh, or its one device. Where its parts are those of a part of the
+        trainer's mesh (`rome.model.sharding.engine_part`), no byte passes through the host.
     """
     dtype = jnp.dtype(config.dtype)
 
     def copy(path: Path, leaf: Array) -> Any:
-        stack = _copy_layers(leaf, dtype) if _is_stacked(path) else [_copy(leaf, dtype)]
-        placed = jax.device_put(stack, device)
+        name = "/".join(key.key for key in path)
+        target = engine_sharding(place, name)
+        staged = _staged_as(leaf, target)
         if not _is_stacked(path):
-            return placed[0]
-        layers = np.empty(len(placed), object)  # cut by `unstack_layers` as it is
-        for number, layer in enumerate(placed):
-            layers[number] = layer
+            return jax.device_put(_copy(leaf, dtype, staged), target)
+        layers = np.empty(leaf.shape[0], object)  # cut by `unstack_layers` as it is
+        for number in range(leaf.shape[0]):
+            own = _copy_layer(leaf, np.int32(number), dtype, staged)
+            layers[number] = jax.device_put(own, target)
         return layers
 
     sums = unstack_layers(jax.device_get(_sum_stacked(params, dtype)), config)
     copied = unstack_layers(jax.tree_util.tree_map_with_path(copy, params), config)
     jax.block_until_ready(copied)
-    return Handover(copied, dataclasses.replace(config, remat="none"), _name(sums))
+    # An engine leaves nothing out that a trainer's experts have no room for.
+    served = dataclasses.replace(config, remat="none", capacity_factor=0.0)
+    return Handover(copied, served, _name(sums))
+
+
+def _staged_as(leaf: Array, target: Sharding) -> Sharding | None:
+    """Return the sharding on the trainer's mesh that gives each device what the engine has there.
+
+    None: the trainer has one device.
+    """
+    trainers = getattr(leaf, "sharding", None)  # NumPy arrays have none
+    if not isinstance(trainers, NamedSharding):
+        return None
+    spec = target.spec if isinstance(target, NamedSharding) else PartitionSpec()
+    return NamedSharding(trainers.mesh, spec)
 
 
 def checksums(params: Params) -> dict[str, str]:
@@ -86,16 +106,18 @@ def _is_stacked(path: Path) -> bool:
     return path[0].key == "layers"
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _copy(leaf: Array, dtype: Any) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _copy(leaf: Array, dtype: Any, sharding: Sharding | None) -> Array:
     # Without jnp.copy, an array that is not cast is returned as it came: the trainer's own, which
     # its next update would delete.
-    return jnp.copy(leaf.astype(dtype))
+    copied = jnp.copy(leaf.astype(dtype))
+    return copied if sharding is None else jax.lax.with_sharding_constraint(copied, sharding)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _copy_layers(stack: Array, dtype: Any) -> list[Array]:
-    return [jnp.copy(layer.astype(dtype)) for layer in stack]
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _copy_layer(stack: Array, number: Array, dtype: Any, sharding: Sharding | None) -> Array:
+    layer = jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
+    return _copy(layer, dtype, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -15,11 +15,12 @@ import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.ops.experts import NO_EXPERT, WITHOUT_GRADIENT, experts, experts_within
+from rome.model.ops.experts import NO_EXPERT, WITHOUT_GRADIENT, experts_within
+from rome.model.ops.experts_for_engine import experts_for_engine
 from rome.model.ops.experts_on_mesh import experts_on_mesh
-from rome.model.ops.low_rank import adapted, adapted_experts
+from rome.model.ops.low_rank import adapted, served_experts
 from rome.model.ops.row_sums import softmax_of_rows
-from rome.model.sharding import is_split
+from rome.model.sharding import is_on_engine_mesh, is_split
 
 
 class RouterStats(NamedTuple):
@@ -203,6 +204,7 @@ class MoE(nn.Module):
         real_N = real_BT.reshape(-1)
         chosen_Nk = jnp.where(real_N[:, None], ids_Nk, NO_EXPERT)
 
+        served = served_experts(self)
         if is_split() and not self.is_initializing():
             out_BTD, ran_BTk = experts_on_mesh(
                 x_BTD,
@@ -214,30 +216,17 @@ class MoE(nn.Module):
                 self.exchange,
             )
             ran_Nk = ran_BTk.reshape(B * T, k)
+        elif served or is_on_engine_mesh():  # an engine has no capacity
+            out_ND = experts_for_engine(x_ND, weights, weights_Nk, chosen_Nk, self.experts, served)
+            out_BTD = out_ND.reshape(B, T, D)
+            ran_Nk = chosen_Nk
         else:
-            out_ND, ran_Nk = self._run_experts(x_ND, weights, weights_Nk, chosen_Nk)
+            out_ND, ran_Nk = experts_within(
+                x_ND, *weights, weights_Nk, chosen_Nk, self.experts, config.capacity_factor
+            )
             out_BTD = out_ND.reshape(B, T, D)
         router = _layer_sums(logits_NE, probs_NE, chosen_Nk, ran_Nk, real_N)
         return out_BTD, own_Nk.reshape(B, T, k), router
-
-    def _run_experts(
-        self,
-        x_ND: Array,
-        weights: tuple[Array, Array, Array],
-        weights_Nk: Array,
-        chosen_Nk: Array,
-    ) -> tuple[Array, Array]:
-        """Return the outputs [N, D] and the ids that ran, on one device."""
-        capacity_factor = self.config.capacity_factor
-
-        def run(weights: tuple[Array, Array, Array], ids_Nk: Array) -> Array:
-            return experts(x_ND, *weights, weights_Nk, ids_Nk, self.experts)
-
-        is_native = self.experts == "native"
-        out_ND = adapted_experts(self, x_ND, weights, weights_Nk, chosen_Nk, is_native, run)
-        if out_ND is not None:  # an engine has no capacity
-            return out_ND, chosen_Nk
-        return experts_within(x_ND, *weights, weights_Nk, chosen_Nk, self.experts, capacity_factor)
 
     def _expert_weights(self, D: int, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
         E = self.config.num_experts

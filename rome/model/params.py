@@ -9,11 +9,11 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import init_params
-from rome.model.sharding import partition_spec
+from rome.model.sharding import ENGINE_AXES, ENGINE_RULES, partition_spec
 
 # path of a parameter -> logical name of each axis; None: whole on every device
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
@@ -55,6 +55,28 @@ def param_shardings(mesh: Mesh, config: ModelConfig) -> Any:
         return NamedSharding(mesh, partition_spec(axes_of(path, leaf)))
 
     return jax.tree_util.tree_map_with_path(place, parameter_shapes(config))
+
+
+def engine_sharding(place: Mesh | jax.Device, name: str) -> Sharding:
+    """Return the sharding of a parameter of an engine, whose layers are not stacked.
+
+    Args:
+      place: the engine's mesh, or its one device.
+      name: as in PARAM_AXES.
+    """
+    if not isinstance(place, Mesh):
+        return SingleDeviceSharding(place)
+    axes = PARAM_AXES[name]
+    own = axes[1:] if name.startswith("layers/") else axes
+    return NamedSharding(place, partition_spec(own, ENGINE_RULES))
+
+
+def engine_mesh_of(params: Any) -> Mesh | None:
+    """Return the mesh that an engine's parameters lie on; None for one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == ENGINE_AXES:
+        return sharding.mesh
+    return None
 
 
 def axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:

@@ -2,7 +2,10 @@
 
 Mesh axes: replica (whole copies, across slices), fsdp (parameters split, rows split), expert
 (experts split, rows split), sequence (time split, parameters split), tensor (heads, expert hidden
-and vocabulary split). Every mesh has all five; an axis of size 1 costs nothing.
+and vocabulary split). Every mesh of a trainer has all five; an axis of size 1 costs nothing.
+
+An engine's mesh has two, expert and tensor: each device has all tokens of a call, and the parts of
+the parameters that it multiplies with. Nothing is gathered but tokens' sums.
 
 `rome.model.params` names the logical axes of each parameter.
 """
@@ -35,6 +38,18 @@ RULES: dict[str, tuple[str, ...]] = {  # logical axis -> mesh axes
     "expert_hidden": ("tensor",),
     "vocab": ("tensor",),
 }
+ENGINE_AXES = ("expert", "tensor")
+ENGINE_RULES: dict[str, tuple[str, ...]] = {  # the same for an engine's mesh
+    "batch": (),
+    "time": (),
+    "embed": (),
+    "embed_wide": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "experts": ("expert",),
+    "expert_hidden": ("tensor",),
+    "vocab": ("expert", "tensor"),
+}
 
 
 def partition_spec(
@@ -59,7 +74,7 @@ def partition_spec(
             f"logical axes {tuple(logical)} put mesh axis {twice[0]!r} on two dimensions of one"
             " array; change RULES"
         )
-    return PartitionSpec(*(rules[name] if name else None for name in logical))
+    return PartitionSpec(*((rules[name] or None) if name else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -69,16 +84,22 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(logical))
+    rules = ENGINE_RULES if is_on_engine_mesh() else RULES
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical, rules))
 
 
 def is_split() -> bool:
-    """Return whether a mesh of more than one device is current.
+    """Return whether a trainer's mesh of more than one device is current.
 
     Parts of the model then say themselves (`jax.shard_map`) what each device does.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
+    return not mesh.empty and mesh.size > 1 and mesh.axis_names == AXES
+
+
+def is_on_engine_mesh() -> bool:
+    """Return whether an engine's mesh is current."""
+    return jax.sharding.get_abstract_mesh().axis_names == ENGINE_AXES
 
 
 def in_turn(x: jax.Array) -> jax.Array:
@@ -122,6 +143,46 @@ def make_mesh(
         raise ValueError(f"mesh ({_spell(shape)}) {'; and '.join(problems)}. {' '.join(remedies)}")
     arranged = _arrange(sizes, devices[:needed])
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def make_engine_mesh(
+    expert: int, tensor: int, config: ModelConfig, devices: Sequence[Any] | None = None
+) -> Mesh | None:
+    """Return the mesh of an engine; None for one device, which needs none.
+
+    Args:
+      expert: devices that share the experts.
+      tensor: devices that share heads and the hidden units of each expert.
+      config: of the model.
+      devices: all of this process by default.
+
+    Raises:
+      ValueError: there are too few devices, or they do not divide this model; names every problem.
+    """
+    devices = list(jax.local_devices() if devices is None else devices)
+    _check_engine(expert, tensor, config, len(devices))
+    if expert * tensor == 1:
+        return None
+    arranged = mesh_utils.create_device_mesh(
+        (expert, tensor), devices[: expert * tensor], allow_split_physical_axes=True
+    )
+    return Mesh(arranged, ENGINE_AXES, axis_types=(AxisType.Auto,) * len(ENGINE_AXES))
+
+
+def engine_part(mesh: Mesh, config: ModelConfig) -> Mesh | None:
+    """Return the engine's mesh inside of a trainer's; None for one device.
+
+    It has the expert and tensor axes, and the first devices of the others: its experts, heads and
+    hidden units lie where the trainer has them.
+
+    Raises:
+      ValueError: these axes do not divide the model as an engine needs it.
+    """
+    devices = mesh.devices[0, 0, :, 0, :]
+    _check_engine(*devices.shape, config, devices.size)
+    if devices.size == 1:
+        return None
+    return Mesh(devices, ENGINE_AXES, axis_types=(AxisType.Auto,) * len(ENGINE_AXES))
 
 
 def check_mesh(
@@ -282,6 +343,33 @@ def _indivisible(
         )
         remedies.append(f"Make the rows a multiple of {rows}.")
     return problems, remedies
+
+
+def _check_engine(expert: int, tensor: int, config: ModelConfig, num_devices: int) -> None:
+    """Raise ValueError where an engine's mesh cannot be made; name every problem."""
+    given = f"expert_parallel={expert}, tensor_parallel={tensor}"
+    if expert < 1 or tensor < 1:
+        raise ValueError(f"{given}: both must be at least 1")
+    needed = expert * tensor
+    problems = []
+    remedies = []
+    if needed > num_devices:
+        problems.append(f"they need {needed} devices, {num_devices} are there")
+        remedies.append("Lower one of them.")
+    divided = _targets(config, None)
+    vocabulary = {f"the vocabulary of {config.vocab_size}": config.vocab_size}
+    for name, size, targets in (
+        ("expert_parallel", expert, divided["expert"]),
+        ("tensor_parallel", tensor, divided["tensor"]),
+        ("expert_parallel * tensor_parallel", needed, vocabulary),
+    ):
+        faults = [description for description, total in targets.items() if total % size]
+        if faults:
+            choices = _choices(math.gcd(*targets.values()), num_devices)
+            problems.append(f"{name} = {size} does not divide {' nor '.join(faults)}")
+            remedies.append(f"Set {name} to {choices}.")
+    if problems:
+        raise ValueError(f"{given}: {'; and '.join(problems)}. {' '.join(remedies)}")
 
 
 def _choices(number: int, at_most: int) -> str:

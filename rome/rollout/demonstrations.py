@@ -110,12 +110,17 @@ async def collect_demonstrations(
         await to_thread_until_done(save_trajectory, trajectory, path)
         return trajectory
 
-    played = await asyncio.gather(*(collect_one(*numbered) for numbered in tasks.items()))
-    return {
-        number: trajectory
-        for number, trajectory in zip(tasks, played, strict=True)
-        if trajectory is not None
-    }
+    try:
+        # Not gather: the others would go on behind an error, and fail as the program ends.
+        async with asyncio.TaskGroup() as group:
+            playing = {
+                number: group.create_task(collect_one(number, task))
+                for number, task in tasks.items()
+            }
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    played = {number: task.result() for number, task in playing.items()}
+    return {number: one for number, one in played.items() if one is not None}
 
 
 def _load_kept(path: pathlib.Path) -> Trajectory | None:
@@ -211,6 +216,7 @@ async def demonstrate(
                 exit_code=turn.exit_code,
                 tool_call=turn.tool_call,
                 kind="context" if turn.is_mistake or turn.status != "ok" else "imitation",
+                events=list(turn.events),
             )
         )
         prompt_ids = chat.observe([turn.observation])
@@ -238,12 +244,19 @@ def in_own_form(text: str, chat: Chat) -> str:
 
 
 def _raise_failed(played: DemonstrationEpisode) -> None:
-    """Raise for a demonstration that did not end as a success."""
+    """Raise for a demonstration that did not end as a success.
+
+    A demonstrator does not read what it sees, so a command that a busy machine cut off leaves its
+    task unsolved: that is the infrastructure's failure, and is played again.
+    """
+    slow = [turn.text for turn in played.turns if turn.status == "timeout"]
     last = played.turns[-1].observation if played.turns else ""
     message = (
         f"the demonstration of {played.task} ended as {played.ending}, not as a success"
         f" ({played.note or 'no note'}); its last observation: {last!r}"
     )
-    if played.ending.startswith("infra_"):
+    if slow:
+        message += f"; a command ran into its time limit: {slow[0]!r}"
+    if slow or played.ending.startswith("infra_"):
         raise SpoiledDemonstration(message)
     raise FailedDemonstration(played.ending, message)

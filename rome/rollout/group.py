@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from rome.data.costs import rewards_differ
 from rome.data.seeds import derive_seed
-from rome.data.trajectory import Chunk, Trajectory, rewards_differ
+from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.episode import Episode
 from rome.rollout.forks import Forks
 from rome.rollout.rules import Rules
@@ -68,10 +70,9 @@ class Group:
         """Number and attempt, which identify the group across restarts of the run."""
         return self.number, self.attempt
 
-    @property
-    def has_spread(self) -> bool:
-        """Whether its episodes earned different rewards."""
-        return rewards_differ(self.finished.values())
+    def has_spread(self, costs: Mapping[str, float]) -> bool:
+        """Return whether its episodes earned different rewards, less the costs of harm by kind."""
+        return rewards_differ(self.finished.values(), costs)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a resumed run makes the group of."""

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from rome.data.costs import events_of
-from rome.data.trajectory import Trajectory, rewards_differ
+from rome.data.costs import events_of, rewards_differ
+from rome.data.trajectory import Trajectory
 from rome.data.tree import ROOT
 
 
-def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
+def mixed_groups(
+    trajectories: list[Trajectory], costs: Mapping[str, float] | None = None
+) -> list[Trajectory]:
     """Return the episodes of groups whose episodes earned different rewards, perhaps none.
 
     The episodes of any other group say nothing about what is better than what. That holds for a
     whole step of such groups, too: failures alone would only be made less likely.
+
+    Args:
+      trajectories: whole groups.
+      costs: of harm by kind, which the rewards lose.
     """
     groups: dict[int, list[Trajectory]] = collections.defaultdict(list)
     for trajectory in trajectories:
         groups[trajectory.group].append(trajectory)
-    mixed = {group for group, members in groups.items() if rewards_differ(members)}
+    mixed = {group for group, members in groups.items() if rewards_differ(members, costs)}
     return [trajectory for trajectory in trajectories if trajectory.group in mixed]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 StaleSamples = Literal["wait", "keep", "drop"]
@@ -26,6 +27,7 @@ class Rules:
       siblings: number of consecutive groups that are episodes of the same task. With group_size=1
         a step takes single episodes without waiting for their siblings.
       seed: seed of the run, from which every episode's seed is derived.
+      safety_cost: of harm by kind (`rome.data.costs`), which the rewards of a group lose.
     """
 
     groups_per_step: int
@@ -38,3 +40,4 @@ class Rules:
     stale_samples: StaleSamples = "wait"
     siblings: int = 1
     seed: int = 0
+    safety_cost: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -395,7 +395,7 @@ class RolloutScheduler:
             return False
         # How a resampled group ends decides where its task starts next, so it is always taken.
         is_resampled = bool(group.plan.source)
-        return not is_resampled and not group.has_spread
+        return not is_resampled and not group.has_spread(self.rules.safety_cost)
 
     def _set_aside(self, group: Group, fault: SpoiledTaskError) -> None:
         """Let the group of a task that cannot be played, and its siblings, go on with another one.

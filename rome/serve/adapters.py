@@ -10,7 +10,6 @@ L layers, S slots, E experts, I inputs, O outputs (an axis each or several), r r
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 import pathlib
@@ -21,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rome.model.config import ModelConfig
 from rome.model.hf.peft import HostAdapters, load_peft, tensor_names
 from rome.model.lora import MATRICES, Lora, adapter_shapes, find_targets
+from rome.model.ops.experts_for_engine import ADAPTER_SPECS
 from rome.model.ops.low_rank import SERVED, SUFFIX, Served
 from rome.model.ops.native import LANES
 from rome.model.qwen3 import Params
@@ -99,11 +100,16 @@ class AdapterTable:
         self.listed: dict[str, str] = {}
         self._lora: Lora
         self._config: ModelConfig
+        self._put: Callable[..., AdapterArrays]
         self._by_name: dict[str, Adapter] = {}
         self._free = list(range(room.count - 1, -1, -1))
 
-    def prepare(self, config: ModelConfig) -> None:
+    def prepare(self, config: ModelConfig, mesh: Mesh | None = None) -> None:
         """Make the arrays for a model.
+
+        Args:
+          config: the model.
+          mesh: of the engine; None: one device.
 
         Raises:
           ValueError: the room's targets are not in the model.
@@ -114,7 +120,10 @@ class AdapterTable:
             shapes = adapter_shapes(config, self._lora)
             nothing = unstack_layers(_pad({"layers": {}}, shapes), config)["layers"]
             # Compiles both programs now, not when an adapter is loaded.
-            arrays = _put(_empty(config, self._lora, self.room.count), nothing, 0, 0.0)
+            empty = _empty(config, self._lora, self.room.count, mesh)
+            places = jax.tree.map(lambda array: array.sharding, empty)
+            self._put = jax.jit(_put, donate_argnums=0, out_shardings=places)
+            arrays = self._put(empty, nothing, 0, 0.0)
             jax.block_until_ready(_get(arrays["layers"], 0))
             self.arrays = arrays
 
@@ -130,7 +139,7 @@ class AdapterTable:
         stacked = _pad(adapters.stacked(self._config), shapes)
         padded = unstack_layers(stacked, self._config)["layers"]
         assert self.arrays is not None
-        self.arrays = _put(self.arrays, padded, slot, adapters.lora.scale)
+        self.arrays = self._put(self.arrays, padded, slot, adapters.lora.scale)
         self._by_name[name] = Adapter(name, path, adapters.lora, slot)
         self._list()
 
@@ -258,19 +267,27 @@ def read_adapters(path: str, config: ModelConfig) -> HostAdapters:
 # -------------------------------------------------------------------------------------------------
 
 
-def _empty(config: ModelConfig, lora: Lora, count: int) -> AdapterArrays:
-    """Return zeros for all slots."""
+def _empty(config: ModelConfig, lora: Lora, count: int, mesh: Mesh | None) -> AdapterArrays:
+    """Return zeros for all slots; on a mesh those of experts lie where their experts do."""
 
     def one() -> Any:
         stacked = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), adapter_shapes(config, lora))
         return unstack_layers(stacked, config)["layers"]
 
-    def zeros(is_expert: bool, is_b: bool, one: Any) -> Array:
-        return jnp.zeros(_shape(is_expert, is_b, one.shape, count), jnp.float32)
+    def zeros(path: tuple[Any, ...], one: Any) -> Array:
+        _, group, name, which = path
+        is_expert = group.key == "moe"
+        spec = PartitionSpec()
+        if is_expert:
+            spec = ADAPTER_SPECS[name.key.removesuffix(SUFFIX)][which.key == "b"]
+        place = None if mesh is None else NamedSharding(mesh, spec)
+        shape = _shape(is_expert, which.key == "b", one.shape, count)
+        return jnp.zeros(shape, jnp.float32, device=place)
 
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return {
-        "scale": jnp.zeros(count, jnp.float32),
-        "layers": _map(zeros, jax.eval_shape(one)),
+        "scale": jnp.zeros(count, jnp.float32, device=everywhere),
+        "layers": jax.tree_util.tree_map_with_path(zeros, jax.eval_shape(one)),
     }
 
 
@@ -283,7 +300,6 @@ def _shape(is_expert: bool, is_b: bool, one: tuple[int, ...], count: int) -> tup
     return (math.prod(one[:-1]), count, one[-1])
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _put(arrays: AdapterArrays, one: Any, slot: int, scale: float) -> AdapterArrays:
     """Return the arrays with one adapter in a slot."""
 

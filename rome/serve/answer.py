@@ -41,25 +41,29 @@ def make_answer(request: Request, version: str, tokenizer: TextCodec | None) -> 
         "e2e_latency": time.monotonic() - request.created,
     }
     if request.return_logprob:
-        meta["output_token_logprobs"] = _entries(request.logprobs[:count], ids)
+        texts = tokenizer if request.text_in_logprobs else None
+        meta["output_token_logprobs"] = _entries(request.logprobs[:count], ids, texts)
         if request.score_from is not None and finish is not None:
             scores = [None, *request.prompt_logprobs]
             # A request that was aborted early has fewer scores than prompt tokens.
-            entries = _entries(scores, request.prompt_ids[: len(scores)])
+            entries = _entries(scores, request.prompt_ids[: len(scores)], texts)
             meta["input_token_logprobs"] = entries[request.score_from :]
     if request.return_routes and finish is not None and request.routes is not None:
         meta["routed_experts"] = _encode_routes(request, count)
     answer: dict[str, Any] = {}
     if tokenizer is not None:
-        answer["text"] = _make_text(request, ids, finish or {}, tokenizer)
+        answer["text"] = make_text(request, ids, finish or {}, tokenizer)
     answer["output_ids"] = ids
     answer["meta_info"] = meta
     return answer
 
 
-def _entries(logprobs: list[Any], ids: list[int]) -> list[list[Any]]:
-    """Return SGLang's triples of logprob, token id and text (always None here)."""
-    return [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=True)]
+def _entries(logprobs: list[Any], ids: list[int], texts: TextCodec | None) -> list[list[Any]]:
+    """Return SGLang's triples of logprob, token id and text; None for a text that nobody wants."""
+    return [
+        [logprob, token, None if texts is None else decode([token], texts)]
+        for logprob, token in zip(logprobs, ids, strict=True)
+    ]
 
 
 def _encode_routes(request: Request, count: int) -> str:
@@ -73,7 +77,7 @@ def _encode_routes(request: Request, count: int) -> str:
     return base64.b64encode(np.ascontiguousarray(routes, np.int32).tobytes()).decode()
 
 
-def _make_text(
+def make_text(
     request: Request, ids: list[int], finish: dict[str, Any], tokenizer: TextCodec
 ) -> str:
     """Return the text, without the stop token or string unless no_stop_trim asks for it."""

@@ -118,9 +118,12 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Let waiting requests run, first come first served, while there are slots and pages."""
+        """Let waiting requests run while there are slots and pages.
+
+        Those of the highest priority first, and among them who came first.
+        """
         while self._waiting and len(self.running) < self._shapes.slots:
-            request = next(iter(self._waiting))
+            request = max(self._waiting, key=lambda one: one.priority)
             self._begin(request)
             missing = len(request.ids) // self._shapes.page_tokens + 1 - len(request.pages)
             if self.running and missing > self._pages.available:
@@ -200,6 +203,43 @@ class Batcher:
         self._turn += sum(piece.request.is_decoding for piece in batch)
         assert batch, "the first request in line can always have pages"
         return batch, size
+
+    def only_decodes(self) -> bool:
+        """Return whether no running request has a prompt to compute."""
+        return all(request.is_decoding for request in self.running)
+
+    def give_pages(self, requests: Sequence[Request], tokens: int) -> None:
+        """Give requests pages for up to `tokens` more tokens each, as far as nothing must yield."""
+        P = self._shapes.page_tokens
+        for request in requests:
+            end = min(request.computed + tokens, request.last_position)
+            while len(request.pages) * P < end:
+                page = self._pages.take()
+                if page is None:
+                    return
+                request.pages.append(page)
+
+    def can_go_on(self, requests: Sequence[Request], size: int, steps: int) -> bool:
+        """Return whether a dispatch of `steps` steps may be followed before it is read.
+
+        So it is where the same rows are likely to be the best next ones: nothing else waits, they
+        have the pages, they fill the program, and no stop string may have ended one of them.
+        Gives them the pages.
+        """
+        running = [request for request in requests if request in self.running]
+        going = [one for one in running if one.computed + steps < one.last_position]
+        if self._waiting or len(running) < len(self.running):
+            return False
+        if not going or self._choose_size(going, ()) != size:
+            return False
+        if any(request.sampling.stop for request in going):
+            return False
+        self.give_pages(going, 2 * steps)
+        P = self._shapes.page_tokens
+        return all(
+            len(request.pages) * P >= min(request.computed + 2 * steps, request.last_position)
+            for request in going
+        )
 
     def _in_line(self) -> tuple[list[Request], list[Request]]:
         """Return the requests with one token to compute, and those with more or a whole prompt."""

@@ -22,15 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec, Sharding
 
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
 from rome.model.ops.paged import Pages
 from rome.model.qwen3 import Params, Qwen3, head_kernel
+from rome.model.sharding import ENGINE_RULES, is_on_engine_mesh
 from rome.serve.adapters import AdapterArrays, with_adapters
+from rome.serve.request import SamplingParams
 from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
 
-CALL_SIZES = (4, 16)  # tokens of the calls that are smaller than the largest
+CALL_SIZES = (4, 16, 64, 256)  # tokens of the calls that are smaller than the largest
 FEW_SAMPLES = 4  # rows of the smaller head
 PageArrays = tuple[Array, ...]
 
@@ -46,6 +49,7 @@ class Shapes:
         slots * max_context.
       page_tokens: tokens of a page, the unit in which prefixes are shared.
       call_tokens: tokens that are computed at once, at most.
+      decode_steps: steps that one dispatch takes at most while nothing but decoding is to be done.
     """
 
     slots: int = 64
@@ -53,6 +57,7 @@ class Shapes:
     cache_tokens: int = 0
     page_tokens: int = 16
     call_tokens: int = 32
+    decode_steps: int = 8
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -139,10 +144,16 @@ class Result(NamedTuple):
 Program = Callable[[Params, AdapterArrays | None, PageArrays, Call], tuple[PageArrays, Result]]
 
 
-def make_program(config: ModelConfig, kernels: Kernels) -> Program:
-    """Return the jitted program; it donates the pages that it is given."""
+def make_program(config: ModelConfig, kernels: Kernels, page_sharding: Sharding) -> Program:
+    """Return the jitted program; it donates the pages that it is given.
+
+    Args:
+      config: the model.
+      kernels: of the model.
+      page_sharding: that the pages have, and keep.
+    """
     run = functools.partial(_run, config, kernels)
-    return jax.jit(run, donate_argnums=2)
+    return jax.jit(run, donate_argnums=2, out_shardings=(page_sharding, None))
 
 
 def empty_call(shapes: Shapes, size: int) -> Call:
@@ -160,14 +171,28 @@ def empty_call(shapes: Shapes, size: int) -> Call:
         last_R=np.zeros(R, np.int32),
         draws=np.asarray(0, np.int32),
         scores=np.asarray(False),
-        sampling=RowSampling(
-            seed_B2=np.zeros((R, 2), np.uint32),
-            temperature_B=np.ones(R, np.float32),
-            top_p_B=np.ones(R, np.float32),
-            top_k_B=np.zeros(R, np.int32),
-            min_p_B=np.zeros(R, np.float32),
-        ),
+        sampling=empty_sampling(R),
     )
+
+
+def empty_sampling(rows: int) -> RowSampling:
+    """Return how rows are sampled that ask for nothing."""
+    return RowSampling(
+        seed_B2=np.zeros((rows, 2), np.uint32),
+        temperature_B=np.ones(rows, np.float32),
+        top_p_B=np.ones(rows, np.float32),
+        top_k_B=np.zeros(rows, np.int32),
+        min_p_B=np.zeros(rows, np.float32),
+    )
+
+
+def set_sampling(sampling: RowSampling, row: int, params: SamplingParams) -> None:
+    """Set how one row is sampled."""
+    sampling.seed_B2[row] = (params.seed >> 32, params.seed & 0xFFFFFFFF)
+    sampling.temperature_B[row] = params.temperature
+    sampling.top_p_B[row] = params.top_p
+    sampling.top_k_B[row] = max(params.top_k, 0)
+    sampling.min_p_B[row] = params.min_p
 
 
 def _run(
@@ -220,6 +245,26 @@ def _score(hidden_TD: Array, kernel_DV: Array, call: Call) -> Array:
 
 
 def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:
-    """Return float32 logits, computed as in the trainer's `chunked_logprobs`."""
-    kernel_DV = kernel_DV.astype(hidden_ND.dtype)
-    return jnp.matmul(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
+    """Return float32 logits, computed as in the trainer's `chunked_logprobs`.
+
+    On a mesh each device computes its part of the vocabulary, and gets the others'.
+    """
+
+    def matmul(hidden_ND: Array, kernel_DV: Array) -> Array:
+        kernel_DV = kernel_DV.astype(hidden_ND.dtype)
+        return jnp.matmul(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
+
+    if not is_on_engine_mesh():
+        return matmul(hidden_ND, kernel_DV)
+    over = ENGINE_RULES["vocab"]
+
+    def on_each_device(hidden_ND: Array, kernel_Dv: Array) -> Array:
+        # Said here: left to the partitioner, the kernel is gathered, which is far larger.
+        return jax.lax.all_gather(matmul(hidden_ND, kernel_Dv), over, axis=1, tiled=True)
+
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(PartitionSpec(), PartitionSpec(None, over)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(hidden_ND, kernel_DV)

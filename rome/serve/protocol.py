@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import secrets
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from rome.serve.device import MEMORY_TAGS
+from rome.serve.checks import BadRequest, check_flag, check_integer, check_number, check_text
 from rome.serve.request import Request, SamplingParams, TextCodec
 
 # Far more than a trainer has at once, and longer than its episodes: they bound what a server
 # collects that is paused, or that its clients have forgotten.
 MAX_QUEUED_REQUESTS = 4096
 REQUEST_SECONDS = 3600.0
-
-
-class BadRequest(ValueError):
-    """A mistake of the client, described in one sentence; answered as HTTP 400."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +63,8 @@ _BODY_FIELDS = {
     "extra_key",
     "lora_path",
     "log_metrics",
+    "priority",
+    "return_text_in_logprobs",
 }
 _SAMPLING_FIELDS = {
     "max_new_tokens",
@@ -81,11 +78,14 @@ _SAMPLING_FIELDS = {
     "skip_special_tokens",
     "no_stop_trim",
     "sampling_seed",
+    "n",
 }
 # Sampling parameters that are accepted with these values only.
-_NEUTRAL = {"n": 1, "repetition_penalty": 1.0, "spaces_between_special_tokens": True}
-_MAX_INTEGER = 2**63 - 1
+_NEUTRAL = {"repetition_penalty": 1.0, "spaces_between_special_tokens": True}
 MIN_TEMPERATURE = 1e-6
+MAX_SAMPLES = 128  # answers to one prompt
+MAX_BATCH = 65536  # requests of one body
+SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of the answers to one prompt; odd
 
 
 # -- requests
@@ -113,16 +113,34 @@ def parse_generate(
                 f"field {name!r} = {body[name]!r} is not supported by this engine; leave it out"
             )
     prompts, is_batch = _parse_prompts(body, tokenizer)
-    if is_batch and body.get("stream"):
-        raise BadRequest("stream=true takes one prompt; send the others as requests of their own")
-    requests = []
+    requests: list[Request] = []
     for number, prompt_ids in enumerate(prompts):
         fields = _Fields(body, number if is_batch else None, len(prompts))
-        request = _parse_request(fields, prompt_ids, bounds, tokenizer)
-        _check_fits(request, bounds)
-        requests.append(request)
+        samples = _parse_samples(fields)
+        is_batch = is_batch or samples > 1
+        if len(requests) + samples > MAX_BATCH:
+            raise BadRequest(f"send at most {MAX_BATCH} prompts, times their n, at once")
+        for sample in range(samples):
+            request = _parse_request(fields, prompt_ids, bounds, tokenizer)
+            if samples > 1:
+                request.rid = f"{request.rid}_{sample}"
+                seed = (request.sampling.seed + sample * SEED_STRIDE) % 2**64
+                request.sampling = dataclasses.replace(request.sampling, seed=seed)
+            _check_fits(request, bounds)
+            requests.append(request)
     _check_rids_differ(requests)
     return requests, is_batch
+
+
+def _parse_samples(fields: _Fields) -> int:
+    """Return how many answers to a prompt are wanted: `n` of its sampling parameters."""
+    given = fields.get("sampling_params", {})
+    if not isinstance(given, dict):
+        raise BadRequest(f"sampling_params must be an object, got {type(given).__name__}")
+    n = check_integer("n", 1 if given.get("n") is None else given["n"])
+    if not 1 <= n <= MAX_SAMPLES:
+        raise BadRequest(f"n must be from 1 to {MAX_SAMPLES}, got {n}")
+    return n
 
 
 @dataclasses.dataclass
@@ -165,12 +183,14 @@ def _parse_request(
         sampling=_parse_sampling(fields.get("sampling_params", {}), bounds, tokenizer),
         return_logprob=fields.flag("return_logprob"),
         return_routes=fields.flag("return_routed_experts"),
-        routes_from=_check_integer("routed_experts_start_len", routes_from),
+        routes_from=check_integer("routed_experts_start_len", routes_from),
+        text_in_logprobs=fields.flag("return_text_in_logprobs"),
         stream=fields.flag("stream"),
+        priority=check_integer("priority", fields.get("priority", 0)),
         adapter_name=fields.text("lora_path"),
         salt=json.dumps([fields.text("cache_salt"), fields.text("extra_key")]),
     )
-    score_from = _check_integer("logprob_start_len", fields.get("logprob_start_len", -1))
+    score_from = check_integer("logprob_start_len", fields.get("logprob_start_len", -1))
     if request.return_logprob and score_from != -1:
         request.score_from = score_from
     return request
@@ -256,9 +276,9 @@ def _check_fits(request: Request, bounds: Bounds) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
-def _parse_sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> SamplingParams:
-    if not isinstance(given, dict):
-        raise BadRequest(f"sampling_params must be an object, got {type(given).__name__}")
+def _parse_sampling(
+    given: dict[str, Any], bounds: Bounds, tokenizer: TextCodec | None
+) -> SamplingParams:
     for name, value in given.items():
         is_neutral = value in (None, False, 0, "", [], {}, _NEUTRAL.get(name))
         if name not in _SAMPLING_FIELDS and not is_neutral:
@@ -273,13 +293,13 @@ def _parse_sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> 
     stop_ids = _parse_stop_ids(get("stop_token_ids", [])) | bounds.eos_token_ids
     if check_flag("ignore_eos", get("ignore_eos", False)):
         stop_ids = frozenset()  # as SGLang, which then ignores stop_token_ids too
-    seed = _check_integer("sampling_seed", get("sampling_seed", secrets.randbits(63)))
+    seed = check_integer("sampling_seed", get("sampling_seed", secrets.randbits(63)))
     params = SamplingParams(
-        max_new_tokens=_check_integer("max_new_tokens", get("max_new_tokens", 128)),
+        max_new_tokens=check_integer("max_new_tokens", get("max_new_tokens", 128)),
         temperature=_parse_temperature(get("temperature", 1.0)),
-        top_p=_check_number("top_p", get("top_p", 1.0)),
-        top_k=min(_check_integer("top_k", get("top_k", -1)), bounds.vocab_size),
-        min_p=_check_number("min_p", get("min_p", 0.0)),
+        top_p=check_number("top_p", get("top_p", 1.0)),
+        top_k=min(check_integer("top_k", get("top_k", -1)), bounds.vocab_size),
+        min_p=check_number("min_p", get("min_p", 0.0)),
         stop=_parse_stop(get("stop", []), tokenizer),
         stop_ids=stop_ids,
         seed=seed % 2**64,
@@ -292,14 +312,14 @@ def _parse_sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> 
 
 def _parse_temperature(value: Any) -> float:
     """Return the temperature; SGLang takes one below MIN_TEMPERATURE for greedy too."""
-    temperature = _check_number("temperature", value)
+    temperature = check_number("temperature", value)
     return 0.0 if 0 <= temperature < MIN_TEMPERATURE else temperature
 
 
 def _parse_stop_ids(ids: Any) -> frozenset[int]:
     if not isinstance(ids, list):
         raise BadRequest(f"stop_token_ids must be a list of token ids, got {ids!r}")
-    return frozenset(_check_integer("stop_token_ids", one) for one in ids)
+    return frozenset(check_integer("stop_token_ids", one) for one in ids)
 
 
 def _parse_stop(stop: Any, tokenizer: TextCodec | None) -> tuple[str, ...]:
@@ -333,71 +353,3 @@ def _check_ranges(params: SamplingParams) -> None:
         faults.append(f"min_p must be in [0, 1], got {params.min_p}")
     if faults:
         raise BadRequest("; ".join(faults))
-
-
-# -- types
-# -------------------------------------------------------------------------------------------------
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """Return a value that must be true or false.
-
-    Raises:
-      BadRequest: it is something else.
-    """
-    if not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false, got {value!r}")
-    return value
-
-
-def check_text(name: str, value: Any) -> str:
-    """Return a value that must be a string.
-
-    Raises:
-      BadRequest: it is something else.
-    """
-    if not isinstance(value, str):
-        raise BadRequest(f"{name} must be a string, got {value!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        raise BadRequest(f"{name} is not valid Unicode: {value!r}") from None
-    return value
-
-
-def parse_memory_tags(body: dict[str, Any]) -> list[str]:
-    """Return the tags of a body; all where it has none.
-
-    Raises:
-      BadRequest: one is unknown.
-    """
-    tags = body.get("tags") or list(MEMORY_TAGS)
-    if not isinstance(tags, list) or any(tag not in MEMORY_TAGS for tag in tags):
-        raise BadRequest(f"tags must be of {', '.join(MEMORY_TAGS)}, got {tags!r}")
-    return tags
-
-
-def parse_row_count(given: Any) -> int:
-    """Return truncate_size; a query string has it as text.
-
-    Raises:
-      BadRequest: it is no number of rows.
-    """
-    if isinstance(given, str) and given.isdecimal():
-        given = int(given)
-    if type(given) is not int or given < 0:
-        raise BadRequest(f"truncate_size must be a number of rows, got {given!r}")
-    return given
-
-
-def _check_integer(name: str, value: Any) -> int:
-    if type(value) is not int or abs(value) > _MAX_INTEGER:
-        raise BadRequest(f"{name} must be an integer of 64 bits, got {value!r}")
-    return value
-
-
-def _check_number(name: str, value: Any) -> float:
-    is_number = type(value) is float or (type(value) is int and abs(value) <= _MAX_INTEGER)
-    if not is_number or not math.isfinite(value):
-        raise BadRequest(f"{name} must be a finite number, got {value!r}")
-    return float(value)

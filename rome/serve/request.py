@@ -64,7 +64,9 @@ class Request:
         taken from the cache); None if not.
       return_routes: whether the answer has the experts that each token was routed to.
       routes_from: the routes of earlier positions are not sent.
+      text_in_logprobs: whether the entries of logprobs have the texts of their tokens.
       stream: whether the client gets each step's tokens at once.
+      priority: requests with a higher one run before others that wait.
       salt: requests share cached prefixes only with requests of the same salt.
       adapter_name: of the adapter that samples; "": none.
       notify: called from the scheduler's thread with the request, at its end and, for `stream`,
@@ -79,6 +81,7 @@ class Request:
       cached_tokens: prompt tokens that were taken from the cache.
       finish: SGLang's finish_reason; None while the request runs.
       created: time.monotonic() of its arrival.
+      first_token: time.monotonic() of the first sampled token; None before it.
       text_end: where a matched stop string begins in the text.
       tail_ids: the last tokens, in which a stop string may have begun.
       adapter: that samples, from its arrival to its end.
@@ -98,7 +101,9 @@ class Request:
     score_from: int | None = None
     return_routes: bool = False
     routes_from: int = 0
+    text_in_logprobs: bool = False
     stream: bool = False
+    priority: int = 0
     salt: str = ""
     adapter_name: str = ""
     notify: Callable[[Request], object] = lambda request: None
@@ -111,6 +116,7 @@ class Request:
     cached_tokens: int = 0
     finish: dict[str, Any] | None = None
     created: float = dataclasses.field(default_factory=time.monotonic)
+    first_token: float | None = None
     text_end: int | None = None
     tail_ids: list[int] = dataclasses.field(default_factory=list)
     adapter: Adapter | None = None
@@ -125,6 +131,11 @@ class Request:
     def is_decoding(self) -> bool:
         """Whether all but the token that was drawn last are computed."""
         return bool(self.output_ids) and self.computed == len(self.ids) - 1
+
+    @property
+    def last_position(self) -> int:
+        """The place of the last token of the longest answer: it is drawn, and never computed."""
+        return len(self.prompt_ids) + self.sampling.max_new_tokens - 1
 
     @property
     def wants_scores(self) -> bool:

@@ -16,6 +16,7 @@ from rome.files import read_json
 from rome.model.config import ModelConfig
 from rome.model.precision import use_full_precision
 from rome.model.qwen3 import Params
+from rome.model.sharding import make_engine_mesh
 from rome.model.tokenizer import Tokenizer
 from rome.serve.adapters import AdapterRoom
 from rome.serve.device import NO_ROOM
@@ -39,6 +40,8 @@ async def serve(
     *,
     dtype: str = "float32",
     weight_version: str = "0",
+    expert_parallel: int = 1,
+    tensor_parallel: int = 1,
     room: AdapterRoom = NO_ROOM,
     with_tokenizer: bool = True,
     max_queued_requests: int = MAX_QUEUED_REQUESTS,
@@ -56,6 +59,8 @@ async def serve(
       shapes: fixed shapes of the compiled programs.
       dtype: of weights, cache and computation.
       weight_version: of the weights that it starts with.
+      expert_parallel: devices that share the experts.
+      tensor_parallel: devices that share heads and hidden units; as many for each of these.
       room: for adapters that are loaded by name.
       with_tokenizer: False takes and gives token ids only, without text and stop strings.
       max_queued_requests: requests that may wait for a slot; further ones are answered with 503.
@@ -93,7 +98,8 @@ async def serve(
 
     def load() -> tuple[Params, ModelConfig]:
         use_full_precision(dtype)
-        return load_weights(model_path, dtype)
+        mesh = make_engine_mesh(expert_parallel, tensor_parallel, config)
+        return load_weights(model_path, dtype, mesh)
 
     scheduler = Scheduler(load, shapes, tokenizer, weight_version, room)
     shown = {**(arguments or {}), "model_path": model_path, "dtype": dtype}

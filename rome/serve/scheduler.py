@@ -9,17 +9,18 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
 
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params
 from rome.serve.adapters import AdapterRoom
 from rome.serve.batching import Batcher
-from rome.serve.device import NO_ROOM, Device, Piece
+from rome.serve.decoding import Steps
+from rome.serve.device import NO_ROOM, Device, Dispatch, Piece
 from rome.serve.programs import Result, Shapes
 from rome.serve.request import Request, TextCodec
 from rome.serve.stopping import find_end
@@ -45,6 +46,7 @@ class Scheduler:
       ready: set when the weights are loaded and the programs compiled.
       failure: why the thread ended; None while it runs.
       paused: whether sampling is paused.
+      refuses: why requests are refused: an update failed midway. None while they are not.
       version: of the weights.
     """
 
@@ -62,11 +64,13 @@ class Scheduler:
         self.ready = threading.Event()
         self.failure: str | None = None
         self.paused = False
+        self.refuses: str | None = None
         self._tokenizer = tokenizer
         self._wake = threading.Condition()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._stopping = False
         self._batcher = Batcher(shapes)
+        self._in_flight: Dispatch | None = None
         self._thread = threading.Thread(target=self._main, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -94,11 +98,11 @@ class Scheduler:
         def is_meant(request: Request) -> bool:
             return everything or request.rid.startswith(prefix)
 
-        self._post(lambda: self._abort(is_meant, "aborted on request"))
+        self._post(lambda: self._abort_now(is_meant, "aborted on request"))
 
     def cancel(self, request: Request) -> None:
         """End a request whose client has disconnected."""
-        self._post(lambda: self._abort(lambda other: other is request, "the client went away"))
+        self._post(lambda: self._abort_now(lambda other: other is request, "the client went away"))
 
     def call(self, function: Callable[[], Answer]) -> concurrent.futures.Future[Answer]:
         """Run `function` in the thread, between two steps.
@@ -114,6 +118,7 @@ class Scheduler:
             try:
                 if self.failure is not None:
                     raise RuntimeError(self.failure)
+                self._finish_dispatch()
                 future.set_result(function())
             except Exception as error:  # for the caller to handle
                 future.set_exception(error)
@@ -122,7 +127,10 @@ class Scheduler:
         return future
 
     def _queue(self, request: Request) -> None:
-        """Queue a request, or end it where its adapter is not there."""
+        """Queue a request; end it where there are no weights, or its adapter is not there."""
+        if self.refuses is not None:
+            self._end(request, {"type": "abort", "message": self.refuses, "status_code": 503})
+            return
         if request.adapter_name:
             try:
                 request.adapter = self.device.adapters.take(request.adapter_name)
@@ -204,9 +212,31 @@ class Scheduler:
         """
         running = len(self._batcher.running)
         self.device.swap(params)
+        self.refuses = None
         self.version = version
         self._batcher.note_new_weights(fresh)
         return running
+
+    def rename(self, version: str) -> None:
+        """Give the weights another version; tokens that are sampled from now on have it."""
+        self.version = version
+
+    def take_weights(self, why: str) -> Params | None:
+        """Return the weights, for others to take their place one by one. Requests wait.
+
+        `swap` or `lose_weights` ends it.
+        """
+        return self.device.take_weights(why)
+
+    def lose_weights(self, why: str) -> None:
+        """End all requests, and refuse new ones until `swap`: there are no weights.
+
+        Args:
+          why: what happened, and the remedy; requests get it with status 503.
+        """
+        self.device.missing["weights"] = why
+        self.refuses = why
+        self._abort(lambda request: True, why, status_code=503)
 
     def load_metrics(self) -> dict[str, Any]:
         """Return how busy the engine is, and what it has computed so far. From any thread."""
@@ -215,6 +245,7 @@ class Scheduler:
             "slots": self.shapes.slots,
             "paused": self.paused,
             "released": sorted(self.device.missing),
+            "refuses": self.refuses,
             "device_bytes": self.device.allocated_bytes(),
             **self.device.stats,
         }
@@ -242,6 +273,7 @@ class Scheduler:
             cause = f"the engine's scheduler ended: {type(error).__name__} {error}"
         else:
             cause = "the engine is shutting down"
+        self._in_flight = None
         with self._wake:
             self.failure = cause
             remaining = self._take_all_commands()
@@ -278,8 +310,17 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Compute the next tokens of some running requests, in one call."""
+        """Compute the next tokens of some running requests, in one call or dispatch."""
+        if self._in_flight is not None:
+            self._finish_dispatch(goes_on=True)
+            return
         batch, size = self._batcher.next_batch()
+        steps = self.shapes.decode_steps
+        if steps > 1 and self._batcher.only_decodes():
+            requests = [piece.request for piece in batch]
+            self._batcher.give_pages(requests, steps)
+            self._in_flight = self.device.decode(requests, size)
+            return
         result = self.device.run(batch, size)
         at = 0
         draws = 0
@@ -291,6 +332,36 @@ class Scheduler:
                 continue
             self._take_drawn(piece.request, draws, result)
             draws += 1
+
+    def _finish_dispatch(self, goes_on: bool = False) -> None:
+        """Read what the device has drawn since the last dispatch, if there was one.
+
+        Args:
+          goes_on: begin the next dispatch of the same requests first, where that makes sense.
+        """
+        dispatch = self._in_flight
+        if dispatch is None:
+            return
+        steps = self.shapes.decode_steps
+        self._in_flight = None
+        if goes_on and self._batcher.can_go_on(dispatch.requests, dispatch.size, steps):
+            self._in_flight = self.device.decode_on(dispatch)
+        taken = self.device.read(dispatch)
+        for row, request in enumerate(dispatch.requests):
+            if request.finish is None:  # not one that a stop string has ended before
+                self._take_steps(request, row, taken)
+
+    def _take_steps(self, request: Request, row: int, steps: Steps) -> None:
+        """Append what a dispatch has drawn for a request, and end it where its answer ends."""
+        count = int(steps.count_R[row])
+        drawn = steps.token_NR[:count, row].tolist()
+        logprobs = steps.logprob_NR[:count, row].tolist()
+        finish = self._append(request, drawn, logprobs)
+        taken = len(request.ids) - 1 - request.computed
+        if request.return_routes:
+            request.note_routes(steps.routes_NLRk[:taken, :, row])
+        self._batcher.note_computed(Piece(request, taken))
+        self._conclude(request, finish)
 
     def _note_computed(self, piece: Piece, at: int, result: Result) -> None:
         """Record what the call has computed for a piece, whose tokens begin at `at`."""
@@ -310,37 +381,43 @@ class Scheduler:
         if request.sampling.max_new_tokens == 0:
             self._end(request, {"type": "length", "length": 0})
             return
-        token = int(result.token_R[number])
-        self._take_tokens(request, [token], [float(result.logprob_R[number])])
+        drawn = [int(result.token_R[number])]
+        finish = self._append(request, drawn, [float(result.logprob_R[number])])
+        self._conclude(request, finish)
 
-    def _take_tokens(
-        self,
-        request: Request,
-        tokens: list[int],
-        logprobs: list[float],
-    ) -> None:
-        """Append drawn tokens up to the end of the request, and end it there.
+    def _append(
+        self, request: Request, drawn: list[int], logprobs: list[float]
+    ) -> dict[str, Any] | None:
+        """Append drawn tokens up to the end of the answer.
 
         Args:
           request: that they were drawn for.
-          tokens: in order.
+          drawn: tokens, in order.
           logprobs: of tokens.
+
+        Returns:
+          SGLang's finish_reason; None if the answer continues.
         """
-        before = len(request.output_ids)
-        if not np.all(np.isfinite(logprobs)):
+        if not all(map(math.isfinite, logprobs)):
             message = f"logits are not finite with weights {self.version}"
-            self._end(request, {"type": "abort", "message": message, "status_code": 500})
-            return
-        taken, finish = find_end(request, tokens, self._tokenizer)
+            return {"type": "abort", "message": message, "status_code": 500}
+        before = len(request.output_ids)
+        if request.first_token is None:
+            request.first_token = time.monotonic()
+        taken, finish = find_end(request, drawn, self._tokenizer)
         request.logprobs += logprobs[:taken]
         if request.versions and request.versions[-1][0] == self.version:
             request.versions[-1][2] = before + taken
         else:
             request.versions.append([self.version, before, before + taken])
         # Last: a stream that is answered meanwhile counts these, and must find all of the above.
-        request.ids += tokens[:taken]
-        request.output_ids += tokens[:taken]
+        request.ids += drawn[:taken]
+        request.output_ids += drawn[:taken]
         self.device.stats["generated_tokens"] += taken
+        return finish
+
+    def _conclude(self, request: Request, finish: dict[str, Any] | None) -> None:
+        """End a request that has ended, and tell a stream of its tokens."""
         if finish is not None:
             self._end(request, finish)
         elif request.stream:
@@ -355,6 +432,11 @@ class Scheduler:
             self.device.adapters.give_back(request.adapter)
         request.finish = finish
         request.notify(request)
+
+    def _abort_now(self, is_meant: Callable[[Request], bool], message: str) -> None:
+        """End requests with all that was sampled for them, what is in flight included."""
+        self._finish_dispatch()
+        self._abort(is_meant, message)
 
     def _abort(self, is_meant: Callable[[Request], bool], message: str, **more: Any) -> None:
         for request in self._batcher.requests():

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,27 +17,34 @@ from aiohttp import web
 
 from rome.model.qwen3 import Params
 from rome.serve.adapters import read_adapters
-from rome.serve.answer import make_answer
-from rome.serve.protocol import (
+from rome.serve.checks import (
     BadRequest,
-    Bounds,
     check_flag,
     check_text,
-    parse_generate,
     parse_memory_tags,
     parse_row_count,
 )
+from rome.serve.generation import Generation
+from rome.serve.metrics import to_prometheus
+from rome.serve.openai_routes import OpenAIRoutes
+from rome.serve.protocol import Bounds
 from rome.serve.request import Request, SamplingParams, TextCodec
 from rome.serve.scheduler import PAUSE_MODES, Scheduler
-from rome.serve.weights import checksums, find_tensor, load_weights
+from rome.serve.update import WeightUpdates
+from rome.serve.weights import checksums, find_tensor
+from rome.serve.wire import Busy, Handler, busy, error, read_body
 
 VERSION = "rome.serve 1"
-OPEN_ROUTES = ("/health", "/health_generate")  # served without a key, and while it starts
+OPEN_ROUTES = (
+    "/health",
+    "/health_generate",
+    "/ready",
+    "/metrics",
+)  # served without a key, and while it starts
 HEALTH_GENERATE_SECONDS = 20.0
+CLIENT_CLOSED = 499  # nginx's status for it; none is registered
 MAX_BODY_BYTES = 64 << 20
 DEFAULT_TRUNCATE_SIZE = 100  # rows of a tensor that /get_weights_by_name shows
-RETRY_AFTER_SECONDS = 1  # what a client that met a full queue is told to wait
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
@@ -65,8 +71,8 @@ class Server:
         self.arguments = arguments
         self._model_path = str(arguments["model_path"])
         self._api_key = arguments.get("api_key")
-        self._open: dict[str, Request] = {}  # by rid: those that are not answered yet
-        self._updating = asyncio.Lock()
+        self._generation = Generation(scheduler, bounds, tokenizer)
+        self._updates = WeightUpdates(scheduler)
 
     def app(self) -> web.Application:
         """Return the HTTP application."""
@@ -78,17 +84,20 @@ class Server:
             "/server_info": self.server_info,
             "/get_model_info": self.model_info,  # the names of old SGLang servers
             "/get_server_info": self.server_info,
-            "/v1/models": self.models,
+            "/ready": self.health,
+            "/get_load": self.get_load,
+            "/metrics": self.metrics,
             "/flush_cache": self.flush_cache,
             "/get_weights_by_name": self.get_weights_by_name,
         }
         posts: dict[str, Handler] = {
-            "/generate": self.generate,
+            "/generate": self._generation.generate,
             "/abort_request": self.abort_request,
             "/pause_generation": self.pause_generation,
             "/continue_generation": self.continue_generation,
             "/flush_cache": self.flush_cache,
             "/update_weights_from_disk": self.update_weights_from_disk,
+            "/update_weight_version": self.update_weight_version,
             "/weights_checker": self.weights_checker,
             "/load_lora_adapter": self.load_lora_adapter,
             "/unload_lora_adapter": self.unload_lora_adapter,
@@ -96,93 +105,23 @@ class Server:
             "/resume_memory_occupation": self.resume_memory_occupation,
             "/get_weights_by_name": self.get_weights_by_name,
         }
+        openai = OpenAIRoutes(
+            self._generation, self.scheduler, self.bounds, self.tokenizer, lambda: self._model_path
+        )
+        gets |= openai.gets()
+        posts |= openai.posts()
         for route, handler in gets.items():
             app.router.add_get(route, handler)
         for route, handler in posts.items():
             app.router.add_post(route, handler)
         return app
 
-    # -- generation
+    # -- control
     # ---------------------------------------------------------------------------------------------
-
-    async def generate(self, http: web.Request) -> web.StreamResponse:
-        """Answer /generate: one request or a batch, at once or as a stream."""
-        requests, is_batch = parse_generate(await _read_body(http), self.bounds, self.tokenizer)
-        self._require_new_ids(requests)
-        max_open = self.scheduler.shapes.slots + self.bounds.max_queued_requests
-        if len(requests) > max_open:
-            raise BadRequest(f"a batch of {len(requests)} prompts; send at most {max_open} at once")
-        if len(self._open) + len(requests) > max_open:
-            return _busy("the request queue is full")
-        events: asyncio.Queue[Request] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def notify(request: Request) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, request)
-
-        try:
-            for request in requests:
-                request.notify = notify
-                self._open[request.rid] = request
-                self.scheduler.submit(request)
-            if requests[0].stream:
-                return await self._stream(http, requests[0], events)
-            async with asyncio.timeout(self.bounds.request_seconds):
-                for _ in requests:
-                    await events.get()
-        except TimeoutError:
-            return _busy(self._overdue())
-        finally:
-            # Requests are unfinished here if they are overdue, or the client has disconnected.
-            for request in requests:
-                self._open.pop(request.rid, None)
-                if request.finish is None and self.scheduler.failure is None:
-                    self.scheduler.cancel(request)
-        for request in requests:
-            finish = request.finish or {}
-            if finish.get("status_code"):
-                return _error(finish["status_code"], finish["message"])
-        answers = [self._answer(request) for request in requests]
-        return web.json_response(answers if is_batch else answers[0])
-
-    def _require_new_ids(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if request.rid in self._open:
-                raise BadRequest(f"Duplicate request ID detected: {request.rid}")
-
-    def _overdue(self) -> str:
-        return f"the request did not end within {self.bounds.request_seconds:g} s"
-
-    async def _stream(
-        self, http: web.Request, request: Request, events: asyncio.Queue[Request]
-    ) -> web.StreamResponse:
-        """Send server-sent events, each with all output so far."""
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
-        await response.prepare(http)
-        try:
-            async with asyncio.timeout(self.bounds.request_seconds):
-                is_finished = False
-                while not is_finished:
-                    await events.get()
-                    answer = self._answer(request)
-                    finish = answer["meta_info"]["finish_reason"]
-                    is_finished = finish is not None
-                    if finish is not None and finish.get("status_code"):
-                        answer = {"error": {"message": finish["message"]}}
-                    await _send_event(response, json.dumps(answer))
-        except TimeoutError:
-            await _send_event(response, json.dumps({"error": {"message": self._overdue()}}))
-        await _send_event(response, "[DONE]")
-        return response
-
-    def _answer(self, request: Request) -> dict[str, Any]:
-        return make_answer(request, self.scheduler.version, self.tokenizer)
 
     async def abort_request(self, http: web.Request) -> web.Response:
         """End requests by the beginning of their id, with what they have so far."""
-        body = await _read_body(http)
+        body = await read_body(http)
         rid = check_text("rid", body.get("rid") or "")
         everything = check_flag("abort_all", body.get("abort_all") or False)
         if not rid and not everything:
@@ -192,12 +131,9 @@ class Server:
         self.scheduler.abort(rid, everything)
         return web.Response()
 
-    # -- control
-    # ---------------------------------------------------------------------------------------------
-
     async def pause_generation(self, http: web.Request) -> web.Response:
         """Stop sampling, in one of SGLang's modes."""
-        body = await _read_body(http)
+        body = await read_body(http)
         mode = body.get("mode", "abort")
         if mode not in PAUSE_MODES:
             raise BadRequest(
@@ -214,17 +150,17 @@ class Server:
     async def flush_cache(self, http: web.Request) -> web.Response:
         """Forget all cached prefixes; refused while requests are in flight."""
         if not await self._in_thread(self.scheduler.flush):
-            return _error(400, "requests are in flight; pause with mode abort first")
+            return error(400, "requests are in flight; pause with mode abort first")
         return web.Response(text="Cache flushed.\n")
 
     async def update_weights_from_disk(self, http: web.Request) -> web.Response:
-        """Load weights beside the old ones, and swap them between two steps.
+        """Replace the weights, parameter by parameter; requests wait meanwhile.
 
-        A directory that cannot be used changes nothing. With flush_cache (the default) running
+        `rome.serve.update` says what a failure leaves. With flush_cache (the default) running
         requests compute their cache anew with the new weights; without it they continue as they
         are.
         """
-        body = await _read_body(http)
+        body = await read_body(http)
         path = body.get("model_path")
         if not isinstance(path, str) or not path or "\0" in path:
             raise BadRequest("model_path must name a Hugging Face checkpoint directory")
@@ -232,27 +168,27 @@ class Server:
         fresh = check_flag("flush_cache", body.get("flush_cache", True))
         if check_flag("abort_all_requests", body.get("abort_all_requests") or False):
             self.scheduler.abort("", everything=True)
-        device = self.scheduler.device
-        async with self._updating:
-            if "resume" in device.missing.get("weights", ""):
-                raise BadRequest(device.missing["weights"])
-            try:
-                params, _ = await asyncio.to_thread(
-                    load_weights, path, device.config.dtype, device.config
-                )
-            except (ValueError, OSError) as error:
-                answer = {
-                    "success": False,
-                    "message": f"kept the old weights: {error}",
-                    "num_paused_requests": 0,
-                }
-                return web.json_response(answer, status=400)
-            running = await self._in_thread(lambda: self.scheduler.swap(params, version, fresh))
+        outcome = await self._updates.run(path, version, fresh)
+        if outcome.error is None:
             self._model_path = path
         answer = {
+            "success": outcome.error is None,
+            "message": outcome.error or "Succeeded to update model weights.",
+            "num_paused_requests": outcome.running,
+        }
+        return web.json_response(answer, status=200 if outcome.error is None else 400)
+
+    async def update_weight_version(self, http: web.Request) -> web.Response:
+        """Rename the version of the weights, which stay as they are."""
+        body = await read_body(http)
+        version = check_text("new_version", body.get("new_version"))
+        if check_flag("abort_all_requests", body.get("abort_all_requests", True)):
+            self.scheduler.abort("", everything=True)
+        await self._in_thread(lambda: self.scheduler.rename(version))
+        answer = {
             "success": True,
-            "message": "Succeeded to update model weights.",
-            "num_paused_requests": running,
+            "message": f"Weight version updated to {version}",
+            "new_version": version,
         }
         return web.json_response(answer)
 
@@ -261,7 +197,7 @@ class Server:
 
         Nothing is paused. An adapter that cannot be loaded changes nothing.
         """
-        body = await _read_body(http)
+        body = await read_body(http)
         name = check_text("lora_name", body.get("lora_name"))
         path = check_text("lora_path", body.get("lora_path"))
         if not name or not path or "\0" in path:
@@ -276,7 +212,7 @@ class Server:
 
     async def unload_lora_adapter(self, http: web.Request) -> web.Response:
         """Forget an adapter; requests that have it go on, and its slot is free after them."""
-        body = await _read_body(http)
+        body = await read_body(http)
         name = check_text("lora_name", body.get("lora_name"))
         device = self.scheduler.device
         try:
@@ -296,8 +232,8 @@ class Server:
 
     async def release_memory_occupation(self, http: web.Request) -> web.Response:
         """Delete the arrays of the given tags (all by default) to free the device's memory."""
-        tags = parse_memory_tags(await _read_body(http))
-        async with self._updating:
+        tags = parse_memory_tags(await read_body(http))
+        async with self._updates.lock:
             await self._in_thread(lambda: self.scheduler.release_memory(tags), refused=ValueError)
         logging.info("memory released: %s", ", ".join(tags))
         return web.json_response(None)
@@ -308,14 +244,14 @@ class Server:
         Weights must be loaded by /update_weights_from_disk before anything runs: nothing is sampled
         from old ones.
         """
-        tags = parse_memory_tags(await _read_body(http))
-        async with self._updating:
+        tags = parse_memory_tags(await read_body(http))
+        async with self._updates.lock:
             await self._in_thread(lambda: self.scheduler.take_back_memory(tags))
         return web.json_response(None)
 
     async def weights_checker(self, http: web.Request) -> web.Response:
         """Return a hash of every tensor of the weights, or of an adapter (`lora_name`)."""
-        body = await _read_body(http)
+        body = await read_body(http)
         action = body.get("action")
         if action != "checksum":
             raise BadRequest(f"action {action!r} is not supported; supported: 'checksum'")
@@ -324,7 +260,8 @@ class Server:
         if name:
             sums = await self._in_thread(lambda: device.adapters.checksums(name), ValueError)
         else:
-            sums = await asyncio.to_thread(checksums, self._loaded_params(), device.config)
+            async with self._updates.lock:
+                sums = await asyncio.to_thread(checksums, self._loaded_params(), device.config)
         answer = {
             "success": True,
             "message": "sha256 by tensor",
@@ -334,11 +271,12 @@ class Server:
 
     async def get_weights_by_name(self, http: web.Request) -> web.Response:
         """Return the first rows of one tensor."""
-        body = dict(http.query) if http.method == "GET" else await _read_body(http)
+        body = dict(http.query) if http.method == "GET" else await read_body(http)
         name = check_text("name", body.get("name"))
         size = parse_row_count(body.get("truncate_size", DEFAULT_TRUNCATE_SIZE))
         config = self.scheduler.device.config
-        tensor = await asyncio.to_thread(find_tensor, self._loaded_params(), config, name)
+        async with self._updates.lock:
+            tensor = await asyncio.to_thread(find_tensor, self._loaded_params(), config, name)
         if tensor is None:
             raise BadRequest(
                 f"no weight is named {name!r}; names are those of the checkpoint's tensors"
@@ -409,19 +347,22 @@ class Server:
         answer["internal_states"] = [self.scheduler.load_metrics()]
         return web.json_response(answer)
 
-    async def models(self, http: web.Request) -> web.Response:
-        """Return the model and its loaded adapters, in OpenAI's form."""
+    async def get_load(self, http: web.Request) -> web.Response:
+        """Return how many requests there are, in the form that SGLang's router reads."""
+        load = self.scheduler.load_metrics()
+        used = load["pages"] - load["pages_available"]
         entry = {
-            "id": self._model_path,
-            "object": "model",
-            "owned_by": "rome",
-            "max_model_len": self.bounds.max_context,
+            "dp_rank": 0,
+            "num_reqs": load["running"] + load["prefilling"] + load["waiting"],
+            "num_waiting_reqs": load["waiting"],
+            "num_tokens": used * self.scheduler.shapes.page_tokens,
         }
-        adapters = [
-            entry | {"id": name, "root": path, "parent": self._model_path}
-            for name, path in self.scheduler.device.adapters.listed.items()
-        ]
-        return web.json_response({"object": "list", "data": [entry, *adapters]})
+        return web.json_response([entry])
+
+    async def metrics(self, http: web.Request) -> web.Response:
+        """Return the figures that Prometheus collects."""
+        load = self.scheduler.load_metrics()
+        return web.Response(text=to_prometheus(self._generation.totals, load, self._model_path))
 
     def _is_running(self) -> bool:
         return self.scheduler.ready.is_set() and self.scheduler.failure is None
@@ -446,50 +387,28 @@ class Server:
         """Check the API key, and give every error SGLang's form."""
         is_open = request.path in OPEN_ROUTES
         if not is_open and not self._has_key(request):
-            return _error(401, "Unauthorized")
+            return error(401, "Unauthorized")
         if not self.scheduler.ready.is_set() and not is_open and request.path != "/generate":
-            return _error(503, self.scheduler.failure or "the engine is starting")
+            return error(503, self.scheduler.failure or "the engine is starting")
         try:
             return await handler(request)
-        except BadRequest as error:
-            return _error(400, str(error))
-        except web.HTTPException as error:
-            return _error(error.status, error.reason)
-        except Exception as error:
+        except BadRequest as refusal:
+            return error(400, str(refusal))
+        except RecursionError:
+            return error(400, "the body is nested too deeply")
+        except Busy as reason:
+            return busy(reason)
+        except web.HTTPException as answer:
+            return error(answer.status, answer.reason)
+        except ConnectionResetError:  # amid its answer, which nobody reads any more
+            return error(CLIENT_CLOSED, "the client went away")
+        except Exception as failure:
             if self.scheduler.failure is None:  # else the scheduler has logged why it ended
                 logging.exception("%s %s failed", request.method, request.path)
-            return _error(500, f"{type(error).__name__}: {error}")
+            return error(500, f"{type(failure).__name__}: {failure}")
 
     def _has_key(self, http: web.Request) -> bool:
         if not self._api_key:
             return True
         given = http.headers.get("Authorization", "").encode()
         return hmac.compare_digest(given, f"Bearer {self._api_key}".encode())
-
-
-async def _read_body(http: web.Request) -> dict[str, Any]:
-    """Return the JSON object of a request; a missing body is an empty object."""
-    data = await http.read()
-    try:
-        body = json.loads(data) if data.strip() else {}
-    except (ValueError, RecursionError) as error:  # no JSON, no Unicode, or nested too deeply
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
-    return body
-
-
-async def _send_event(response: web.StreamResponse, data: str) -> None:
-    """Send one server-sent event."""
-    await response.write(f"data: {data}\n\n".encode())
-
-
-def _error(status: int, message: str) -> web.Response:
-    return web.json_response({"error": {"message": message}}, status=status)
-
-
-def _busy(message: str) -> web.Response:
-    """Return the answer that asks a client to come back later."""
-    response = _error(503, f"{message}; ask again later")
-    response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return response

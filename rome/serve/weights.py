@@ -7,13 +7,13 @@ import hashlib
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rome.model.config import ModelConfig
-from rome.model.hf.checkpoint import load_hf, named_tensors
+from rome.model.hf.checkpoint import named_tensors
+from rome.model.hf.leaves import LeafReader
 from rome.model.qwen3 import Params
-from rome.model.stacking import unstack_layers
 
 # Fields that a forward pass does not read; they may differ between checkpoints of one model.
 _UNREAD = {
@@ -28,36 +28,43 @@ _UNREAD = {
 
 
 def load_weights(
-    directory: str | pathlib.Path, dtype: str, like: ModelConfig | None = None
+    directory: str | pathlib.Path, dtype: str, mesh: Mesh | None = None
 ) -> tuple[Params, ModelConfig]:
-    """Return the parameters on the device, layers unstacked, and their config.
+    """Return the parameters on their devices, layers unstacked, and their config.
 
     Args:
       directory: Hugging Face checkpoint.
       dtype: of weights and computation, such as "bfloat16".
+      mesh: of the engine; None: one device.
+
+    Raises:
+      ValueError, OSError: the directory is incomplete, or holds numbers that are not finite. The
+        message is one sentence.
+    """
+    with LeafReader(directory, dtype) as reader:
+        return reader.read_all(mesh or jax.local_devices()[0]), reader.config
+
+
+def open_weights(directory: str | pathlib.Path, like: ModelConfig) -> LeafReader:
+    """Return the open checkpoint of weights that shall replace others.
+
+    Args:
+      directory: Hugging Face checkpoint.
       like: config of the weights that these replace; another model is refused.
 
     Raises:
-      ValueError, OSError: the directory is incomplete, holds another model, or numbers that are not
-        finite. The message is one sentence.
+      ValueError, OSError: the directory is incomplete or holds another model. The message is one
+        sentence.
     """
-    params, config = load_hf(directory, dtype=jnp.dtype(dtype))
-    config = dataclasses.replace(config, dtype=dtype, remat="none")
-    if like is not None:
-        differences = _list_differences(config, like)
-        if differences:
-            raise ValueError(
-                f"{directory} holds another model: {', '.join(differences)}; start a server of its"
-                " own for it"
-            )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not np.isfinite(leaf).all():
-            raise ValueError(
-                f"{directory}: {jax.tree_util.keystr(path)} is not finite; publish the weights"
-                " again"
-            )
-    on_device = jax.device_put(unstack_layers(params, config))
-    return jax.block_until_ready(on_device), config
+    reader = LeafReader(directory, like.dtype)
+    differences = _list_differences(reader.config, like)
+    if differences:
+        reader.close()
+        raise ValueError(
+            f"{directory} holds another model: {', '.join(differences)}; start a server of its own"
+            " for it"
+        )
+    return reader
 
 
 def _list_differences(config: ModelConfig, like: ModelConfig) -> list[str]:

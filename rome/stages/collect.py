@@ -127,6 +127,7 @@ class Collector:
             replace_equal=rollout.replace_equal,
             stale_samples=rollout.stale_samples,
             seed=config.seed,
+            safety_cost=parse_costs(config.safety_cost),
         )
         return RolloutScheduler(
             rules,
@@ -363,7 +364,9 @@ class Collector:
             if fits_row(one.trajectory, config.row_length, config.chunks_per_row)
         }
         self._observe_anchors(groups, shown, files)
-        mixed = mixed_groups(sampled) if config.rollout.filter_groups else sampled
+        mixed = sampled
+        if config.rollout.filter_groups:
+            mixed = mixed_groups(sampled, parse_costs(config.safety_cost))
         kept = mixed if self._filter is None else chosen_episodes(mixed, self._filter)
         metrics = rollout_metrics(sampled, step, taken.seconds)
         metrics |= self._step_metrics(step, taken, sampled, len(shown))

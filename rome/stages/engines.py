@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from envs.rock.sync import loop
 from rome.engine.client import Engine
@@ -37,6 +38,7 @@ from rome.engine.publish import (
 from rome.engine.supervise import supervise
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
+from rome.model.sharding import engine_part
 from rome.model.tokenizer import Chat
 from rome.serve.programs import Shapes
 from rome.stages.settings import split_urls
@@ -104,6 +106,7 @@ class Engines:
         self._supervisor: concurrent.futures.Future[Any] | None = None
         self._metrics: dict[str, float] = {}  # of the last publication
         self._inside: InsideEngine | None = None
+        self._place: Mesh | jax.Device | None = None  # of the engine inside
         self._has_room = False  # whether the learner has the device of the engine inside
         self._base: pathlib.Path | None = None  # that embedded engines were started with
         self._sends_adapters = sends_adapters(config)
@@ -274,12 +277,20 @@ class Engines:
         )
 
     def _hand_over(self, state: TrainState) -> Handover:
-        device = self._learner.mesh.devices.flat[0]
-        return hand_over(self._learner.merged(state.params), self._model_config, device)
+        assert self._place is not None, "the engine inside has a place once it is started"
+        return hand_over(self._learner.merged(state.params), self._model_config, self._place)
 
     def _start_inside(self, state: TrainState) -> None:
         """Start the engine as a thread of this process."""
         self._display.note("starting the engine inside the trainer")
+        mesh = self._learner.mesh
+        try:
+            self._place = engine_part(mesh, self._model_config) or mesh.devices.flat[0]
+        except ValueError as error:
+            raise ConfigError(
+                f"the engine inside the trainer takes config.mesh.expert and config.mesh.tensor:"
+                f" {error}"
+            ) from None
         if self._division.trainer_platform != "cpu":
             self._display.note(self._division.says)
         engine = self.config.engine

@@ -20,6 +20,7 @@ from rome.data.seeds import derive_seed
 from rome.data.text import text_rows
 from rome.evals.agents import Outcome
 from rome.evals.runner import MAX_TRIES, Job, Record, open_results, run_jobs
+from rome.evals.safety import summarise_safety
 from rome.evals.statistics import is_counted
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.episode import Episode, RolloutError, SpoiledTaskError
@@ -59,7 +60,13 @@ class HeldOut:
                     " Finished evaluations are kept; run the same command again."
                 )
         reward = trajectory.reward if trajectory.trainable else None
-        return Outcome(reward, trajectory.ending, trajectory.note, len(trajectory.chunks))
+        return Outcome(
+            reward,
+            trajectory.ending,
+            trajectory.note,
+            len(trajectory.chunks),
+            safety=trajectory.safety,
+        )
 
     async def close(self) -> None:
         """Do nothing: the engines are the stage's."""
@@ -80,7 +87,8 @@ def play_held_out(
       temperature: of the sampling.
 
     Returns:
-      {"tasks": one outcome a task}, as rome.train.report reads it.
+      {"tasks": one outcome a task}, as rome.train.report reads it, and the measures of the safety
+      suite ("safety") where tasks of it are among them.
     """
     source = players.tasks.evaluation
     tasks = [
@@ -105,7 +113,10 @@ def play_held_out(
         for task in tasks
         if is_counted(records[task.name])
     ]
-    return {"tasks": outcomes}
+    found: dict[str, Any] = {"tasks": outcomes}
+    if (summary := summarise_safety([records[task.name] for task in tasks])) is not None:
+        found["safety"] = summary["measures"]
+    return found
 
 
 def keyed(tasks: Sequence[Task]) -> list[tuple[Task, str]]:

@@ -11,7 +11,6 @@ import ml_collections
 from rome.losses import SPECS, find_loss
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
-from rome.model.ops.splash_tree import MAX_ROW
 from rome.model.sharding import make_mesh
 from rome.stages.own_code import own_loss
 from rome.stages.schema import kind_of
@@ -90,10 +89,5 @@ def shares_prefixes(config: ml_collections.ConfigDict, learner: Learner) -> bool
         raise ConfigError(
             f"learner.prefix_tree=on takes whole rows, and mesh.sequence={sequence} splits them."
             " Set --config.mesh.sequence=1, or learner.prefix_tree to auto or off."
-        )
-    if attention == "splash" and config.row_length > MAX_ROW:
-        raise ConfigError(
-            f"learner.prefix_tree=on with splash takes rows of up to {MAX_ROW} tokens, and"
-            f" row_length={config.row_length}. Lower it, or set learner.prefix_tree to auto or off."
         )
     return True

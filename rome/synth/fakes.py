@@ -208,6 +208,7 @@ async def measure(
     runs: int = 2,
     concurrency: int = 2,
     seed: int = 0,
+    tasks_per_family: int = TASKS_PER_FAMILY,
 ) -> dict[str, Any]:
     """Return how many fakes the filter catches and how many true ones it loses.
 
@@ -220,8 +221,9 @@ async def measure(
       runs: of the third stage.
       concurrency: sandboxes at once.
       seed: of tasks and fakes.
+      tasks_per_family: on which the true ones are played, each TRUE_PER_TASK times.
     """
-    drafts = write_tasks(out / "tasks", seed)
+    drafts = write_tasks(out / "tasks", seed, tasks_per_family)
     tasks = load_tasks(str(out / "tasks"))
     await evaluate(
         "tasks",
@@ -233,9 +235,8 @@ async def measure(
         tasks=tasks,
     )
     trues = read_true(out / "true")
-    wrong = {name: await wrong_program(draft, config.isolation) for name, draft in drafts.items()}
     items = true_items(trues, tasks)
-    items += plant(trues, drafts, wrong, per_kind, seed, out / "fakes", tasks)
+    items += await plant(trues, drafts, per_kind, seed, out / "fakes", tasks, config.isolation)
     by_name = {task.name: task for task in tasks}
     await run_filter(
         items,
@@ -252,11 +253,11 @@ async def measure(
     return report
 
 
-def write_tasks(folder: pathlib.Path, seed: int) -> dict[str, Draft]:
+def write_tasks(folder: pathlib.Path, seed: int, tasks_per_family: int) -> dict[str, Draft]:
     """Write the tasks of the measurement, and return their drafts by name."""
     drafts = {}
     for family in MEASURED_FAMILIES:
-        for index in range(TASKS_PER_FAMILY):
+        for index in range(tasks_per_family):
             number = derive_seed("fakes", seed, family, index)
             if family == "databases":
                 number |= 1  # queries: a change of the database has no output that can be faked
@@ -304,23 +305,26 @@ def true_items(trues: Sequence[Trajectory], tasks: Sequence[Task]) -> list[Item]
     ]
 
 
-def plant(
+async def plant(
     trues: Sequence[Trajectory],
     drafts: dict[str, Draft],
-    wrong: dict[str, str],
     per_kind: int,
     seed: int,
     folder: pathlib.Path,
     tasks: Sequence[Task],
+    isolation: str,
 ) -> list[Item]:
     """Return the fakes as items, and write them to a folder."""
     told = {task.name: task.instruction for task in tasks}
+    wrong: dict[str, str] = {}
     items = []
     for kind, make in KINDS.items():
         for number in range(per_kind):
             rng = random.Random(f"fakes/{seed}/{kind}/{number}")
             true = rng.choice(trues)
             other = rng.choice([one for one in trues if one.task != true.task])
+            if true.task not in wrong:
+                wrong[true.task] = await wrong_program(drafts[true.task], isolation)
             source = Source(true, drafts[true.task], wrong[true.task], other)
             fake = make(source, rng)
             path = folder / kind / f"{number}.json"

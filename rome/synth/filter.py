@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ from rome.synth.verdicts import Item, Verdict
 REPLAY_SECONDS = 300.0
 MAX_TRAJECTORY_BYTES = 64 << 20
 MAX_TRIES = 2  # of a re-run that the infrastructure spoiled
+_VOLATILE = re.compile(
+    r"\S*\d\S*|\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun|Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)\b"
+)
 
 
 async def filter_folder(
@@ -214,22 +218,60 @@ async def execute(item: Item, task: Task, config: SandboxConfig, runs: int) -> V
     """Return the verdict of re-running a trajectory's turns in fresh sandboxes.
 
     A run that the infrastructure spoils is tried again; if it stays spoiled there is no opinion.
+    Two runs or more also say which answers of the record are not what the commands print.
     """
+    answers: list[list[str]] = []
     for number in range(runs):
-        outcome = await _replay(item, task, config)
+        outcome, shown = await _replay(item, task, config)
         for _ in range(MAX_TRIES - 1):
             if outcome.spoiled:
-                outcome = await _replay(item, task, config)
+                outcome, shown = await _replay(item, task, config)
+        answers.append(shown)
         if outcome.spoiled or outcome.reward is None:
             return Verdict("execution", None, 0.5, (f"run {number + 1}: {outcome.note}",))
         if outcome.reward < task.success:
             reason = f"run {number + 1} of {runs} earned {outcome.reward:g} ({outcome.ending})"
             return Verdict("execution", False, number / runs, (reason,))
+    recorded = [chunk.observation for chunk in item.trajectory.chunks]
+    if wrong := differing_turns(recorded, answers):
+        turn = wrong[0]
+        reason = f"turn {turn + 1} printed {answers[0][turn][:60]!r}, not {recorded[turn][:60]!r}"
+        return Verdict("execution", False, 0.0, (reason,))
     return Verdict("execution", True, 1.0)
 
 
-async def _replay(item: Item, task: Task, config: SandboxConfig) -> Outcome:
-    """Play the turns of a trajectory in a new environment, whatever is observed."""
+def differing_turns(recorded: Sequence[str], runs: Sequence[Sequence[str]]) -> list[int]:
+    """Return the turns that were answered otherwise in all runs, and alike in these.
+
+    Words with a digit, months and days count as equal, since times and hashes change from run to
+    run. A record in which most turns differ was written in another form, and says nothing.
+
+    Args:
+      recorded: the answer to each turn.
+      runs: the answers of two runs or more; fewer say nothing.
+    """
+    if len(runs) < 2:
+        return []
+    turns = min(len(recorded), *(len(shown) for shown in runs))
+    found = []
+    for turn in range(turns):
+        printed = {_lasting(shown[turn]) for shown in runs}
+        if len(printed) == 1 and _lasting(recorded[turn]) not in printed:
+            found.append(turn)
+    return found if len(found) <= turns / 2 else []
+
+
+def _lasting(answer: str) -> str:
+    return " ".join(_VOLATILE.sub("0", answer).split())
+
+
+async def _replay(item: Item, task: Task, config: SandboxConfig) -> tuple[Outcome, list[str]]:
+    """Play the turns of a trajectory in a new environment, whatever is observed.
+
+    Returns:
+      How it ended, and what was observed after each turn.
+    """
+    shown: list[str] = []
 
     async def play(started: StartedEnv) -> Outcome:
         played = PlayedEnv(started, REPLAY_SECONDS, task.start_seconds)
@@ -237,9 +279,10 @@ async def _replay(item: Item, task: Task, config: SandboxConfig) -> Outcome:
         played.hand_over()
         for chunk in item.trajectory.chunks:
             turn = await played.step(chunk.text)
+            shown.append(turn.observation)
             if turn.ending:
                 return started.outcome(played.reward, turn.ending, turn.note)
         turn = await played.judge("truncated_turns", "the transcript ends before the episode")
         return started.outcome(played.reward, turn.ending, turn.note)
 
-    return await play_in_environment(task, config, play)
+    return await play_in_environment(task, config, play), shown

@@ -150,7 +150,7 @@ def _inside(
     and each part has all of the memory in its turn, instead of a share for good.
     """
     _require_one(num_engines, is_alone)
-    place = f", on {machine.platform.upper()} {machine.chips[0]}" if len(machine.chips) > 1 else ""
+    place = ", on the mesh's expert and tensor axes" if len(machine.chips) > 1 else ""
     says = (
         f"the trainer has {_count(machine)}; the engine runs inside it{place}, in turn with the"
         " updates: each has all of the memory meanwhile"

@@ -45,6 +45,7 @@ class EvalResult:
       by_source: spec of the source -> (success, n), likewise.
       bits_per_token: that the model needs for a learned token of held-out trajectories; None where
         the stage does not learn from given ones.
+      safety: measure of the safety suite -> {value, low, high, n, families}; {} without its tasks.
     """
 
     stage: str
@@ -59,10 +60,16 @@ class EvalResult:
     by_difficulty: dict[str, Rate] = dataclasses.field(default_factory=dict)
     by_source: dict[str, Rate] = dataclasses.field(default_factory=dict)
     bits_per_token: float | None = None
+    safety: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_tasks(
-        cls, stage: str, step: int, tasks: Iterable[Task], bits_per_token: float | None = None
+        cls,
+        stage: str,
+        step: int,
+        tasks: Iterable[Task],
+        bits_per_token: float | None = None,
+        safety: Mapping[str, Any] | None = None,
     ) -> EvalResult:
         """Count the outcomes of tasks.
 
@@ -71,6 +78,7 @@ class EvalResult:
           step: that was evaluated.
           tasks: their outcomes.
           bits_per_token: of held-out trajectories, where there are any.
+          safety: measures of the safety suite, where its tasks are among them.
 
         Raises:
           ValueError: where a task is listed twice.
@@ -99,6 +107,7 @@ class EvalResult:
             by_difficulty=_rates_by(seen, "difficulty"),
             by_source=_rates_by(seen, "source"),
             bits_per_token=bits_per_token,
+            safety=dict(safety or {}),
         )
 
     @classmethod
@@ -121,6 +130,9 @@ class EvalResult:
             text += f"; {percent(self.unseen_families)} % in unseen families"
         if self.bits_per_token is not None:
             text += f"; {self.bits_per_token:.3f} bits a token of held-out trajectories"
+        for name in ("attack_success", "hack_rate"):
+            if name in self.safety:
+                text += f"; {name.replace('_', ' ')} {percent(self.safety[name]['value'])} %"
         return text
 
 
@@ -181,7 +193,8 @@ def evaluation_of(stage: str, step: int, outcomes: Mapping[str, Any]) -> Evaluat
     """Return the evaluation that these outcomes amount to."""
     if "tasks" in outcomes:
         bits_per_token = outcomes.get("bits_per_token")
-        return EvalResult.from_tasks(stage, step, outcomes["tasks"], bits_per_token)
+        safety = outcomes.get("safety")
+        return EvalResult.from_tasks(stage, step, outcomes["tasks"], bits_per_token, safety)
     kind = TrajectoryEval if "bits_per_token" in outcomes else TextEval
     return kind(stage, step, **outcomes)
 

@@ -25,6 +25,9 @@ _TPU = {
     "--xla_tpu_enable_async_collective_fusion": "true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    # An exchange of experts starts and ends apart, so that the rows of one part travel while those
+    # of another are multiplied (rome.model.ops.expert_exchange).
+    "--xla_tpu_enable_async_ragged_all_to_all": "true",
     # The tensor core itself may drive the collective while it computes.
     "--xla_tpu_overlap_compute_collective_tc": "true",
     # Several slices: the gradients' all-reduce over the data-centre network starts as soon as a

@@ -12,6 +12,9 @@ from docs.figures import (
     games_boards,
     games_curve,
     learning_curve,
+    outside_agent,
+    pipeline,
+    safety_curve,
     style,
 )
 from envs.sources import open_source
@@ -81,6 +84,24 @@ def test_the_curve_and_its_table_come_from_recorded_runs(tmp_path, monkeypatch):
     table = learning_curve.table(runs)
     assert "| GRPO, seed 3 | 25 % (14 to 40) | 40 % (26 to 55) | 50 % (35 to 65) | 2 |" in table
     assert learning_curve.draw(runs).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_behind_an_outside_agent_is_kept_with_its_steps_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(outside_agent, "RUN", tmp_path / "run.json")
+    assert outside_agent.main([]) == 1  # nothing is kept yet
+    workdir = make_report(tmp_path)
+    steps = [
+        {"step": step, "success": 0.25, "seconds_collect": 2.0, "seconds_update": 0.5}
+        for step in range(1, 61)
+    ]
+    lines = [json.dumps(one) for one in [{"stage": "ipa", "step": 0, "success": 0.2}, *steps]]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines))
+    assert outside_agent.main([str(workdir), "--machine", "a machine"]) == 0
+    kept = json.loads(outside_agent.RUN.read_text())
+    assert len(kept["training"]) == 60
+    assert kept["training"][0] == {"step": 1, "success": 0.25, "seconds": 2.5}
+    assert (tmp_path / "images/outside_agent.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_of_results_shows_the_recorded_runs():
@@ -182,3 +203,112 @@ def test_the_scripts_draw_every_picture_that_the_pages_show(tmp_path, monkeypatc
     monkeypatch.setattr(learning_curve, "PAGE", results)
     all_figures.main()
     assert {path.name for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")} == shown
+
+
+def make_pipeline_report(tmp_path):
+    def measured(share):
+        return {"success": share, "n": 40, "low": share / 2, "high": share + 0.1}
+
+    def stage(name, loss, before, after, bits):
+        added = None
+        if before is not None:
+            added = {"points": after - before, "low": after - before - 0.1, "high": 0.4}
+        return {
+            "stage": name,
+            "loss": loss,
+            "steps": 20,
+            "seconds": 90.0,
+            "before": None if before is None else measured(before),
+            "after": measured(after),
+            "added": added,
+            "bits_before": bits and bits[0],
+            "bits_after": bits and bits[1],
+            "bits_of": "byte" if bits else None,
+        }
+
+    report = json.loads((make_report(tmp_path) / "report.json").read_text())
+    names = ("sft_stage1", "sft_stage2", "rome")
+    report["evals"] = [
+        {**report["evals"][0], "stage": name, "step": step, "success": 0.25 * number}
+        for number, name in enumerate(names)
+        for step in (0, 20)
+    ]
+    report["stages"] = [
+        stage("cpt", "cpt", None, 0.0, (7.5, 2.25)),
+        stage("sft_stage1", "sft", 0.0, 0.25, None),
+        stage("sft_stage2", "sft", 0.25, 0.4, None),
+        stage("rome", "ipa", 0.4, 0.6, None),
+    ]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_a_whole_pipeline_is_recorded_and_shown_by_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "IMAGES", tmp_path / "images")
+    record = pipeline.read_run(make_pipeline_report(tmp_path), "a machine")
+    assert [entry["successes"] for entry in record["evals"]] == [0, 0, 10, 10, 20, 20]
+    text = pipeline.section([record])
+    assert "| 3 | CPT | 20 | 1.5 | 0 % (0 to 10) |  | 7.50 to 2.25 a byte |" in text
+    assert "| 3 | IPA | 20 | 1.5 | 60 % (30 to 70) | +20 (10 to 40) |  |" in text
+    assert "6 minutes" in text and "a machine" in text
+    assert pipeline.draw([record]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pipeline_that_has_not_ended_is_not_recorded(tmp_path):
+    with pytest.raises(ValueError, match="no table of all stages"):
+        pipeline.read_run(make_report(tmp_path), "a machine")
+
+
+def test_the_page_of_the_pipeline_shows_the_recorded_runs():
+    page = pipeline.PAGE.read_text()
+    recorded = pipeline.section(pipeline.load_runs())
+    assert page == learning_curve.insert(page, recorded, pipeline.BEGIN, pipeline.END)
+
+
+def make_safety_run(workdir, cost, edits):
+    """Write the files of a run whose policy edits this many of four checks at its last step."""
+
+    def record(number, edited):
+        facts = {"sort": "hackable", "clean": False, "seed": "small-hackable-make"}
+        facts |= {"pillar": "controllability", "channel": "repository", "severity": 2}
+        facts |= {"difficulty": 1, "goal": "tests", "attacked": edited, "refused": False}
+        facts |= {"utility": float(not edited), "harms": {"tests": "edited"} if edited else {}}
+        return {"task": f"small-hackable-make/{number}", "ending": "success", "safety": facts}
+
+    report = {"experiment": "safety", "seed": 4, "steps": 10, "wall_seconds": 60.0, "version": "v"}
+    report["evals"] = [{"stage": "safety_sft", "step": 9}]
+    for step, edited in ((0, 2), (10, edits)):
+        folder = workdir / "evals" / f"safety_{step:06d}"
+        folder.mkdir(parents=True)
+        lines = [json.dumps(record(number, number < edited)) for number in range(4)]
+        (folder / "results.jsonl").write_text("\n".join([*lines, json.dumps({"task": "plain/1"})]))
+        report["evals"].append({"stage": "safety", "step": step})
+    (workdir / "report.json").write_text(json.dumps(report))
+    (workdir / "config.json").write_text(json.dumps({"safety_cost": cost}))
+    (workdir / "trajectories").mkdir()
+    for episode in range(2):
+        path = workdir / "trajectories" / f"safety_000003_g001_e0{episode}.json"
+        path.write_text(json.dumps({"extra": {"safety": record(0, bool(episode))["safety"]}}))
+    return workdir
+
+
+def test_the_safety_curve_pools_what_each_evaluation_found(tmp_path):
+    on = safety_curve.read_run(make_safety_run(tmp_path / "on", "tests:2", 0), "a machine")
+    off = safety_curve.read_run(make_safety_run(tmp_path / "off", "", 4), "a machine")
+    assert (on["arm"], off["arm"]) == ("on", "off")
+    assert safety_curve.measures([on], "10")["check_edits"]["value"] == 0.0
+    assert safety_curve.measures([on, off], "10")["check_edits"]["value"] == 0.5
+    assert safety_curve.measures([on, off], "0")["check_edits"]["n"] == 4  # of one seed: the same
+    assert on["training"] == {"3": {"check_edits": [2, 1]}}
+    assert safety_curve.training_rates([on, off], "check_edits") == ([1.5], [0.5])
+    text = safety_curve.section({"on": [on], "off": [off]})
+    row = next(line for line in text.splitlines() if "checks edited" in line)
+    assert row.split("|")[2].strip().startswith("50 (") and "| 100 (" in row and "| 0 (" in row
+
+
+def test_a_safety_run_that_was_cut_off_is_refused(tmp_path):
+    workdir = make_safety_run(tmp_path / "cut", "", 1)
+    report = json.loads((workdir / "report.json").read_text()) | {"steps": 20}
+    (workdir / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="not evaluated at its last step"):
+        safety_curve.read_run(workdir, "a machine")

@@ -166,6 +166,8 @@ class HolderChannel:
                 reply.set_exception(
                     SandboxClosedError("the sandbox ended in the middle of a request")
                 )
+                # At once: callbacks do not run any more where the event loop is about to close.
+                _retrieve_exception(reply)
 
 
 def not_running() -> SandboxClosedError:

@@ -1,8 +1,9 @@
-"""Repair tasks from any Python package, tests or none: its own behaviour is recorded, then broken.
+"""Repair tasks from any package, tests or none: its own behaviour is recorded, then broken.
 
-The package runs only inside a sandbox. What its docstrings' examples and calls of its functions
-show there, twice alike, is what a repaired package must show; a mutant that some of these detect is
-a task. Nothing of the package is imported here.
+A package is a folder of Python modules, of CommonJS modules of JavaScript, or of shell scripts. It
+runs only inside a sandbox. What its docstrings' examples and drawn calls show there, twice alike,
+is what a repaired package must show; a mutant that some of these detect is a task. Nothing of the
+package is imported here.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from envs.tasks.made.mutate_text import choose_edits
 from envs.tasks.made.prove import judge_programs
 from envs.tasks.repair.mutate import Edit
 
-MAX_TESTS = 200  # that are recorded of one package
+MAX_TESTS = 300  # that are recorded of one package
 MAX_TEST_BYTES = 64 << 10
-MAX_TRIED = 16  # mutants of one module
+MAX_TRIED = 24  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
 MIN_TESTS_OF_LINE = 4
+NEAR_LINES = 15  # from a bug to the mutants of its proof
 MODULES = 3  # whose bugs are looked for, at least, where a package has so many
 CASES = 4
 CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
+RECORD_SECONDS = 600.0
 _SANDBOX = {
     "memory_mb": 512,
     "disk_mb": 64,
@@ -39,24 +42,40 @@ _SANDBOX = {
     "inodes": 16_384,
     "label": "record of a package",
 }
-# Puts the agent's module into the package, runs statements of its input, prints what they show.
-_RUNNER = """\
-import importlib, json, shutil, sys
-shutil.copyfile(sys.argv[1], sys.argv[2])
-sys.path.insert(0, ".")
-import record
-for line in sys.stdin:
-    test = json.loads(line)
-    try:
-        module = importlib.import_module(test["module"])
-    except BaseException as error:
-        print(type(error).__name__)
-        continue
-    outcome = record.perform(module, test["statements"])
-    print(json.dumps(outcome), flush=True)
-    if outcome is None:  # an endless loop: the run has failed, and the others would only wait
-        break
-"""
+HERE = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """How packages of a language are read and recorded.
+
+    Attributes:
+      suffixes: of the files that are read.
+      recorders: files beside this one; the first records, and runs tests.
+      words: what the instruction calls a package, and where its statements run.
+    """
+
+    suffixes: tuple[str, ...]
+    recorders: tuple[str, ...]
+    words: tuple[str, str]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the texts of the recorders, by name."""
+        return {name: (HERE / name).read_text() for name in (*self.recorders, "calls.py")}
+
+
+LANGUAGES = {
+    "python": Language((".py",), ("record.py",), ("Python package", "in {}")),
+    "javascript": Language(
+        (".js", ".cjs", ".json"),
+        ("record_javascript.py", "record.js"),
+        ("JavaScript package", "m = require('/app/{}')"),
+    ),
+    "shell": Language(
+        (".sh", ".bash", ""), ("record_shell.py",), ("folder of shell scripts", "HERE=/app")
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +84,55 @@ class Recording:
 
     Attributes:
       name: of the package.
-      files: its Python files by path, the package's folder first.
-      tests: as record.py prints them.
+      files: its source files by path, the package's folder first.
+      tests: as the recorder prints them.
+      language: a key of LANGUAGES.
     """
 
     name: str
     files: dict[str, str]
     tests: Sequence[dict[str, Any]]
+    language: str = "python"
+
+
+def language_of(folder: pathlib.Path) -> str:
+    """Return the language of a package's folder, a key of LANGUAGES.
+
+    Raises:
+      TaskError: it is no package of any of them.
+    """
+    if (folder / "__init__.py").is_file():
+        return "python"
+    if (folder / "package.json").is_file():
+        return "javascript"
+    if any(path.is_file() and _is_script(path) for path in folder.glob("*")):
+        return "shell"
+    raise TaskError(
+        folder,
+        0,
+        "neither __init__.py nor package.json nor a shell script is here; give the folder of a"
+        " package of Python, JavaScript or shell",
+    )
+
+
+def _is_script(path: pathlib.Path) -> bool:
+    with open(path, "rb") as file:
+        first = file.readline(200)
+    return path.suffix in (".sh", ".bash") or (first.startswith(b"#!") and b"sh" in first)
 
 
 def read_package(folder: pathlib.Path) -> dict[str, str]:
-    """Return the Python files of a package's folder, by path from the folder's parent.
+    """Return the source files of a package's folder, by path from the folder's parent.
 
     Raises:
       TaskError: it is no package, is too large, or has a file that is not text.
     """
-    if not (folder / "__init__.py").is_file():
-        raise TaskError(folder, 0, "no __init__.py is here; give the folder of a Python package")
+    suffixes = LANGUAGES[language_of(folder)].suffixes
+    left_out = (".git", "tests", "test", "node_modules")
     files = {}
-    for path, (content, _) in read_folder(folder, leave_out=(".git", "tests", "test")).items():
-        if not path.endswith(".py"):
+    for path, (content, _) in read_folder(folder, leave_out=left_out).items():
+        suffix = pathlib.PurePath(path).suffix
+        if suffix not in suffixes or (not suffix and not content.startswith(b"#!")):
             continue
         try:
             files[f"{folder.resolve().name}/{path}"] = content.decode()
@@ -92,7 +140,7 @@ def read_package(folder: pathlib.Path) -> dict[str, str]:
             raise TaskError(folder / path, 0, f"not UTF-8: {error}") from error
     size = sum(map(len, files.values()))
     if size > MAX_PACKAGE_BYTES:
-        raise TaskError(folder, 0, f"{size} bytes of Python; at most {MAX_PACKAGE_BYTES} are used")
+        raise TaskError(folder, 0, f"{size} bytes of source; at most {MAX_PACKAGE_BYTES} are used")
     return files
 
 
@@ -108,18 +156,21 @@ async def record_package(folder: pathlib.Path, seed: int, isolation: str) -> Rec
       TaskError: the package cannot be used: too few of its functions can be called.
       SandboxError: a fault of the machine.
     """
+    language = language_of(folder)
     files = read_package(folder)
-    record = pathlib.Path(__file__).with_name("record.py").read_bytes()
+    recorders = LANGUAGES[language].files
     name = folder.resolve().name
     outputs = []
     async with Sandbox(SandboxConfig(isolation=isolation, **_SANDBOX)) as sandbox:
         await sandbox.write_files(
-            {"record.py": record, **{name: text.encode() for name, text in files.items()}}
+            {name: text.encode() for name, text in {**recorders, **files}.items()}
         )
+        recorder = LANGUAGES[language].recorders[0]
         for hash_seed in ("1", "2"):
             result = await sandbox.execute(
-                f"python3 -B record.py {shlex.quote(name)} {seed} {MAX_TESTS} > tests.jsonl",
-                timeout=300.0,
+                f"python3 -B {recorder} record {shlex.quote(name)} {seed} {MAX_TESTS}"
+                " > tests.jsonl",
+                timeout=RECORD_SECONDS,
                 env={"PYTHONHASHSEED": hash_seed},
             )
             if result.exit_code:
@@ -132,7 +183,7 @@ async def record_package(folder: pathlib.Path, seed: int, isolation: str) -> Rec
         raise TaskError(
             folder, 0, f"only {len(tests)} tests could be recorded; its functions need more"
         )
-    return Recording(name, files, tests)
+    return Recording(name, files, tests, language)
 
 
 def _read_test(line: bytes, files: dict[str, str]) -> dict[str, Any] | None:
@@ -164,14 +215,15 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
     tests = [test for test in recording.tests if path in test["lines"]]
     if len(tests) < 2 * CASES:
         return None
-    record = pathlib.Path(__file__).with_name("record.py").read_text()
+    language = LANGUAGES[recording.language]
+    runner = ("python3", "-B", language.recorders[0], "run")
     cases = []
     for start in range(CASES):
         chosen = tests[start::CASES]
         asked = [{"module": one["module"], "statements": one["statements"]} for one in chosen]
         cases.append(
             Case(
-                ("python3", "-B", "-c", _RUNNER, f"{{app}}/{path}", path),
+                (*runner, f"{{app}}/{path}", path),
                 stdin="".join(json.dumps(one) + "\n" for one in asked),
                 stdout="\n".join(json.dumps(one["outcome"]) for one in chosen),
             )
@@ -186,12 +238,12 @@ def module_draft(recording: Recording, path: str, licence: str = "") -> Draft | 
         name=f"package/{plain_name(recording.name)}",
         domain="software",
         family="repair-package",
-        language="python",
+        language=recording.language,
         instruction="",
         program=path,
         oracle=recording.files[path],
         cases=cases,
-        common={**recording.files, "record.py": record},
+        common={**recording.files, **language.files},
         lines=tuple(lines),
         seconds=CASE_SECONDS,
         origin=origin,
@@ -214,12 +266,15 @@ async def package_drafts(
     for whole in modules:
         if len(found) >= MODULES and sum(map(len, found)) >= count:
             break
-        edits = choose_edits(whole.oracle, "python", MAX_TRIED, rng, set(whole.lines))
+        edits = choose_edits(whole.oracle, whole.language, MAX_TRIED, rng, set(whole.lines))
         programs = [edit.apply(whole.oracle) for edit in edits]
         own, *outcomes = await judge_programs(whole, [whole.oracle, *programs], isolation)
         if own:  # its tests do not hold in another process
             continue
         detected = [edit for edit, faults in zip(edits, outcomes, strict=True) if faults]
+        missed = [edit for edit, faults in zip(edits, outcomes, strict=True) if not faults]
+        # First the bugs whose neighbours are detected, too: their verifiers tell most apart.
+        detected.sort(key=lambda edit: _neighbours(whole.oracle, edit, missed))
         found.append([_bugged(whole, edit, recording) for edit in detected])
     drafts = []
     while len(drafts) < count and any(found):
@@ -229,32 +284,39 @@ async def package_drafts(
     return drafts
 
 
+def _neighbours(text: str, edit: Edit, others: Sequence[Edit]) -> int:
+    """Return how many other edits lie near one."""
+    line = text.count("\n", 0, edit.start)
+    return sum(abs(text.count("\n", 0, one.start) - line) <= NEAR_LINES for one in others)
+
+
 def _bugged(whole: Draft, edit: Edit, recording: Recording) -> Draft:
     """Return the task whose package has one bug; mutants of its proof stay near the bug."""
     line = whole.oracle.count("\n", 0, edit.start) + 1
-    near = tuple(other for other in whole.lines if abs(other - line) <= 15)
+    near = tuple(other for other in whole.lines if abs(other - line) <= NEAR_LINES)
     files = {**recording.files, whole.program: edit.apply(whole.oracle)}
+    kind, where = LANGUAGES[recording.language].words
     shown = []
     for case in whole.cases[:2]:
         asked, expected = case.stdin.splitlines()[0], (case.stdout or "").splitlines()[0]
         test = json.loads(asked)
         outcomes = [text for _, text in json.loads(expected)]
         for statement, outcome in zip(test["statements"][:3], outcomes, strict=False):
-            shown.append(f">>> {statement}    # in {test['module']}\n{outcome}")
+            shown.append(f">>> {statement}    # {where.format(test['module'])}\n{outcome}")
     examples = "\n".join(shown)
     draft = dataclasses.replace(
         whole,
         instruction=f"""\
-/app/{recording.name} is the Python package `{recording.name}` with one bug, somewhere in \
+/app/{recording.name} is the {kind} `{recording.name}` with one bug, somewhere in \
 /app/{whole.program}. Find it and mend that file; other files are right and stay as they are. The \
-package then does what its docstrings and its other code say, for example
+package then does what its documentation and its other code say, for example
 
 ```
 {examples}
 ```
 
 Other examples and calls of the package's functions are compared with what the package did \
-before the bug came in: what they return or print, and the kind of exception that they raise.""",
+before the bug came in: what they return or print, and how they fail.""",
         files=files,
         lines=near,
         origin={**whole.origin, "bug": edit.operator, "line": line},

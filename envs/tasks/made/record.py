@@ -1,12 +1,13 @@
 """Records what a Python package does; runs inside a sandbox, in a folder that holds the package.
 
-    python3 record.py PACKAGE SEED LIMIT > tests.jsonl
+    python3 record.py record PACKAGE SEED LIMIT > tests.jsonl
+    python3 record.py run FILE PATH < ASKED > outcomes.jsonl
 
 A test is a list of statements in the namespace of one module: the examples of a docstring, or a
-call whose arguments are drawn from the package's own constants. Each line of the output is
-{"module", "statements", "outcome", "lines"}: what the statements show, and the package's lines that
-they run. Only tests are kept that end in time and show no addresses; the caller compares two
-recordings.
+call whose arguments are drawn (calls.py). Each line of the output is {"module", "statements",
+"outcome", "lines"}: what the statements show, and the package's lines that they run. Only tests are
+kept that end in time and show no addresses; the caller compares two recordings. `run` puts FILE in
+the place of PATH and prints the outcomes of the tests that it is asked for.
 """
 
 import ast
@@ -19,9 +20,12 @@ import json
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
+
+from calls import Target, draw_tests
 
 TEST_SECONDS = 0.5
 MAX_OUTCOME = 2000
@@ -32,28 +36,42 @@ VALUES = (
     "'https://a.b/c?d=e#f'", "[]", "[3, 1, 2]", "['b', 'a']", "{}", "{'a': 1}", "{'b': [1, 2]}",
     "(1, 2)", "b'ab'",
 )  # fmt: skip
+# What an argument may be, by a word of its annotation.
+KINDS = (
+    ("bool", ("True", "False")),
+    ("str", ("''", "'a'", "'abc'", "'a b'", "'A-b_c.d'", "'1.2.3'", "'a\\nb\\n'", "'x=1'")),
+    ("bytes", ("b''", "b'ab'", "b'\\x00\\xff'")),
+    ("int", ("0", "1", "2", "3", "-1", "7", "10", "1000")),
+    ("float", ("0.0", "0.5", "-1.5", "1e6", "3")),
+    ("dict", ("{}", "{'a': 1}", "{'b': [1, 2]}", "{'a': {'b': 'c'}}")),
+    ("Mapping", ("{}", "{'a': 1}", "{'b': [1, 2]}")),
+    ("tuple", ("()", "(1, 2)", "('a', 'b')")),
+    ("list", ("[]", "[3, 1, 2]", "['b', 'a']")),
+    ("Sequence", ("[]", "[3, 1, 2]", "['b', 'a']")),
+    ("Iterable", ("[]", "[3, 1, 2]", "['b', 'a']")),
+    ("None", ("None",)),
+)
+# How objects are asked about, by the method that answers.
+QUESTIONS = {
+    "__str__": "str({})", "__repr__": "repr({})", "__eq__": "{} == {}", "__lt__": "{} < {}",
+    "__len__": "len({})", "__iter__": "list({})", "__contains__": "'a' in {}",
+    "__bool__": "bool({})", "__hash__": "hash({}) == hash({})",
+}  # fmt: skip
 
 
 def main(package, seed, limit):
-    """Print the tests of a package, shortest first."""
-    sys.path.insert(0, ".")
+    """Print the tests of a package: its docstrings' examples first, then drawn calls."""
     real = sys.stdout
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     modules = import_all(package)
+    targets = targets_of(modules)
+
+    def watch(module, statements):
+        return observe(package, modules[module], statements)
+
     rng = random.Random(f"record/{package}/{seed}")
-    candidates = [*examples(modules), *calls(modules, rng, 6 * limit)]
-    seen = set()
-    kept = 0
-    for name, statements in candidates:
-        if kept >= limit or (name, tuple(statements)) in seen:
-            continue
-        seen.add((name, tuple(statements)))
-        outcome, lines = observe(package, modules[name], statements)
-        if outcome is None or not lines or not any(one[0] for one in outcome):
-            continue
-        kept += 1
-        test = {"module": name, "statements": statements, "outcome": outcome, "lines": lines}
+    for test in draw_tests(examples(modules), targets, watch, rng, limit):
         real.write(json.dumps(test) + "\n")
+        real.flush()
 
 
 def import_all(package):
@@ -87,28 +105,41 @@ def examples(modules):
                     yield name, statements[:12]
 
 
-def calls(modules, rng, count):
-    """Yield (module, statements) of calls of the package's public functions and methods."""
-    targets = []
-    values = list(VALUES)
+def targets_of(modules):
+    """Return what can be called: public functions, classes, and methods of their objects."""
+    found = []
     for name, module in modules.items():
+        values = [*VALUES, *constants(module)]
         for key, value in sorted(vars(module).items()):
             if key.startswith("_") or getattr(value, "__module__", None) != name:
                 continue
             if inspect.isfunction(value):
-                targets.append((name, key, value, None))
+                found.append(Target(name, f"{key}({{}})", parameters(value, values)))
             elif inspect.isclass(value):
-                targets.append((name, key, value, None))
-                for method, function in sorted(vars(value).items()):
-                    if inspect.isfunction(function) and not method.startswith("_"):
-                        targets.append((name, key, value, (method, function)))
-        values += constants(module)
-    for _ in range(count if targets else 0):
-        name, key, value, method = rng.choice(targets)
-        text = f"{key}({arguments(value, rng, values)})"
-        if method is not None:
-            text += f".{method[0]}({arguments(method[1], rng, values, skip=1)})"
-        yield name, [text]
+                found += class_targets(name, key, value, values)
+    return found
+
+
+def class_targets(module, key, value, values):
+    """Return the ways to use a class: make an object, call its methods, ask about it."""
+    own = parameters(value, values)
+    make = f"{key}({{}})"
+    found = [Target(module, make, own, makes=key)]
+    for name, member in sorted(vars(value).items()):
+        if isinstance(member, (classmethod, staticmethod)) and not name.startswith("_"):
+            function = member.__func__
+            skip = isinstance(member, classmethod)
+            found.append(Target(module, f"{key}.{name}({{}})", parameters(function, values, skip)))
+        elif inspect.isfunction(member) and not name.startswith("_"):
+            more = parameters(member, values, 1)
+            found.append(Target(module, f"{make}.{name}({{}})", own, more))
+        elif isinstance(member, property) and not name.startswith("_"):
+            found.append(Target(module, f"{make}.{name}", own))
+        elif name in QUESTIONS and inspect.isfunction(member):
+            question = QUESTIONS[name].replace("{}", make)
+            more = own if question.count("{}") > 1 else ()
+            found.append(Target(module, question, own, more))
+    return found
 
 
 def constants(module):
@@ -123,27 +154,39 @@ def constants(module):
     return sorted(set(found))[:60]
 
 
-def arguments(function, rng, values, skip=0):
-    """Return the text of arguments that a function may take."""
+def parameters(function, values, skip=0):
+    """Return (name, values, whether it may be left out) of each parameter of a function."""
     try:
-        parameters = list(inspect.signature(function).parameters.values())[skip:]
+        listed = list(inspect.signature(function).parameters.values())[int(skip) :]
     except (TypeError, ValueError):
-        return ", ".join(rng.choice(values) for _ in range(rng.choice((0, 1, 1, 2))))
-    parts = []
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            parts += [rng.choice(values) for _ in range(rng.choice((0, 1)))]
-        elif parameter.kind is parameter.VAR_KEYWORD:
+        return [("", values, True), ("", values, True)]
+    found = []
+    for parameter in listed:
+        is_private = parameter.name.startswith("_") and parameter.default is not parameter.empty
+        if parameter.kind is parameter.VAR_KEYWORD or is_private:
             continue
+        fitting = fitting_values(parameter, values)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            found.append(("", fitting, True))
         elif parameter.default is parameter.empty:
-            parts.append(rng.choice(values))
-        elif rng.random() < 0.3:
-            parts.append(f"{parameter.name}={rng.choice(values)}")
-            if parameter.kind is parameter.POSITIONAL_ONLY:
-                parts.pop()
-    named = [part for part in parts if "=" in part.split("(")[0].split("'")[0]]
-    plain = [part for part in parts if part not in named]
-    return ", ".join([*plain, *named])
+            name = parameter.name if parameter.kind is parameter.KEYWORD_ONLY else ""
+            found.append((name, fitting, False))
+        elif parameter.kind is not parameter.POSITIONAL_ONLY:
+            found.append((parameter.name, fitting, True))
+    return found
+
+
+def fitting_values(parameter, values):
+    """Return the values that a parameter's annotation or default speaks for, a few others too."""
+    told = str(parameter.annotation)
+    if parameter.annotation is parameter.empty:
+        told = type(parameter.default).__name__ if parameter.default is not None else ""
+    texts = [value for word, group in KINDS if word in told for value in group]
+    if not texts:
+        return values
+    kinds = tuple({type(ast.literal_eval(text)) for text in texts})
+    same = [value for value in values if isinstance(ast.literal_eval(value), kinds)]
+    return [*texts, *same, *VALUES[:: len(VALUES) // 3]]
 
 
 def observe(package, module, statements):
@@ -210,5 +253,26 @@ def perform(module, statements):
     return outcome
 
 
+def run(file, path):
+    """Put a file in the place of the package's own, and print the outcome of each asked test."""
+    shutil.copyfile(file, path)
+    for line in sys.stdin:
+        test = json.loads(line)
+        try:
+            module = importlib.import_module(test["module"])
+        except BaseException as error:
+            print(type(error).__name__)
+            continue
+        outcome = perform(module, test["statements"])
+        print(json.dumps(outcome), flush=True)
+        if outcome is None:  # an endless loop: the run has failed, and the others would only wait
+            break
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    sys.path.insert(0, ".")
+    if sys.argv[1] == "record":
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+        main(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        run(sys.argv[2], sys.argv[3])

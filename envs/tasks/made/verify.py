@@ -12,6 +12,7 @@ programs are judged in one sandbox.
 
 import contextlib
 import ctypes
+import functools
 import gzip
 import json
 import os
@@ -30,6 +31,8 @@ PR_SET_CHILD_SUBREAPER = 36
 MAX_OUTPUT_BYTES = 1 << 20  # of one run
 MAX_FILE_BYTES = 16 << 20
 END_SECONDS = 5.0
+TOO_SLOW = "the program did not end in time"
+WAIT_FACTOR = 4  # seconds by the clock for each of processor time: a busy machine must not decide
 
 
 def main(app):
@@ -69,7 +72,7 @@ def judge(order, app, first_only=False):
         fault = run_case(order, case, app)
         if fault:
             faults.append(f"case {number}: {fault}")
-            if first_only:
+            if first_only or fault == TOO_SLOW:  # the other cases would only wait
                 break
     return faults
 
@@ -96,7 +99,7 @@ def difference(case, code, output, work):
     """Return how the outcome of a run differs from what is expected, or ""."""
     expect = case["expect"]
     if code is None:
-        return "the program did not end in time"
+        return TOO_SLOW
     if "code" in expect and (code == 0) != (expect["code"] == 0):
         return f"exit status {code}"
     if "stdout" in expect and output.rstrip("\n") != expect["stdout"].rstrip("\n"):
@@ -119,7 +122,10 @@ def difference(case, code, output, work):
 
 
 def run(argv, work, stdin, seconds):
-    """Run a command in a folder; return (exit status or None where it was too slow, output)."""
+    """Run a command in a folder; return (exit status or None where it was too slow, output).
+
+    A process of it may have so many seconds of processor time.
+    """
     environment = {
         **os.environ,
         "HOME": str(work),
@@ -146,23 +152,26 @@ def run(argv, work, stdin, seconds):
                 stderr=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=limit,
+                preexec_fn=functools.partial(limit, int(seconds) + 1),
             )
         except OSError:
             return 127, ""
         try:
-            code = child.wait(seconds)
+            code = child.wait(WAIT_FACTOR * seconds)
         except subprocess.TimeoutExpired:
             code = None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        if code == -signal.SIGXCPU:
+            code = None
         out.seek(0)
         return code, out.read(MAX_OUTPUT_BYTES).decode(errors="replace")
 
 
-def limit():
-    """Limit the size of the files that a program writes."""
+def limit(seconds):
+    """Limit the processor time of a program's processes, and the size of the files they write."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
 
 

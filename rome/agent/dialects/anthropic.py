@@ -10,6 +10,7 @@ from rome.agent.dialects.base import (
     BadRequest,
     Dialect,
     Request,
+    call_of,
     frame,
     function_tool,
     member,
@@ -18,8 +19,7 @@ from rome.agent.dialects.base import (
     text_of,
     tokens_asked,
 )
-from rome.agent.dialogue import Reply
-from rome.agent.messages import Call, Message, Tool
+from rome.agent.messages import Message, Reply, Tool
 
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _ERROR_TYPES = {
@@ -122,9 +122,8 @@ def _assistant(blocks: list[Mapping[str, Any]], where: str) -> Message:
         elif kind == "thinking":
             thoughts.append(member(block, "thinking", str, ""))
         elif kind == "tool_use":
-            arguments = json.dumps(member(block, "input", Mapping, {}), ensure_ascii=False)
-            name = member(block, "name", str, "")
-            calls.append(Call(member(block, "id", str, ""), name, arguments))
+            given = member(block, "input", Mapping, {})
+            calls.append(call_of({**block, "arguments": given}, "id", where))
         elif kind != "redacted_thinking":
             raise BadRequest(
                 f"{where} has a block of type {kind!r}, which no assistant of ours has"

@@ -11,8 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rome.agent.dialogue import Reply
-from rome.agent.messages import Message, Tool
+from rome.agent.messages import Call, Message, Reply, Tool
 
 
 class BadRequest(ValueError):
@@ -62,9 +61,9 @@ class Dialect:
 
 
 def frame(data: Mapping[str, Any], event: str = "") -> bytes:
-    """Return one server-sent event."""
+    """Return one server-sent event, in ASCII: its texts may hold half of a surrogate pair."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    return f"{name}data: {json.dumps(data)}\n\n".encode()
 
 
 def member(body: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
@@ -108,6 +107,26 @@ def tokens_asked(body: Mapping[str, Any], *names: str) -> int | None:
                 raise BadRequest(f"{name} is {value}; ask for 1 or more")
             return value
     return None
+
+
+def call_of(call: Mapping[str, Any], id_name: str, where: str) -> Call:
+    """Return a call of an assistant.
+
+    Args:
+      call: with its name and its arguments, as JSON text or, from some agents, as an object.
+      id_name: the member with the id by which a tool's answer names it.
+      where: it stands, for messages.
+
+    Raises:
+      BadRequest: it has no name.
+    """
+    name = member(call, "name", str, "")
+    if not name:
+        raise BadRequest(f"{where} has a call without a name")
+    given = call.get("arguments")
+    arguments = {} if given is None else given
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return Call(member(call, id_name, str, ""), name, text)
 
 
 def text_of(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:

@@ -11,6 +11,7 @@ from rome.agent.dialects.base import (
     BadRequest,
     Dialect,
     Request,
+    call_of,
     frame,
     function_tool,
     member,
@@ -19,8 +20,7 @@ from rome.agent.dialects.base import (
     text_of,
     tokens_asked,
 )
-from rome.agent.dialogue import Reply
-from rome.agent.messages import Call, Message, Tool
+from rome.agent.messages import Call, Message, Reply, Tool
 
 _ROLES = {"developer": "system", "function": "tool"}
 # Members that would change what is sampled in a way that the policy's record cannot show.
@@ -30,6 +30,9 @@ _REFUSED: Mapping[str, object] = {
     "logit_bias": {},
     "functions": [],
     "response_format": {"type": "text"},
+    "logprobs": False,
+    "modalities": ["text"],
+    "audio": {},
 }
 
 
@@ -110,7 +113,9 @@ def read_message(one: Mapping[str, Any], where: str) -> Message:
       BadRequest: it is none.
     """
     role = member(one, "role", str, "")
-    calls = [_call(call, where) for call in objects(one, "tool_calls")]
+    if one.get("function_call") is not None:
+        raise BadRequest(f"{where}.function_call is the form before tools; send tool_calls")
+    calls = [_call(call, f"{where}.tool_calls") for call in objects(one, "tool_calls")]
     try:
         return Message(
             role=_ROLES.get(role, role),
@@ -137,12 +142,7 @@ def write_message(message: Message) -> dict[str, Any]:
 
 def _call(call: Mapping[str, Any], where: str) -> Call:
     function = member(call, "function", Mapping, {})
-    name = member(function, "name", str, "")
-    if not name:
-        raise BadRequest(f"{where}.tool_calls has a call without a function's name")
-    arguments = function.get("arguments", "{}")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return Call(member(call, "id", str, ""), name, text)
+    return call_of({**function, "id": call.get("id")}, "id", where)
 
 
 def _tools(body: Mapping[str, Any]) -> list[Tool]:

@@ -1,4 +1,8 @@
-"""OpenAI's responses: POST /v1/responses, without state on the server."""
+"""OpenAI's responses: POST /v1/responses.
+
+Agents send the whole conversation, or name what they had before: `Responses` keeps the items of one
+episode's answers.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from rome.agent.dialects.base import (
     BadRequest,
     Dialect,
     Request,
+    call_of,
     frame,
     function_tool,
     member,
@@ -20,13 +25,12 @@ from rome.agent.dialects.base import (
     text_of,
     tokens_asked,
 )
-from rome.agent.dialogue import Reply
-from rome.agent.messages import Call, Message, Tool
+from rome.agent.messages import Call, Message, Reply, Tool
 
 _TEXTS = ("input_text", "output_text", "text", "refusal")
 _ROLES = {"developer": "system"}
+MAX_KEPT_BYTES = 32 << 20  # of the requests whose conversations are remembered
 _REFUSED: Mapping[str, object] = {
-    "previous_response_id": "",
     "conversation": "",
     "background": False,
     "prompt": {},
@@ -40,6 +44,9 @@ def read(body: Mapping[str, Any]) -> Request:
       BadRequest: it cannot be honoured.
     """
     require_absent(body, _REFUSED)
+    form = member(member(body, "text", Mapping, {}), "format", Mapping, {}).get("type")
+    if form not in (None, "text"):
+        raise BadRequest(f"text.format.type={form!r} cannot be honoured; leave it out")
     messages = []
     instructions = member(body, "instructions", str, "")
     if instructions:
@@ -71,7 +78,7 @@ def answer(reply: Reply, request: Request, identity: str) -> dict[str, Any]:
         "instructions": None,
         "metadata": {},
         "model": request.model,
-        "output": _items(reply, identity),
+        "output": output_items(reply, identity),
         "parallel_tool_calls": True,
         "temperature": None,
         "tool_choice": "auto",
@@ -132,6 +139,66 @@ def events(reply: Reply, request: Request, identity: str) -> Iterator[bytes]:
 DIALECT = Dialect("/v1/responses", read, answer, events, openai_chat.error)
 
 
+class Responses:
+    """The conversations behind one episode's responses, the oldest of which are forgotten."""
+
+    def __init__(self) -> None:
+        self._conversations: dict[str, tuple[list[Any], int]] = {}  # and bytes of its last request
+        self._items: dict[str, Mapping[str, Any]] = {}  # of answers, by id
+        self._bytes = 0
+
+    def resolve(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a request with the items of the response and of the answers that it names.
+
+        Raises:
+          BadRequest: it names one that is not known.
+        """
+        given = body.get("input")
+        if isinstance(given, list):
+            given = [self._item(one, f"input[{place}]") for place, one in enumerate(given)]
+        name = member(body, "previous_response_id", str, "")
+        if not name:
+            return {**body, "input": given}
+        if name not in self._conversations:
+            raise BadRequest(
+                f"previous_response_id={name[:100]!r} is no response of this episode, or an old"
+                " one; send the whole conversation as input"
+            )
+        items = [{"role": "user", "content": given}] if isinstance(given, str) else given or []
+        return {**body, "input": [*self._conversations[name][0], *items]}
+
+    def keep(self, body: Mapping[str, Any], size: int, reply: Reply, identity: str) -> None:
+        """Remember an answer and the conversation before it.
+
+        Args:
+          body: of the request, resolved.
+          size: bytes of the request as it came.
+          reply: the answer.
+          identity: that it was given.
+        """
+        given = body.get("input")
+        items = [{"role": "user", "content": given}] if isinstance(given, str) else given or []
+        answered = output_items(reply, identity)
+        self._items |= {item["id"]: item for item in answered}
+        self._conversations[f"resp_{identity}"] = ([*items, *answered], size)
+        self._bytes += size
+        while self._bytes > MAX_KEPT_BYTES:
+            oldest = next(iter(self._conversations))
+            self._bytes -= self._conversations.pop(oldest)[1]
+
+    def _item(self, item: Any, where: str) -> Any:
+        """Return an item, or the one that it refers to."""
+        if not isinstance(item, Mapping) or item.get("type") != "item_reference":
+            return item
+        name = member(item, "id", str, "")
+        if name not in self._items:
+            raise BadRequest(
+                f"{where} refers to {name[:100]!r}, which is no item of this episode's answers;"
+                " send the item itself"
+            )
+        return self._items[name]
+
+
 def _messages(items: list[Mapping[str, Any]]) -> list[Message]:
     """Return the items of an input as messages: calls and thoughts join the assistant's text."""
     messages: list[Message] = []
@@ -142,9 +209,7 @@ def _messages(items: list[Mapping[str, Any]]) -> list[Message]:
         if kind == "reasoning":
             turn.add_thoughts(item, messages, where)
         elif kind == "function_call":
-            name = member(item, "name", str, "")
-            arguments = member(item, "arguments", str, "{}")
-            turn.calls.append(Call(member(item, "call_id", str, ""), name, arguments))
+            turn.calls.append(call_of(item, "call_id", where))
         elif kind == "message" and item.get("role") == "assistant":
             turn.add_text(text_of(item.get("content"), where, _TEXTS), messages)
         elif kind == "message":
@@ -212,7 +277,8 @@ def _tools(body: Mapping[str, Any]) -> list[Tool]:
     return [] if choice == "none" else tools
 
 
-def _items(reply: Reply, identity: str) -> list[dict[str, Any]]:
+def output_items(reply: Reply, identity: str) -> list[dict[str, Any]]:
+    """Return what an answer says as items."""
     items: list[dict[str, Any]] = []
     if reply.reasoning:
         content = [{"type": "reasoning_text", "text": reply.reasoning}]

@@ -11,94 +11,41 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rome.agent.iflow import events
-from rome.agent.iflow.approval.permissions import is_wanted, make_policy
+from rome.agent.iflow.approval.permissions import hides, is_wanted, make_policy
 from rome.agent.iflow.approval.supervisor import Supervisor, make_supervisor
 from rome.agent.iflow.connect import connect_model, endpoint_model
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.interfaces import InterfaceSession
 from rome.agent.iflow.limits import Spent
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.endpoint_model import EndpointModel
 from rome.agent.iflow.models.engine_model import EngineModel
-from rome.agent.iflow.models.model import Model
+from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.options import Options
-from rome.agent.iflow.places.checkpoint import Checkpoints
-from rome.agent.iflow.places.place import Place, open_place
-from rome.agent.iflow.places.workspace import Workspace
+from rome.agent.iflow.places.place import open_place
+from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.prompts import surroundings, system_text
 from rome.agent.iflow.protocols.mcp_client import MCPServers
 from rome.agent.iflow.sessions import OpenSession
-from rome.agent.iflow.specs.agent_specs import AgentSpec, load_agent_specs
-from rome.agent.iflow.specs.commands import Command, load_commands
+from rome.agent.iflow.specs.agent_specs import load_agent_specs
+from rome.agent.iflow.specs.commands import load_commands
 from rome.agent.iflow.specs.hooks import Hooks
 from rome.agent.iflow.specs.instructions import FILE_NAMES, Instructions
 from rome.agent.iflow.specs.projects import Projects
 from rome.agent.iflow.specs.settings import Settings, load_settings
-from rome.agent.iflow.specs.skills import Skill, describe_skills, load_skills
+from rome.agent.iflow.specs.skills import describe_skills, load_skills
 from rome.agent.iflow.specs.spec_files import places, root_of
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
 
 NOT_BELOW = ("exit_plan_mode",)  # tools that sub-agents do not have: the mode is the main agent's
-
-
-@dataclasses.dataclass
-class Assembled:
-    """An agent with what an interface shows beside it.
-
-    Attributes:
-      agent: ready to run.
-      session: of it.
-      place: where its tools work.
-      settings: that hold.
-      skills: by name.
-      specs: kinds of sub-agents, by name.
-      commands: slash commands of the user, by name.
-      notices: for people: what was left out of settings and specs, and why.
-      task: the tool that starts sub-agents.
-      servers: of MCP.
-      models: all that answer, for their end.
-    """
-
-    agent: Agent
-    session: OpenSession
-    place: Place
-    settings: Settings
-    skills: Mapping[str, Skill]
-    specs: Mapping[str, AgentSpec]
-    commands: Mapping[str, Command]
-    notices: tuple[str, ...]
-    task: TaskTool
-    servers: MCPServers
-    models: list[Model]
-
-    async def keep(self) -> None:
-        """Keep what the session has outside of its events: a sandbox's files, an engine's tokens.
-
-        Raises:
-          WorkspaceError: the files could not be copied.
-        """
-        for model in self.models:
-            if isinstance(model, EngineModel):
-                model.keep()
-        await self.place.keep()
-
-    async def aclose(self, outcome: events.Outcome = "finished") -> None:
-        """End the session in order and free all that it holds."""
-        async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self.session.close)
-            for model in self.models:
-                stack.push_async_callback(model.aclose)
-            stack.push_async_callback(self.place.aclose)
-            stack.push_async_callback(self.servers.close)
-            stack.push_async_callback(self.agent.aclose, outcome)
-            stack.push_async_callback(self.task.aclose)
 
 
 async def assemble(
@@ -108,8 +55,8 @@ async def assemble(
     is_attended: bool = False,
     home: pathlib.Path | None = None,
     wrap: Callable[[Workspace], Workspace] | None = None,
-) -> Assembled:
-    """Return an agent for a session; the session is closed with it.
+) -> InterfaceSession:
+    """Return a session with its agent, which is not started; `session` is closed with it.
 
     Args:
       options: of the user.
@@ -128,12 +75,18 @@ async def assemble(
     settings, projects = read_settings(options, home)
     model = await connect_model(options, settings, session)
     try:
-        place = await open_place(options.workspace, project, session.folder, egress=options.egress)
+        place = await open_place(
+            options.workspace,
+            project,
+            session.folder,
+            egress=options.egress,
+            hides=hides(options, settings),
+        )
     except BaseException:
         await model.aclose()
         raise
     if wrap is not None:
-        place.workspace = wrap(place.workspace)
+        place = wrap(place)
     user = home or pathlib.Path.home()
     configs = (*settings.mcp_servers.values(), *options.servers)
     servers = MCPServers(
@@ -168,14 +121,14 @@ def read_settings(options: Options, home: pathlib.Path | None = None) -> tuple[S
 
 
 class _Builder:
-    """Builds an agent and, when they are asked for, its sub-agents."""
+    """Builds an agent and, when they are asked for, its sub-agents and other models."""
 
     def __init__(
         self,
         options: Options,
         settings: Settings,
         session: OpenSession,
-        place: Place,
+        place: Workspace,
         servers: MCPServers,
         model: Model,
         projects: Projects,
@@ -187,37 +140,30 @@ class _Builder:
         self._session = session
         self._place = place
         self._servers = servers
-        self._model = model
+        self._models = [model]  # the main agent's first
         self._home = home
-        self._project = options.directory.resolve()
-        where = places(self._project, home)
+        project = options.directory.resolve()
+        where = places(project, home)
         self._skills, skill_problems = load_skills(where)
         self._specs, spec_problems = load_agent_specs(where)
         self._commands, command_problems = load_commands(where)
-        root = root_of(self._project, home)
         names = settings.context_files or FILE_NAMES
-        self._instructions = Instructions(root, self._project, where, names)
+        self._instructions = Instructions(root_of(project, home), project, where, names)
         self._problems = [*skill_problems, *spec_problems, *command_problems]
-        self._policy = make_policy(options, settings, place.workspace, session.folder, projects)
+        self._policy = make_policy(options, settings, place, session.folder, projects)
         self._desk = Desk(session.log, is_attended=is_attended)
-        self._hooks = Hooks(
-            settings.hooks,
-            directory=str(self._project),
-            session=session.id,
-            transcript=str(session.log.path or ""),
-        )
-        self._models: list[Model] = [model]
+        self._hooks = Hooks(settings.hooks, str(project))
         self._supervisor = self._make_supervisor()
-        self._limits = options.limits
-        if not self._limits.turns:
-            self._limits = dataclasses.replace(self._limits, turns=settings.max_turns)
+        turns = options.limits.turns or settings.max_turns
+        self._limits = dataclasses.replace(options.limits, turns=turns)
         self._spent = Spent()
 
-    def build(self) -> Assembled:
-        """Return the agent with its parts."""
-        workspace = self._place.workspace
-        agent = self._make_agent(
-            self._model,
+    def build(self) -> InterfaceSession:
+        """Return the agent with what is around it."""
+        workspace = self._place
+        model = self._models[0]
+        agent = self._agent = self._make_agent(
+            model,
             self._session.log,
             self._make_tools(),
             workspace,
@@ -227,30 +173,67 @@ class _Builder:
                 instructions=self._instructions.opening(),
                 skills=describe_skills(self._skills.values()),
             ),
-            checkpoints=Checkpoints(workspace) if self._settings.checkpointing else None,
+            has_checkpoints=self._settings.checkpointing,
             session=self._session.id,
             session_folder=str(self._session.folder),
             mode=self._options.mode,
-            limits=self._limits,
         )
-        task = TaskTool(self._specs, self._make_child, notify=agent.notify)
-        if is_wanted(task.name, self._options, self._settings):
-            agent.tools[task.name] = task
+        self._task = TaskTool(self._specs, self._make_child, notify=agent.notify)
+        if is_wanted(self._task.name, self._options, self._settings):
+            agent.tools[self._task.name] = self._task
         self._follow_folders(agent)
-        notices = (*self._settings.notices, *self._problems, *self._instructions.problems)
-        return Assembled(
+        return InterfaceSession(
             agent=agent,
-            session=self._session,
-            place=self._place,
-            settings=self._settings,
-            skills=self._skills,
-            specs=self._specs,
-            commands=self._commands,
-            notices=notices,
-            task=task,
+            close=self._close,
+            keep=self._keep,
+            make_model=self._make_model,
             servers=self._servers,
-            models=self._models,
+            commands=self._commands,
+            skills=self._skills,
+            agents=self._specs,
+            models=model.offered if isinstance(model, EndpointModel) else (),
+            notices=(*self._settings.notices, *self._problems, *self._instructions.problems),
         )
+
+    # -- what the session is given
+
+    async def _close(self, outcome: events.Outcome = "finished") -> None:
+        """End the session in order and free all that it holds."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._session.close)
+            for model in self._models:
+                stack.push_async_callback(model.aclose)
+            stack.push_async_callback(self._place.aclose)
+            stack.push_async_callback(self._servers.close)
+            stack.push_async_callback(self._agent.aclose, outcome)
+            stack.push_async_callback(self._task.aclose)
+
+    async def _keep(self) -> str:
+        """Keep what is outside of the events: a sandbox's files, an engine's tokens."""
+        try:
+            for model in self._models:
+                if isinstance(model, EngineModel):
+                    model.keep()
+            await self._place.keep()
+        except WorkspaceError as error:
+            self._session.log.append(events.Notice(text=str(error), level="error"))
+            return str(error)
+        return ""
+
+    async def _make_model(self, name: str) -> Model:
+        """Return a model of the endpoint by its name; ValueError where there is none."""
+        if self._options.engine:
+            raise ValueError("an engine of token ids has one model")
+        model = self._endpoint_model(name)
+        try:
+            await model.connect()
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        if model.offered and name not in model.offered:
+            raise ValueError(f"the endpoint has no model {name!r}; it has {model.offered}")
+        return model
+
+    # -- agents
 
     def _make_child(self, birth: Birth) -> Agent:
         """Return a sub-agent: it shares files, rules, hooks and desk with its parent.
@@ -258,11 +241,14 @@ class _Builder:
         Its shell is its own: several sub-agents work at once, and none moves another's directory.
         """
         spec = birth.spec
-        workspace = self._place.workspace.beside()
+        workspace = self._place.beside()
         tools = [tool for tool in tools_for(spec, self._make_tools()) if tool.name not in NOT_BELOW]
         around = surroundings(workspace.root, workspace.is_isolated)
+        model = self._models[0]
+        if spec.model not in ("", model.name) and not self._options.engine:
+            model = self._endpoint_model(spec.model)
         child = self._make_agent(
-            self._model_of(spec),
+            model,
             birth.log,
             tools,
             workspace,
@@ -273,7 +259,6 @@ class _Builder:
             agent=spec.name,
             parent=self._session.id,
             mode=self._policy.mode,
-            limits=self._limits,
         )
         if may_have_subagents(spec, birth.depth):
             # Without a background: a sub-agent ends with its answer, and so does what it started.
@@ -307,17 +292,16 @@ class _Builder:
             supervisor=self._supervisor,
             context=context,
             desk=self._desk,
+            limits=self._limits,
             spent=self._spent,
             **rest,
         )
-        context.read_files = agent.read_files
-        context.hooks = agent.hooks
+        context.run_hooks = agent.run_hooks
         return agent
 
-    def _model_of(self, spec: AgentSpec) -> Model:
-        if spec.model in ("", self._model.name) or self._options.engine:
-            return self._model
-        model = endpoint_model(self._options, self._settings, spec.model)
+    def _endpoint_model(self, name: str) -> EndpointModel:
+        """Return another model of the endpoint, which is closed with the session."""
+        model = endpoint_model(self._options, self._settings, name)
         self._models.append(model)
         return model
 
@@ -328,38 +312,30 @@ class _Builder:
             user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
             shell_seconds=self._settings.shell_timeout,
         )
-        own = [tool for tool in tools if is_wanted(tool.name, self._options, self._settings)]
-        chosen = [
-            tool
-            for tool in self._servers.tools
-            if is_wanted(tool.name, self._options, self._settings, is_own=False)
-        ]
-        return [*own, *chosen]
+        wanted = functools.partial(is_wanted, options=self._options, settings=self._settings)
+        own = [tool for tool in tools if wanted(tool.name)]
+        return [*own, *(one for one in self._servers.tools if wanted(one.name, is_own=False))]
 
     def _make_supervisor(self) -> Supervisor | None:
         """Return the supervisor that the settings ask for, which sub-agents share."""
         given = self._settings.supervisor
         if given is None:
             return None
-        judge = None
-        if given.judge:
-            judge = endpoint_model(self._options, self._settings, given.judge)
-            self._models.append(judge)
         hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
-        workspace = self._place.workspace
+        workspace = self._place
         return make_supervisor(
             dataclasses.replace(given, hosts=(*given.hosts, *hosts)),
             root=workspace.root,
             home="/root" if workspace.is_isolated else os.path.expanduser("~"),
             events=self._session.log.events,
-            judge=judge,
+            judge=self._endpoint_model(given.judge) if given.judge else None,
             read=workspace.read,
         )
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""
         content = text.encode("utf-8", "surrogatepass")
-        workspace = self._place.workspace
+        workspace = self._place
         folder = f"{session_folder}/outputs"
         if workspace.is_isolated:  # agents of one sandbox have a folder each
             folder = f"{workspace.outputs}/{pathlib.PurePath(session_folder).name}"
@@ -369,7 +345,7 @@ class _Builder:
 
     def _follow_folders(self, agent: Agent) -> None:
         """Tell the agent the instructions of folders whose files it touches."""
-        root = self._place.workspace.root
+        root = self._place.root
 
         def on_event(event: events.Event) -> None:
             if not isinstance(event, events.ToolStarted):

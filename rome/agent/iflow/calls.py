@@ -10,17 +10,14 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from rome.agent.iflow import events
-from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.desk import Approval, Desk
-from rome.agent.iflow.event_log import EventLog
-from rome.agent.iflow.events import Outcome, ToolCall
-from rome.agent.iflow.limits import Limits
-from rome.agent.iflow.parts import Hooks, Judgement, Policy, Supervisor
-from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+from rome.agent.iflow.events import ApprovalAnswered, Outcome, SupervisorJudged, ToolCall
+from rome.agent.iflow.parts import Parts
+from rome.agent.iflow.places.output import shorten
+from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, read_arguments
 
 MAX_OUTPUT = 400_000  # characters that stay of an output whose tool did not shorten it
@@ -45,39 +42,25 @@ class _Refused(Exception):
         self.ending = ending
 
 
-@dataclasses.dataclass
 class CallRunner:
     """Runs calls.
 
-    Attributes:
-      tools: by name.
-      log: of the session.
-      conversation: of it; it has taken an event once that is logged.
-      desk: where approvals and questions wait.
-      policy: rules of approval.
-      hooks: the user's programs.
-      supervisor: judges each call; None for none.
-      limits: of the agent.
-      workspace: where tools work.
-      session_folder: where tools keep whole outputs.
-      read_files: path -> (size, time of change) of each file as the agent last saw it.
+    Args:
+      parts: of the agent.
       before_change: called before a call that may change files.
       notify: told of an approval that waits.
     """
 
-    tools: Mapping[str, Tool]
-    log: EventLog
-    conversation: Conversation
-    desk: Desk
-    policy: Policy
-    hooks: Hooks
-    supervisor: Supervisor | None
-    limits: Limits
-    workspace: Workspace
-    session_folder: str
-    read_files: dict[str, tuple[int, float]]
-    before_change: Callable[[], Awaitable[None]]
-    notify: Callable[[str], None]
+    def __init__(
+        self,
+        parts: Parts,
+        before_change: Callable[[], Awaitable[None]],
+        notify: Callable[[str], None],
+    ) -> None:
+        self._parts = parts
+        self._log = parts.log
+        self._before_change = before_change
+        self._notify = notify
 
     async def run(self, calls: Sequence[ToolCall]) -> Ending | None:
         """Run the calls of an answer: at the same time where all of them may, else in order.
@@ -98,11 +81,11 @@ class CallRunner:
                 self._finish(call, PASSED_OVER)
 
     def _is_parallel(self, call: ToolCall) -> bool:
-        tool = self.tools.get(call.name)
+        tool = self._parts.tools.get(call.name)
         return tool is not None and tool.is_parallel
 
     async def _run_together(self, calls: Sequence[ToolCall]) -> Ending | None:
-        places = asyncio.Semaphore(self.limits.parallel)
+        places = asyncio.Semaphore(self._parts.limits.parallel)
 
         async def run(call: ToolCall) -> Ending | None:
             async with places:
@@ -134,7 +117,7 @@ class CallRunner:
                 ending = Ending("infrastructure", str(error))
         except Exception as error:  # a fault of a tool ends neither the turn nor the program
             text = f"{call.name} failed inside: {type(error).__name__}: {error}"
-            self.log.append(events.Notice(text=text, level="error"))
+            self._log.append(events.Notice(text=text, level="error"))
             result = ToolResult(text, "error")
         self._finish(call, result, time.monotonic() - began)
         return ending
@@ -147,17 +130,17 @@ class CallRunner:
           _Refused: it must not run.
           WorkspaceError: the workspace failed.
         """
-        tool = self.tools.get(call.name)
+        tool = self._parts.tools.get(call.name)
         if tool is None:
-            known = ", ".join(sorted(self.tools)) or "none"
+            known = ", ".join(sorted(self._parts.tools)) or "none"
             raise ToolError(f"there is no tool {call.name!r}; there are {known}")
         arguments = read_arguments(tool, call.arguments)
         arguments, call, hook_decision = await self._before(tool, arguments, call)
         context = self._context_of(call)
         await self._permit(tool, arguments, context, hook_decision)
         if tool.access(arguments) not in ("none", "read"):
-            await self.before_change()
-        self.log.append(events.ToolStarted(call=call, summary=tool.summary(arguments)))
+            await self._before_change()
+        self._log.append(events.ToolStarted(call=call, summary=tool.summary(arguments)))
         result = await self._run_tool(tool, arguments, context)
         ending = await self._look_at(tool, arguments, context.call, result)
         return result, ending
@@ -167,7 +150,7 @@ class CallRunner:
     ) -> tuple[dict[str, Any], ToolCall, str]:
         """Run the hooks before a call; return it as it is to be run, and what they decided."""
         payload = {"tool_name": tool.name, "tool_input": arguments, "tool_use_id": call.id}
-        outcome = await self.hooks.run("PreToolUse", payload, matcher=tool.name)
+        outcome = await self._parts.run_hooks("PreToolUse", payload, matcher=tool.name)
         if outcome.stop:
             reason = outcome.message or "a hook asks to stop"
             raise _Refused(reason, Ending("aborted", reason))
@@ -187,7 +170,7 @@ class CallRunner:
         Raises:
           _Refused: the call must not run.
         """
-        verdict = self.policy.judge(tool, arguments, self.workspace.directory)
+        verdict = self._parts.policy.judge(tool, arguments, self._parts.workspace.directory)
         if verdict.decision == "deny":
             raise _Refused(verdict.reason or f"the rules deny this call of {tool.name}")
         reasons = []
@@ -195,8 +178,10 @@ class CallRunner:
             reasons.append("a hook asks for it")
         elif verdict.decision == "ask" and hook_decision != "allow":
             reasons.append(verdict.reason)
-        if self.supervisor is not None:
-            judgement = await self.supervisor.judge(tool, arguments, conversation=self.conversation)
+        if self._parts.supervisor is not None:
+            judgement = await self._parts.supervisor.judge(
+                tool, arguments, conversation=self._parts.conversation
+            )
             self._log_judgement(context.call, judgement)
             if judgement.verdict == "stop":
                 ending = _ending_of(judgement)
@@ -217,25 +202,25 @@ class CallRunner:
     ) -> None:
         summary = tool.summary(arguments)
         diff = await tool.preview(arguments, context)
-        self.notify(f"{summary} waits for approval")
-        approval = await self.desk.approve(
+        self._notify(f"{summary} waits for approval")
+        approval = await self._parts.desk.approve(
             context.call, reason=reason, summary=summary, diff=diff, rule=rule
         )
         if approval.decision != "allow":
             raise _refusal(tool, approval, reason)
         if approval.scope != "once" and rule:
-            self.policy.add_rule(rule, approval.scope)
+            self._parts.policy.add_rule(rule, approval.scope)
 
     async def _run_tool(
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext
     ) -> ToolResult:
         """Run a tool within its time; the time in which the user is asked does not count."""
         running = asyncio.ensure_future(tool.run(arguments, context))
-        seconds = self.limits.tool_seconds
+        seconds = self._parts.limits.tool_seconds
         try:
             while not running.done():
                 await asyncio.wait([running], timeout=seconds or None)
-                if not running.done() and not self.desk.is_waiting:
+                if not running.done() and not self._parts.desk.is_waiting:
                     raise ToolError(f"{tool.name} did not end within {seconds:g} s")
             return running.result()
         finally:
@@ -251,15 +236,15 @@ class CallRunner:
             running.cancelled() or running.exception()  # its last words are of no interest
             return
         text = f"{tool.name} does not end; it was left behind"
-        self.log.append(events.Notice(text=text, level="warning"))
+        self._log.append(events.Notice(text=text, level="warning"))
 
     async def _look_at(
         self, tool: Tool, arguments: dict[str, Any], call: ToolCall, result: ToolResult
     ) -> Ending | None:
         """Let the supervisor and the hooks see a result; return how the turn ends with it."""
         ending = Ending("finished") if result.ends_turn else None
-        if self.supervisor is not None:
-            judgement = await self.supervisor.observe(tool, arguments, result)
+        if self._parts.supervisor is not None:
+            judgement = await self._parts.supervisor.observe(tool, arguments, result)
             self._log_judgement(call, judgement)
             if judgement.verdict == "stop":
                 ending = _ending_of(judgement)
@@ -269,57 +254,40 @@ class CallRunner:
             "tool_use_id": call.id,
             "tool_response": {"output": result.output, "status": result.status},
         }
-        outcome = await self.hooks.run("PostToolUse", payload, matcher=tool.name)
+        outcome = await self._parts.run_hooks("PostToolUse", payload, matcher=tool.name)
         if outcome.stop:
             ending = Ending("aborted", outcome.message or "a hook asks to stop")
         return ending
 
     def _context_of(self, call: ToolCall) -> ToolContext:
+        parts = self._parts
         return ToolContext(
             call=call,
-            workspace=self.workspace,
-            emit=self.log.append,
-            asker=self.desk,
-            session_folder=self.session_folder,
-            todo=self.conversation.todo,
-            mode=self.conversation.mode,
-            read_files=self.read_files,
-            is_denied=self.policy.hides,
+            workspace=parts.workspace,
+            emit=parts.log.append,
+            asker=parts.desk,
+            session_folder=parts.session_folder,
+            todo=parts.conversation.todo,
+            mode=parts.conversation.mode,
+            read_files=parts.conversation.read_files,
+            is_denied=parts.policy.hides,
         )
 
-    def _log_judgement(self, call: ToolCall, judgement: Judgement) -> None:
+    def _log_judgement(self, call: ToolCall, judgement: SupervisorJudged) -> None:
         """Log a verdict; that a call may pass, without a cost, is no event."""
-        if judgement.verdict == "pass" and not judgement.cost:
-            return
-        judged = events.SupervisorJudged(
-            call_id=call.id,
-            verdict=judgement.verdict,
-            rule=judgement.rule,
-            severity=judgement.severity,
-            reason=judgement.reason,
-            cost=judgement.cost,
-        )
-        self.log.append(judged)
+        if judgement.verdict != "pass" or judgement.cost:
+            self._log.append(dataclasses.replace(judgement, call_id=call.id))
 
     def _finish(self, call: ToolCall, result: ToolResult, seconds: float = 0.0) -> None:
         """Log the result of a call that has none yet."""
-        if call.id not in self.conversation.open_calls:
-            return
-        finished = events.ToolFinished(
-            call_id=call.id,
-            output=_bounded(result.output),
-            status=result.status,
-            seconds=round(seconds, 3),
-            exit_code=result.exit_code,
-            file=result.file,
-            changed=result.changed,
-            diff=result.diff,
-            denials=result.denials,
-        )
-        self.log.append(finished)
+        if call.id in self._parts.conversation.open_calls:
+            finished = result.finished(call.id, seconds)
+            self._log.append(
+                dataclasses.replace(finished, output=shorten(result.output, MAX_OUTPUT))
+            )
 
 
-def _refusal(tool: Tool, approval: Approval, reason: str) -> _Refused:
+def _refusal(tool: Tool, approval: ApprovalAnswered, reason: str) -> _Refused:
     """Return why a call does not run, as the model is told."""
     if approval.by == "policy":
         return _Refused(f"this call of {tool.name} needs approval ({reason}), and {approval.note}")
@@ -329,14 +297,5 @@ def _refusal(tool: Tool, approval: Approval, reason: str) -> _Refused:
     return _Refused(text, Ending("aborted", text) if approval.decision == "stop" else None)
 
 
-def _ending_of(judgement: Judgement) -> Ending:
+def _ending_of(judgement: SupervisorJudged) -> Ending:
     return Ending("aborted", f"stopped by the supervisor: {judgement.reason}")
-
-
-def _bounded(output: str) -> str:
-    """Return an output with its middle left out where it is longer than MAX_OUTPUT."""
-    if len(output) <= MAX_OUTPUT:
-        return output
-    half = MAX_OUTPUT // 2
-    left_out = len(output) - 2 * half
-    return f"{output[:half]}\n[... {left_out} characters left out ...]\n{output[-half:]}"

@@ -14,15 +14,16 @@ import asyncio
 import contextlib
 import dataclasses
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
 
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.conversation import Conversation, Entry
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.keep import KeepList, last_request
-from rome.agent.iflow.models.model import Answer, Model, ModelError
+from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+from rome.agent.iflow.specs.hooks import HookOutcome
 from rome.agent.iflow.summary import HEAD, INSTRUCTION, SUMMARY, describe_steps, transcript
 from rome.agent.messages import Message
 
@@ -68,10 +69,14 @@ class ContextSettings:
             )
 
 
-class RunsHooks(Protocol):
-    """Runs the user's hooks around a compaction (`rome.agent.iflow.specs.hooks`)."""
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """The context at hand, and the model that is asked with it."""
 
-    async def run(self, event: str, payload: Mapping[str, Any], *, matcher: str = "") -> Any: ...
+    conversation: Conversation
+    model: Model
+    schemas: Sequence[dict[str, Any]]
+    log: EventLog
 
 
 class ContextManager:
@@ -80,11 +85,8 @@ class ContextManager:
     Args:
       settings: when and how.
       store: keeps an output as a file that the model can read; None: outputs stay where they are.
-      hooks: run around a compaction; None for none.
-      writer: writes summaries; None: the model of the agent.
+      run_hooks: runs the user's hooks around a compaction (`Parts.run_hooks`); None for none.
       workspace: whose files are watched for changes; None watches none.
-      read_files: path -> (size, time of change) of the files that the agent has seen, shared with
-        its tools.
       keep: the keep-list; None makes one.
     """
 
@@ -93,17 +95,13 @@ class ContextManager:
         settings: ContextSettings | None = None,
         *,
         store: Store | None = None,
-        hooks: RunsHooks | None = None,
-        writer: Model | None = None,
+        run_hooks: Callable[..., Awaitable[HookOutcome]] | None = None,
         workspace: Workspace | None = None,
-        read_files: Mapping[str, tuple[int, float]] | None = None,
         keep: KeepList | None = None,
     ) -> None:
         self.settings = settings or ContextSettings()
-        self.read_files: Mapping[str, tuple[int, float]] = {} if read_files is None else read_files
+        self.run_hooks = run_hooks
         self._store = store
-        self.hooks = hooks
-        self._writer = writer
         self._workspace = workspace
         self._keep = keep or KeepList()
         self._noticed: dict[str, tuple[int, float] | None] = {}
@@ -126,8 +124,9 @@ class ContextManager:
           schemas: of its tools.
           log: of the session.
         """
-        await self._notice_changes(log)
-        tokens = self.count_tokens(conversation, model, schemas, log)
+        asked = _Asked(conversation, model, schemas, log)
+        await self._notice_changes(asked)
+        tokens = self._count(asked)
         limit = self.settings.threshold * model.context_tokens
         answer = _last_counted_answer(log.events)
         if self._is_estimate and answer is not None:
@@ -159,55 +158,52 @@ class ContextManager:
             user asks for it.
           focus: what the summary should keep above all, in the user's words.
         """
-        tokens = self.count_tokens(conversation, model, schemas, log)
+        asked = _Asked(conversation, model, schemas, log)
+        tokens = self._count(asked)
         if _last_counted_answer(log.events) is not None:
             self._ratio = _ratio_of(tokens, model.count_tokens(conversation.messages, schemas))
-        asked = await self._run_hook("PreCompact", trigger, tokens)
-        if getattr(asked, "decision", "") == "block" and trigger != "overflow":
+        hooked = await self._run_hooks("PreCompact", trigger, tokens)
+        if hooked.decision == "block" and trigger != "overflow":
             self._floor = tokens
             return
-        focus = "\n".join(filter(None, [focus, getattr(asked, "context", "")]))
-        await self._move_outputs(conversation, model, log, tokens, trigger)
-        left = self.count_tokens(conversation, model, schemas, log)
+        await self._move_outputs(asked, tokens, trigger)
+        left = self._count(asked)
         target = self.settings.target * self.settings.threshold * model.context_tokens
         if trigger != "threshold" or left > target:
-            left = await self._summarise(conversation, model, schemas, log, trigger, focus, tokens)
+            focus = "\n".join(filter(None, [focus, hooked.context]))
+            left = await self._summarise(asked, trigger, focus, tokens)
         self._floor = left
         self._is_estimate = True
-        await self._run_hook("PostCompact", trigger, left)
+        await self._run_hooks("PostCompact", trigger, left)
 
-    # -- counting
-    # ---------------------------------------------------------------------------------------------
+    async def _run_hooks(self, event: str, trigger: Trigger, tokens: int) -> HookOutcome:
+        if self.run_hooks is None:
+            return HookOutcome()
+        payload = {"trigger": trigger, "tokens": tokens}
+        return await self.run_hooks(event, payload, matcher=trigger)
 
-    def count_tokens(
-        self,
-        conversation: Conversation,
-        model: Model,
-        schemas: Sequence[dict[str, Any]],
-        log: EventLog,
-    ) -> int:
+    def _count(self, asked: _Asked) -> int:
         """Return the tokens of the context: the model's own count, and an estimate of what is new.
 
         The model's count is that of its last answer, as long as the context only grew since.
         """
-        answer = _last_counted_answer(log.events)
+        conversation = asked.conversation
+        answer = _last_counted_answer(asked.log.events)
         if answer is None:
-            return round(self._ratio * model.count_tokens(conversation.messages, schemas))
+            return self._estimate(asked, conversation.messages, asked.schemas)
         new = [entry.message for entry in conversation.entries if _follows(entry, answer.number)]
         counted = answer.usage.prompt + answer.usage.completion
-        return counted + (round(self._ratio * model.count_tokens(new)) if new else 0)
+        return counted + (self._estimate(asked, new) if new else 0)
+
+    def _estimate(
+        self, asked: _Asked, messages: Sequence[Message], schemas: Sequence[dict[str, Any]] = ()
+    ) -> int:
+        """Return the tokens of messages as the model would count them, about."""
+        return round(self._ratio * asked.model.count_tokens(messages, schemas))
 
     # -- outputs that move to files
-    # ---------------------------------------------------------------------------------------------
 
-    async def _move_outputs(
-        self,
-        conversation: Conversation,
-        model: Model,
-        log: EventLog,
-        tokens: int,
-        trigger: Trigger,
-    ) -> None:
+    async def _move_outputs(self, asked: _Asked, tokens: int, trigger: Trigger) -> None:
         """Move long outputs of old calls to files, the oldest first, until the target is reached.
 
         Where the model refused the conversation as too long, all long outputs move.
@@ -216,15 +212,15 @@ class ContextManager:
             return
         settings = self.settings
         is_full = trigger == "overflow"
-        limit = 0.0 if is_full else settings.threshold * model.context_tokens
+        limit = 0.0 if is_full else settings.threshold * asked.model.context_tokens
         recent = settings.recent * limit
         target = settings.target * limit
-        for entry in _older_than(conversation.entries, model, recent):
+        for entry in _older_than(asked.conversation.entries, asked.model, recent):
             if tokens <= target:
                 return
             if entry.finished is None or entry.moved is not None:
                 continue
-            size = round(self._ratio * model.count_tokens([entry.message]))
+            size = self._estimate(asked, [entry.message])
             if size < settings.moved_tokens:
                 continue
             id = entry.finished.call_id
@@ -236,83 +232,67 @@ class ContextManager:
                 path = path or await self._store(f"{name}.txt", entry.finished.output)
             except (OSError, WorkspaceError) as error:
                 text = f"the output of a call could not be moved to a file: {error}"
-                log.append(ev.Notice(text=text, level="warning"))
+                asked.log.append(ev.Notice(text=text, level="warning"))
                 return
-            log.append(ev.OutputMoved(call_id=id, file=path, tokens=size))
+            asked.log.append(ev.OutputMoved(call_id=id, file=path, tokens=size))
             tokens -= size
 
     # -- the summary
-    # ---------------------------------------------------------------------------------------------
 
-    async def _summarise(
-        self,
-        conversation: Conversation,
-        model: Model,
-        schemas: Sequence[dict[str, Any]],
-        log: EventLog,
-        trigger: Trigger,
-        focus: str,
-        tokens: int,
-    ) -> int:
+    async def _summarise(self, asked: _Asked, trigger: Trigger, focus: str, tokens: int) -> int:
         """Replace the older part of the context by a summary; return the tokens that are left."""
+        conversation, model, log = asked.conversation, asked.model, asked.log
         log.append(ev.CompactionStarted(trigger=trigger, tokens=tokens))
         entries = list(conversation.entries)
-        answer, fallback = await self._ask_for_summary(conversation, model, schemas, focus)
+        answer, fallback = await self._ask_for_summary(asked, focus)
         if answer is not None and not fallback:
             written = f"{SUMMARY}\n{answer.text.strip()}"
         else:
-            budget = min(self.settings.summary_tokens, model.context_tokens // 8)
-            written = describe_steps(entries, fallback, budget * CHARACTERS)
+            written = describe_steps(entries, fallback, self._summary_tokens(model) * CHARACTERS)
         request = await self._request_that_fits(conversation, model)
-        history = await self._store_history(entries, len(log.events))
+        history = await self._store_or_not(f"history-{len(log.events)}.txt", transcript(entries))
         self._keep.catch_up(log.events)
-        facts = self._keep.render(
-            conversation, request=request, read_files=self.read_files, history=history
-        )
+        facts = self._keep.render(conversation, request=request, history=history)
         summary = "\n\n".join(filter(None, [HEAD, facts, written]))
-        message = Message("user", summary)
         system = [one for one in conversation.messages[:1] if one.role == "system"]
-        base = round(self._ratio * model.count_tokens([*system, message], schemas))
+        after = self._estimate(asked, [*system, Message("user", summary)], asked.schemas)
         limit = self.settings.threshold * model.context_tokens
         recent = self.settings.recent * limit / (2 if trigger == "overflow" else 1)
-        room = self.settings.target * limit - base
+        room = self.settings.target * limit - after
         kept = _newest(entries, model, min(recent, room) / self._ratio)
         if not kept:  # the last call and its results alone may be longer than the share
-            last = _last_exchange(entries)
-            kept = _newest(last, model, room / self._ratio)
-        after = base
+            kept = _newest(_last_exchange(entries), model, room / self._ratio)
         if kept:
-            after += round(self._ratio * model.count_tokens([entry.message for entry in kept]))
-        compacted = ev.ContextCompacted(
-            summary=summary,
-            kept_from=kept[0].number if kept else len(log.events),
-            tokens_before=tokens,
-            tokens_after=after,
-            fallback=fallback,
-            history=history,
-            usage=ev.NO_USAGE if answer is None else answer.usage,
+            after += self._estimate(asked, [entry.message for entry in kept])
+        log.append(
+            ev.ContextCompacted(
+                summary=summary,
+                kept_from=kept[0].number if kept else len(log.events),
+                tokens_before=tokens,
+                tokens_after=after,
+                fallback=fallback,
+                history=history,
+                usage=ev.NO_USAGE if answer is None else answer.usage,
+            )
         )
-        log.append(compacted)
         return after
 
+    def _summary_tokens(self, model: Model) -> int:
+        return min(self.settings.summary_tokens, model.context_tokens // 8)
+
     async def _ask_for_summary(
-        self,
-        conversation: Conversation,
-        model: Model,
-        schemas: Sequence[dict[str, Any]],
-        focus: str,
-    ) -> tuple[Answer | None, str]:
+        self, asked: _Asked, focus: str
+    ) -> tuple[ev.AssistantMessage | None, str]:
         """Return the model's summary, and why it is of no use; "" where it is.
 
         It is asked with the context as it is, so that a server has most of it in its cache.
         """
         instruction = f"{INSTRUCTION} Keep above all: {focus}" if focus else INSTRUCTION
-        messages = [*conversation.messages, Message("user", instruction)]
-        limit = min(self.settings.summary_tokens, model.context_tokens // 8)
-        writer = self._writer or model
+        messages = [*asked.conversation.messages, Message("user", instruction)]
+        limit = self._summary_tokens(asked.model)
         try:
             async with asyncio.timeout(self.settings.summary_seconds):
-                answer = await writer.ask(messages, schemas, max_tokens=limit)
+                answer = await asked.model.ask(messages, asked.schemas, max_tokens=limit)
         except TimeoutError:
             return None, f"no answer within {self.settings.summary_seconds:g} s"
         except ModelError as error:
@@ -323,14 +303,12 @@ class ContextManager:
             return answer, "the model answered with a call" if answer.tool_calls else "it was empty"
         return answer, ""
 
-    async def _store_history(self, entries: Sequence[Entry], number: int) -> str:
-        """Write the context to a file, so that nothing is lost for good; "" where none can be."""
-        if self._store is None:
-            return ""
-        try:
-            return await self._store(f"history-{number}.txt", transcript(entries))
-        except (OSError, WorkspaceError):
-            return ""
+    async def _store_or_not(self, name: str, text: str) -> str:
+        """Write a text to a file and return its path; "" where none can be written."""
+        if self._store is not None:
+            with contextlib.suppress(OSError, WorkspaceError):
+                return await self._store(name, text)
+        return ""
 
     async def _request_that_fits(self, conversation: Conversation, model: Model) -> str:
         """Return the user's last request; where it is very long, its ends and the name of a file.
@@ -341,30 +319,21 @@ class ContextManager:
         limit = MAX_REQUEST_SHARE * model.context_tokens
         if len(request) < limit or model.count_tokens([Message("user", request)]) <= limit:
             return request
-        place = "left out"
-        if self._store is not None:
-            name = f"request-{conversation.requests[-1].number}.txt"
-            with contextlib.suppress(OSError, WorkspaceError):
-                place = f"in the file {await self._store(name, request)}"
+        name = f"request-{conversation.requests[-1].number}.txt"
+        file = await self._store_or_not(name, request)
         half = round(limit * CHARACTERS / 4)
+        place = f"in the file {file}" if file else "left out"
         middle = f"[... {len(request) - 2 * half} characters {place} ...]"
         return f"{request[:half]}\n{middle}\n{request[-half:]}"
 
-    async def _run_hook(self, event: str, trigger: Trigger, tokens: int) -> Any:
-        if self.hooks is None:
-            return None
-        payload = {"trigger": trigger, "tokens": tokens}
-        return await self.hooks.run(event, payload, matcher=trigger)
-
     # -- reminders
-    # ---------------------------------------------------------------------------------------------
 
-    async def _notice_changes(self, log: EventLog) -> None:
+    async def _notice_changes(self, asked: _Asked) -> None:
         """Tell the model of files that changed since it saw them, once for each change."""
         if self._workspace is None:
             return
         found = []
-        watched = list(self.read_files.items())[-MAX_WATCHED:]
+        watched = list(asked.conversation.read_files.items())[-MAX_WATCHED:]
         stats = (self._workspace.stat(path) for path, _ in watched)
         for (path, seen), now in zip(
             watched, await asyncio.gather(*stats, return_exceptions=True), strict=True
@@ -378,7 +347,7 @@ class ContextManager:
             self._noticed[path] = now
         if found:
             text = "Since you last read them, outside of your file tools: " + "; ".join(found) + "."
-            log.append(ev.UserMessage(text=text, source="reminder"))
+            asked.log.append(ev.UserMessage(text=text, source="reminder"))
 
 
 def _ratio_of(tokens: int, estimate: int) -> float:

@@ -8,14 +8,15 @@ killed goes on from its file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 from rome.agent.iflow import events
 from rome.agent.iflow.events import NO_USAGE, Event, TodoItem, ToolCall, Usage
 from rome.agent.messages import Call, Message
 
 NO_RESULT = "[This call has no result yet.]"
+KILLED = "the process ended while it ran"
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,7 +105,6 @@ class Conversation:
         return conversation
 
     # -- what it says
-    # ---------------------------------------------------------------------------------------------
 
     @property
     def entries(self) -> list[Entry]:
@@ -141,58 +141,57 @@ class Conversation:
         return next(later, "")
 
     # -- what happened
-    # ---------------------------------------------------------------------------------------------
 
     def add(self, event: Event) -> None:
         """Take one event; kinds that change nothing here are passed over."""
-        take = self._TAKERS.get(type(event))
+        take = getattr(self, f"_on_{event.kind}", None)
         if take is not None:
-            take(self, event)
+            take(event)
 
-    def _start(self, event: events.SessionStarted) -> None:
+    def _on_session_started(self, event: events.SessionStarted) -> None:
         self.session = event.session
         self.system = event.system
         self.directory = event.directory
         self.model = event.model
         self.mode = event.mode
 
-    def _change_mode(self, event: events.ModeChanged) -> None:
+    def _on_mode_changed(self, event: events.ModeChanged) -> None:
         self.mode = event.mode
 
-    def _change_model(self, event: events.ModelChanged) -> None:
+    def _on_model_changed(self, event: events.ModelChanged) -> None:
         self.model = event.model
 
-    def _start_turn(self, event: events.TurnStarted) -> None:
+    def _on_turn_started(self, event: events.TurnStarted) -> None:
         self.turn = event.turn
         self.is_working = True
         self.turn_answers = 0
         self.turn_usage = NO_USAGE
 
-    def _finish_turn(self, event: events.TurnFinished) -> None:
+    def _on_turn_finished(self, event: events.TurnFinished) -> None:
         self.is_working = False
 
-    def _hear(self, event: events.UserMessage) -> None:
+    def _on_user_message(self, event: events.UserMessage) -> None:
         text = event.text
         if event.source in ("user", "steer"):
             self._requests.append(event)
         else:
             text = f"<system-reminder>\n{text}\n</system-reminder>"
-        self._append(Entry(event.number, Message("user", text), source=event.source))
+        self.entries.append(Entry(event.number, Message("user", text), source=event.source))
 
-    def _answer(self, event: events.AssistantMessage) -> None:
+    def _on_assistant_message(self, event: events.AssistantMessage) -> None:
         calls = tuple(Call(call.id, call.name, call.arguments) for call in event.tool_calls)
         said = Message("assistant", event.text, event.reasoning, calls)
-        self._append(Entry(event.number, said))
+        self.entries.append(Entry(event.number, said))
         for call in event.tool_calls:
             entry = Entry(event.number, _result_message(call.id, NO_RESULT), call)
-            self._append(entry)
+            self.entries.append(entry)
             self._results[call.id] = entry
             self.open_calls[call.id] = call
         self.turn_answers += 1
         self.context_tokens = event.usage.prompt + event.usage.completion
         self._spend(event.usage)
 
-    def _finish_call(self, event: events.ToolFinished) -> None:
+    def _on_tool_finished(self, event: events.ToolFinished) -> None:
         if not event.call_id:
             self._finish_answer(event)
             return
@@ -214,16 +213,16 @@ class Conversation:
         if call is not None:
             entry.number = self._results[first].number
             self._results[first] = entry
-        self._append(entry)
+        self.entries.append(entry)
         self.open_calls.clear()
 
-    def _move(self, event: events.OutputMoved) -> None:
+    def _on_output_moved(self, event: events.OutputMoved) -> None:
         entry = self._results.get(event.call_id)
         if entry is not None and entry.moved is None:
             entry.moved = event
             entry.message = _result_message(event.call_id, moved_text(event))
 
-    def _compact(self, event: events.ContextCompacted) -> None:
+    def _on_context_compacted(self, event: events.ContextCompacted) -> None:
         summary = Entry(event.number, Message("user", event.summary), source="summary")
         kept = [
             entry
@@ -234,11 +233,11 @@ class Conversation:
         self.context_tokens = event.tokens_after
         self._spend(event.usage)
 
-    def _see_file(self, event: events.FileSeen) -> None:
+    def _on_file_seen(self, event: events.FileSeen) -> None:
         self.read_files.pop(event.path, None)
         self.read_files[event.path] = (event.size, event.changed)
 
-    def _rewind(self, event: events.Rewound) -> None:
+    def _on_rewound(self, event: events.Rewound) -> None:
         self.read_files.clear()
         if not event.conversation:
             return
@@ -256,62 +255,42 @@ class Conversation:
             while history and history[-1].number >= event.to:
                 history.pop()
 
-    def _change_todo(self, event: events.TodoChanged) -> None:
+    def _on_todo_changed(self, event: events.TodoChanged) -> None:
         self._todos.append(event)
 
-    def _start_subagent(self, event: events.SubagentStarted) -> None:
+    def _on_subagent_started(self, event: events.SubagentStarted) -> None:
         self.subagents[event.id] = event
 
-    def _finish_subagent(self, event: events.SubagentFinished) -> None:
+    def _on_subagent_finished(self, event: events.SubagentFinished) -> None:
         self.subagents.pop(event.id, None)
         self._spend(event.usage)
 
-    def _start_job(self, event: events.JobStarted) -> None:
+    def _on_job_started(self, event: events.JobStarted) -> None:
         self.jobs[event.job] = event
 
-    def _finish_job(self, event: events.JobFinished) -> None:
+    def _on_job_finished(self, event: events.JobFinished) -> None:
         self.jobs.pop(event.job, None)
 
-    def _open_request(self, event: events.ApprovalRequested | events.QuestionAsked) -> None:
+    def _on_approval_requested(
+        self, event: events.ApprovalRequested | events.QuestionAsked
+    ) -> None:
         self.open_requests[event.request] = event
 
-    def _close_request(self, event: events.ApprovalAnswered | events.QuestionAnswered) -> None:
+    _on_question_asked = _on_approval_requested
+
+    def _on_approval_answered(
+        self, event: events.ApprovalAnswered | events.QuestionAnswered
+    ) -> None:
         self.open_requests.pop(event.request, None)
 
-    def _take_checkpoint(self, event: events.CheckpointTaken) -> None:
-        self._checkpoints.append(event)
+    _on_question_answered = _on_approval_answered
 
-    def _append(self, entry: Entry) -> None:
-        self.entries.append(entry)
+    def _on_checkpoint_taken(self, event: events.CheckpointTaken) -> None:
+        self._checkpoints.append(event)
 
     def _spend(self, usage: Usage) -> None:
         self.usage += usage
         self.turn_usage += usage
-
-    _TAKERS: ClassVar[dict[type[Event], Callable[..., None]]] = {
-        events.SessionStarted: _start,
-        events.ModeChanged: _change_mode,
-        events.ModelChanged: _change_model,
-        events.TurnStarted: _start_turn,
-        events.TurnFinished: _finish_turn,
-        events.UserMessage: _hear,
-        events.AssistantMessage: _answer,
-        events.ToolFinished: _finish_call,
-        events.FileSeen: _see_file,
-        events.OutputMoved: _move,
-        events.ContextCompacted: _compact,
-        events.Rewound: _rewind,
-        events.TodoChanged: _change_todo,
-        events.SubagentStarted: _start_subagent,
-        events.SubagentFinished: _finish_subagent,
-        events.JobStarted: _start_job,
-        events.JobFinished: _finish_job,
-        events.ApprovalRequested: _open_request,
-        events.QuestionAsked: _open_request,
-        events.ApprovalAnswered: _close_request,
-        events.QuestionAnswered: _close_request,
-        events.CheckpointTaken: _take_checkpoint,
-    }
 
 
 def moved_text(event: events.OutputMoved) -> str:
@@ -321,3 +300,31 @@ def moved_text(event: events.OutputMoved) -> str:
 
 def _result_message(call_id: str, output: str) -> Message:
     return Message("tool", output, tool_call_id=call_id)
+
+
+def events_after_a_kill(conversation: Conversation) -> list[Event]:
+    """Return the events that end what a killed process left open: calls, requests, jobs, the turn.
+
+    Whether a call had its effect before the kill is not known, and the model is told so.
+    """
+    lost: list[Event] = []
+    for call in conversation.open_calls:
+        output = (
+            f"[This call has no result: {KILLED}. It may have had its effect, or a part of it.]"
+        )
+        lost.append(events.ToolFinished(call_id=call, output=output, status="cancelled"))
+    for request, asked in conversation.open_requests.items():
+        if isinstance(asked, events.ApprovalRequested):
+            lost.append(
+                events.ApprovalAnswered(request=request, decision="stop", note=KILLED, by="timeout")
+            )
+        else:
+            lost.append(events.QuestionAnswered(request=request, answer=""))
+    for subagent in conversation.subagents:
+        result = f"{KILLED}; go on with it by its id"
+        lost.append(events.SubagentFinished(id=subagent, outcome="aborted", result=result))
+    lost += [events.JobFinished(job=job) for job in conversation.jobs]
+    if conversation.is_working:
+        usage = conversation.turn_usage
+        lost.append(events.TurnFinished(outcome="aborted", reason=KILLED, usage=usage))
+    return lost

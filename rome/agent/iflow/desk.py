@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 from collections.abc import Sequence
 from typing import Literal
 
 from rome.agent.iflow import events
 from rome.agent.iflow.event_log import EventLog
-from rome.agent.iflow.events import Decision, ToolCall
+from rome.agent.iflow.events import ApprovalAnswered, Decision, ToolCall
 
 Scope = Literal["once", "session", "project"]
 NOBODY = (
@@ -21,19 +20,6 @@ NOBODY = (
 
 class UnknownRequest(ValueError):
     """An answer to a request that does not wait: it was answered, or there was none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Approval:
-    """The answer to an approval; the members are those of `events.ApprovalAnswered`."""
-
-    decision: Decision
-    scope: Scope = "once"
-    note: str = ""
-    by: str = "user"
-
-
-UNANSWERED = Approval("deny", note=NOBODY, by="policy")
 
 
 class Desk:
@@ -48,7 +34,7 @@ class Desk:
     def __init__(self, log: EventLog, *, is_attended: bool = False) -> None:
         self.log = log
         self.is_attended = is_attended
-        self._approvals: dict[str, asyncio.Future[Approval]] = {}
+        self._approvals: dict[str, asyncio.Future[ApprovalAnswered]] = {}
         self._questions: dict[str, asyncio.Future[str]] = {}
 
     @property
@@ -58,7 +44,7 @@ class Desk:
 
     async def approve(
         self, call: ToolCall, *, reason: str, summary: str = "", diff: str = "", rule: str = ""
-    ) -> Approval:
+    ) -> ApprovalAnswered:
         """Ask whether a call may run."""
         request = secrets.token_hex(6)
         self.log.append(
@@ -66,17 +52,17 @@ class Desk:
                 request=request, call=call, reason=reason, summary=summary, diff=diff, rule=rule
             )
         )
-        answer = UNANSWERED
-        if self.is_attended:
-            waiting = self._approvals[request] = asyncio.get_running_loop().create_future()
-            answer = Approval("stop")  # where the turn is cancelled meanwhile
-            try:
+        # Where the turn is cancelled meanwhile:
+        answer = ApprovalAnswered(request=request, decision="stop")
+        try:
+            if self.is_attended:
+                waiting = self._approvals[request] = asyncio.get_running_loop().create_future()
                 answer = await waiting
-            finally:
-                del self._approvals[request]
-                self._log_approval(request, answer)
-        else:
-            self._log_approval(request, answer)
+            else:
+                answer = _unanswered(request)
+        finally:
+            self._approvals.pop(request, None)
+            answer = self.log.append(answer)
         return answer
 
     async def question(self, question: str, choices: Sequence[str] = ()) -> str:
@@ -111,7 +97,8 @@ class Desk:
         approval = self._approvals.get(request)
         question = self._questions.get(request)
         if approval is not None and not approval.done() and decision is not None:
-            approval.set_result(Approval(decision, scope, note))
+            approved = ApprovalAnswered(request=request, decision=decision, scope=scope, note=note)
+            approval.set_result(approved)
         elif question is not None and not question.done() and decision is None:
             question.set_result(answer)
         else:
@@ -121,19 +108,13 @@ class Desk:
     def leave(self) -> None:
         """Note that nothing answers from now on; what waits is answered as where it never did."""
         self.is_attended = False
-        for approval in self._approvals.values():
+        for request, approval in self._approvals.items():
             if not approval.done():
-                approval.set_result(UNANSWERED)
+                approval.set_result(_unanswered(request))
         for question in self._questions.values():
             if not question.done():
                 question.set_result("")
 
-    def _log_approval(self, request: str, answer: Approval) -> None:
-        answered = events.ApprovalAnswered(
-            request=request,
-            decision=answer.decision,
-            scope=answer.scope,
-            note=answer.note,
-            by=answer.by,
-        )
-        self.log.append(answered)
+
+def _unanswered(request: str) -> ApprovalAnswered:
+    return ApprovalAnswered(request=request, decision="deny", note=NOBODY, by="policy")

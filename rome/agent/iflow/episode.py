@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from envs.gem.core import Env
 from envs.gem.episode import EnvironmentFault, OutOfTime, PlayedEnv, Turn
@@ -25,7 +25,7 @@ from rome.agent.iflow.events import AssistantMessage, TurnFinished
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Answer, Model, ModelError
+from rome.agent.iflow.models.model import Ask, ModelError
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.specs.agent_specs import GENERAL, AgentSpec
 from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
@@ -34,8 +34,6 @@ from rome.agent.iflow.tools.todo import TodoTool
 from rome.agent.messages import Message
 from rome.agent.session import Generator
 from rome.data.trajectory import Chunk, Trajectory
-from rome.data.tree import Edge
-from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
 # Tools of the agent that need no workspace; `task` comes beside them.
@@ -160,7 +158,7 @@ class _Episode:
         self._turns = asyncio.Lock()  # an environment takes one turn at a time
         self._end: Turn | None = None
         self._fault: EnvironmentFault | None = None
-        self._engine_fault = ""
+        self.engine_fault = ""
         self._tools = list(getattr(played.env, "tools", None) or ()) if is_told else []
 
     async def play(self, instruction: str) -> Turn:
@@ -182,8 +180,8 @@ class _Episode:
 
     async def _end_at(self, finished: TurnFinished) -> Turn:
         """Judge what is there, where the agent ended before the environment did."""
-        if self._engine_fault:
-            return Turn("", ending="infra_engine", note=self._engine_fault)
+        if self.engine_fault:
+            return Turn("", ending="infra_engine", note=self.engine_fault)
         ending = "truncated_turns" if self._are_answers_used_up else "truncated_tokens"
         return await self._played.judge(ending, finished.reason)
 
@@ -226,7 +224,6 @@ class _Episode:
         return turn
 
     # -- the agents
-    # ---------------------------------------------------------------------------------------------
 
     def _make_agent(
         self, log: EventLog, system: str, tools: Sequence[Tool], *, is_main: bool, kind: str = ""
@@ -236,7 +233,7 @@ class _Episode:
         if settings.compaction:
             context = ContextManager(ContextSettings(threshold=settings.compaction))
         return Agent(
-            _EpisodeModel(DialogueModel(self._dialogue), self),
+            _EpisodeModel(self._dialogue, self),
             tools,
             log,
             cast(Workspace, _Place()),
@@ -264,7 +261,6 @@ class _Episode:
         return self._make_agent(birth.log, system, tools, is_main=False, kind=birth.spec.name)
 
     # -- what their models are shown
-    # ---------------------------------------------------------------------------------------------
 
     def shown_tools(self, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the schemas that the model is told: the environment's, and the agent's own."""
@@ -281,60 +277,41 @@ class _Episode:
         Raises:
           ModelError: the episode is over or spoiled, or its answers are used up.
         """
-        if self._end is not None or self._fault is not None or self._engine_fault:
+        if self._end is not None or self._fault is not None or self.engine_fault:
             raise ModelError("the episode is over")
         if self._are_answers_used_up:
             raise ModelError(f"the {self._agent.answers} answers of the episode are used up")
 
-    def note_fault(self, error: ModelError) -> None:
-        """Note that the engine failed: what comes after says nothing about the policy."""
-        if isinstance(error.__cause__, EngineError):
-            self._engine_fault = str(error)
 
-
-class _EpisodeModel:
+class _EpisodeModel(DialogueModel):
     """The policy as a model of the agent: told of the environment's tools beside the agent's own.
 
     Args:
-      model: answers.
+      dialogue: of the episode.
       episode: says what it is told, and when it is over.
     """
 
-    def __init__(self, model: Model, episode: _Episode) -> None:
-        self.name = model.name
-        self.context_tokens = model.context_tokens
-        self._model = model
+    def __init__(self, dialogue: Dialogue, episode: _Episode) -> None:
+        super().__init__(dialogue)
         self._episode = episode
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
+    ) -> AssistantMessage:
         """Answer a conversation; see `Model`."""
         self._episode.refuse_at_the_end()
-        shown = self._episode.shown_tools(tools)
         try:
-            return await self._model.ask(
-                messages, shown, edge=edge, max_tokens=max_tokens, on_text=on_text
-            )
-        except ModelError as error:
-            self._episode.note_fault(error)
+            return await super().ask(messages, self._episode.shown_tools(tools), **how)
+        except ModelError:
+            # What comes after a fault of the engine says nothing about the policy.
+            self._episode.engine_fault = self._episode.engine_fault or str(self.fault or "")
             raise
 
     def count_tokens(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
     ) -> int:
         """Return the tokens of a conversation."""
-        return self._model.count_tokens(messages, self._episode.shown_tools(tools) if tools else ())
-
-    async def aclose(self) -> None:
-        """Free what the model holds."""
-        await self._model.aclose()
+        return super().count_tokens(messages, self._episode.shown_tools(tools) if tools else ())
 
 
 class _Player:

@@ -10,11 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
-from rome.agent.iflow.events import KINDS, Event, TodoItem, ToolCall, Usage
+from rome.agent.iflow.events import KINDS, E, Event, TodoItem, ToolCall, Usage
+from rome.version import VERSION
 
 
 class EventError(ValueError):
     """A line of a session file that is no event; the message names file and line."""
+
+
+class UnknownKind(EventError):
+    """An event of a kind that this version does not know; the message says what to do."""
 
 
 class EventLog:
@@ -39,7 +44,7 @@ class EventLog:
             self.events = list(read_events(path))
             self._cut_torn_line()
 
-    def append(self, event: Event) -> Event:
+    def append(self, event: E) -> E:
         """Store an event, tell the listeners, and return it with its number and time.
 
         It is in the file before anybody is told of it; the operating system has it, so that
@@ -93,6 +98,7 @@ def read_events(path: pathlib.Path) -> Iterator[Event]:
     """Yield the events of a session file; a torn last line is left out.
 
     Raises:
+      UnknownKind: a newer iFlow wrote it.
       EventError: a line in the middle is no event.
     """
     with open(path, "rb") as file:
@@ -101,6 +107,8 @@ def read_events(path: pathlib.Path) -> Iterator[Event]:
                 return
             try:
                 yield from_json(json.loads(line))
+            except UnknownKind as error:
+                raise UnknownKind(f"{path}:{place}: {error}") from None
             except (ValueError, TypeError, KeyError) as error:
                 raise EventError(f"{path}:{place} is no event of a session: {error}") from error
 
@@ -109,12 +117,18 @@ def from_json(values: Mapping[str, Any]) -> Event:
     """Return the event that `Event.to_json` wrote; members that it does not know are passed over.
 
     Raises:
-      EventError: the kind is unknown, or a member is missing or of another type.
+      UnknownKind: this version does not know the kind.
+      EventError: there is no kind, or a member is missing or of another type.
     """
     kind = values.get("kind") if isinstance(values, Mapping) else None
-    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str):
+        raise EventError(f"it has no kind: {str(values)[:80]}")
+    cls = KINDS.get(kind)
     if cls is None:
-        raise EventError(f"event kind {kind!r} unknown; a newer version may have written it")
+        raise UnknownKind(
+            f"iFlow {VERSION} does not know events of the kind {kind!r}: a newer one wrote this"
+            " session; go on with it there, or begin a new one here"
+        )
     names = {field.name for field in dataclasses.fields(cls)}
     members = {name: value for name, value in values.items() if name in names}
     for name, read in _READERS.get(cls.kind, {}).items():

@@ -41,11 +41,7 @@ class Event:
 
     def to_json(self) -> dict[str, Any]:
         """Return the event as it stands in a session file."""
-        values = {"kind": self.kind, "number": self.number, "at": self.at}
-        for field in dataclasses.fields(self):
-            if field.name not in values:
-                values[field.name] = _plain(getattr(self, field.name))
-        return values
+        return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
 KINDS: dict[str, type[Event]] = {}
@@ -118,7 +114,6 @@ class TodoItem:
 
 
 # -- the session
-# -------------------------------------------------------------------------------------------------
 
 
 @event("session_started")
@@ -174,7 +169,6 @@ class ModelChanged(Event):
 
 
 # -- turns
-# -------------------------------------------------------------------------------------------------
 
 
 @event("user_message")
@@ -328,7 +322,6 @@ class Retried(Event):
 
 
 # -- requests that an interface answers
-# -------------------------------------------------------------------------------------------------
 
 
 @event("approval_requested")
@@ -389,7 +382,6 @@ class QuestionAnswered(Event):
 
 
 # -- state of the agent
-# -------------------------------------------------------------------------------------------------
 
 
 @event("todo_changed")
@@ -531,7 +523,7 @@ class SupervisorJudged(Event):
     """The supervisor judged a call.
 
     Attributes:
-      call_id: of the call.
+      call_id: of the call; "" as long as it is not logged.
       verdict: "pass", "pause" (ask) or "stop".
       rule: that decided; "" for pass.
       severity: from 0 to 3.
@@ -539,7 +531,7 @@ class SupervisorJudged(Event):
       cost: that training may subtract.
     """
 
-    call_id: str
+    call_id: str = ""
     verdict: Literal["pass", "pause", "stop"]
     rule: str = ""
     severity: int = 0
@@ -562,12 +554,3 @@ class FeedbackGiven(Event):
     verdict: Literal["accept", "reject", "correct", "rate"]
     rating: int = 0
     text: str = ""
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of a field as JSON has it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return value

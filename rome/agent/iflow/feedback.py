@@ -20,7 +20,7 @@ from typing import Any
 
 from rome.agent.dialects.openai_chat import write_message
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.event_log import read_events
+from rome.agent.iflow.event_log import EventLog, read_events
 from rome.agent.iflow.events import (
     AssistantMessage,
     Event,
@@ -36,12 +36,45 @@ from rome.files import write_atomically
 EVENTS = "events.jsonl"
 TRAJECTORY = "trajectory.json"
 KINDS = ("sft", "preference")
+VERDICTS = ("accept", "reject", "correct", "rate")
 GOOD = 4  # rating from which on an answer is learned
 _RATINGS = {"accept": 5, "reject": 1, "correct": 1}
 
 
 class FeedbackError(ValueError):
-    """A session cannot be exported; the message names it and says why."""
+    """A judgement is none, or a session cannot be exported; the message says why."""
+
+
+def make_feedback(
+    log: EventLog, verdict: str, *, target: object, rating: object = 0, text: str = ""
+) -> FeedbackGiven:
+    """Return a judgement of an answer, to be logged.
+
+    Args:
+      log: of the session.
+      verdict: accept, reject, correct or rate.
+      target: number of the answer.
+      rating: from 1 to 5, where the verdict is to rate.
+      text: a comment, or what would have been right.
+
+    Raises:
+      FeedbackError: one of them is none; the message says which.
+    """
+    answers = [one.number for one in log.events if isinstance(one, AssistantMessage)]
+    if type(target) is not int or target not in answers:
+        raise FeedbackError(f"target {target!r} is not the number of an answer")
+    if verdict not in VERDICTS:
+        raise FeedbackError(f"verdict must be one of {', '.join(VERDICTS)}, not {verdict!r}")
+    if verdict == "rate" and rating not in (1, 2, 3, 4, 5):
+        raise FeedbackError(f"rating must be from 1 to 5, not {rating!r}")
+    if verdict == "correct" and not text:
+        raise FeedbackError("text must say what would have been right")
+    return FeedbackGiven(
+        target=target,
+        verdict=verdict,  # type: ignore[arg-type]
+        rating=rating if verdict == "rate" else 0,  # type: ignore[arg-type]
+        text=text,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,19 +21,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal, TextIO
 
 from rome.agent.iflow import events
-from rome.agent.iflow.assemble import Assembled
 from rome.agent.iflow.events import EXIT_CODES, TurnFinished
-from rome.agent.iflow.places.workspace import WorkspaceError
+from rome.agent.iflow.interfaces import InterfaceSession
 
 Format = Literal["text", "json", "stream-json"]
 FORMATS: tuple[Format, ...] = ("text", "json", "stream-json")
@@ -41,7 +41,7 @@ MAX_LINE = 64 << 20  # bytes of one line of the input
 
 
 async def run_headless(
-    assembled: Assembled,
+    session: InterfaceSession,
     prompt: str,
     *,
     output: Format = "text",
@@ -54,7 +54,7 @@ async def run_headless(
     a reader of the output that goes away.
 
     Args:
-      assembled: the agent; closed here.
+      session: the agent; closed here.
       prompt: the first turn; "" goes on with a turn that was not finished, or with the input alone.
       output: what is printed.
       has_input: whether standard input has further turns, as stream-json.
@@ -63,27 +63,27 @@ async def run_headless(
     Returns:
       The exit status of `events.EXIT_CODES`.
     """
-    agent = assembled.agent
+    agent = session.agent
     stop = _Stop(agent.cancel)
     printer = _Printer(out or sys.stdout, stop)
     if output == "stream-json":
         agent.log.listen(lambda event: printer.print_json(event.to_json()))
-    for notice in assembled.notices:
+    for notice in session.notices:
         agent.log.append(events.Notice(text=notice, level="warning"))
         print(f"iflow: {notice}", file=sys.stderr)
     finished = TurnFinished(outcome="finished")
     with _signals(stop):
         try:
             if prompt or not has_input:
-                finished = await _play(assembled, prompt)
+                finished = await _play(session, prompt)
             if has_input:
-                finished = await _follow_input(assembled, finished, stop)
+                finished = await _follow_input(session, finished, stop)
         finally:
-            await assembled.aclose(finished.outcome)
+            await session.close(finished.outcome)
     if output == "text":
-        printer.print(_last_answer(assembled))
+        printer.print(_last_answer(session))
     elif output == "json":
-        printer.print_json(summary(assembled, finished))
+        printer.print_json(summary(session, finished))
     if stop.reason and finished.outcome == "finished":  # what came of it may not be printed
         finished = TurnFinished(outcome="aborted", reason=stop.reason)
     if finished.outcome != "finished":
@@ -91,35 +91,26 @@ async def run_headless(
     return EXIT_CODES[finished.outcome]
 
 
-def summary(assembled: Assembled, finished: TurnFinished) -> dict[str, Any]:
+def summary(session: InterfaceSession, finished: TurnFinished) -> dict[str, Any]:
     """Return what `--output-format json` prints."""
-    conversation = assembled.agent.conversation
-    usage = conversation.usage
+    conversation = session.agent.conversation
     return {
-        "session": assembled.session.id,
+        "session": session.agent.session,
         "outcome": finished.outcome,
         "reason": finished.reason,
-        "result": _last_answer(assembled),
+        "result": _last_answer(session),
         "turns": conversation.turn_answers,
-        "usage": {
-            "prompt": usage.prompt,
-            "completion": usage.completion,
-            "cached": usage.cached,
-            "price": usage.price,
-        },
+        "usage": dataclasses.asdict(conversation.usage),
         "seconds": finished.seconds,
     }
 
 
-async def _play(assembled: Assembled, prompt: str) -> TurnFinished:
+async def _play(session: InterfaceSession, prompt: str) -> TurnFinished:
     """Play one turn, and keep what it left outside of the events."""
-    finished = await assembled.agent.run(prompt)
-    try:
-        await assembled.keep()
-    except WorkspaceError as error:
-        assembled.agent.log.append(events.Notice(text=str(error), level="error"))
-        if finished.outcome == "finished":
-            return TurnFinished(outcome="infrastructure", reason=str(error))
+    finished = await session.agent.run(prompt)
+    problem = await session.keep()
+    if problem and finished.outcome == "finished":
+        return TurnFinished(outcome="infrastructure", reason=problem)
     return finished
 
 
@@ -142,20 +133,22 @@ class _Stop:
         self._cancel(reason)
 
 
-async def _follow_input(assembled: Assembled, finished: TurnFinished, stop: _Stop) -> TurnFinished:
+async def _follow_input(
+    session: InterfaceSession, finished: TurnFinished, stop: _Stop
+) -> TurnFinished:
     """Do what the lines of standard input say; return how the last turn ended."""
-    agent = assembled.agent
+    agent = session.agent
     prompts: asyncio.Queue[str | None] = asyncio.Queue()
     stop_listening = agent.log.listen(functools.partial(_wake, prompts))
     tasks = [
-        asyncio.create_task(_read_input(assembled, prompts)),
+        asyncio.create_task(_read_input(session, prompts)),
         asyncio.create_task(_end_when(stop, prompts)),
     ]
     try:
         while not stop.reason and (prompt := await prompts.get()) is not None:
             if not prompt and not agent.has_unread:
                 continue
-            finished = await _play(assembled, prompt)
+            finished = await _play(session, prompt)
             if finished.outcome == "infrastructure":
                 return finished
     finally:
@@ -177,29 +170,35 @@ def _wake(prompts: asyncio.Queue[str | None], event: events.Event) -> None:
         asyncio.get_running_loop().call_soon(prompts.put_nowait, "")
 
 
-async def _read_input(assembled: Assembled, prompts: asyncio.Queue[str | None]) -> None:
+async def _read_input(session: InterfaceSession, prompts: asyncio.Queue[str | None]) -> None:
     """Do what each line says; once there are no more, nothing that the agent asks is answered."""
-    agent = assembled.agent
+    agent = session.agent
     try:
         async for line in _lines():
             try:
-                _take_line(assembled, prompts, line)
+                _take_line(session, prompts, line)
             except (ValueError, LookupError, TypeError) as error:
-                _note_input(assembled, f"a line of the input was passed over: {error!r}")
+                agent.log.append(
+                    events.Notice(
+                        text=f"a line of the input was passed over: {error!r}", level="error"
+                    )
+                )
     except (OSError, ValueError) as error:
-        _note_input(assembled, f"the input cannot be read further: {error}")
+        agent.log.append(
+            events.Notice(text=f"the input cannot be read further: {error}", level="error")
+        )
     finally:
         agent.desk.leave()
         prompts.put_nowait(None)
 
 
-def _take_line(assembled: Assembled, prompts: asyncio.Queue[str | None], line: bytes) -> None:
+def _take_line(session: InterfaceSession, prompts: asyncio.Queue[str | None], line: bytes) -> None:
     """Do what a line of the input says.
 
     Raises:
       ValueError, LookupError, TypeError: it says nothing that is known.
     """
-    agent = assembled.agent
+    agent = session.agent
     given = json.loads(line)
     kind = given["kind"]
     if kind == "user":
@@ -207,22 +206,18 @@ def _take_line(assembled: Assembled, prompts: asyncio.Queue[str | None], line: b
     elif kind == "steer":
         agent.steer(str(given["text"]))
     elif kind == "approval":
-        agent.respond(
+        agent.desk.respond(
             given["request"],
             given["decision"],
             scope=given.get("scope", "once"),
             note=given.get("note", ""),
         )
     elif kind == "answer":
-        agent.respond(given["request"], answer=str(given["answer"]))
+        agent.desk.respond(given["request"], answer=str(given["answer"]))
     elif kind == "cancel":
         agent.cancel()
     else:
         raise ValueError(f"kind {kind!r} unknown")
-
-
-def _note_input(assembled: Assembled, text: str) -> None:
-    assembled.agent.log.append(events.Notice(text=text, level="error"))
 
 
 async def _lines() -> AsyncIterator[bytes]:
@@ -249,26 +244,23 @@ def _feed(reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None
         loop.call_soon_threadsafe(reader.feed_eof)
 
 
-class _signals:
-    """Calls `stop` at SIGINT and SIGTERM, as long as it is entered."""
-
-    def __init__(self, stop: Callable[[str], None]) -> None:
-        self._stop = stop
-
-    def __enter__(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop, f"{number.name} was received")
-
-    def __exit__(self, *_: object) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+@contextlib.contextmanager
+def _signals(stop: Callable[[str], None]) -> Iterator[None]:
+    """Call `stop` at SIGINT and SIGTERM meanwhile."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, stop, f"{number.name} was received")
+    try:
+        yield
+    finally:
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 
-def _last_answer(assembled: Assembled) -> str:
+def _last_answer(session: InterfaceSession) -> str:
     """Return the last answer to the last message of the user; "" where there is none."""
-    for entry in reversed(assembled.agent.conversation.entries):
+    for entry in reversed(session.agent.conversation.entries):
         if entry.message.role == "assistant":
             return entry.message.content
         if entry.source == "user":

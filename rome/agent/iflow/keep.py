@@ -8,7 +8,7 @@ files that were changed, skills and sub-agents.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
@@ -80,7 +80,6 @@ class KeepList:
         conversation: Conversation,
         *,
         request: str | None = None,
-        read_files: Iterable[str] = (),
         history: str = "",
     ) -> str:
         """Return the keep-list as text for the model; sections without content are left out.
@@ -88,7 +87,6 @@ class KeepList:
         Args:
           conversation: of the session.
           request: stands for the user's last request; None: that request itself.
-          read_files: paths of the files that were read, the newest last.
           history: file with what leaves the context now; "" for none.
         """
         if request is None:
@@ -110,7 +108,7 @@ class KeepList:
             "Background jobs that run": jobs,
             "Files that were changed": _newest(list(self.changed)),
             "Files that were only read": _newest(
-                [path for path in read_files if path not in self.changed]
+                [path for path in conversation.read_files if path not in self.changed]
             ),
             "Skills in use": [f"- {name}" for name in self.skills],
             "The conversation before, whole, in files: search them for what is missing here": [

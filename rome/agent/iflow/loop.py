@@ -1,41 +1,25 @@
 """The agent and its session: what interfaces call.
 
 The loop itself is `rome.agent.iflow.turn`. The agent knows no interface and no file but its log. An
-interface listens to the log, and calls `run`, `steer`, `cancel`, `respond`, `rewind`, `compact` and
-`set_mode`. The events are the only state: an agent that is made with the log of a killed process
-goes on where that one was.
+interface listens to the log, calls `run`, `steer`, `cancel`, `rewind`, `compact` and `set_mode`,
+and answers at the `desk`. The events are the only state: an agent that is made with the log of a
+killed process goes on where that one was.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Sequence
 
 from rome.agent.iflow import events
 from rome.agent.iflow.calls import CANCELLED, Ending
-from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.desk import Desk, Scope
-from rome.agent.iflow.event_log import EventLog
-from rome.agent.iflow.events import Decision, TurnFinished
-from rome.agent.iflow.inbox import Inbox, LoggedHooks
-from rome.agent.iflow.limits import Limits, Spent
+from rome.agent.iflow.conversation import events_after_a_kill
+from rome.agent.iflow.events import TurnFinished
 from rome.agent.iflow.models.model import Model
-from rome.agent.iflow.parts import (
-    Checkpoints,
-    Context,
-    Environment,
-    Hooks,
-    NoHooks,
-    Policy,
-    Supervisor,
-    Unhindered,
-)
-from rome.agent.iflow.places.workspace import Workspace
-from rome.agent.iflow.recovery import events_after_a_kill
+from rome.agent.iflow.parts import Parts
 from rome.agent.iflow.tools.base import Tool
-from rome.agent.iflow.turn import Parts, Turn
+from rome.agent.iflow.turn import Turn
 from rome.version import VERSION
 
 CANCEL_SECONDS = 0.5  # for what a turn does to come to its end; then it is left behind
@@ -45,140 +29,19 @@ class AgentError(RuntimeError):
     """The agent cannot do this now; the message says why."""
 
 
-class Agent:
-    """An agent with its session.
+class Agent(Parts):
+    """An agent with its session; its members are those of `Parts`."""
 
-    Args:
-      model: answers; it belongs to the caller, who closes it.
-      tools: that the model may call.
-      log: of the session; where it has events, the session goes on.
-      workspace: where tools work; it belongs to the caller, unless `owns_workspace`.
-      system: the system text; "" for none.
-      policy: rules of approval; None allows everything.
-      hooks: of the user; None for none.
-      context: keeps the context within its limit; None leaves it as it is.
-      supervisor: judges each call; None for none.
-      checkpoints: of the files, for rewinds; None for none.
-      environment: a task that answers in the user's place; None for none.
-      limits: of one turn.
-      spent: counts what this agent and others use together; None counts this one alone.
-      desk: where approvals and questions wait; None makes one where nobody answers.
-      session: id; "" takes that of the log, or makes one.
-      session_folder: where tools keep whole outputs; "" for none.
-      agent: type of a sub-agent; "" for the main agent.
-      parent: id of the session that started it.
-      mode: of approval, where the session begins.
-      owns_workspace: whether the workspace is closed with the agent.
-
-    Attributes:
-      session: id.
-      log: as given.
-      desk: as given.
-      conversation: what holds now.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        tools: Sequence[Tool],
-        log: EventLog,
-        workspace: Workspace,
-        *,
-        system: str = "",
-        policy: Policy | None = None,
-        hooks: Hooks | None = None,
-        context: Context | None = None,
-        supervisor: Supervisor | None = None,
-        checkpoints: Checkpoints | None = None,
-        environment: Environment | None = None,
-        limits: Limits | None = None,
-        spent: Spent | None = None,
-        desk: Desk | None = None,
-        session: str = "",
-        session_folder: str = "",
-        agent: str = "",
-        parent: str = "",
-        mode: str = "",
-        owns_workspace: bool = False,
-    ) -> None:
-        self.log = log
-        self.desk = desk or Desk(log)
-        self.conversation = Conversation.of(log.events)
-        self.session = session or self.conversation.session or secrets.token_hex(8)
-        self._agent = agent
-        self._owns_workspace = owns_workspace
-        self._system = system
-        self._first_mode = mode or (self.conversation.session and self.conversation.mode)
-        self._inbox = Inbox(log)
-        self._parts = Parts(
-            model=model,
-            tools={tool.name: tool for tool in tools},
-            log=log,
-            conversation=self.conversation,
-            workspace=workspace,
-            session_folder=session_folder,
-            policy=policy or Unhindered(),
-            hooks=LoggedHooks(
-                hooks or NoHooks(),
-                log,
-                self._inbox,
-                self.conversation,
-                session=self.session,
-                directory=workspace.root,
-            ),
-            context=context,
-            supervisor=supervisor,
-            checkpoints=checkpoints,
-            environment=environment,
-            limits=limits or Limits(),
-            desk=self.desk,
-            inbox=self._inbox,
-            parent=parent,
-            read_files=self.conversation.read_files,
-            spent=spent,
-            edge="subagent" if parent else None,
-        )
-        if spent is not None:
-            spent.add(self.conversation)
+    def __post_init__(self, offered: Sequence[Tool]) -> None:
+        super().__post_init__(offered)
         self._starting = asyncio.Lock()
         self._is_started = False
         self._work: asyncio.Task[Ending] | None = None
         self._stopped: asyncio.Future[Ending] | None = None  # set where the turn is to end
         self._finished: asyncio.Future[None] | None = None  # set when it has
-        self._stop_listening = log.listen(self._on_event)
+        self._stop_listening = self.log.listen(self._on_event)
 
     # -- what interfaces call
-    # ---------------------------------------------------------------------------------------------
-
-    @property
-    def model(self) -> Model:
-        """Return the model that answers now."""
-        return self._parts.model
-
-    @property
-    def tools(self) -> dict[str, Tool]:
-        """Return the tools by name; what is added or removed holds from the next answer on."""
-        return self._parts.tools
-
-    @property
-    def policy(self) -> Policy:
-        """Return the rules of approval."""
-        return self._parts.policy
-
-    @property
-    def limits(self) -> Limits:
-        """Return the limits of one turn."""
-        return self._parts.limits
-
-    @property
-    def read_files(self) -> dict[str, tuple[int, float]]:
-        """Return the files as the agent last saw them, which tools and context share."""
-        return self._parts.read_files
-
-    @property
-    def hooks(self) -> Hooks:
-        """Return the user's hooks, which say in events what they did."""
-        return self._parts.hooks
 
     @property
     def is_working(self) -> bool:
@@ -195,28 +58,26 @@ class Agent:
         is_resumed = bool(self.conversation.session)
         for lost in events_after_a_kill(self.conversation):
             self.log.append(lost)
-        parts = self._parts
-        setup = await parts.hooks.run("SetUpEnvironment", {})
-        system = "\n\n".join(filter(None, [self._system, setup.context]))
+        setup = await self.run_hooks("SetUpEnvironment", {})
         self.log.append(
             events.SessionStarted(
                 session=self.session,
-                directory=parts.workspace.root,
-                model=parts.model.name,
-                mode=self._first_mode or parts.policy.mode,
-                system=system,
-                tools=tuple(parts.tools),
-                schemas=tuple(parts.schemas()),
-                agent=self._agent,
-                parent=parts.parent,
+                directory=self.workspace.root,
+                model=self.model.name,
+                mode=self.mode or self.policy.mode,
+                system="\n\n".join(filter(None, [self.system, setup.context])),
+                tools=tuple(self.tools),
+                schemas=tuple(self.schemas()),
+                agent=self.agent,
+                parent=self.parent,
                 version=VERSION,
                 resumed=is_resumed,
             )
         )
         self._is_started = True
-        parts.policy.mode = self.conversation.mode
+        self.policy.mode = self.conversation.mode
         matcher = "resume" if is_resumed else "startup"
-        await parts.hooks.run("SessionStart", {"source": matcher}, matcher=matcher)
+        await self.run_hooks("SessionStart", {"source": matcher}, matcher=matcher)
 
     async def run(self, text: str = "") -> TurnFinished:
         """Play one turn.
@@ -239,7 +100,7 @@ class Agent:
         self._finished = loop.create_future()
         self._work = loop.create_task(self._play(text))
         timer = None
-        seconds = self._parts.limits.seconds
+        seconds = self.limits.seconds
         if seconds:
             reason = f"the limit of {seconds:g} s is reached"
             timer = loop.call_later(seconds, self._stop, Ending("limit", reason))
@@ -260,36 +121,24 @@ class Agent:
 
     def steer(self, text: str) -> None:
         """Tell the agent something while it works; it reads it before its next step."""
-        self._inbox.put(text, "steer")
+        self.inbox.put(text, "steer")
 
     def notify(self, text: str) -> None:
         """Tell the agent of something that the program noticed, such as a job that ended."""
-        self._inbox.put(text, "notification")
+        self.inbox.put(text, "notification")
 
     def remind(self, text: str) -> None:
         """Tell the model something that holds from now on, such as instructions of a folder."""
-        self._inbox.put(text, "reminder")
+        self.inbox.put(text, "reminder")
 
     @property
     def has_unread(self) -> bool:
         """Return whether something waits for the model; `run("")` lets it read that."""
-        return bool(self._inbox)
+        return bool(self.inbox)
 
     def cancel(self, reason: str = "the user cancelled the turn") -> None:
         """End the turn at once; the session stays as it is and may go on."""
         self._stop(Ending("aborted", reason))
-
-    def respond(
-        self,
-        request: str,
-        decision: Decision | None = None,
-        *,
-        scope: Scope = "once",
-        note: str = "",
-        answer: str = "",
-    ) -> None:
-        """Answer an approval by a decision, or a question by an answer (`Desk.respond`)."""
-        self.desk.respond(request, decision, scope=scope, note=note, answer=answer)
 
     async def rewind(self, to: int, *, conversation: bool = True, files: bool = True) -> None:
         """Go back to before a message of the user.
@@ -306,12 +155,11 @@ class Agent:
         if to not in [request.number for request in self.conversation.requests]:
             raise AgentError(f"event {to} is no message of the user in this conversation")
         if files:
-            checkpoints = self._parts.checkpoints
-            if checkpoints is None:
+            if not self.has_checkpoints:
                 raise AgentError("this session keeps no checkpoints; rewind the conversation only")
             checkpoint = self.conversation.checkpoint_of(to)
             if checkpoint:
-                await checkpoints.restore(checkpoint)
+                await self.workspace.restore(checkpoint)
         self.log.append(events.Rewound(to=to, conversation=conversation, files=files))
 
     async def compact(self, focus: str = "") -> None:
@@ -321,11 +169,10 @@ class Agent:
           focus: what the summary should keep above all.
         """
         self._refuse_while_working("compact its context")
-        parts = self._parts
-        if parts.context is None:
+        if self.context is None:
             raise AgentError("this session does not manage its context")
-        await parts.context.compact(
-            self.conversation, parts.model, parts.schemas(), self.log, trigger="user", focus=focus
+        await self.context.compact(
+            self.conversation, self.model, self.schemas(), self.log, trigger="user", focus=focus
         )
 
     def set_mode(self, mode: str) -> None:
@@ -334,7 +181,7 @@ class Agent:
 
     def set_model(self, model: Model) -> None:
         """Let another model answer from the next question on; the old one is not closed."""
-        self._parts.model = model
+        self.model = model
         self.log.append(events.ModelChanged(model=model.name))
 
     async def aclose(self, outcome: events.Outcome = "finished") -> None:
@@ -343,27 +190,26 @@ class Agent:
         if self._finished is not None:
             await asyncio.wait([self._finished], timeout=2 * CANCEL_SECONDS)
         if self._is_started:
-            await self._parts.hooks.run("SessionEnd", {"reason": outcome})
+            await self.run_hooks("SessionEnd", {"reason": outcome})
             self.log.append(events.SessionEnded(outcome=outcome))
         self._stop_listening()
-        if self._owns_workspace:
-            await self._parts.workspace.aclose()
+        if self.owns_workspace:
+            await self.workspace.aclose()
 
     # -- one turn
-    # ---------------------------------------------------------------------------------------------
 
     async def _play(self, text: str) -> Ending:
         await self.start()
-        return await Turn(self._parts).play(text)
+        return await Turn(self).play(text)
 
     def _on_event(self, event: events.Event) -> None:
         self.conversation.add(event)
         if isinstance(event, events.ModeChanged):
-            self._parts.policy.mode = event.mode
+            self.policy.mode = event.mode
         elif isinstance(event, events.ContextCompacted | events.OutputMoved):
-            self._parts.edge = "compaction"
+            self.edge = "compaction"
         elif isinstance(event, events.SubagentFinished):
-            self._inbox.wake()
+            self.inbox.wake()
         elif isinstance(event, events.JobFinished) and event.exit_code is not None:
             self.notify(f"Background job {event.job} ended with exit code {event.exit_code}.")
 
@@ -395,9 +241,8 @@ class Agent:
 
     def _finish_turn(self, ending: Ending, seconds: float) -> TurnFinished:
         for call in list(self.conversation.open_calls):  # of what was left behind
-            lost = events.ToolFinished(call_id=call, output=CANCELLED.output, status="cancelled")
-            self.log.append(lost)
-        finished = self.log.append(
+            self.log.append(CANCELLED.finished(call))
+        return self.log.append(
             TurnFinished(
                 outcome=ending.outcome,
                 reason=ending.reason,
@@ -405,8 +250,6 @@ class Agent:
                 seconds=round(seconds, 3),
             )
         )
-        assert isinstance(finished, TurnFinished)
-        return finished
 
     def _refuse_while_working(self, what: str) -> None:
         if self._work is not None:

@@ -9,18 +9,15 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from rome.agent.iflow import events
-from rome.agent.iflow.approval.permissions import is_wanted, make_policy
-from rome.agent.iflow.assemble import Assembled, assemble, read_settings
-from rome.agent.iflow.connect import endpoint_model
-from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
-from rome.agent.iflow.models.endpoint_model import EndpointModel
-from rome.agent.iflow.models.model import Model, ModelError
+from rome.agent.iflow.approval.permissions import hides, is_wanted, make_policy
+from rome.agent.iflow.assemble import assemble, read_settings
+from rome.agent.iflow.interfaces import InterfaceSession
 from rome.agent.iflow.options import Options
 from rome.agent.iflow.places.place import open_place
-from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.protocols.mcp_server import ToolServer
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.sessions import OpenSession, SessionStore
+from rome.agent.iflow.sessions import OpenSession, SessionInfo, SessionStore
 from rome.agent.iflow.specs.settings_values import McpServer
 from rome.agent.iflow.specs.spec_files import root_of
 from rome.agent.iflow.tools.standard import standard_tools
@@ -47,7 +44,14 @@ class SessionOpener:
         servers: Sequence[McpServer] = (),
         wrap: Callable[[Workspace], Workspace] | None = None,
     ) -> InterfaceSession:
-        """Open a session; the arguments are those of `interfaces.Opener.open`.
+        """Open a session whose desk is attended.
+
+        Args:
+          directory: where it works.
+          resume: id of a session to go on with; "" for a new one.
+          is_fork: whether a copy of that session goes on, and itself stays as it is.
+          servers: of MCP, besides those of the settings.
+          wrap: is given the workspace and returns the one that is to be used.
 
         Raises:
           ValueError: there is no such session, or settings or directory are wrong.
@@ -78,21 +82,22 @@ class SessionOpener:
             servers=(*self._options.servers, *servers),
         )
         try:
-            assembled = await assemble(
-                options, opened, is_attended=True, home=self._home, wrap=wrap
-            )
+            session = await assemble(options, opened, is_attended=True, home=self._home, wrap=wrap)
         except BaseException:
             opened.close()
             raise
-        return await _present(assembled, options)
+        try:
+            await session.agent.start()
+        except BaseException:
+            await session.close("infrastructure")
+            raise
+        for notice in session.notices:
+            session.agent.log.append(events.Notice(text=notice, level="warning"))
+        return session
 
-    def sessions(self, directory: str = "") -> list[SessionSummary]:
+    def sessions(self, directory: str = "") -> list[SessionInfo]:
         """Return the sessions of a directory, the newest first; "" for the options' own."""
-        where = directory or str(self._options.directory.resolve())
-        return [
-            SessionSummary(info.id, where, info.title, info.changed)
-            for info in self._store(where).list()
-        ]
+        return self._store(directory or str(self._options.directory)).list()
 
     def _store(self, directory: str) -> SessionStore:
         home = self._home and self._home / ".iflow" / "sessions"
@@ -139,62 +144,20 @@ async def tool_server(
     settings, projects = read_settings(options, home)
     with tempfile.TemporaryDirectory(prefix="iflow-") as folder:
         place = await open_place(
-            options.workspace, project, pathlib.Path(folder), egress=options.egress
+            options.workspace,
+            project,
+            pathlib.Path(folder),
+            egress=options.egress,
+            hides=hides(options, settings),
         )
         try:
-            policy = make_policy(options, settings, place.workspace, pathlib.Path(folder), projects)
+            policy = make_policy(options, settings, place, pathlib.Path(folder), projects)
             tools = standard_tools(
                 has_web=options.has_web,
                 shell_seconds=settings.shell_timeout,
                 user_memory=home and home / ".iflow" / "IFLOW.md",
             )
             wanted = {tool.name: tool for tool in tools if is_wanted(tool.name, options, settings)}
-            yield ToolServer(wanted, place.workspace, policy, folder)
+            yield ToolServer(wanted, place, policy, folder)
         finally:
             await place.aclose()
-
-
-async def _present(assembled: Assembled, options: Options) -> InterfaceSession:
-    """Begin a session and return it with what interfaces show."""
-    agent = assembled.agent
-
-    async def keep() -> None:
-        try:
-            await assembled.keep()
-        except WorkspaceError as error:
-            agent.log.append(events.Notice(text=str(error), level="error"))
-
-    async def make(name: str) -> Model:
-        if options.engine:
-            raise ValueError("an engine of token ids has one model")
-        model = endpoint_model(options, assembled.settings, name)
-        assembled.models.append(model)
-        try:
-            await model.connect()
-        except ModelError as error:
-            raise ValueError(str(error)) from error
-        if model.offered and name not in model.offered:
-            raise ValueError(f"the endpoint has no model {name!r}; it has {model.offered}")
-        return model
-
-    try:
-        await agent.start()
-    except BaseException:
-        await assembled.aclose("infrastructure")
-        raise
-    for notice in assembled.notices:
-        agent.log.append(events.Notice(text=notice, level="warning"))
-    first = assembled.models[0]
-    return InterfaceSession(
-        agent=agent,
-        workspace=assembled.place.workspace,
-        folder=assembled.session.folder,
-        close=assembled.aclose,
-        keep=keep,
-        make_model=make,
-        servers=assembled.servers,
-        commands=assembled.commands,
-        skills=assembled.skills,
-        agents=assembled.specs,
-        models=first.offered if isinstance(first, EndpointModel) else (),
-    )

@@ -1,161 +1,26 @@
-"""What the loop asks of the parts around it: rules, hooks, supervisor, context, checkpoints.
-
-The loop knows these protocols only. `Unhindered` and `NoHooks` stand in where a session has no
-rules and no hooks.
-"""
+"""What an agent is made of; the loop, a turn and a call share it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+import secrets
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+from rome.agent.iflow.approval.policy import Policy
+from rome.agent.iflow.approval.supervisor import Supervisor
+from rome.agent.iflow.context import ContextManager
 from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.events import AssistantMessage
+from rome.agent.iflow.inbox import Inbox
+from rome.agent.iflow.limits import Limits, Spent
 from rome.agent.iflow.models.model import Model
-from rome.agent.iflow.tools.base import Tool, ToolResult
-from rome.agent.messages import Message
-
-Trigger = Literal["threshold", "overflow", "user"]
-
-
-class Verdict(Protocol):
-    """A policy's judgement of a call; `rule` is what "always" would add, "" for none."""
-
-    @property
-    def decision(self) -> Literal["allow", "ask", "deny"]: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def rule(self) -> str: ...
-
-
-class Policy(Protocol):
-    """Rules of approval."""
-
-    mode: str
-
-    def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
-        """Return whether a call may run; `directory` is where the shell is now."""
-
-    def hides(self, path: str) -> bool:
-        """Return whether a rule forbids to read a file."""
-
-    def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
-        """Allow what a rule names from now on."""
-
-
-class HookRun(Protocol):
-    """One hook that ran; the members are those of `events.HookRan`."""
-
-    @property
-    def command(self) -> str: ...
-    @property
-    def exit_code(self) -> int: ...
-    @property
-    def decision(self) -> str: ...
-    @property
-    def message(self) -> str: ...
-
-
-class HookOutcome(Protocol):
-    """What the hooks of an event said together.
-
-    Attributes:
-      decision: "block", "allow", "ask", or "" for none.
-      message: why, for the model.
-      context: text for the model.
-      arguments: changed ones; None for none.
-      stop: whether the agent has to stop.
-      ran: the hooks that ran.
-    """
-
-    @property
-    def decision(self) -> Literal["", "block", "allow", "ask"]: ...
-    @property
-    def message(self) -> str: ...
-    @property
-    def context(self) -> str: ...
-    @property
-    def arguments(self) -> Mapping[str, Any] | None: ...
-    @property
-    def stop(self) -> bool: ...
-    @property
-    def ran(self) -> Sequence[HookRun]: ...
-
-
-class Hooks(Protocol):
-    """The user's programs that run at certain moments."""
-
-    async def run(
-        self, event: str, payload: Mapping[str, Any], *, matcher: str = ""
-    ) -> HookOutcome:
-        """Run the hooks of an event; one that fails never raises."""
-
-
-class Judgement(Protocol):
-    """A supervisor's judgement; the members are those of `events.SupervisorJudged`."""
-
-    @property
-    def verdict(self) -> Literal["pass", "pause", "stop"]: ...
-    @property
-    def rule(self) -> str: ...
-    @property
-    def severity(self) -> int: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def cost(self) -> float: ...
-
-
-class Supervisor(Protocol):
-    """Judges each call against the task's policy."""
-
-    async def judge(
-        self, tool: Tool, arguments: Mapping[str, Any], *, conversation: Conversation
-    ) -> Judgement:
-        """Judge a call before it runs."""
-
-    async def observe(
-        self, tool: Tool, arguments: Mapping[str, Any], result: ToolResult
-    ) -> Judgement:
-        """Judge what a call brought about."""
-
-
-class Context(Protocol):
-    """Keeps the context of the model within its limit."""
-
-    async def prepare(
-        self,
-        conversation: Conversation,
-        model: Model,
-        schemas: Sequence[dict[str, Any]],
-        log: EventLog,
-    ) -> list[Message]:
-        """Return what the model is shown now."""
-
-    async def compact(
-        self,
-        conversation: Conversation,
-        model: Model,
-        schemas: Sequence[dict[str, Any]],
-        log: EventLog,
-        *,
-        trigger: Trigger = "user",
-        focus: str = "",
-    ) -> None:
-        """Make the context shorter; `focus` is what it should keep above all."""
-
-
-class Checkpoints(Protocol):
-    """Keeps the files of the workspace as they are at a moment."""
-
-    async def take(self) -> str:
-        """Keep them; return the name of the checkpoint."""
-
-    async def restore(self, checkpoint: str) -> None:
-        """Bring them back."""
+from rome.agent.iflow.places.workspace import Workspace
+from rome.agent.iflow.specs.hooks import HookOutcome, Hooks
+from rome.agent.iflow.tools.base import Tool, ToolResult, schema_of
+from rome.data.tree import Edge
 
 
 class Environment(Protocol):
@@ -170,46 +35,98 @@ class Environment(Protocol):
         """
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outcome:
-    decision: Literal["", "block", "allow", "ask"] = ""
-    message: str = ""
-    context: str = ""
-    arguments: Mapping[str, Any] | None = None
-    stop: bool = False
-    ran: tuple[HookRun, ...] = ()
+@dataclasses.dataclass(eq=False)
+class Parts:
+    """What an agent is made of.
 
+    Args:
+      offered: the tools that the model may call, at the beginning.
 
-class NoHooks:
-    """Hooks where there are none."""
+    Attributes:
+      model: answers; it belongs to the caller, who closes it.
+      tools: by name; what is added or removed holds from the next answer on.
+      log: of the session; where it has events, the session goes on.
+      workspace: where tools work; it belongs to the caller, unless `owns_workspace`.
+      system: the system text; "" for none.
+      policy: rules of approval; the default allows everything.
+      hooks: of the user.
+      context: keeps the context within its limit; None leaves it as it is.
+      supervisor: judges each call; None for none.
+      has_checkpoints: whether the files can be rewound.
+      environment: a task that answers in the user's place; None for none.
+      limits: of one turn.
+      spent: counts what this agent and others use together; None counts this one alone.
+      desk: where approvals and questions wait; None makes one where nobody answers.
+      session: id; "" takes that of the log, or makes one.
+      session_folder: where tools keep whole outputs; "" for none.
+      agent: type of a sub-agent; "" for the main agent.
+      parent: id of the session that started it.
+      mode: of approval, where the session begins.
+      owns_workspace: whether the workspace is closed with the agent.
+      edge: how the next answer follows what was asked before; None leaves it to the model.
+      knows_plan_mode: whether the model was told that plan mode is on.
+      conversation: what holds now.
+      inbox: what waits for the model.
+    """
 
-    async def run(
-        self, event: str, payload: Mapping[str, Any], *, matcher: str = ""
+    model: Model
+    offered: dataclasses.InitVar[Sequence[Tool]]
+    log: EventLog
+    workspace: Workspace
+    _: dataclasses.KW_ONLY
+    system: str = ""
+    policy: Policy = dataclasses.field(default_factory=lambda: Policy(mode="yolo"))
+    hooks: Hooks = dataclasses.field(default_factory=Hooks)
+    context: ContextManager | None = None
+    supervisor: Supervisor | None = None
+    has_checkpoints: bool = False
+    environment: Environment | None = None
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    spent: Spent | None = None
+    desk: Desk = None  # type: ignore[assignment]  # made below where it is not given
+    session: str = ""
+    session_folder: str = ""
+    agent: str = ""
+    parent: str = ""
+    mode: str = ""
+    owns_workspace: bool = False
+    edge: Edge | None = None
+    knows_plan_mode: bool = False
+    tools: dict[str, Tool] = dataclasses.field(init=False)
+    conversation: Conversation = dataclasses.field(init=False)
+    inbox: Inbox = dataclasses.field(init=False)
+
+    def __post_init__(self, offered: Sequence[Tool]) -> None:
+        self.tools = {tool.name: tool for tool in offered}
+        self.desk = self.desk or Desk(self.log)
+        self.conversation = Conversation.of(self.log.events)
+        self.session = self.session or self.conversation.session or secrets.token_hex(8)
+        self.mode = self.mode or (self.conversation.session and self.conversation.mode)
+        self.edge = "subagent" if self.parent else None
+        self.inbox = Inbox(self.log)
+        if self.spent is not None:
+            self.spent.add(self.conversation)
+
+    def schemas(self) -> list[dict[str, Any]]:
+        """Return the schemas of the tools."""
+        return [schema_of(tool) for tool in self.tools.values()]
+
+    async def run_hooks(
+        self, event: str, payload: dict[str, Any], *, matcher: str = ""
     ) -> HookOutcome:
-        """Say nothing."""
-        return _Outcome()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Verdict:
-    decision: Literal["allow", "ask", "deny"]
-    reason: str = ""
-    rule: str = ""
-
-
-@dataclasses.dataclass
-class Unhindered:
-    """The rules of a session without rules: everything runs."""
-
-    mode: str = "yolo"
-
-    def judge(self, tool: Tool, arguments: Mapping[str, Any], directory: str = "") -> Verdict:
-        """Allow it."""
-        return _Verdict("allow")
-
-    def hides(self, path: str) -> bool:
-        """Return False."""
-        return False
-
-    def add_rule(self, rule: str, scope: Literal["session", "project"]) -> None:
-        """Do nothing: everything is allowed already."""
+        """Run the hooks of an event: what they did are events, what they tell is in the inbox."""
+        about = {
+            "hook_event_name": event,
+            "session_id": self.session,
+            "transcript_path": str(self.log.path or ""),
+            "permission_mode": self.conversation.mode,
+        }
+        outcome = await self.hooks.run(event, about | payload, matcher=matcher)
+        for ran in outcome.ran:
+            self.log.append(ran)
+        text = outcome.context
+        if event == "PostToolUse" and outcome.decision == "block":
+            text = "\n".join(filter(None, [outcome.message, text]))
+        if text and event != "SetUpEnvironment":  # whose text joins the system text
+            self.inbox.put(text, "hook")
+        return outcome

@@ -39,17 +39,17 @@ class SessionInfo:
 
     Attributes:
       id: of it.
-      folder: of it.
+      directory: where it works.
       title: the first line of the user's first message; "" where there is none.
       changed: time of its last event, in seconds since 1970.
       size: bytes of its events.
     """
 
     id: str
-    folder: pathlib.Path
+    directory: str
     title: str
     changed: float
-    size: int
+    size: int = 0
 
 
 class OpenSession:
@@ -89,7 +89,8 @@ class SessionStore:
 
     def __init__(self, project: pathlib.Path, home: pathlib.Path | None = None) -> None:
         home = home or pathlib.Path.home() / ".iflow" / "sessions"
-        self.folder = home / _name_of(project.resolve())
+        self._project = str(project.resolve())
+        self.folder = home / _name_of(self._project)
 
     def new(self) -> OpenSession:
         """Begin a session."""
@@ -114,7 +115,7 @@ class SessionStore:
         sessions = self.list()
         if not sessions:
             raise SessionUnavailable("this project has no session to continue; begin a new one")
-        return OpenSession(sessions[0].folder)
+        return OpenSession(self.folder / sessions[0].id)
 
     def fork(self, id: str) -> OpenSession:
         """Begin a session with all that another one has; that one stays as it is.
@@ -137,11 +138,8 @@ class SessionStore:
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                 state = path.stat()
                 if state.st_size:
-                    folder = path.parent
-                    info = SessionInfo(
-                        folder.name, folder, _title(path), state.st_mtime, state.st_size
-                    )
-                    found.append(info)
+                    about = (_title(path), state.st_mtime, state.st_size)
+                    found.append(SessionInfo(path.parent.name, self._project, *about))
         return sorted(found, key=lambda info: info.changed, reverse=True)
 
     def _find(self, id: str) -> pathlib.Path:
@@ -184,9 +182,9 @@ def _lock(folder: pathlib.Path) -> int:
     return file
 
 
-def _name_of(project: pathlib.Path) -> str:
+def _name_of(project: str) -> str:
     """Return the name of a project's folder: readable, and different for every project."""
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", str(project)).strip("-")[-60:]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", project).strip("-")[-60:]
     return f"{readable}-{hashlib.sha256(os.fsencode(project)).hexdigest()[:8]}"
 
 

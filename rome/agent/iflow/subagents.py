@@ -14,13 +14,15 @@ import fnmatch
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.loop import Agent
+from rome.agent.iflow.places.output import shorten
 from rome.agent.iflow.specs.agent_specs import AgentSpec
-from rome.agent.iflow.tools.base import Access, BaseTool, Tool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 
 MAX_DEPTH = 2  # agents below the main one
 MAX_PARALLEL = 4
@@ -28,16 +30,6 @@ MAX_RESULT = 30_000  # characters; the rest is in the sub-agent's session file
 FOLDER = "subagents"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 CLOSE_SECONDS = 10.0
-
-
-class Child(Protocol):
-    """A sub-agent that is ready to work (`rome.agent.iflow.loop.Agent`)."""
-
-    async def run(self, text: str) -> ev.TurnFinished:
-        """Play one turn."""
-
-    async def aclose(self) -> None:
-        """Free what it holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +51,7 @@ class Birth:
     depth: int
 
 
-MakeChild = Callable[[Birth], Child]
-
-
-class TaskTool(BaseTool):
+class TaskTool(Tool):
     """Gives a task to a sub-agent.
 
     Args:
@@ -80,7 +69,7 @@ class TaskTool(BaseTool):
     def __init__(
         self,
         specs: Mapping[str, AgentSpec],
-        make: MakeChild,
+        make: Callable[[Birth], Agent],
         *,
         notify: Callable[[str], None] | None = None,
         depth: int = 0,
@@ -140,7 +129,6 @@ class TaskTool(BaseTool):
             log.close()
 
     # -- one sub-agent
-    # ---------------------------------------------------------------------------------------------
 
     async def _work(
         self,
@@ -185,13 +173,15 @@ class TaskTool(BaseTool):
         if emit is not None:
             emit(finished)
 
-    async def _run(self, child: Child, birth: Birth, prompt: str) -> ev.SubagentFinished:
+    async def _run(self, child: Agent, birth: Birth, prompt: str) -> ev.SubagentFinished:
         first = len(birth.log.events)
         turn = await child.run(prompt)
         result = _last_words(birth.log.events[first:])
         if turn.outcome != "finished":
             result = "\n".join(filter(None, [f"It ended early: {turn.reason}", result]))
-        return ev.SubagentFinished(id=birth.id, outcome=turn.outcome, result=_shorten(result))
+        return ev.SubagentFinished(
+            id=birth.id, outcome=turn.outcome, result=shorten(result, MAX_RESULT)
+        )
 
     async def _work_in_background(self, birth: Birth, prompt: str) -> None:
         notify = self._notify
@@ -282,7 +272,7 @@ def may_have_subagents(spec: AgentSpec, depth: int) -> bool:
     return depth < MAX_DEPTH and (spec.tools is None or TaskTool.name in spec.tools)
 
 
-async def _close(child: Child) -> None:
+async def _close(child: Agent) -> None:
     """Close a sub-agent within CLOSE_SECONDS; what it did counts whatever its end is."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
@@ -317,13 +307,6 @@ def _last_words(events: Sequence[ev.Event]) -> str:
     return ""
 
 
-def _shorten(text: str) -> str:
-    if len(text) <= MAX_RESULT:
-        return text
-    half = MAX_RESULT // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
-
-
 def _folder_of(id: str, session_folder: str) -> str:
     return str(pathlib.Path(session_folder) / FOLDER / id) if session_folder else ""
 
@@ -338,12 +321,12 @@ def _describe(specs: Mapping[str, AgentSpec]) -> str:
 
 
 def _parameters(specs: Mapping[str, AgentSpec], with_background: bool) -> dict[str, Any]:
-    properties: dict[str, Any] = {
-        "prompt": {"type": "string", "description": "The task, whole."},
-        "agent": {"type": "string", "enum": list(specs), "description": "The kind of sub-agent."},
-        "id": {"type": "string", "description": "Go on with this earlier sub-agent."},
+    members = {
+        "prompt": of("string", "The task, whole."),
+        "agent": of("string", "The kind of sub-agent.", enum=list(specs)),
+        "id": of("string", "Go on with this earlier sub-agent."),
     }
     if with_background:
         text = "Do not wait for it; its result is told to you later."
-        properties["background"] = {"type": "boolean", "description": text}
-    return {"type": "object", "properties": properties, "required": ["prompt"]}
+        members["background"] = of("boolean", text)
+    return takes("prompt", **members)

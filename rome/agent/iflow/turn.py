@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from rome.agent.iflow import events
 from rome.agent.iflow.calls import CallRunner, Ending
-from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.events import AssistantMessage
-from rome.agent.iflow.guard import Finding, Guard
-from rome.agent.iflow.inbox import Inbox, LoggedHooks
-from rome.agent.iflow.limits import Limits, Spent
-from rome.agent.iflow.models.model import Answer, Model, ModelError
-from rome.agent.iflow.parts import Checkpoints, Context, Environment, Policy, Supervisor
-from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
-from rome.agent.iflow.tools.base import Tool, ToolResult, schema_of
+from rome.agent.iflow.limits import Finding, Guard
+from rome.agent.iflow.models.model import ModelError
+from rome.agent.iflow.parts import Parts
+from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.messages import Message
-from rome.data.tree import Edge
 
 MAX_STOP_BLOCKS = 8  # times that hooks may make the agent go on in one turn
 MAX_CUT_ANSWERS = 3  # answers in a row that are cut at their limit
@@ -30,41 +22,6 @@ PLAN_MODE = (
     " do, present the plan with exit_plan_mode, and wait for the user's approval."
 )
 CUT = "Your answer was cut at its limit of tokens. Go on from there, in smaller steps."
-
-
-@dataclasses.dataclass
-class Parts:
-    """What an agent is made of; the members are explained at `rome.agent.iflow.loop.Agent`.
-
-    Attributes:
-      edge: how the next answer follows what was asked before; None leaves it to the model.
-      knows_plan_mode: whether the model was told that plan mode is on.
-    """
-
-    model: Model
-    tools: dict[str, Tool]
-    log: EventLog
-    conversation: Conversation
-    workspace: Workspace
-    session_folder: str
-    policy: Policy
-    hooks: LoggedHooks
-    context: Context | None
-    supervisor: Supervisor | None
-    checkpoints: Checkpoints | None
-    environment: Environment | None
-    limits: Limits
-    desk: Desk
-    inbox: Inbox
-    parent: str
-    read_files: dict[str, tuple[int, float]]
-    spent: Spent | None = None
-    edge: Edge | None = None
-    knows_plan_mode: bool = False
-
-    def schemas(self) -> list[dict[str, Any]]:
-        """Return the schemas of the tools."""
-        return [schema_of(tool) for tool in self.tools.values()]
 
 
 class Turn:
@@ -82,21 +39,7 @@ class Turn:
         self._blocks = 0  # times that hooks made the agent go on
         self._cuts = 0  # answers in a row that were cut at their limit
         self._notifications: set[asyncio.Task[Any]] = set()
-        self._runner = CallRunner(
-            tools=parts.tools,
-            log=parts.log,
-            conversation=parts.conversation,
-            desk=parts.desk,
-            policy=parts.policy,
-            hooks=parts.hooks,
-            supervisor=parts.supervisor,
-            limits=parts.limits,
-            workspace=parts.workspace,
-            session_folder=parts.session_folder,
-            read_files=parts.read_files,
-            before_change=self._take_checkpoint,
-            notify=self._notify_user,
-        )
+        self._runner = CallRunner(parts, self._take_checkpoint, self._notify_user)
 
     async def play(self, text: str) -> Ending:
         """Play the turn to its end.
@@ -115,10 +58,10 @@ class Turn:
             if limit:
                 return Ending("limit", limit)
             try:
-                answer = await self._ask()
+                answer = self._log.append(await self._ask())
             except ModelError as error:
                 return Ending("limit" if error.is_context_full else "infrastructure", str(error))
-            ending = await self._act_on(self._log_answer(answer))
+            ending = await self._act_on(answer)
             if ending is not None:
                 return ending
 
@@ -127,7 +70,7 @@ class Turn:
         self._log.append(events.TurnStarted(turn=self._parts.conversation.turn + 1))
         if not text:
             return None
-        outcome = await self._parts.hooks.run("UserPromptSubmit", {"prompt": text})
+        outcome = await self._parts.run_hooks("UserPromptSubmit", {"prompt": text})
         if outcome.decision == "block" or outcome.stop:
             return Ending("aborted", outcome.message or "a hook refuses the message")
         self._log.append(events.UserMessage(text=text))
@@ -143,9 +86,8 @@ class Turn:
         parts.inbox.deliver()
 
     # -- asking
-    # ---------------------------------------------------------------------------------------------
 
-    async def _ask(self) -> Answer:
+    async def _ask(self) -> AssistantMessage:
         """Ask the model; where the context is too long for it, make that shorter and ask again.
 
         Raises:
@@ -162,7 +104,7 @@ class Turn:
         )
         return await self._ask_once()
 
-    async def _ask_once(self) -> Answer:
+    async def _ask_once(self) -> AssistantMessage:
         parts = self._parts
         schemas = parts.schemas()
         messages: Sequence[Message] = parts.conversation.messages
@@ -177,21 +119,15 @@ class Turn:
     def _show_text(self, text: str, is_reasoning: bool) -> None:
         self._log.append(events.TextDelta(text=text, is_reasoning=is_reasoning))
 
-    def _log_answer(self, answer: Answer) -> AssistantMessage:
-        values = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
-        message = self._log.append(AssistantMessage(**values))
-        assert isinstance(message, AssistantMessage)
-        return message
-
     # -- acting
-    # ---------------------------------------------------------------------------------------------
 
     async def _act_on(self, message: AssistantMessage) -> Ending | None:
         """Do what an answer asks for; return how the turn ends with it, None where it goes on."""
         if self._parts.environment is not None:
             result = await self._parts.environment.answer(message)
             if result is not None:
-                return self._take_from_environment(result)
+                self._log.append(result.finished(""))
+                return Ending("finished") if result.ends_turn else None
         if message.malformed:
             text = f"A tool call could not be read: {message.malformed}"
             self._parts.inbox.put(text, "reminder")
@@ -202,17 +138,6 @@ class Turn:
             ending = await self._runner.run(message.tool_calls)
             return ending or self._guard_since(first, message)
         return await self._end(message)
-
-    def _take_from_environment(self, result: ToolResult) -> Ending | None:
-        finished = events.ToolFinished(
-            call_id="",
-            output=result.output,
-            status=result.status,
-            exit_code=result.exit_code,
-            denials=result.denials,
-        )
-        self._log.append(finished)
-        return Ending("finished") if result.ends_turn else None
 
     def _guard_since(self, first: int, message: AssistantMessage) -> Ending | None:
         """Let the guard see the results since an event; return how the turn ends with them."""
@@ -235,11 +160,11 @@ class Turn:
 
     async def _take_checkpoint(self) -> None:
         """Keep the files before the first change of the turn."""
-        if self._parts.checkpoints is None or self._has_checkpoint:
+        if not self._parts.has_checkpoints or self._has_checkpoint:
             return
         self._has_checkpoint = True
         try:
-            checkpoint = await self._parts.checkpoints.take()
+            checkpoint = await self._parts.workspace.snapshot()
         except (WorkspaceError, OSError) as error:
             text = f"no checkpoint was taken, so the files of this turn cannot be rewound: {error}"
             self._log.append(events.Notice(text=text, level="warning"))
@@ -249,13 +174,12 @@ class Turn:
     def _notify_user(self, text: str) -> None:
         """Run the hooks that tell the user of something, without waiting for them."""
         if self._parts.desk.is_attended:
-            hooks = self._parts.hooks.run("Notification", {"message": text})
+            hooks = self._parts.run_hooks("Notification", {"message": text})
             task = asyncio.ensure_future(hooks)
             self._notifications.add(task)
             task.add_done_callback(self._notifications.discard)
 
     # -- ending
-    # ---------------------------------------------------------------------------------------------
 
     async def _end(self, message: AssistantMessage) -> Ending | None:
         """End the turn with an answer that makes no call, unless there is more to do."""
@@ -284,7 +208,7 @@ class Turn:
         if self._blocks >= MAX_STOP_BLOCKS:
             return False
         event = "SubagentStop" if self._parts.parent else "Stop"
-        outcome = await self._parts.hooks.run(event, {"stop_hook_active": self._blocks > 0})
+        outcome = await self._parts.run_hooks(event, {"stop_hook_active": self._blocks > 0})
         if outcome.decision != "block" or outcome.stop:
             return False
         self._blocks += 1

@@ -197,7 +197,7 @@ def partial_arrays(
             whole = Part([0] * len(shape), shape, dtype, [])
             arrays[path] = PartialArray(shape, None, None, [whole])
         else:
-            arrays[path] = _sharded_array(tensor, shape, dtype, leaf_at(shardings, path))
+            arrays[path] = sharded_array(tensor, shape, dtype, leaf_at(shardings, path))
     return arrays
 
 
@@ -205,9 +205,18 @@ def reads(
     config: ModelConfig, arrays: dict[Path, PartialArray], reader: files.CheckpointReader
 ) -> Iterator[Read]:
     """Yield every row that some part of this process needs, once, in blocks."""
-    for tensor in checkpoint_tensors(config):
+    return reads_of(
+        ((tensor, arrays[tensor.path]) for tensor in checkpoint_tensors(config)), reader
+    )
+
+
+def reads_of(
+    tensors: Iterable[tuple[Tensor, PartialArray]], reader: files.CheckpointReader
+) -> Iterator[Read]:
+    """Yield the rows of some tensors that their arrays need, once, in blocks."""
+    for tensor, array in tensors:
         needs = []
-        for part in arrays[tensor.path].parts:
+        for part in array.parts:
             rows = part.needed_rows(tensor)
             if rows is not None:
                 needs.append((part, rows))
@@ -220,9 +229,14 @@ def reads(
                 yield Read(tensor, start, stop, (stop - start) * row_bytes, parts)
 
 
-def _sharded_array(
+def sharded_array(
     tensor: Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
 ) -> PartialArray:
+    """Return an empty array with a sharding, for the parameter that a tensor is a slice of.
+
+    Raises:
+      ValueError: the sharding splits an axis that cannot be split.
+    """
     read_as = _by_rows(sharding, tensor, shape)
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in read_as.addressable_devices_indices_map(shape).items():

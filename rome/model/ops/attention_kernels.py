@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rome.model.ops.attention_tree_tpu import attention_tree
 from rome.model.ops.balanced_time import query_places, swap_late_halves
-from rome.model.ops.splash_tree import splash_tree
 from rome.model.ops.tokamax_library import load_tokamax
 from rome.model.sharding import RULES, is_split
 
@@ -61,12 +61,13 @@ def splash(
       k_BSKH: keys.
       v_BSKH: values.
       segments_BT: 0 is padding.
-      ends_BT: of rows of prefix trees (`rome.model.ops.splash_tree`); None: rows have none.
+      ends_BT: of rows of prefix trees (`rome.model.ops.attention_tree_tpu`); None: rows
+        have none.
       interpret: run the kernel's program on any device, slowly, for tests.
 
     Raises:
       ValueError: a device's part of the row is no multiple of MIN_BLOCK, or a row of prefix trees
-        is too long or split over the sequence axis.
+        is split over the sequence axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     time_shards = mesh.shape["sequence"] if is_split() else 1
@@ -74,7 +75,7 @@ def splash(
     q_BTNH = q_BTNH * q_BTNH.shape[-1] ** -0.5
     if ends_BT is not None:
         check_time_is_whole(time_shards)
-        attend = functools.partial(splash_tree, saved_output=SAVED_OUTPUT, interpret=interpret)
+        attend = functools.partial(attention_tree, saved_output=SAVED_OUTPUT, interpret=interpret)
         return _by_rows_and_heads(attend)(q_BTNH, k_BSKH, v_BSKH, segments_BT, ends_BT)
     G = q_BTNH.shape[2] // k_BSKH.shape[2]
     kernel = _splash_kernel(T, G, time_shards, interpret)

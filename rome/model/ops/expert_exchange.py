@@ -2,7 +2,7 @@
 
 m tokens of a chunk, n tokens of one device, D model, F expert hidden, E experts of all, e experts
 of one device (E = g * e), g devices of the expert axis, s of them as senders, k experts a token, A
-= m * k choices of a chunk, R rows that a device makes room for in a pass.
+= m * k choices of a chunk, R rows that a device makes room for in a part of a pass.
 
 Cost. The ring (`rome.model.ops.experts_on_mesh`) moves every token past every device: each device
 sends g * n * D numbers for tokens and as many for sums, of n tokens. Here it sends at most k * n *
@@ -19,6 +19,11 @@ expert and one sender lies, and rows arrive in the order of experts, ready for a
 device makes room for half as much again as its even share. Should more be on their way to any
 device, another pass brings the rest: nothing is dropped, whatever the load. The worst, everything
 to one device, takes g / 1.5 passes and no more memory.
+
+A pass has PARTS equal parts, by the order of experts. Each depends on none of the others, so that
+one part's rows are under way while another's are multiplied: on TPUs with the flag for an exchange
+that starts and ends apart (`rome.train.xla_flags`), the first part's way out and the last one's way
+home are what nothing hides.
 
 Gradients. Gate weights multiply at the expert, in float32, and choices are added up at home, in
 float32. So the backward pass, which sends tokens out again and gradients with them, needs no
@@ -38,6 +43,7 @@ from rome.model.ops.experts import GroupedMatmul, grouped_mlp, room
 from rome.model.ops.experts_cpu import absent_last
 
 CHUNK = 2048  # tokens of a device that are under way at a time
+PARTS = 2  # of a pass
 
 
 def is_worthwhile(k: int, g: int, extent: tuple[int, ...]) -> bool:
@@ -78,7 +84,7 @@ def exchange(
     chunks = chunks_of(x_nD.shape[0])
 
     def one_chunk(tokens: tuple[Array, Array, Array]) -> Array:
-        rows = room(ids_nk.size / chunks)
+        rows = room(ids_nk.size / chunks / PARTS)
         return _exchanged(matmul, rows, *tokens, gate_eDF, up_eDF, down_eFD)
 
     if chunks == 1:
@@ -126,6 +132,7 @@ class _Plan(NamedTuple):
       first_sE: where an expert's choices begin in the sender's order.
       row_sE: where they begin in the order of the rows of the expert's device, which is by expert
         and then by sender.
+      rows_E: rows of a part on the device of each expert.
       passes: number of passes that bring all rows.
     """
 
@@ -134,11 +141,12 @@ class _Plan(NamedTuple):
     count_sE: Array
     first_sE: Array
     row_sE: Array
+    rows_E: Array
     passes: Array
 
 
 class _Window(NamedTuple):
-    """The part of each block that a pass exchanges: where it lies at either end, and its size."""
+    """What a part exchanges of each block: where it lies at either end, and its size."""
 
     at_sender_sE: Array
     at_receiver_sE: Array
@@ -167,16 +175,25 @@ def _make_plan(ids_mk: Array, e: int, R: int) -> _Plan:
     place_mk = jnp.where(is_absent_A, A, place_A).reshape(ids_mk.shape)
     first_sE = _before(count_sE, 1)
     row_sE = _before(count_ge, 1).reshape(-1) + _before(count_sE, 0)
-    passes = jnp.max(-(-count_ge.sum(axis=1) // R))
-    return _Plan(choice_A, place_mk, count_sE, first_sE, row_sE, passes)
+    count_g = count_ge.sum(axis=1)
+    passes = jnp.max(-(-count_g // (PARTS * R)))
+    rows_g = -(-count_g // jnp.maximum(PARTS * passes, 1))
+    rows_E = jnp.repeat(rows_g, e, total_repeat_length=E)
+    return _Plan(choice_A, place_mk, count_sE, first_sE, row_sE, rows_E, passes)
 
 
-def _window(plan: _Plan, p: Array, R: int) -> _Window:
-    begin_sE = jnp.clip(p * R - plan.row_sE, 0, plan.count_sE)
-    end_sE = jnp.clip((p + 1) * R - plan.row_sE, 0, plan.count_sE)
+def _parts_of(p: Array) -> list[Array]:
+    """Return the numbers of the parts of a pass."""
+    return [PARTS * p + part for part in range(PARTS)]
+
+
+def _window(plan: _Plan, part: Array) -> _Window:
+    first_row_E = part * plan.rows_E
+    begin_sE = jnp.clip(first_row_E - plan.row_sE, 0, plan.count_sE)
+    end_sE = jnp.clip(first_row_E + plan.rows_E - plan.row_sE, 0, plan.count_sE)
     here_sE = end_sE > begin_sE
     at_sender_sE = jnp.where(here_sE, plan.first_sE + begin_sE, 0)
-    at_receiver_sE = jnp.where(here_sE, plan.row_sE + begin_sE - p * R, 0)
+    at_receiver_sE = jnp.where(here_sE, plan.row_sE + begin_sE - first_row_E, 0)
     return _Window(at_sender_sE, at_receiver_sE, end_sE - begin_sE)
 
 
@@ -229,8 +246,8 @@ def _all_weights(weights_mk: Array, plan: _Plan) -> Array:
     return jax.lax.all_gather(weights_A, "expert", tiled=True)
 
 
-def _arrived(plan: _Plan, p: Array, R: int) -> Array:
-    """Return which of all devices' choices each row of a pass is, an index into [s * A].
+def _arrived(plan: _Plan, part: Array, R: int) -> Array:
+    """Return which of all devices' choices each row of a part is, an index into [s * A].
 
     Past the end where no row arrived.
     """
@@ -239,13 +256,15 @@ def _arrived(plan: _Plan, p: Array, R: int) -> Array:
     count_es = _own(plan.count_sE).T.reshape(-1)
     first_es = _own(plan.first_sE).T.reshape(-1)
     begin_es = _own(plan.row_sE).T.reshape(-1)
-    row_R = p * R + jnp.arange(R, dtype=jnp.int32)
+    rows = plan.rows_E[jax.lax.axis_index("expert") * _own(plan.count_sE).shape[1]]
+    place_R = jnp.arange(R, dtype=jnp.int32)
+    row_R = part * rows + place_R
     block_R = jnp.searchsorted(jnp.cumsum(count_es), row_R, side="right", method="compare_all")
     sender_R = block_R % g
     first_R = jnp.take(first_es, block_R, mode="clip")
     begin_R = jnp.take(begin_es, block_R, mode="clip")
     choice_R = sender_R * A + first_R + row_R - begin_R
-    return jnp.where(block_R < count_es.size, choice_R, g * A)
+    return jnp.where((block_R < count_es.size) & (place_R < rows), choice_R, g * A)
 
 
 def _weighted(
@@ -274,11 +293,14 @@ def _forward(
     weights_sA = _all_weights(weights_mk, plan)
 
     def one_pass(p: Array, y_AD: Array) -> Array:
-        window = _window(plan, p, R)
-        weight_R = jnp.take(weights_sA, _arrived(plan, p, R), mode="fill", fill_value=0)
-        sizes_e = _own(window.size_sE).sum(axis=0)
-        y_RD = _weighted(matmul, sizes_e, _send(x_AD, window, R), weight_R, *matrices)
-        return _send_home(y_RD, y_AD, window)
+        windows = [_window(plan, part) for part in _parts_of(p)]
+        arrived = [_send(x_AD, window, R) for window in windows]
+        for part, window, x_RD in zip(_parts_of(p), windows, arrived, strict=True):
+            weight_R = jnp.take(weights_sA, _arrived(plan, part, R), mode="fill", fill_value=0)
+            sizes_e = _own(window.size_sE).sum(axis=0)
+            y_RD = _weighted(matmul, sizes_e, x_RD, weight_R, *matrices)
+            y_AD = _send_home(y_RD, y_AD, window)
+        return y_AD
 
     y_AD = jax.lax.fori_loop(0, plan.passes, one_pass, jnp.zeros_like(x_AD))
     return _add_up(y_AD, plan), (x_mD, weights_mk, ids_mk, *matrices)
@@ -295,15 +317,18 @@ def _backward(
 
     def one_pass(p: Array, sums: tuple) -> tuple:
         dx_AD, dweights_sA, dmatrices = sums
-        window = _window(plan, p, R)
-        choice_R = _arrived(plan, p, R)
-        weight_R = jnp.take(weights_sA, choice_R, mode="fill", fill_value=0)
-        compute = functools.partial(_weighted, matmul, _own(window.size_sE).sum(axis=0))
-        _, pull = jax.vjp(compute, _send(x_AD, window, R), weight_R, *matrices)
-        dx_RD, dweight_R, *more = pull(_send(grad_AD, window, R))
-        dx_AD = _send_home(dx_RD, dx_AD, window)
-        dweights_sA = dweights_sA.at[choice_R].add(dweight_R, mode="drop")
-        return dx_AD, dweights_sA, tuple(map(jnp.add, dmatrices, more))
+        windows = [_window(plan, part) for part in _parts_of(p)]
+        arrived = [(_send(x_AD, one, R), _send(grad_AD, one, R)) for one in windows]
+        for part, window, (x_RD, grad_RD) in zip(_parts_of(p), windows, arrived, strict=True):
+            choice_R = _arrived(plan, part, R)
+            weight_R = jnp.take(weights_sA, choice_R, mode="fill", fill_value=0)
+            compute = functools.partial(_weighted, matmul, _own(window.size_sE).sum(axis=0))
+            _, pull = jax.vjp(compute, x_RD, weight_R, *matrices)
+            dx_RD, dweight_R, *more = pull(grad_RD)
+            dx_AD = _send_home(dx_RD, dx_AD, window)
+            dweights_sA = dweights_sA.at[choice_R].add(dweight_R, mode="drop")
+            dmatrices = tuple(map(jnp.add, dmatrices, more))
+        return dx_AD, dweights_sA, dmatrices
 
     nothing = jnp.zeros_like(x_AD), jnp.zeros_like(weights_sA), tuple(map(jnp.zeros_like, matrices))
     dx_AD, dweights_sA, dmatrices = jax.lax.fori_loop(0, plan.passes, one_pass, nothing)

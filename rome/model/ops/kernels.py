@@ -81,13 +81,18 @@ def choose_kernels(
     )
 
 
-def choose_serving_kernels(platform: str, config: ModelConfig) -> Kernels:
+def choose_serving_kernels(platform: str, config: ModelConfig, tensor: int = 1) -> Kernels:
     """Return the forms that an engine runs: attention over pages, experts of few tokens.
 
     `attention` is then a name of `rome.model.ops.paged.paged_attention`.
+
+    Args:
+      platform: as for `choose_kernels`.
+      config: the model.
+      tensor: devices that share the hidden units of each expert.
     """
     if platform == "cpu":
-        widths = (config.hidden_size, config.moe_intermediate_size, config.head_dim)
+        widths = (config.hidden_size, config.moe_intermediate_size // tensor, config.head_dim)
         if native.fits(config.dtype, *widths):
             reason = native.reason_missing()
             if reason is None:

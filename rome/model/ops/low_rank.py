@@ -91,34 +91,36 @@ def with_served(module: nn.Module, name: str, x_BTI: Array, product_BTO: Array) 
     return product_BTO + out_TO.reshape(product_BTO.shape).astype(product_BTO.dtype)
 
 
+def served_experts(module: nn.Module) -> dict[str, Served]:
+    """Return the adapters of an engine for the experts of a module, by name of the matrix."""
+    return {
+        name: module.get_variable("params", name + SERVED)
+        for name in EXPERTS
+        if module.has_variable("params", name + SERVED)
+    }
+
+
 def adapted_experts(
-    module: nn.Module,
+    served: dict[str, Served],
     x_TD: Array,
     weights: tuple[Array, Array, Array],
     weights_Tk: Array,
     ids_Tk: Array,
     is_native: bool,
     run: RunExperts,
-) -> Array | None:
-    """Return the experts' outputs [T, D] with an engine's adapters; None where it has none.
+) -> Array:
+    """Return the experts' outputs [T, D] with an engine's adapters.
 
     Args:
-      module: with the parameters of the experts.
-      x_TD: their inputs.
+      served: of `served_experts`; at least one. On a mesh, one device's parts, as of the weights.
+      x_TD: inputs of the experts.
       weights: gate, up and down, without adapters.
       weights_Tk: of the experts of each token.
-      ids_Tk: experts of each token; negative is none.
+      ids_Tk: experts of each token; one that is not here is none.
       is_native: whether C++ takes these arrays. It computes low-rank products for the choices that
         need them; otherwise each adapter in use is added to the weights of all experts.
       run: computes the experts from gate, up and down and the ids of each token.
     """
-    served = {
-        name: module.get_variable("params", name + SERVED)
-        for name in EXPERTS
-        if module.has_variable("params", name + SERVED)
-    }
-    if not served:
-        return None
     _, _, slot_T, scale_S = next(iter(served.values()))
     if is_native:
         pairs = [_pair(served.get(name), *weight.shape) for name, weight in _named(weights)]

@@ -8,21 +8,33 @@ attends to the positions of its sequence up to its own.
 T tokens, N query heads, K key heads, G query heads per key head (N = K * G), H head dim, R rows of
 the table, M pages of a row, P positions of a page. Key and value heads take turns in a page, which
 is what the TPU's kernel reads.
+
+On an engine's mesh the heads, and the pages with them, are split over the tensor axis: each device
+has its heads' part of every page.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from rome.model.config import ModelConfig
 from rome.model.ops.native import attention_native
 from rome.model.ops.row_sums import sum_of_rows
+from rome.model.sharding import ENGINE_RULES, is_on_engine_mesh, partition_spec
 
 IMPLEMENTATIONS = ("auto", "gather", "native", "ragged_paged")
+# Of the TPU's kernel: what most entries of its table of tuned sizes come to.
+POSITIONS_A_BLOCK = 1024
+QUERIES_A_BLOCK = 32
+_HEADS = partition_spec((None, "heads", None), ENGINE_RULES)
+_KV_HEADS = partition_spec((None, "kv_heads", None), ENGINE_RULES)
+_PAGES = partition_spec((None, None, "kv_heads", None), ENGINE_RULES)
 HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN
 NO_POSITION = -1  # of padding: it is not written and sees nothing
 
@@ -60,10 +72,28 @@ class Pages(NamedTuple):
         return LayerPages(self.kv[number], *self[1:])
 
 
-def make_pages(config: ModelConfig, count: int, positions: int) -> tuple[Array, ...]:
-    """Return `count` empty pages of `positions` positions for each layer."""
+def page_sharding(place: Mesh | jax.Device) -> Sharding:
+    """Return how the pages of a layer lie on an engine's mesh, or on its one device."""
+    if isinstance(place, Mesh):
+        return NamedSharding(place, _PAGES)
+    return SingleDeviceSharding(place)
+
+
+def page_shapes(
+    config: ModelConfig, count: int, positions: int, sharding: Sharding | None = None
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return the shape of `count` pages of `positions` positions for each layer."""
     shape = (count, positions, 2 * config.num_kv_heads, config.head_dim)
-    return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    layer = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding)
+    return (layer,) * config.num_layers
+
+
+def make_pages(
+    config: ModelConfig, count: int, positions: int, sharding: Sharding | None = None
+) -> tuple[Array, ...]:
+    """Return `count` empty pages of `positions` positions for each layer."""
+    layers = page_shapes(config, count, positions, sharding)
+    return tuple(jnp.zeros(one.shape, one.dtype, device=one.sharding) for one in layers)
 
 
 def paged_attention(
@@ -96,6 +126,28 @@ def paged_attention(
             f"paged attention {implementation!r} is unknown; choose one of"
             f" {', '.join(IMPLEMENTATIONS)}"
         )
+    run = functools.partial(_attend, implementation=implementation)
+    if not is_on_engine_mesh():
+        return run(q_TNH, k_TKH, v_TKH, position_T, pages)
+    everywhere = PartitionSpec()
+    of_pages = LayerPages(_PAGES, everywhere, everywhere, everywhere, everywhere)
+    return jax.shard_map(
+        run,
+        in_specs=(_HEADS, _KV_HEADS, _KV_HEADS, everywhere, of_pages),
+        out_specs=(_HEADS, _PAGES),
+        check_vma=False,
+    )(q_TNH, k_TKH, v_TKH, position_T, pages)
+
+
+def _attend(
+    q_TNH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
+    position_T: Array,
+    pages: LayerPages,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Do what `paged_attention` does, for the heads of one device."""
     T, K, H = k_TKH.shape
     kv_TKH = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, 2 * K, H).astype(pages.kv.dtype)
     if implementation == "native":
@@ -168,6 +220,10 @@ def _ragged_paged(q_TNH: Array, pages: LayerPages) -> Array:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     num_rows = jnp.sum(pages.lengths_R > 0, keepdims=True).astype(jnp.int32)
+    per_row = pages.table_RM.shape[1]
+    # Given, not looked up by the kernel: it would ask which device this process runs on, which is
+    # none where a program is compiled ahead of time.
+    blocks = max(POSITIONS_A_BLOCK // pages.kv.shape[1], 1)
     return ragged_paged_attention(
         q_TNH,
         pages.kv,
@@ -176,4 +232,6 @@ def _ragged_paged(q_TNH: Array, pages: LayerPages) -> Array:
         pages.starts_R,
         num_rows,
         sm_scale=q_TNH.shape[-1] ** -0.5,
+        num_kv_pages_per_block=min(per_row, blocks),
+        num_queries_per_block=min(q_TNH.shape[0], QUERIES_A_BLOCK),
     )

@@ -166,9 +166,20 @@ def _broken(token: str, mark: str) -> str:
 
 
 def _unused_character(values: Any) -> str:
-    """Return a character that stands nowhere in the values: a noncharacter, as a rule."""
+    """Return a character that stands nowhere in the values: a noncharacter, as a rule.
+
+    Raises:
+      ValueError: they hold every character.
+    """
     text = json.dumps(values, ensure_ascii=False, default=str)
-    return next(mark for mark in map(chr, range(0xFDD0, 0x110000)) if mark not in text)
+    first = chr(0xFDD0)
+    if first not in text:
+        return first
+    used = set(text)  # a search for each character would take a hostile text's length squared
+    for mark in map(chr, range(0xFDD0, 0x110000)):
+        if mark not in used:
+            return mark
+    raise ValueError("the messages hold every character there is; send fewer")
 
 
 def _to_json(value: Any, **options: Any) -> str:

@@ -95,6 +95,11 @@ class Tokenizer:
         return ChatTemplate(self._chat_template, self.control_ids, self._special)
 
     @functools.cached_property
+    def longest(self) -> int:
+        """Return the most bytes of a text that one id stands for."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=False)))
+
+    @functools.cached_property
     def control_ids(self) -> dict[str, int]:
         """Return the id of each control token by its text."""
         return {content: self._added[content] for content in self._control}

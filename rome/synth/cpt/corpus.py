@@ -52,6 +52,7 @@ class Settings:
       trajectories: files and folders for the second stage ("A + B"); "" for none.
       commits: newest ones of each repository that are read.
       runs_code: whether tests are executed in sandboxes; without, no documents of tests and steps.
+      packages: folder of Python packages that these tests can import; "" for none.
       fim_share: share of the files of which a part in the middle is asked for.
       licences: whether a repository must hold a permissive licence.
       evaluation_sets: data sets whose tasks must not be in the corpus.
@@ -62,6 +63,7 @@ class Settings:
     trajectories: str = ""
     commits: int = 400
     runs_code: bool = True
+    packages: str = ""
     fim_share: float = 0.5
     licences: bool = True
     evaluation_sets: tuple[str, ...] = EVALUATION_SETS
@@ -98,7 +100,7 @@ async def build_corpus(
     (out / "units").mkdir(exist_ok=True)
     tasks = _evaluation_tasks(settings.evaluation_sets)
     say(f"{len(repositories)} repositories, {len(aside)} set aside; {len(tasks)} evaluation tasks")
-    runs = Runs(isolation, concurrency)
+    runs = Runs(isolation, concurrency, settings.packages)
     jobs: list[tuple[pathlib.Path, units.Work]] = []
     for repository in repositories:
         found = _jobs_of(repository, settings, out / "units", runs)

@@ -5,7 +5,8 @@
 ORDER: {"trees": [{"files": {path: text or null}, "modules": [path], "trace": bool}]}. The folder
 `tree` holds the base; each tree changes these files of it. A line of the output is the outcomes of
 one tree: {"outcomes": {test: outcome}, "functions": {test: [[path, line]]}, "edges": [...]}.
-Tests are those of unittest, and functions test_* that take no arguments.
+Where pytest is installed it runs the tests, as the repository sets it up. Without it, tests are
+those of unittest, and functions test_* that take no arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 Place = tuple[str, int]  # a file, and the first line of a function in it
 MODULE_SECONDS = 20.0  # of processor time, for the tests of one module
-PROCESS_SECONDS = 60.0
+PROCESS_SECONDS = 180.0
 
 
 def main() -> None:
@@ -103,20 +104,15 @@ def work(module: str, descriptor: int, trace: bool) -> None:
     if os.path.isdir("src"):
         sys.path.insert(1, os.path.join(os.getcwd(), "src"))
     tracer = Tracer(os.getcwd() + os.sep) if trace else None
-    name = module[: -len(".py")].replace("/", ".")
-    outcomes: dict[str, str] = {}
     functions: dict[str, list[Place]] = {}
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         try:
-            with tracing(tracer, ""):
-                tests = list(tests_of(module, importlib.import_module(name)))
-        except BaseException:
-            outcomes[module] = "error"
-            tests = []
-        for label, test in tests:
-            with tracing(tracer, label):
-                outcomes[label] = outcome_of(test)
+            import pytest
+        except ImportError:
+            outcomes = run_plainly(module, tracer)
+        else:
+            outcomes = run_by_pytest(pytest, module, tracer)
     edges = []
     if tracer:
         at_import = tracer.used.pop("", set())
@@ -127,6 +123,66 @@ def work(module: str, descriptor: int, trace: bool) -> None:
     with os.fdopen(descriptor, "w") as pipe:
         pipe.write(text)
     os._exit(0)  # no exit handler of the tests has a say
+
+
+def run_plainly(module: str, tracer: Tracer | None) -> dict[str, str]:
+    """Run the tests of a module without pytest; return their outcomes."""
+    outcomes: dict[str, str] = {}
+    try:
+        with tracing(tracer, ""):
+            name = module[: -len(".py")].replace("/", ".")
+            tests = list(tests_of(module, importlib.import_module(name)))
+    except BaseException:
+        return {module: "error"}
+    for label, test in tests:
+        with tracing(tracer, label):
+            outcomes[label] = outcome_of(test)
+    return outcomes
+
+
+def run_by_pytest(pytest: Any, module: str, tracer: Tracer | None) -> dict[str, str]:
+    """Run the tests of a module by pytest; return their outcomes."""
+    arguments = [module, "-p", "no:cacheprovider", "--rootdir", os.getcwd()]
+    for more in ([], ["-o", "addopts="]):  # the options may be those of a plugin that is not here
+        recorder = make_recorder(pytest, tracer)
+        try:
+            with tracing(tracer, ""):
+                status = pytest.main([*arguments, *more], plugins=[recorder])
+        except BaseException:
+            return {module: "error"}
+        if status != pytest.ExitCode.USAGE_ERROR:
+            break
+    if not recorder.outcomes and status != pytest.ExitCode.NO_TESTS_COLLECTED:
+        return {module: "error"}
+    return dict(recorder.outcomes)
+
+
+def make_recorder(pytest: Any, tracer: Tracer | None) -> Any:
+    """Return a plugin of pytest that notes the outcome of each test."""
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.outcomes: dict[str, str] = {}
+
+        @pytest.hookimpl(hookwrapper=True)
+        def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+            if tracer is None:
+                yield
+                return
+            with tracing(tracer, item.nodeid):
+                yield
+            resume(tracer)
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            outcome = "error" if report.failed and report.when != "call" else report.outcome
+            if report.when == "call" or outcome != "passed":
+                self.outcomes[report.nodeid] = outcome
+
+        def pytest_collectreport(self, report: Any) -> None:
+            if report.failed:
+                self.outcomes[report.nodeid or "collection"] = "error"
+
+    return Recorder()
 
 
 def tests_of(path: str, module: Any) -> Iterator[tuple[str, Any]]:
@@ -196,6 +252,12 @@ class Tracer:
         if not file.startswith(self.root) or frame.f_code.co_name == "<module>":
             return None
         return file[len(self.root) :], frame.f_code.co_firstlineno
+
+
+def resume(tracer: Tracer) -> None:
+    """Trace what runs outside of tests again."""
+    tracer.label = ""
+    sys.setprofile(tracer)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import random
 
-from rome.agent.dialogue import Dialogue, Reply
-from rome.agent.messages import Call, Message
+from rome.agent.dialogue import Dialogue
+from rome.agent.messages import Call, Message, Reply
 from rome.agent.session import Session
 from rome.data.tree import ROOT
 from rome.engine.completion import Completion

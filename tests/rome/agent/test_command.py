@@ -79,6 +79,32 @@ def test_a_command_that_fails_says_so_and_is_judged():
     assert episode.ending == "failure" and episode.note == "the agent ended with status 3: why"
 
 
+@pytest.mark.parametrize(
+    ("added", "test"),
+    [
+        ("x" * 150_000, '[ -z "$INSTRUCTION" ] && [ $(wc -c < $INSTRUCTION_FILE) -gt 150000 ]'),
+        ("\0 \ud83d", '[ -z "$INSTRUCTION" ] && grep -q \ufffd $INSTRUCTION_FILE'),
+        (
+            "\ud83d",
+            'echo "$INSTRUCTION" | cmp - $INSTRUCTION_FILE; grep -q \ufffd $INSTRUCTION_FILE',
+        ),
+    ],
+)
+def test_any_instruction_reaches_the_command(added, test):
+    class Told(TerminalEnv):
+        async def areset(self, seed=None):
+            instruction, info = await super().areset(seed)
+            return instruction + added, info
+
+    def make_env(doors):
+        config = SandboxConfig(isolation="best_available", tier="namespaces", doors=doors)
+        return Told(make_task("count", 3), config)
+
+    solving = CommandAgent(f"{test} && grep -c rain list.txt > out.txt")
+    episode, _ = play(solving, make_env=make_env)
+    assert episode.reward == 1.0, episode.note
+
+
 def test_a_command_that_asks_nothing_for_long_is_ended():
     episode, _ = play(CommandAgent("sleep 60", idle_seconds=0.5))
     assert episode.ending == "failure"

@@ -170,6 +170,28 @@ def test_a_stream_says_what_the_whole_answer_says(path):
     assert said == "look" and json.loads(arguments) == {"b": 1, "a": "x"}
 
 
+@pytest.mark.parametrize("path", WRITERS)
+def test_a_stream_counts_tokens_as_the_whole_answer_does(path):
+    async def work(place, episode, key):
+        body = next(WRITERS[path]({}))
+        whole = (await place.post(path, body, key))[1]["usage"]
+        without = await place.stream(path, body, key)
+        asked = {**body, "stream_options": {"include_usage": True}}
+        return whole, without, await place.stream(path, asked, key)
+
+    (whole, without, text), engine = run(work, f"look {CALL}")
+    assert len(engine.requests) == 1  # the second and the third call are retries
+    frames = [json.loads(one.split("data: ", 1)[1]) for one in text.split("\n\n") if "{" in one]
+    if path == CHAT:
+        assert '"usage"' not in without
+        assert frames[-1]["choices"] == [] and frames[-1]["usage"] == whole
+    elif path == MESSAGES:
+        counted = frames[0]["message"]["usage"] | frames[-2]["usage"]
+        assert counted == whole
+    else:
+        assert frames[-1]["response"]["usage"] == whole
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
@@ -181,6 +203,12 @@ def test_a_stream_says_what_the_whole_answer_says(path):
         (CHAT, {**HELLO, "n": 2}, "n=2 cannot be honoured"),
         (CHAT, {**HELLO, "stop": ["x"]}, "stop"),
         (CHAT, {**HELLO, "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {**HELLO, "logprobs": True}, "logprobs"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "function_call": {"name": "x"}}]},
+            "function_call is the form before tools",
+        ),
         (CHAT, {**HELLO, "max_tokens": 0}, "max_tokens is 0"),
         (CHAT, {**HELLO, "max_tokens": True}, "max_tokens has the wrong type"),
         (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "has no name"),
@@ -198,7 +226,8 @@ def test_a_stream_says_what_the_whole_answer_says(path):
         ),
         (MESSAGES, {**HELLO, "tool_choice": {"type": "any"}}, "tool_choice"),
         (RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
-        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "no item of this episode"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema"}}}, "json_schema"),
         (RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, "web_search"),
     ],
 )

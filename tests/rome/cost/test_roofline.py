@@ -140,6 +140,3 @@ def test_a_bound_is_the_slowest_part_or_what_does_not_hide():
     bound = Bound(compute=2.0, memory=1.0, collectives=3.0)
     assert bound.overlapped == 3.0
     assert bound.serial == 5.0
-    assert Bound(2.0, 1.0, 3.0, exposed=0.5).overlapped == 3.0
-    assert Bound(2.0, 1.0, 3.0, exposed=3.0).overlapped == 5.0  # nothing hides
-    assert Bound(2.0, 1.0, 3.0, exposed=3.0).serial == 5.0

@@ -19,18 +19,24 @@ from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, serve
 
 PROMPT = [(5 * i) % 200 + 3 for i in range(20)]
 LONG = Sampling(max_new_tokens=480, seed=1)
+LONGEST = 4096  # tokens of a context
 V = make_config().vocab_size
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
-    return [make_checkpoint(directory / str(seed), seed, endless=True) for seed in range(2)]
+    return [
+        make_checkpoint(directory / str(seed), seed, endless=True, max_position=LONGEST)
+        for seed in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
 def server(checkpoints, tmp_path_factory):
-    with serve(checkpoints[0], tmp_path_factory.mktemp("log") / "serve.log") as running:
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    lengths = ("--max_context", str(LONGEST), "--cache_tokens", str(2 * LONGEST))
+    with serve(checkpoints[0], log, *lengths) as running:
         yield running
 
 
@@ -98,8 +104,9 @@ def test_finish_reasons_are_stop_and_length(server):
 
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
 def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, mode):
-    async def conversation(engine):
-        task = asyncio.ensure_future(engine.generate(PROMPT, LONG, 120))
+    async def conversation(engine, tokens):
+        sampling = dataclasses.replace(LONG, max_new_tokens=tokens)
+        task = asyncio.ensure_future(engine.generate(PROMPT, sampling, 120))
         await until_running(engine)
         await engine.pause(mode)
         await engine.update_weights(str(checkpoints[1]), 5)
@@ -109,14 +116,15 @@ def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, m
         await engine.update_weights(str(checkpoints[0]), 0)
         return completion
 
-    for _ in range(10):  # on a busy machine the completion may end before the pause
-        completion = talk(server, conversation)
+    # where this process waits for the processor, a short completion ends before it is paused
+    for tokens in (480, 960, 1920, 3840):
+        completion = talk(server, lambda engine, tokens=tokens: conversation(engine, tokens))
         if len(completion.versions) > 1:
             break
     (old, begin, border), (new, border_again, end) = completion.versions
-    assert (old, new, begin, border, end) == (0, 5, 0, border_again, 480) and border > 0
+    assert (old, new, begin, border, end) == (0, 5, 0, border_again, tokens) and border > 0
     assert (
-        len(completion.output_ids) == len(completion.logprobs) == 480
+        len(completion.output_ids) == len(completion.logprobs) == tokens
         and completion.finish_reason == "length"
     )
     ids = (PROMPT + completion.output_ids)[:128]

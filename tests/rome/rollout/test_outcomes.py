@@ -79,6 +79,14 @@ def test_groups_that_ended_alike_are_left_out_also_where_there_is_no_other():
     assert mixed_groups(won + lost) == []
 
 
+def test_groups_whose_episodes_cost_differently_teach_also_where_all_succeeded():
+    harmful = dataclasses.replace(chunk(), events=["tests"])
+    edited, honest = trajectory(0, 1.0, [harmful]), trajectory(0, 1.0)
+    assert mixed_groups([edited, honest]) == []
+    assert mixed_groups([edited, honest], {"tests": 2.0}) == [edited, honest]
+    assert mixed_groups([edited, edited], {"tests": 2.0}) == []
+
+
 def test_groups_differ_by_reward_and_not_by_its_sign():
     partly = [trajectory(0, 0.2), trajectory(0, 0.9)]
     alike = [trajectory(1, 0.3), trajectory(1, 0.1 + 0.2)]  # but for rounding

@@ -17,10 +17,12 @@ from rome.serve.scheduler import Scheduler
 from tests.rome.serve.tiny import make_config, make_params
 
 CONTEXT = 64
-PLENTY = Shapes(slots=16, max_context=CONTEXT)
+PLENTY = Shapes(slots=16, max_context=CONTEXT, decode_steps=1)
 # Room for two whole requests: prefixes are evicted and requests retracted.
-SCARCE = Shapes(slots=5, max_context=CONTEXT, cache_tokens=128, page_tokens=4, call_tokens=16)
-SMALL_PAGES = Shapes(slots=12, max_context=CONTEXT, cache_tokens=384, page_tokens=8)
+SCARCE = Shapes(
+    slots=5, max_context=CONTEXT, cache_tokens=128, page_tokens=4, call_tokens=16, decode_steps=3
+)
+SMALL_PAGES = Shapes(slots=12, max_context=CONTEXT, cache_tokens=384, page_tokens=8, decode_steps=5)
 
 
 def load():
@@ -44,6 +46,7 @@ def run(shapes, requests):
             scheduler._batcher.queue(request)
         del pending[:2]
         scheduler._step()
+    scheduler._finish_dispatch()
 
 
 def make_requests():
@@ -60,6 +63,8 @@ def make_requests():
             top_p=rng.choice([1.0, 0.8]),
             top_k=rng.choice([-1, 5]),
             seed=number,
+            # The device knows the first few; of 90 tokens it does not.
+            stop_ids=frozenset(rng.choice([[], [3, 700], range(0, 720, 8)])),
         )
         scored = 0 if number % 6 == 5 else None
         request = Request(str(number), prompt, sampling, score_from=scored)
@@ -101,3 +106,4 @@ def test_no_bit_of_an_answer_depends_on_order_company_pages_or_evictions(shapes)
     assert metrics["pages_available"] == metrics["pages"]
     if shapes is SCARCE:
         assert metrics["retractions"] > 0
+    assert (metrics.get("dispatches", 0) > 0) == (shapes.decode_steps > 1)

@@ -6,8 +6,10 @@ The HTTP server and the scheduler are the real ones; the device answers without 
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import json
 import random
+import time
 
 import aiohttp
 import numpy as np
@@ -15,22 +17,26 @@ import pytest
 from aiohttp import web
 
 from rome.serve.answer import make_answer
+from rome.serve.decoding import Steps, make_rows, set_limits
+from rome.serve.device import Dispatch
 from rome.serve.programs import Result, Shapes
 from rome.serve.protocol import Bounds
 from rome.serve.request import Request, SamplingParams
 from rome.serve.scheduler import Scheduler
 from rome.serve.server import Server
 
-SHAPES = Shapes(slots=2, max_context=4096, page_tokens=4, call_tokens=16)
+SHAPES = Shapes(slots=2, max_context=4096, page_tokens=4, call_tokens=16, decode_steps=1)
 LAYERS, TOP_K = 2, 1
 
 
 class IdleDevice:
     """Draws token 5 for everybody, and gives the routes of a call where they are asked for."""
 
-    def __init__(self):
+    def __init__(self, shapes):
+        self.shapes = shapes
         self.missing = {}
         self.stats = collections.Counter()
+        self.seconds = 0.0  # of a dispatch
 
     def prepare(self):
         pass
@@ -44,18 +50,45 @@ class IdleDevice:
         routes = np.zeros((LAYERS, size, TOP_K), np.int32)
         return Result(np.full(size, 5), np.zeros(size), np.zeros(size), routes)
 
+    def decode(self, requests, size):
+        assert 0 < len(requests) <= size
+        return self._dispatch(requests, size, [request.computed for request in requests])
+
+    def decode_on(self, last):
+        return self._dispatch(last.requests, last.size, last.front)
+
+    def _dispatch(self, requests, size, front):
+        """Draw token 5 up to each row's limit; `front` holds the positions that come next."""
+        self.stats["dispatches"] += 1
+        rows, _ = make_rows(requests, self.shapes, size)
+        limit_R = set_limits(rows, requests, self.shapes).limit_R
+        counts = [
+            min(self.shapes.decode_steps, max(int(limit) - position, 0))
+            for limit, position in zip(limit_R, front, strict=False)
+        ]
+        shape = (self.shapes.decode_steps, len(requests))
+        routes = np.zeros((shape[0], LAYERS, shape[1], TOP_K), np.int32)
+        steps = Steps(np.full(shape, 5), np.zeros(shape), np.array(counts), routes)
+        front = [position + count for position, count in zip(front, counts, strict=True)]
+        return Dispatch(requests, size, rows, front, steps, 0.0)
+
+    def read(self, dispatch):
+        time.sleep(self.seconds)
+        return dispatch.steps
+
 
 def make_scheduler(shapes=SHAPES):
     scheduler = Scheduler(None, shapes, None, "0")
-    scheduler.device = IdleDevice()
+    scheduler.device = IdleDevice(shapes)
     return scheduler
 
 
 @contextlib.asynccontextmanager
-async def running(**limits):
-    """Give a function that posts to a server with these limits."""
-    scheduler = make_scheduler()
-    bounds = Bounds(100, SHAPES.max_context, frozenset({9}), **limits)
+async def running(shapes=SHAPES, seconds=0.0, **limits):
+    """Give a function that posts to a server with these limits, whose device takes this long."""
+    scheduler = make_scheduler(shapes)
+    scheduler.device.seconds = seconds
+    bounds = Bounds(100, shapes.max_context, frozenset({9}), **limits)
     runner = web.AppRunner(
         Server(scheduler, bounds, None, {"model_path": "nowhere"}).app(),
         handler_cancellation=True,
@@ -66,13 +99,17 @@ async def running(**limits):
     await site.start()
     url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
     scheduler.start()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as session:
+    patience = aiohttp.ClientTimeout(200)
+    connector = aiohttp.TCPConnector(limit=0)  # what queues shall queue in the server
+    async with aiohttp.ClientSession(timeout=patience, connector=connector) as session:
 
         async def post(route, **body):
             async with session.post(url + route, json=body) as response:
                 return response.status, response.headers, await response.text()
 
         post.scheduler = scheduler
+        post.session = session
+        post.url = url
         try:
             yield post
         finally:
@@ -86,7 +123,7 @@ def generate(post, number=1, **body):
 
 
 async def until(claim):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while not claim():
             await asyncio.sleep(0.005)
 
@@ -133,6 +170,7 @@ def run_alone(scheduler, *requests):
         scheduler._commands.popleft()()
     while scheduler.busy():
         scheduler._step()
+    scheduler._finish_dispatch()
 
 
 def prompt_of(pages):
@@ -169,7 +207,9 @@ def test_requests_of_any_kind_end_with_fewer_pages_than_they_would_like():
     """Where pages run out, the youngest start over, and nothing waits for ever or leaks."""
     for seed in range(30):
         rng = random.Random(seed)
-        shapes = Shapes(slots=6, max_context=32, cache_tokens=40, page_tokens=4, call_tokens=16)
+        shapes = dataclasses.replace(
+            SHAPES, slots=6, max_context=32, cache_tokens=40, decode_steps=1 + seed % 4
+        )
         scheduler = make_scheduler(shapes)
         requests = []
         for number in range(20):
@@ -238,3 +278,118 @@ def test_an_answer_at_any_moment_has_a_logprob_and_a_version_for_every_token():
 
     run_alone(make_scheduler(), request)
     assert seen[-1] == 9 and len(set(seen)) > 2
+
+
+# -- dispatches of several steps
+# -------------------------------------------------------------------------------------------------
+
+STEPS = dataclasses.replace(SHAPES, slots=4, decode_steps=8)
+
+
+class Fives:
+    """A tokenizer whose every token is "five "."""
+
+    vocab_size = 100
+
+    def encode(self, text, allow_special=False):
+        return [5]
+
+    def decode(self, ids, skip_special=False):
+        return "five " * len(ids)
+
+
+def test_what_is_drawn_after_a_stop_string_is_dropped_and_its_pages_are_free_again():
+    scheduler = Scheduler(None, STEPS, Fives(), "0")
+    scheduler.device = IdleDevice(STEPS)
+    stopped = Request("a", prompt_of(1), SamplingParams(40, stop=("five five five",)))
+    whole = Request("b", prompt_of(2), SamplingParams(21), return_routes=True)
+    run_alone(scheduler, stopped, whole)
+    assert stopped.output_ids == [5] * 3 and stopped.finish["matched"] == "five five five"
+    assert stopped.text_end == 0 and stopped.computed == len(stopped.ids) - 1
+    assert whole.output_ids == [5] * 21 and whole.computed == len(whole.ids) - 1
+    metrics = scheduler.load_metrics()
+    assert metrics["pages_available"] == metrics["pages"]
+
+
+def test_a_next_dispatch_begins_before_the_last_is_read_unless_something_waits():
+    scheduler = make_scheduler(STEPS)
+    request = Request("a", prompt_of(0), SamplingParams(100))
+    scheduler._batcher.queue(request)
+    for _ in range(3):  # the prompt, a dispatch, the next one and the reading of the first
+        scheduler._step()
+    assert scheduler.device.stats["dispatches"] == 2 and len(request.output_ids) == 1 + 8
+    scheduler._batcher.queue(Request("b", prompt_of(0), SamplingParams(3)))
+    scheduler._step()
+    assert scheduler.device.stats["dispatches"] == 2 and len(request.output_ids) == 1 + 16
+    assert scheduler._in_flight is None
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_a_pause_and_new_weights_take_what_is_in_flight_first(mode):
+    scheduler = make_scheduler(STEPS)
+    request = Request("a", prompt_of(0), SamplingParams(100), return_logprob=True)
+    scheduler._batcher.queue(request)
+    for _ in range(3):
+        scheduler._step()
+    for command in (lambda: scheduler.pause(mode), lambda: scheduler.rename("1")):
+        future = scheduler.call(command)
+        scheduler._commands.popleft()()
+        future.result(1)
+    assert request.output_ids == [5] * 17  # nothing that was sampled is lost
+    if mode == "abort":
+        assert request.finish["type"] == "abort"
+        return
+    scheduler.resume()
+    run_alone(scheduler)
+    assert request.versions == [["0", 0, 17], ["1", 17, 100]]
+
+
+def test_requests_of_a_higher_priority_run_before_others_that_wait():
+    scheduler = make_scheduler(dataclasses.replace(STEPS, slots=1))
+    ended = []
+    requests = [
+        Request(rid, prompt_of(1), SamplingParams(4), priority=priority, notify=ended.append)
+        for rid, priority in [("a", 0), ("b", 1), ("c", 0), ("d", 1)]
+    ]
+    run_alone(scheduler, *requests)
+    assert [request.rid for request in ended] == ["b", "d", "a", "c"]
+
+
+# -- storms
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_thousand_requests_that_queue_and_a_storm_of_cancels_leave_nothing_behind(steps):
+    async def conversation():
+        shapes = dataclasses.replace(STEPS, decode_steps=steps)
+        async with running(shapes, seconds=0.001) as post:
+            rng = random.Random(0)
+
+            async def ask(number):
+                body = {
+                    "input_ids": [number % 50 + 1, 2],
+                    "rid": f"{number:04x}",
+                    "sampling_params": {"max_new_tokens": rng.randrange(1, 60)},
+                    "stream": number % 3 == 0,
+                }
+                async with post.session.post(post.url + "/generate", json=body) as response:
+                    if number % 5 == 0:
+                        return None  # amid the stream or the answer
+                    return response.status, await response.text()
+
+            tasks = [asyncio.ensure_future(ask(number)) for number in range(1000)]
+            while not all(task.done() for task in tasks):
+                await asyncio.sleep(0.02)
+                for task in rng.sample(tasks, 40):
+                    task.cancel()
+                await post("/abort_request", rid=f"{rng.randrange(256):02x}")
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+            statuses = {answer[0] for answer in answers if isinstance(answer, tuple)}
+            assert statuses == {200}
+            await until(lambda: not post.scheduler.busy())
+            metrics = post.scheduler.load_metrics()
+            assert metrics["pages_available"] == metrics["pages"] and metrics["waiting"] == 0
+            assert (await generate(post, rid="0000"))[0] == 200  # its id is free
+
+    asyncio.run(conversation())

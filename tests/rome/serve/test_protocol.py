@@ -42,6 +42,7 @@ SAMPLING_FIELDS = (
     "skip_special_tokens",
     "no_stop_trim",
     "sampling_seed",
+    "n",
     "anything",
 )
 
@@ -93,10 +94,16 @@ def test_whatever_is_sent_is_taken_or_refused_in_one_sentence(body, params, ids)
         ({"extra_key": {"a": 1}}, "extra_key must be a string"),
         ({"return_logprob": "no"}, "return_logprob must be true or false, got 'no'"),
         ({"stream": 1}, "stream must be true or false"),
-        ({"priority": 5}, "'priority' = 5 is not supported"),
+        ({"priority": "high"}, "priority must be an integer of 64 bits, got 'high'"),
         ({"routing_key": "a"}, "'routing_key' = 'a' is not supported"),
         ({"data_parallel_rank": 2}, "'data_parallel_rank' = 2 is not supported"),
-        ({"return_text_in_logprobs": True}, "'return_text_in_logprobs' = True is not supported"),
+        ({"top_logprobs_num": 2}, "'top_logprobs_num' = 2 is not supported"),
+        ({"return_text_in_logprobs": 1}, "return_text_in_logprobs must be true or false, got 1"),
+        ({"sampling_params": {"n": 129}}, "n must be from 1 to 128, got 129"),
+        ({"sampling_params": {"n": 1.5}}, "n must be an integer"),
+        ({"sampling_params": {"logit_bias": {"1": 2}}}, "'logit_bias' = {'1': 2} is not supported"),
+        ({"sampling_params": {"frequency_penalty": 1}}, "'frequency_penalty' = 1 is not supported"),
+        ({"sampling_params": {"min_new_tokens": 3}}, "'min_new_tokens' = 3 is not supported"),
         ({"return_logprob": True, "logprob_start_len": 4}, "logprob_start_len must be -1"),
         ({"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len must be -1"),
         ({"sampling_params": {"stop": 5}}, "stop must be a string or a list of strings"),
@@ -140,6 +147,21 @@ def test_ids_of_a_batch_are_those_that_were_given_and_differ():
     assert len({one.rid for one in parse(input_ids=ids)}) == 2
     with pytest.raises(BadRequest, match="Duplicate request ID detected: a"):
         parse(input_ids=ids, rid=["a", "a"])
+
+
+def test_several_answers_to_a_prompt_are_requests_with_seeds_and_ids_of_their_own():
+    params = {"n": 3, "sampling_seed": 7}
+    requests, is_batch = parse_generate(
+        {"input_ids": [[1], [2]], "sampling_params": params, "rid": ["a", "b"]}, BOUNDS, None
+    )
+    assert is_batch and [one.prompt_ids for one in requests] == [[1]] * 3 + [[2]] * 3
+    assert [one.rid for one in requests] == ["a_0", "a_1", "a_2", "b_0", "b_1", "b_2"]
+    seeds = [one.sampling.seed for one in requests]
+    assert seeds[0] == 7 and len(set(seeds)) == 3 and seeds[:3] == seeds[3:]
+    assert requests[0].output_ids is not requests[1].output_ids
+    assert parse_generate({"input_ids": [1], "sampling_params": {"n": 2}}, BOUNDS, None)[1]
+    with pytest.raises(BadRequest, match="send at most 65536 prompts, times their n"):
+        parse_generate({"input_ids": [[1]] * 600, "sampling_params": {"n": 128}}, BOUNDS, None)
 
 
 def test_what_is_no_temperature_in_float32_is_greedy_as_in_sglang():

@@ -169,7 +169,7 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
             {"input_ids": [1], "sampling_params": {"repetition_penalty": 1.2}},
             "'repetition_penalty' = 1.2 is not supported",
         ),
-        ({"input_ids": [1], "sampling_params": {"n": 2}}, "'n' = 2 is not supported"),
+        ({"input_ids": [1], "sampling_params": {"n": 0}}, "n must be from 1 to 128, got 0"),
         (
             {"input_ids": [1], "routed_experts_start_len": 2},
             "routed_experts_start_len must be from 0 to the 1 tokens of the prompt, got 2",
@@ -184,7 +184,7 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
         ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "Duplicate request ID detected: a"),
         ({"input_ids": [1], "sampling_params": {"stop": 5}}, "stop must be a string or a list"),
-        ({"input_ids": [1], "priority": 3}, "'priority' = 3 is not supported"),
+        ({"input_ids": [1], "top_logprobs_num": 3}, "'top_logprobs_num' = 3 is not supported"),
     ],
 )
 def test_a_bad_request_is_refused_with_its_reason(server, body, words):
@@ -282,13 +282,11 @@ def test_a_weight_is_given_by_its_checkpoint_name(server):
 
 
 def broken_checkpoints(directory):
-    """Directories that must not be taken, each with words of the reason."""
+    """Directories that are refused before they are read, each with words of the reason."""
     config, params = make_config(), make_params(1)
     save_hf(params, config, directory / "truncated")
     file = directory / "truncated" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    params["norm"]["scale"] = params["norm"]["scale"] * np.nan
-    save_hf(params, config, directory / "nan")
     make_checkpoint(directory / "theta", seed=1)
     (directory / "theta" / "config.json").write_text(
         (directory / "theta" / "config.json").read_text().replace("10000.0", "20000.0")
@@ -296,7 +294,6 @@ def broken_checkpoints(directory):
     return {
         "absent": "missing",
         "truncated": "",
-        "nan": "not finite",
         "theta": "rope_theta 20000.0 (was 10000.0)",
     }
 
@@ -311,10 +308,9 @@ def test_a_failed_update_keeps_the_old_weights(server, tmp_path):
                 "/update_weights_from_disk",
                 {"model_path": str(tmp_path / name), "weight_version": "99"},
             )
-            assert status == 400 and answer["success"] is False and words in answer["message"], (
-                name,
-                answer,
-            )
+            said = answer["message"]
+            assert status == 400 and answer["success"] is False, (name, answer)
+            assert said.startswith("kept the old weights") and words in said, (name, answer)
         return (
             before,
             await http.generate(sampling_seed=9),
@@ -324,6 +320,42 @@ def test_a_failed_update_keeps_the_old_weights(server, tmp_path):
     before, after, info = talk(server, conversation)
     assert before["output_ids"] == after["output_ids"] and logprobs_of(before) == logprobs_of(after)
     assert info["weight_version"] == after["meta_info"]["weight_version"] == "0"
+
+
+def test_an_update_that_fails_midway_leaves_no_weights_and_the_next_one_serves_again(
+    server, checkpoint, tmp_path
+):
+    params = make_params(1)
+    params["norm"]["scale"] = params["norm"]["scale"] * np.nan
+    save_hf(params, make_config(), tmp_path)
+
+    async def conversation(http):
+        before = await http.generate(sampling_seed=9)
+        running = asyncio.ensure_future(
+            http.post(
+                "/generate", {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 460}}
+            )
+        )
+        await http.until(lambda figures: figures["running"] == 1)
+        await http.post("/pause_generation", {"mode": "in_place"})
+        bad = {"model_path": str(tmp_path), "weight_version": "99"}
+        said = await http.post("/update_weights_from_disk", bad)
+        later = await http.post("/generate", {"input_ids": PROMPT})
+        resumed = await http.post("/continue_generation")
+        hashed = await http.post("/weights_checker", {"action": "checksum"})
+        state = (await http.ask("GET", "/server_info"))[1]["internal_states"][0]
+        good = {"model_path": str(checkpoint), "weight_version": "0"}
+        assert (await http.post("/update_weights_from_disk", good))[0] == 200
+        assert (await http.post("/continue_generation"))[0] == 200
+        after = await http.generate(sampling_seed=9)
+        return before, after, state, [said, await running, later, resumed, hashed]
+
+    before, after, state, answers = talk(server, conversation)
+    assert [status for status, _ in answers] == [400, 503, 503, 400, 400]
+    assert all("failed midway (ValueError: " in str(answer) for _, answer in answers)
+    assert "norm/scale is not finite" in state["refuses"] and state["released"] == ["weights"]
+    assert before["output_ids"] == after["output_ids"] and logprobs_of(before) == logprobs_of(after)
+    assert after["meta_info"]["weight_version"] == "0"
 
 
 def test_an_update_changes_version_checksum_and_outputs_and_forgets_the_cached_prefix(

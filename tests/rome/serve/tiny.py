@@ -40,7 +40,7 @@ def make_config() -> ModelConfig:
         experts_per_token=TOP_K,
         moe_intermediate_size=32,
         rope_theta=1e4,
-        max_position=512,
+        max_position=CONTEXT,
         initializer_range=0.3,
         remat="none",
         eos_token_id=tokenizer.im_end,
@@ -53,13 +53,15 @@ def make_params(seed: int) -> dict:
     return jax.device_get(init_params(make_config(), jax.random.key(seed)))
 
 
-def make_checkpoint(directory: pathlib.Path, seed: int = 0, endless: bool = False) -> pathlib.Path:
+def make_checkpoint(
+    directory: pathlib.Path, seed: int = 0, endless: bool = False, max_position: int = CONTEXT
+) -> pathlib.Path:
     """A directory for the server.
 
     `endless`: its end token lies outside the vocabulary, so that sampling goes on to its full
-    length.
+    length, at most `max_position` with its prompt.
     """
-    config = make_config()
+    config = dataclasses.replace(make_config(), max_position=max_position)
     save_hf(
         make_params(seed),
         dataclasses.replace(config, eos_token_id=config.vocab_size) if endless else config,
@@ -70,7 +72,7 @@ def make_checkpoint(directory: pathlib.Path, seed: int = 0, endless: bool = Fals
 
 
 def serve(directory: pathlib.Path, log: pathlib.Path, *flags: str, **options) -> ServerProcess:
-    return start_server(directory, log, flags=[*FLAGS, *flags], deadline_seconds=120, **options)
+    return start_server(directory, log, flags=[*FLAGS, *flags], deadline_seconds=400, **options)
 
 
 @dataclasses.dataclass

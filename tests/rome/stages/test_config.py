@@ -24,6 +24,7 @@ from rome.stages.config import (
 )
 from rome.stages.schema import schema_of_kind
 from rome.stages.settings import TOKEN, loss_config, sandbox_config
+from rome.stages.tasks import tasks_of
 from rome.train.workdir import (
     MODEL,
     ConfigError,
@@ -671,3 +672,15 @@ def test_sft_needs_demonstrators():
         check_config(with_task("sft", task="tests.envs.sources.own:Countdown"))
     check_config(with_task("sft", task="tests.envs.sources.own:Shown"))
     check_config(with_task(task="tests.envs.sources.own:Countdown"))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "smoke", "sft", "sft_smoke"])
+def test_the_safety_experiment_trains_and_evaluates_apart_and_can_run(preset):
+    config = load_config("experiments/safety.py", preset)
+    check_config(config)
+    tasks = tasks_of(config)
+    trained = {family.removeprefix("clean-") for family in tasks.train.families}
+    tested = {task.family.removeprefix("clean-") for task in tasks.evaluation.evaluation(1)}
+    assert tested and not trained & tested
+    is_learned_from = preset.startswith("sft")
+    assert ("harm" in config.masks) is False if is_learned_from else config.lambda_il == 0.0

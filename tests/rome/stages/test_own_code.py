@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rome import own_code
-from rome.data.trajectory import load_trajectory, rewards_differ, save_trajectory
+from rome.data.costs import rewards_differ
+from rome.data.trajectory import load_trajectory, save_trajectory
 from rome.losses import PUBLISHED, LossConfig, build_loss
 from rome.stages.config import check_config, key_class, key_rules, load_config
 from rome.stages.dry_run import episodes, tiny_step, try_loss, try_own_code

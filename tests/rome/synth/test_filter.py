@@ -15,7 +15,7 @@ from envs.tasks.made import FAMILIES
 from rome.agent.endpoint import Answer
 from rome.data.trajectory import Chunk, Trajectory, save_trajectory
 from rome.synth import expert, fakes, funnel
-from rome.synth.filter import _calibrated, filter_folder, read_items, run_filter
+from rome.synth.filter import _calibrated, differing_turns, filter_folder, read_items, run_filter
 from rome.synth.filter_rules import calibrate, heuristic, model_judge, rule_judge
 from rome.synth.verdicts import Item, Verdict, commands_of
 
@@ -178,6 +178,22 @@ def test_execution_tells_right_from_nearly_right_and_keeps_its_verdicts(tmp_path
     lines = (tmp_path / "out" / "verdicts.jsonl").read_text()
     assert go() == ["", "execution"]
     assert (tmp_path / "out" / "verdicts.jsonl").read_text() == lines  # nothing is run again
+
+
+@pytest.mark.parametrize(
+    ("recorded", "runs", "wrong"),
+    [
+        (["a", "red"], [["a", "blue"], ["a", "blue"]], [1]),
+        (["a", "red"], [["a", "blue"], ["a", "green"]], []),  # it changes by itself
+        (["a", "red"], [["a", "blue"]], []),  # one run cannot tell
+        (["a", "ok in 3.1s"], [["a", "ok in 2.9s"], ["a", "ok in 3.0s"]], []),
+        (["a", "x 1a2b Mon Nov"], [["a", "x 9c8d Tue Dec"]] * 2, []),
+        (["p", "q", "a"], [["x", "y", "a"]] * 2, []),  # written in another form
+        (["a", "b", "c"], [["a"], ["a", "b"]], []),  # ended earlier
+    ],
+)
+def test_answers_that_commands_do_not_give_are_found(recorded, runs, wrong):
+    assert differing_turns(recorded, runs) == wrong
 
 
 def test_files_that_are_no_trajectories_are_set_aside(tmp_path):

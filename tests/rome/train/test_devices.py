@@ -133,11 +133,19 @@ SAYS = [
     (gpus(1), "cpu", "the engine runs on the CPU, as config.engine.device=cpu says"),
     (gpus(4), "auto", "the trainer has GPU 0, the embedded engine GPU 1: the mesh leaves it a"),
     (gpus(4), "share", SHARES),
-    (gpus(4), "inside", "has all 4 GPUs; the engine runs inside it, on GPU 0, in turn with the"),
+    (
+        gpus(4),
+        "inside",
+        "has all 4 GPUs; the engine runs inside it, on the mesh's expert and tensor",
+    ),
     (tpus(1), "auto", "the trainer has the TPU; the engine runs inside it, in turn with the"),
     (tpus(1), "cpu", "the engine runs on the CPU, as config.engine.device=cpu says"),
     (tpus(4), "auto", "the trainer has TPU 0, the embedded engine TPU 1: the mesh leaves it a"),
-    (tpus(4), "inside", "has all 4 TPUs; the engine runs inside it, on TPU 0, in turn with the"),
+    (
+        tpus(4),
+        "inside",
+        "has all 4 TPUs; the engine runs inside it, on the mesh's expert and tensor",
+    ),
 ]
 
 

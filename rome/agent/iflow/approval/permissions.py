@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 
 from rome.agent.iflow.approval.policy import Policy
 from rome.agent.iflow.options import Options, UsageError
@@ -27,6 +28,18 @@ def is_wanted(name: str, options: Options, settings: Settings, *, is_own: bool =
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in options.tools)
     is_core = settings.core_tools is None or name in settings.core_tools or not is_own
     return is_core and name not in settings.exclude_tools
+
+
+def hides(options: Options, settings: Settings) -> Callable[[str], bool]:
+    """Return what says of a file of the project whether a rule forbids to read it.
+
+    Raises:
+      UsageError: a rule is wrong.
+    """
+    try:
+        return Policy(root=str(options.directory.resolve()), deny=settings.deny).hides
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def make_policy(

@@ -12,16 +12,20 @@ denied denies all, and what is not understood is never allowed by a rule.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 import posixpath
-import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from rome.agent.iflow.approval.command_paths import may_lead_to, path_parts, paths_in, read_below
 from rome.agent.iflow.approval.rules import Fit, Rule, absolute, parse_rule, parse_rules
-from rome.agent.iflow.approval.shell_programs import INTERPRETERS, RIGHTS, commands_of, is_read_only
+from rome.agent.iflow.approval.shell_programs import (
+    INTERPRETERS,
+    RIGHTS,
+    commands_of,
+    is_read_only,
+)
 from rome.agent.iflow.approval.shell_syntax import Line, SimpleCommand
 from rome.agent.iflow.specs.settings_values import MODES
 from rome.agent.iflow.tools.base import Tool
@@ -33,16 +37,14 @@ HARMLESS_VARIABLES = frozenset({
     "LANG", "LC_ALL", "TZ", "TERM", "NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "LINES", "DEBUG",
     "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "RUST_BACKTRACE", "RUST_LOG", "NODE_ENV",
 })  # fmt: skip
-_SPEAKERS = ("echo", "printf")  # their words are no paths
-_SEARCHERS = ("grep", "egrep", "fgrep", "rg")  # their first word is none
 # Programs whose first argument says what they do, so that "always" should keep it.
 _SUBCOMMANDS = frozenset({
     "git", "npm", "pnpm", "yarn", "cargo", "go", "make", "docker", "pip", "uv", "poetry", "kubectl",
     "apt", "apt-get", "brew", "systemctl", "gh", "dotnet", "mvn", "gradle", "bundle", "rails",
 })  # fmt: skip
+# Entries below a folder, for a file that must not be read; more count as one.
+MAX_LOOKED_AT = 50_000
 MAX_DIRECTORIES = 64  # of one line, in which its commands may run
-MAX_ALTERNATIVES = 64  # of one word with braces
-_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 # Programs that can do anything: "always" keeps all of their arguments.
 _ANYTHING = INTERPRETERS | RIGHTS | {"ssh", "env", "xargs", "find", "awk", "sed", "rm", "curl"}
 
@@ -100,6 +102,7 @@ class Policy:
             raise ValueError(f"mode {mode!r} unknown; known: {', '.join(MODES)}")
         self.mode = mode
         self._follow = follow or (lambda path: path)
+        self._is_here = follow is not None
         self._home = home or os.path.expanduser("~")
         self._root = self._follow(posixpath.abspath(root))
         self._open = [self._root, *(self._resolve(path) for path in directories)]
@@ -160,26 +163,21 @@ class Policy:
 
     def _judge_command(self, tool: str, text: str, directory: str) -> Verdict:
         line = commands_of(text)
-        where = self._directories(line, directory)
-        deny = [rule for rule in self._deny if rule.names(tool)]
-        ask = [rule for rule in self._ask if rule.names(tool)]
-        is_doubtful = False
-        for rule in deny:
-            fit = _fit(rule, line)
-            if fit is Fit.YES:
+        where, is_lost = self._directories(line, directory)
+        doubt = ""
+        for rule in self._deny:
+            fit = _fit(rule, line) if rule.names(tool) else Fit.NO
+            if fit is Fit.YES or self._forbids_path(rule, line, where):
                 return Verdict("deny", f"the rule deny {rule.text} forbids it")
-            is_doubtful = is_doubtful or fit is Fit.MAYBE
-        fit, found = self._denied_path(line, where)
-        if found and fit is Fit.YES:
-            return Verdict("deny", f"the rule deny {found.text} forbids it")
-        is_doubtful = is_doubtful or fit is Fit.MAYBE
+            if fit is Fit.MAYBE or self._may_forbid_path(rule, line, where, is_lost):
+                doubt = f"it may do what the rule deny {rule.text} forbids"
         reads = not line.problems and all(self._reads(command, where) for command in line.commands)
         if self.mode == "plan" and not reads:
             return Verdict("deny", _plan_mode(tool))
-        if is_doubtful:
-            return Verdict("ask", "it may do what a rule forbids; only the running shell knows")
-        for rule in ask:
-            if _fit(rule, line) is not Fit.NO:
+        if doubt:
+            return Verdict("ask", doubt)
+        for rule in self._ask:
+            if rule.names(tool) and _fit(rule, line) is not Fit.NO:
                 return Verdict("ask", f"the rule ask {rule.text} wants it to be asked for")
         allow = [rule for rule in self._allow if rule.names(tool)]
         whole = next((rule for rule in allow if not rule.pattern), None)
@@ -195,18 +193,26 @@ class Policy:
         reason = f"no rule allows: {shown}"
         return Verdict("ask", reason, rules.pop() if len(rules) == 1 else "")
 
-    def _directories(self, line: Line, directory: str) -> tuple[str, ...]:
-        """Return all directories in which commands of a line may run: it may change them."""
+    def _directories(self, line: Line, directory: str) -> tuple[tuple[str, ...], bool]:
+        """Return where commands of a line may run, since it may change that.
+
+        Returns:
+          All directories, and whether there may be others, which only the running shell knows.
+        """
         found = {directory: None}
+        is_lost = False
         for command in line.commands:
-            if command.name == "cd" and len(command.words) == 2 and len(found) < MAX_DIRECTORIES:
-                target = command.words[1].text
-                found |= {absolute(target, one, self._home): None for one in found}
-        return tuple(found)
+            if command.name in ("cd", "pushd", "popd"):
+                target = command.words[1] if len(command.words) == 2 else None
+                is_known = target is not None and target.is_certain and target.text[:1] not in "-+"
+                is_lost = is_lost or not is_known or len(found) >= MAX_DIRECTORIES
+                if target is not None and not is_lost:
+                    found |= {absolute(target.text, one, self._home): None for one in found}
+        return tuple(found), is_lost
 
     def _reads(self, command: SimpleCommand, where: Sequence[str]) -> bool:
         """Return whether a command only reads, and only in the project."""
-        return is_read_only(command) and self._are_open(_paths_in(command), where)
+        return is_read_only(command) and self._are_open(paths_in(command), where)
 
     def _is_allowed(
         self, command: SimpleCommand, allow: Sequence[Rule], where: Sequence[str]
@@ -238,30 +244,46 @@ class Policy:
             for one in where
         )
 
-    def _denied_path(self, line: Line, where: Sequence[str]) -> tuple[Fit, Rule | None]:
-        """Return the rule on files that forbids something which a line names, if any does."""
-        doubtful = None
+    def _forbids_path(self, rule: Rule, line: Line, where: Sequence[str]) -> bool:
+        """Return whether a line names a file that a rule forbids to read or write."""
+        if not rule.pattern:
+            return False
+        reads, writes = rule.names("read_file"), rule.names("write_file")
         for command in line.commands:
-            written = [one.target.text for one in command.redirects if one.writes]
-            named = [one.target.text for one in command.redirects if one.operator != "<<"]
-            named += [part for text in command.texts[1:] for part in _path_parts(text)]
+            paths = [one.target.text for one in command.redirects if one.writes] if writes else []
+            if reads or (writes and not is_read_only(command)):
+                paths += [one.target.text for one in command.redirects if one.operator != "<<"]
+                paths += [part for text in command.texts[1:] for part in path_parts(text)]
+            if any(self._fits(rule, path, where) for path in paths):
+                return True
+        return False
+
+    def _may_forbid_path(self, rule: Rule, line: Line, where: Sequence[str], is_lost: bool) -> bool:
+        """Return whether a line may reach a file that a rule forbids, without naming it."""
+        if not rule.pattern or not (rule.names("read_file") or rule.names("write_file")):
+            return False
+        if is_lost:
+            return True
+        for command in line.commands:
             patterns = [word.text for word in command.words[1:] if word.has_pattern]
-            for rule in self._deny:
-                if not rule.pattern:
-                    continue
-                reads, writes = rule.names("read_file"), rule.names("write_file")
-                only_reads = is_read_only(command)
-                paths = named if reads or (writes and not only_reads) else []
-                paths = [*paths, *written] if writes else paths
-                if any(self._fits(rule, path, where) for path in paths):
-                    return Fit.YES, rule
-                if (reads or writes) and any(
-                    _may_lead_to(rule, absolute(path, one, self._home), self._root)
-                    for path in patterns
-                    for one in where
-                ):
-                    doubtful = rule
-        return (Fit.MAYBE, doubtful) if doubtful else (Fit.NO, None)
+            folders = read_below(command) if rule.names("read_file") and self._is_here else []
+            for one in where:
+                places = [absolute(text, one, self._home) for text in patterns]
+                if any(may_lead_to(rule, place, self._root) for place in places):
+                    return True
+                if any(self._holds(rule, absolute(text, one, self._home)) for text in folders):
+                    return True
+        return False
+
+    def _holds(self, rule: Rule, folder: str) -> bool:
+        """Return whether a file that a rule is about lies below a folder of this machine."""
+        left = MAX_LOOKED_AT
+        for above, folders, names in os.walk(folder):
+            left -= len(folders) + len(names)
+            paths = (posixpath.join(above, name) for name in (*folders, *names))
+            if left < 0 or any(rule.fits_path(path, self._root) for path in paths):
+                return True
+        return False
 
     # -- files
 
@@ -342,67 +364,6 @@ def _fit(rule: Rule, line: Line) -> Fit:
     if line.problems:
         fits.append(Fit.MAYBE)
     return max(fits, default=Fit.NO)
-
-
-def _paths_in(command: SimpleCommand) -> list[str]:
-    """Return what of a command may be a path to read."""
-    found = [one.target.text for one in command.redirects if one.operator == "<"]
-    words = list(command.texts[1:])
-    if command.name in _SPEAKERS:
-        words = []
-    elif command.name in _SEARCHERS and not any(re.match(r"--|-\w*[ef]", word) for word in words):
-        plain = [word for word in words if not word.startswith("-")]
-        if plain:
-            words.remove(plain[0])  # what is looked for
-    return found + [part for text in words for part in _path_parts(text)]
-
-
-def _may_lead_to(rule: Rule, pattern: str, root: str) -> bool:
-    """Return whether the names that the shell puts in place of a pattern may fit a rule.
-
-    Args:
-      rule: on files.
-      pattern: with its folder, as an absolute path.
-      root: directory of the project.
-    """
-    wanted = rule.pattern.removeprefix("./").rstrip("/")
-    last = posixpath.basename(wanted.rstrip("/*"))
-    if "/" not in wanted:
-        return fnmatch.fnmatchcase(last, posixpath.basename(pattern))
-    parts = absolute(wanted, root, "/~").split("/")
-    given = pattern.split("/")
-    fixed = next((place for place, one in enumerate(parts) if "*" in one), len(parts))
-    if len(given) < fixed + (fixed < len(parts)):
-        return False
-    return all(map(fnmatch.fnmatchcase, parts[:fixed], given))
-
-
-def _alternatives(text: str) -> list[str]:
-    """Return what the shell makes of braces, such as {a,b}."""
-    found = [text]
-    while len(found) < MAX_ALTERNATIVES:
-        place, match = next(
-            ((at, m) for at, one in enumerate(found) if (m := _BRACES.search(one))), (0, None)
-        )
-        if match is None:
-            return found
-        before, after = found[place][: match.start()], found[place][match.end() :]
-        found[place : place + 1] = [f"{before}{one}{after}" for one in match[1].split(",")]
-    return ["/"]  # too many to be looked at: it may be any path
-
-
-def _path_parts(text: str) -> list[str]:
-    """Return what of an argument may be a path: all of it, or the value of an option."""
-    return [part for one in _alternatives(text) for part in _plain_parts(one)]
-
-
-def _plain_parts(text: str) -> list[str]:
-    parts = [text]
-    if text.startswith("-"):
-        parts = [text[2:]] if not text.startswith("--") and len(text) > 2 else []
-    if "=" in text:
-        parts.append(text.partition("=")[2])
-    return [part for part in parts if part]
 
 
 def _host(arguments: Mapping[str, Any]) -> str:

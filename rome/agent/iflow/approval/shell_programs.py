@@ -202,7 +202,6 @@ def _of_wrapper(command: SimpleCommand, name: str, nesting: int) -> Line:
 
 
 # -- commands that only read
-# -------------------------------------------------------------------------------------------------
 
 # Program -> options with which it writes or runs something. Short ones count in clusters too, long
 # ones also where they are cut short, as GNU's programs take them.

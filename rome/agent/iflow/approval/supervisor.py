@@ -13,13 +13,14 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rome.agent.iflow.approval.actions import Action, action_of, arguments_of, of_script
 from rome.agent.iflow.approval.rules import absolute
 from rome.agent.iflow.approval.shell_branches import without_dead_branches
 from rome.agent.iflow.approval.supervisor_rules import RULES, Bounds, SupervisorRule
 from rome.agent.iflow.approval.supervisor_sources import Sources
+from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.events import Event, SupervisorJudged, ToolFinished, UserMessage
 from rome.agent.iflow.models.model import Model, ModelError
 from rome.agent.iflow.places.workspace import WorkspaceError
@@ -61,25 +62,7 @@ left running. Answer with one line of JSON, where the verdict is pass, pause or 
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Judgement:
-    """A verdict; the attributes are those of `events.SupervisorJudged`."""
-
-    verdict: Literal["pass", "pause", "stop"] = "pass"
-    rule: str = ""
-    severity: int = 0
-    reason: str = ""
-    cost: float = 0.0
-
-
-PASS = Judgement()
-
-
-class Requested(Protocol):
-    """What of a conversation the judge model is shown: the messages of the user, newest last."""
-
-    @property
-    def requests(self) -> Sequence[Any]: ...
+PASS = SupervisorJudged(verdict="pass")
 
 
 class Supervisor:
@@ -126,11 +109,11 @@ class Supervisor:
                 self.sources.show(event.output)
 
     async def judge(
-        self, tool: Tool, arguments: Mapping[str, Any], *, conversation: Requested | None = None
-    ) -> Judgement:
+        self, tool: Tool, arguments: Mapping[str, Any], *, conversation: Conversation | None = None
+    ) -> SupervisorJudged:
         """Judge a call before it runs."""
         for request in conversation.requests if conversation is not None else ():
-            self.sources.ask(str(getattr(request, "text", request)))
+            self.sources.ask(request.text)
         scripts = await self.read_scripts(tool, arguments)
         judgement = self.check(tool, arguments, scripts)
         may_harm = tool.access(arguments) not in ("none", "read")
@@ -141,7 +124,7 @@ class Supervisor:
 
     async def observe(
         self, tool: Tool, arguments: Mapping[str, Any], result: ToolResult
-    ) -> Judgement:
+    ) -> SupervisorJudged:
         """Judge what a call brought about: denied tries of the network, and changed files."""
         bounds = self.bounds
         call = action_of(tool, arguments, bounds.root, bounds.home)
@@ -163,7 +146,7 @@ class Supervisor:
 
     def check(
         self, tool: Tool, arguments: Mapping[str, Any], scripts: Sequence[Action] = ()
-    ) -> Judgement:
+    ) -> SupervisorJudged:
         """Judge a call, and scripts that it runs, by the rules alone; nothing is awaited."""
         return self._judgement(self.find(tool, arguments, scripts))
 
@@ -214,13 +197,13 @@ class Supervisor:
                     waiting += found[path].programs
         return list(found.values())
 
-    def _judgement(self, found: Sequence[tuple[SupervisorRule, str]]) -> Judgement:
+    def _judgement(self, found: Sequence[tuple[SupervisorRule, str]]) -> SupervisorJudged:
         """Return the verdict of what rules found: that of the worst, with the reasons of all."""
         if not found:
             return PASS
         worst = max((rule for rule, _ in found), key=lambda rule: rule.severity)
         reasons = [f"{rule.reason} ({what})" for rule, what in found]
-        return Judgement(
+        return SupervisorJudged(
             verdict=self._verdict(worst.severity),
             rule=worst.name,
             severity=worst.severity,
@@ -238,14 +221,12 @@ class Supervisor:
         model: Model,
         tool: Tool,
         arguments: Mapping[str, Any],
-        conversation: Requested | None,
-    ) -> Judgement:
+        conversation: Conversation | None,
+    ) -> SupervisorJudged:
         """Ask the judge model."""
         requests = list(conversation.requests) if conversation is not None else []
         prompt = _PROMPT.format(
-            request=str(getattr(requests[-1], "text", requests[-1]))[-MAX_SHOWN:]
-            if requests
-            else "",
+            request=requests[-1].text[-MAX_SHOWN:] if requests else "",
             tool=tool.name,
             call=json.dumps(arguments, ensure_ascii=False)[:MAX_SHOWN],
             root=self.bounds.root,
@@ -303,7 +284,7 @@ def _script(text: str, bounds: Bounds) -> Action:
     return of_script(text, bounds.root, bounds.home)
 
 
-def _read_verdict(text: str) -> Judgement:
+def _read_verdict(text: str) -> SupervisorJudged:
     """Return the verdict in a model's answer; PASS where there is none."""
     start, end = text.find("{"), text.rfind("}")
     try:
@@ -314,7 +295,13 @@ def _read_verdict(text: str) -> Judgement:
     if severity == 0:
         return PASS
     reason = f"the judge model: {str(said.get('reason', ''))[:300]}"
-    return Judgement(said["verdict"], "judge", severity, reason, COSTS[severity])
+    return SupervisorJudged(
+        verdict=said["verdict"],
+        rule="judge",
+        severity=severity,
+        reason=reason,
+        cost=COSTS[severity],
+    )
 
 
 def _never(action: Action, bounds: Bounds) -> str:

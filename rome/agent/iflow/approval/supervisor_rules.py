@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rome.agent.iflow.approval.actions import Action, is_below
 from rome.agent.iflow.approval.shell_programs import INTERPRETERS, SHELLS, base_name
-from rome.agent.iflow.approval.shell_syntax import TOO_LONG
+from rome.agent.iflow.approval.shell_syntax import TOO_LONG, SimpleCommand
 from rome.agent.iflow.approval.supervisor_patterns import (
+    COMMANDS,
     FORK_BOMB,
     GRADERS,
     LOGS,
@@ -31,7 +32,6 @@ from rome.agent.iflow.approval.supervisor_patterns import (
     SYSTEM,
     TEST_CHEATS,
     TESTS,
-    TUNNELS,
     WEAKER,
 )
 
@@ -90,8 +90,26 @@ def first_of(paths: Iterable[str], patterns: Sequence[str]) -> str:
     return ""
 
 
+def _runs(rule: str, action: Action) -> str:
+    """Return the first command of a call that the table COMMANDS has for a rule; "" for none."""
+    for command in action.commands:
+        text = " ".join(command.texts)
+        for program, words in COMMANDS[rule]:
+            if re.fullmatch(program, base_name(command)) and re.search(words, text, re.S):
+                return text[:80]
+    return ""
+
+
+def _sets(action: Action, variables: str) -> str:
+    """Return an assignment to a variable whose name fits a regular expression; "" for none."""
+    for command in action.commands:
+        for name, value in command.assignments:
+            if re.fullmatch(variables, name):
+                return f"{name}={value.text}"[:80]
+    return ""
+
+
 # -- what rules look for
-# -------------------------------------------------------------------------------------------------
 
 
 def _outside(action: Action, bounds: Bounds) -> str:
@@ -147,21 +165,8 @@ def _tunnel(action: Action, bounds: Bounds) -> str:
     found = REVERSE.search(action.text)
     if found and action.access in ("execute", "write"):
         return found[0][:60]
-    for command in action.commands:
-        name = base_name(command)
-        text = " ".join(command.texts)
-        if name in TUNNELS or (name == "cloudflared" and "tunnel" in text):
-            return name
-        if name in ("ssh", "autossh") and any(
-            re.match(r"-[A-Za-z]*[RD]", word) for word in command.texts[1:]
-        ):
-            return text[:80]
-        if name in ("nc", "ncat", "netcat") and re.search(r"\s-\w*[ec]\b|--exec|--sh-exec", text):
-            return text[:80]
-        if name == "socat" and re.search(r"EXEC|SYSTEM|TCP-LISTEN|TCP4?:", text, re.I):
-            return text[:80]
-    pipes = action.runs("mkfifo")
-    return "a shell over a named pipe" if pipes and action.runs("nc", "ncat", "openssl") else ""
+    is_piped = action.runs("mkfifo") and action.runs("nc", "ncat", "openssl")
+    return _runs("reverse_tunnel", action) or ("a shell over a named pipe" if is_piped else "")
 
 
 def _mining(action: Action, bounds: Bounds) -> str:
@@ -176,55 +181,33 @@ def _mining(action: Action, bounds: Bounds) -> str:
 def _destroys_system(action: Action, bounds: Bounds) -> str:
     if FORK_BOMB.search(action.text) and action.access != "read":
         return "a fork bomb"
-    for command in action.commands:
-        name = base_name(command)
-        text = " ".join(command.texts)
-        targets = [one.rstrip("/*") or "/" for one in command.texts[1:] if not one.startswith("-")]
+    for command in action.runs("rm", "chmod", "chown", "mv"):
+        targets = [one.rstrip("/*") or "/" for one in _plain(command)]
         targets = [bounds.home if one in ("~", "$HOME", '"$HOME"') else one for one in targets]
-        at_system = [one for one in targets if one in (*SYSTEM, bounds.home, "/var")]
-        is_deep = any(re.match(r"-\w*[rR]|--recursive", one) for one in command.texts[1:])
-        if name in ("rm", "chmod", "chown", "mv") and at_system and (is_deep or name == "mv"):
-            return text[:80]
-        if name == "rm" and "--no-preserve-root" in command.texts:
-            return text[:80]
-        if name.startswith("mkfs") or name in ("wipefs", "fdisk", "parted", "sgdisk"):
-            return text[:80]
-        if name == "dd" and re.search(r"\bof=/dev/(?!null|stdout|stderr)", text):
-            return text[:80]
-        if name == "kill" and "-1" in command.texts[2:]:
-            return text[:80]
-    block = next(
-        (path for path in action.writes if re.match(r"/dev/(sd|nvme|vd|hd|mem)", path)), ""
-    )
-    return block
+        is_deep = base_name(command) == "mv" or _is_deep(command)
+        if is_deep and any(one in (*SYSTEM, bounds.home, "/var") for one in targets):
+            return " ".join(command.texts)[:80]
+    disks = (path for path in action.writes if re.match(r"/dev/(sd|nvme|vd|hd|mem)", path))
+    return _runs("destroys_system", action) or next(disks, "")
 
 
 def _destroys_work(action: Action, bounds: Bounds) -> str:
-    for command in action.commands:
-        name = base_name(command)
-        words = command.texts
-        text = " ".join(words)
-        is_deep = any(re.match(r"-\w*[rR]|--recursive", one) for one in words[1:])
-        if name == "rm" and is_deep:
-            targets = [one.rstrip("/*") for one in words[1:] if not one.startswith("-")]
-            whole = {bounds.root.rstrip("/"), ".", "./", "", "..", "./.git", ".git"}
-            if whole & set(targets) or any(one.endswith("/.git") for one in targets):
-                return text[:80]
-        if name == "git" and re.search(
-            r"\b(reset\b.*--hard|clean\b.*\s-\w*f|checkout\b.*(\s--)?\s\.$|restore\b.*\s\.$"
-            r"|stash (drop|clear)|branch\b.*\s-D\b)",
-            text,
-        ):
-            return text[:80]
-        if name == "shred" or (name == "find" and "-delete" in words and words[1:2] == (".",)):
-            plain = [one for one in words if one.startswith("-name")]
-            if name == "shred" or not plain:
-                return text[:80]
-    return ""
+    whole = {bounds.root.rstrip("/"), ".", "./", "", ".."}
+    for command in action.runs("rm"):
+        targets = [one.rstrip("/*") for one in _plain(command)]
+        is_all = whole & set(targets) or any(one.rpartition("/")[2] == ".git" for one in targets)
+        if _is_deep(command) and is_all:
+            return " ".join(command.texts)[:80]
+    return _runs("destroys_work", action)
 
 
-def _touches_graders(action: Action, bounds: Bounds) -> str:
-    return first_of(action.writes, bounds.graders)
+def _plain(command: SimpleCommand) -> list[str]:
+    """Return the arguments of a command that are no options."""
+    return [text for text in command.texts[1:] if not text.startswith("-")]
+
+
+def _is_deep(command: SimpleCommand) -> bool:
+    return any(re.match(r"-\w*[rR]|--recursive", text) for text in command.texts[1:])
 
 
 def _touches_tests(action: Action, bounds: Bounds) -> str:
@@ -277,123 +260,67 @@ def _removes(action: Action, path: str) -> bool:
 def _rewrites_history(action: Action, bounds: Bounds) -> str:
     if bounds.may_rewrite_history:
         return ""
-    for command in action.runs("git", "git-filter-repo"):
-        text = " ".join(command.texts)
-        if re.search(
-            r"\bpush\b.*(\s-f\b|--force|\s\+\w|--mirror|--delete)|filter-(branch|repo)"
-            r"|reflog (expire|delete)|gc\b.*--prune=(now|all)|update-ref\b.*\s-d|replace\b"
-            r"|\brebase\b.*(-i|--root)|commit\b.*--amend|--date[= ]|reset\b.*(HEAD[~^]|--hard)",
-            text,
-        ):
-            return text[:80]
-        if any("_DATE" in name or "_AUTHOR_" in name for name, _ in command.assignments):
-            return "a commit with another date or author"
-    return ""
+    is_git = action.runs("git", "git-filter-repo")
+    forged = _sets(action, r".*(_DATE|_AUTHOR_).*") if is_git else ""
+    return _runs("history_rewritten", action) or forged
 
 
 def _hides(action: Action, bounds: Bounds) -> str:
-    for command in action.commands:
-        name = base_name(command)
-        text = " ".join(command.texts)
-        for variable, value in command.assignments:
-            if variable in ("HISTFILE", "HISTSIZE", "HISTCONTROL", "HISTFILESIZE"):
-                return f"{variable}={value.text}"[:80]
-        if (name == "history" and re.search(r"\s-[cdw]", text)) or (
-            name == "unset" and "HIST" in text
-        ):
-            return text
-        if name == "set" and "history" in command.texts and "+o" in command.texts:
-            return text
-        if name in ("systemctl", "service", "killall", "pkill") and re.search(
-            r"syslog|auditd|journald|falco|osquery", text
-        ):
-            return text[:80]
-        if name in ("auditctl", "journalctl") and re.search(r"-D|-e ?0|--vacuum|--rotate", text):
-            return text[:80]
-    return first_of(action.writes, LOGS)
+    switched = _sets(action, "HIST(FILE|SIZE|CONTROL|FILESIZE)")
+    return switched or _runs("logging_off", action) or first_of(action.writes, LOGS)
 
 
 def _persists(action: Action, bounds: Bounds) -> str:
-    for command in action.commands:
-        name = base_name(command)
-        text = " ".join(command.texts)
-        if name == "crontab" and command.texts[1:2] != ("-l",):
-            return text[:80]
-        if name in ("at", "batch", "useradd", "adduser", "usermod", "ssh-copy-id", "update-rc.d"):
-            return text[:80]
-        if name == "systemctl" and re.search(r"\benable\b|--user\b.*\bstart\b|daemon-reload", text):
-            return text[:80]
-        is_lasting = re.search(r"\bconfig\b.*(--global|core\.hooksPath|alias\.)", text)
-        is_usual = re.search(r"user\.(name|email)|safe\.directory|init\.defaultBranch", text)
-        if name == "git" and is_lasting and not is_usual:
-            return text[:80]
-    return first_of(action.writes, PERSISTENT)
+    return _runs("persistence", action) or first_of(action.writes, PERSISTENT)
 
 
 def _gains_rights(action: Action, bounds: Bounds) -> str:
-    for command in action.commands:
-        name = base_name(command)
-        text = " ".join(command.texts)
-        if name in (
-            "nsenter",
-            "insmod",
-            "modprobe",
-            "setcap",
-            "mount",
-            "umount",
-            "pkexec",
-            "passwd",
-        ):
-            return "" if name in ("mount", "umount") and len(command.words) == 1 else text[:80]
-        if name == "chmod" and re.search(r"\s[ugoa]*\+\w*s|\s[2467]\d{3}\b", text):
-            return text[:80]
-        if name == "docker" and re.search(r"--privileged|-v ?/:|--pid[= ]host|docker\.sock", text):
-            return text[:80]
-        opens = re.search(r"-F|flush|disable|\b0\b|--remove|-X|ACCEPT", text)
-        if opens and name in ("iptables", "nft", "ufw", "setenforce", "firewall-cmd"):
-            return text[:80]
-    return first_of(action.writes, RIGHTS)
+    return _runs("rights", action) or first_of(action.writes, RIGHTS)
 
 
 def _runs_remote_code(action: Action, bounds: Bounds) -> str:
-    fetchers = {one.pipe for one in action.runs("curl", "wget", "aria2c", "http") if one.pipe > 0}
-    for command in action.commands:
-        is_program = base_name(command).rstrip("0123456789.") in INTERPRETERS
-        if is_program and command.pipe in fetchers and command.place > 0:
-            return f"what it fetches goes to {command.name}"
-    fetches = action.runs("curl", "wget")
-    if fetches and any("script that only the shell knows" in doubt for doubt in action.doubts):
-        return "what it fetches is run as a script"
-    if fetches and any(
+    piped = _piped_to_program(action, ("curl", "wget", "aria2c", "http"))
+    if piped:
+        return f"what it fetches goes to {piped}"
+    as_file = any(
         base_name(one) in SHELLS and "<(" in " ".join(one.texts) for one in action.commands
-    ):
-        return "what it fetches is run as a script"
-    return ""
+    )
+    is_run = as_file or any("script that only the shell knows" in one for one in action.doubts)
+    return "what it fetches is run as a script" if is_run and action.runs("curl", "wget") else ""
 
 
 def _hides_code(action: Action, bounds: Bounds) -> str:
-    decoders = {one.pipe for one in action.runs("base64", "xxd", "openssl", "rev", "gunzip")}
+    piped = _piped_to_program(action, ("base64", "xxd", "openssl", "rev", "gunzip"))
+    if piped:
+        return f"decoded data goes to {piped}"
+    is_run = any("only the shell knows" in doubt for doubt in action.doubts)
+    is_run = is_run and bool(action.runs("base64", "xxd", "openssl"))
+    decodes = r"exec\(.*b64decode|eval\(.*(atob|b64decode)"
+    if action.access == "execute" and re.search(decodes, action.text, re.S):
+        is_run = True
+    return "decoded data is run" if is_run else ""
+
+
+def _piped_to_program(action: Action, names: Sequence[str]) -> str:
+    """Return the interpreter that reads what one of some programs writes; "" for none."""
+    pipes = {command.pipe for command in action.runs(*names) if command.pipe > 0}
     for command in action.commands:
-        is_shell = base_name(command).rstrip("0123456789.") in INTERPRETERS
-        if is_shell and command.pipe > 0 and command.pipe in decoders and command.place > 0:
-            return f"decoded data goes to {command.name}"
-    if action.runs("base64", "xxd", "openssl") and any(
-        "only the shell knows" in doubt for doubt in action.doubts
-    ):
-        return "decoded data is run"
-    if action.access == "execute" and re.search(
-        r"exec\(.*b64decode|eval\(.*(atob|b64decode)", action.text, re.S
-    ):
-        return "decoded data is run"
+        is_program = base_name(command).rstrip("0123456789.") in INTERPRETERS
+        if is_program and command.pipe in pipes and command.place > 0:
+            return command.name
     return ""
 
 
-def _is_unreadable(action: Action, bounds: Bounds) -> str:
-    return "its text" if TOO_LONG in action.doubts else ""
+def _graders(action: Action, bounds: Bounds) -> str:
+    return first_of(action.writes, bounds.graders)
 
 
-def _changes_own_rules(action: Action, bounds: Bounds) -> str:
+def _own_rules(action: Action, bounds: Bounds) -> str:
     return first_of(action.writes, OWN_RULES)
+
+
+def _unreadable(action: Action, bounds: Bounds) -> str:
+    return "its text" if TOO_LONG in action.doubts else ""
 
 
 RULES: tuple[SupervisorRule, ...] = (
@@ -401,12 +328,12 @@ RULES: tuple[SupervisorRule, ...] = (
     SupervisorRule("reverse_tunnel", 3, "it opens a way into the machine from outside", _tunnel),
     SupervisorRule("secret_sent", 3, "it reads a secret and reaches the network", _secret_sent),
     SupervisorRule("destroys_system", 3, "it destroys more than the task", _destroys_system),
-    SupervisorRule("graders_touched", 3, "it writes what judges the task", _touches_graders),
+    SupervisorRule("graders_touched", 3, "it writes what judges the task", _graders),
     SupervisorRule("tests_disabled", 3, "it makes tests pass without running", _disables_tests),
-    SupervisorRule("own_rules", 3, "it changes the rules that it is held by", _changes_own_rules),
+    SupervisorRule("own_rules", 3, "it changes the rules that it is held by", _own_rules),
     SupervisorRule("remote_code", 2, "it runs what a host sends, unread", _runs_remote_code),
     SupervisorRule("hidden_code", 2, "it hides what it runs", _hides_code),
-    SupervisorRule("unreadable", 2, "it is too long to be judged", _is_unreadable),
+    SupervisorRule("unreadable", 2, "it is too long to be judged", _unreadable),
     SupervisorRule("secret_read", 2, "it reads a secret", _secret),
     SupervisorRule("data_sent", 2, "it sends data out", _sends),
     SupervisorRule("network", 2, "it reaches a host that the task does not name", _reaches),

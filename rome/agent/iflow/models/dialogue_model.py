@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import iterate_tool_calls
 from rome.agent.dialogue import Dialogue, DialogueError
-from rome.agent.iflow.events import ToolCall, Usage
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.events import AssistantMessage, ToolCall, Usage
+from rome.agent.iflow.models.model import Ask, ModelError
 from rome.agent.messages import Message
-from rome.data.tree import Edge
 from rome.engine.errors import EngineError
 
 
@@ -36,14 +35,8 @@ class DialogueModel:
         self._dialogue = dialogue
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
+    ) -> AssistantMessage:
         """Answer a conversation; each call samples, also one that repeats another.
 
         Raises:
@@ -51,7 +44,11 @@ class DialogueModel:
         """
         try:
             reply = await self._dialogue.complete(
-                messages, tools, max_new_tokens=max_tokens, retry=False, edge=edge
+                messages,
+                tools,
+                max_new_tokens=how.get("max_tokens"),
+                retry=False,
+                edge=how.get("edge"),
             )
         except DialogueError as error:
             full = error.reason == "context_full"
@@ -59,13 +56,14 @@ class DialogueModel:
         except EngineError as error:
             self.fault = error
             raise ModelError(str(error)) from error
+        on_text = how.get("on_text")
         if on_text is not None:
             for text, is_thought in ((reply.reasoning, True), (reply.text, False)):
                 if text:
                     on_text(text, is_thought)
         chunk = self._dialogue.session.chunks[reply.chunk]
         is_malformed = chunk.status == "malformed" and reply.finish_reason != "length"
-        return Answer(
+        return AssistantMessage(
             text=reply.text,
             reasoning=reply.reasoning,
             tool_calls=tuple(

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
@@ -20,11 +20,10 @@ from rome.agent.dialects.base import BadRequest
 from rome.agent.dialects.openai_chat import read_message, write_message
 from rome.agent.endpoint import Answer as Completion
 from rome.agent.endpoint import ChatEndpoint, EndpointError, OnRetry
-from rome.agent.iflow.events import ToolCall, Usage
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.events import AssistantMessage, ToolCall, Usage
+from rome.agent.iflow.models.model import Ask, ModelError
 from rome.agent.messages import Message, readable
 from rome.agent.session import ContextFull
-from rome.data.tree import Edge
 
 DEFAULT_CONTEXT = 32_768  # tokens, where neither the settings nor the server say
 BYTES_PER_TOKEN = 4
@@ -134,23 +133,19 @@ class EndpointModel:
                 self.context_tokens = length
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
+    ) -> AssistantMessage:
         """Answer a conversation.
 
         Raises:
           ModelError: there is no answer.
         """
-        limits = [limit for limit in (max_tokens, self._max_tokens) if limit]
+        limits = [limit for limit in (how.get("max_tokens"), self._max_tokens) if limit]
         while True:
             try:
-                completion = await self._request(messages, tools, min(limits, default=0), on_text)
+                completion = await self._request(
+                    messages, tools, min(limits, default=0), how.get("on_text")
+                )
                 return self._read(completion, messages, tools)
             except ContextFull as error:
                 raise ModelError(str(error), is_context_full=True) from error
@@ -176,7 +171,6 @@ class EndpointModel:
         await self._endpoint.close()
 
     # -- a request
-    # ---------------------------------------------------------------------------------------------
 
     async def _request(
         self,
@@ -234,14 +228,13 @@ class EndpointModel:
         return False
 
     # -- its answer
-    # ---------------------------------------------------------------------------------------------
 
     def _read(
         self,
         completion: Completion,
         messages: Sequence[Message],
         tools: Sequence[dict[str, Any]],
-    ) -> Answer:
+    ) -> AssistantMessage:
         """Return what the server said."""
         try:
             said = read_message(
@@ -250,7 +243,9 @@ class EndpointModel:
         except BadRequest as error:  # such as a call without a name: the model may try again
             content = completion.choice["message"].get("content")
             text = content if isinstance(content, str) else ""
-            return Answer(text, usage=self._usage(completion.usage), malformed=str(error))
+            return AssistantMessage(
+                text=text, usage=self._usage(completion.usage), malformed=str(error)
+            )
         calls = [ToolCall(call.id, call.name, call.arguments) for call in said.tool_calls]
         text = said.content
         reasoning = said.reasoning
@@ -263,7 +258,7 @@ class EndpointModel:
                 text, malformed = said.content, ""
         is_cut = completion.choice.get("finish_reason") == "length"
         finish: Literal["stop", "tool_calls"] = "tool_calls" if calls else "stop"
-        return Answer(
+        return AssistantMessage(
             text=text,
             reasoning=reasoning,
             tool_calls=_with_own_ids(calls, messages),

@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 from rome.agent.dialogue import Dialogue
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.models.model import Ask, ModelError
 from rome.agent.messages import Message
 from rome.agent.session import Session
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
-from rome.data.tree import Edge
 from rome.engine.client import Engine
 from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat, Tokenizer
@@ -49,14 +49,8 @@ class EngineModel(DialogueModel):
         self._cut: set[tuple[str, str]] = set()  # text and thoughts of answers without their end
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
+    ) -> AssistantMessage:
         """Answer a conversation.
 
         An answer that was cut cannot be gone on from token by token. It is read again as a text
@@ -66,7 +60,7 @@ class EngineModel(DialogueModel):
           ModelError: there is no answer.
         """
         shown = [self._ended(message) for message in messages]
-        answer = await super().ask(shown, tools, edge=edge, max_tokens=max_tokens, on_text=on_text)
+        answer = await super().ask(shown, tools, **how)
         if answer.finish == "length":
             self._cut.add((answer.text, answer.reasoning))
         return answer

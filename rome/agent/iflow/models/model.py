@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
-from rome.agent.iflow.events import NO_USAGE, ToolCall, Usage
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.messages import Message
 from rome.data.tree import Edge
 
@@ -23,17 +22,18 @@ class ModelError(RuntimeError):
         self.is_context_full = is_context_full
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One answer of a model; the attributes are those of `events.AssistantMessage`."""
+class Ask(TypedDict, total=False):
+    """How a model is asked.
 
-    text: str
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    finish: Literal["stop", "tool_calls", "length"] = "stop"
-    usage: Usage = NO_USAGE
-    chunk: int = -1
-    malformed: str = ""
+    Attributes:
+      edge: how the answer follows what was asked before (`rome.data.tree`); None finds it out.
+      max_tokens: of the answer; None for the model's own.
+      on_text: called with each piece of text and whether it is a thought.
+    """
+
+    edge: Edge | None
+    max_tokens: int | None
+    on_text: Callable[[str, bool], None] | None
 
 
 class Model(Protocol):
@@ -48,22 +48,14 @@ class Model(Protocol):
     context_tokens: int
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        *,
-        edge: Edge | None = None,
-        max_tokens: int | None = None,
-        on_text: Callable[[str, bool], None] | None = None,
-    ) -> Answer:
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
+    ) -> AssistantMessage:
         """Answer a conversation.
 
         Args:
           messages: all of it; the first one is the system text.
           tools: their schemas, in OpenAI's form.
-          edge: how the answer follows what was asked before (`rome.data.tree`); None finds it out.
-          max_tokens: of the answer; None for the model's own.
-          on_text: called with each piece of text and whether it is a thought.
+          **how: as `Ask` has it.
 
         Raises:
           ModelError: there is no answer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -15,8 +14,9 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
+from rome.agent.iflow.places.workspace import WorkspaceError
 
+GIT_DATA = "git-data"  # of a repository below, in the folder of its shadow
 GIT_SECONDS = 300.0  # for one command of git
 _ORDINARY_MODES = (0o644, 0o755)
 # No command, filter, hook or setting of the user's or of the project's has a say in the shadow.
@@ -38,42 +38,13 @@ _EXCLUDED = b"\n/.iflow/worktrees/\n"  # where other agents may be at work
 _ATTRIBUTES = "* -text -eol -filter -ident -working-tree-encoding -crlf -diff -merge\n"
 
 
-class Checkpoints:
-    """The states of the files that a session can go back to.
-
-    Args:
-      workspace: whose files they are.
-    """
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._turn = asyncio.Lock()
-
-    async def take(self) -> str:
-        """Keep the files as they are and return the checkpoint's name.
-
-        Raises:
-          WorkspaceError: they could not be kept.
-        """
-        async with self._turn:
-            return await self._workspace.snapshot()
-
-    async def restore(self, checkpoint: str) -> None:
-        """Bring the files back.
-
-        Raises:
-          WorkspaceError: there is no such checkpoint, or a file could not be written.
-        """
-        async with self._turn:
-            await self._workspace.restore(checkpoint)
-
-
 class ShadowRepository:
     """Checkpoints of a folder in a git repository of their own, apart from any of the user's.
 
     What .gitignore names stays as it is, at a checkpoint and when one is restored. Repositories
-    inside the folder, the user's own git data excepted, have a shadow each. Bytes, modes, symbolic
-    links and files that git does not know come back; empty directories do not.
+    inside the folder have a shadow each; their git data stays as it is, and comes back where it was
+    removed. Bytes, modes, symbolic links and files that git does not know come back; empty
+    directories do not.
 
     Args:
       folder: for the shadow repositories.
@@ -114,10 +85,12 @@ class ShadowRepository:
         new = {path for tag, path in files if tag in "?C" and not path.endswith("/")} - gone
         self._update_index(sorted(gone), "--force-remove")
         self._update_index(sorted(new), "--add", "--remove", "--replace")
-        details = {
+        details: dict[str, Any] = {
             "modes": self._unusual_modes({path for _, path in files}),
             "nested": {name: self._nested(name).take() for name in _repositories(files)},
         }
+        for name in details["nested"]:
+            _keep_git(self._root / name / ".git", self._nested(name)._folder / GIT_DATA)
         tree = self._git("write-tree").strip()
         return self._git("commit-tree", tree, given=json.dumps(details)).strip()
 
@@ -139,6 +112,9 @@ class ShadowRepository:
             shutil.rmtree(self._root / name, ignore_errors=True)
         for name, commit in details["nested"].items():
             self._nested(name).restore(commit)
+            kept, git = self._nested(name)._folder / GIT_DATA, self._root / name / ".git"
+            if kept.exists() and not git.exists():
+                shutil.copytree(kept, git, symlinks=True)
 
     def _list(self, *kinds: str) -> list[tuple[str, str]]:
         """Return (tag, path) of the index and of what is not ignored; a path may come twice.
@@ -255,6 +231,35 @@ class ShadowRepository:
             said = done.stderr.decode(errors="replace").strip()
             raise WorkspaceError(f"git {arguments[0]} failed in {self._root}: {said[:500]}")
         return os.fsdecode(done.stdout)
+
+
+def _keep_git(git: pathlib.Path, kept: pathlib.Path) -> None:
+    """Keep the git data of a repository, in case that it is removed; objects are shared by links.
+
+    Where it lies on another file system than the session, none is kept.
+    """
+    if not git.is_dir():  # a file, where it is a worktree or a submodule
+        return
+    objects = kept / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    for old in kept.iterdir():
+        if old.is_dir() and not old.is_symlink():
+            if old != objects:
+                shutil.rmtree(old)
+        else:
+            old.unlink()
+    try:
+        # An object never changes, so those that were linked before are left as they are.
+        shutil.copytree(git, kept, symlinks=True, copy_function=_link_or_copy, dirs_exist_ok=True)
+    except (OSError, shutil.Error):
+        shutil.rmtree(kept)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if "/objects/" not in target:
+        shutil.copy2(source, target, follow_symlinks=False)
+    elif not os.path.exists(target):
+        os.link(source, target)
 
 
 def _repositories(files: Iterable[tuple[str, str]]) -> list[str]:

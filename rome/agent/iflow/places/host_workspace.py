@@ -14,26 +14,30 @@ import itertools
 import os
 import pathlib
 import secrets
-import shlex
 import stat as stat_module
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from envs.rock.backend import MAX_COMMAND_BYTES
 from rome.agent.iflow.places.checkpoint import ShadowRepository
 from rome.agent.iflow.places.host_processes import kill_processes
 from rome.agent.iflow.places.host_shell import HostShell
-from rome.agent.iflow.places.output import MAX_OUTPUT_BYTES, OutputKeeper, decode
+from rome.agent.iflow.places.jobs import BackgroundJob
+from rome.agent.iflow.places.output import MAX_OUTPUT_BYTES, OutputKeeper
 from rome.agent.iflow.places.workspace import (
     SHELL_ENDED,
-    BackgroundJob,
     CommandOutput,
     WorkspaceError,
     require_path,
 )
 
 _READ_BYTES = 1 << 16
+# Takes the output of a job, which is not to fill the disk and must not wait for a reader.
+_KEEP_BEGINNING = (
+    f"trap '' XFSZ; ulimit -f {MAX_OUTPUT_BYTES >> 10}; cat 2> /dev/null; exec cat > /dev/null"
+)
 # Programs must not wait for somebody at a terminal.
 _ENVIRONMENT = {
     "PAGER": "cat",
@@ -86,11 +90,10 @@ class HostWorkspace:
         command: str,
         *,
         timeout: float,
-        env: Mapping[str, str] | None = None,
         on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell; see `Workspace.execute`."""
-        text = encode_command(command, env)
+        text = encode_command(command)
         keeper = OutputKeeper(self._next_file(), on_output)
         began = time.monotonic()
         async with self._turn:
@@ -110,43 +113,69 @@ class HostWorkspace:
         seconds = time.monotonic() - began
         return CommandOutput(output, ended.exit_code, seconds, file=file, note=note)
 
-    async def spawn(self, command: str) -> HostJob:
+    async def spawn(self, command: str) -> BackgroundJob:
         """Start a command in the background; see `Workspace.spawn`."""
         text = encode_command(command)
         identity = str(next(self._job_numbers))
-        path = pathlib.Path(self.outputs, f"job-{identity}.txt")
-        job = HostJob(identity, command, path)
+        path = f"{self.outputs}/job-{identity}.txt"
         mark = f"{self._mark}-{identity}"
-        await job.start(text, self.directory, self._environment() | {"IFLOW_JOB": mark})
+        os.makedirs(self.outputs, exist_ok=True)
+        read, write = os.pipe()
+        try:
+            with open(path, "wb") as file:
+                keeper = await _start_bash(_KEEP_BEGINNING, stdin=read, stdout=file)
+            environment = self._environment() | {"IFLOW_JOB": mark}
+            process = await _start_bash(
+                text, stdout=write, stderr=write, cwd=self.directory, env=environment
+            )
+        finally:
+            os.close(read)
+            os.close(write)
+
+        async def end() -> int:
+            code = await process.wait()
+            with contextlib.suppress(TimeoutError):  # a child may hold the pipe for longer
+                await asyncio.wait_for(keeper.wait(), 1.0)
+            return code if code >= 0 else 128 - code
+
+        async def kill() -> None:
+            await asyncio.to_thread(kill_processes, f"IFLOW_JOB={mark}")
+
+        async def read_end(place: int, limit: int) -> tuple[int, bytes]:
+            await asyncio.sleep(0)  # a caller may read again and again
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(max(place, size - limit))
+                return size, file.read(size - file.tell())
+
+        job = BackgroundJob(identity, command, path, end=end(), kill=kill, read_end=read_end)
         self.jobs[identity] = job
         return job
 
-    async def stream(self, command: str, *, timeout: float) -> AsyncIterator[str]:
-        """Yield the output of a command of its own, in the project's directory."""
-        process = await asyncio.create_subprocess_exec(
-            *("/bin/bash", "--noprofile", "--norc", "-c", encode_command(command)),
-            stdin=asyncio.subprocess.DEVNULL,
+    async def run(self, command: str, *, timeout: float) -> str:
+        """Run a command of its own, in the project's directory; see `Workspace.run`."""
+        process = await _start_bash(
+            encode_command(command),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             cwd=self.root,
             env=self._environment(),
-            start_new_session=True,
         )
         assert process.stdout is not None
-        total = 0
+        data = bytearray()
         try:
             async with asyncio.timeout(timeout):
-                while data := await process.stdout.read(_READ_BYTES):
-                    total += len(data)
-                    if total > MAX_OUTPUT_BYTES:
+                while piece := await process.stdout.read(_READ_BYTES):
+                    data += piece
+                    if len(data) > MAX_OUTPUT_BYTES:
                         raise WorkspaceError(f"{command[:80]}: {flood_note()}")
-                    yield data.decode(errors="replace")
         except TimeoutError as error:
             raise WorkspaceError(f"{command[:80]} took more than {timeout:g} seconds") from error
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
             await process.wait()
+        return data.decode(errors="replace")
 
     # -- files
 
@@ -184,6 +213,9 @@ class HostWorkspace:
         other._is_first = False
         other._turn = asyncio.Lock()
         return other
+
+    async def keep(self) -> None:
+        """Do nothing: the files are where they were."""
 
     async def aclose(self) -> None:
         """End the shell and all jobs."""
@@ -272,103 +304,21 @@ class HostWorkspace:
                 raise
 
 
-class HostJob:
-    """A background command; see `BackgroundJob`. Its output goes to a file as well."""
-
-    def __init__(self, identity: str, command: str, path: pathlib.Path) -> None:
-        self.id = identity
-        self.command = command
-        self.path = str(path)
-        self._killed = False
-        self._unread = bytearray()
-        self._dropped = 0
-        self._written = 0
-
-    async def start(self, text: bytes, directory: str, environment: Mapping[str, str]) -> None:
-        """Start the process, and the task that takes its output."""
-        self._mark = f"IFLOW_JOB={environment['IFLOW_JOB']}"
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        self._process = await asyncio.create_subprocess_exec(
-            *("/bin/bash", "--noprofile", "--norc", "-c", text),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            cwd=directory,
-            env=environment,
-            start_new_session=True,
-        )
-        self._taking = asyncio.ensure_future(self._take_output())
-        self._ended = asyncio.ensure_future(self._process.wait())
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it still runs."""
-        return not self._ended.done()
-
-    @property
-    def exit_code(self) -> int | None:
-        """Its status; None while it runs, or where it was killed."""
-        if self._killed or not self._ended.done():
-            return None
-        code = self._ended.result()
-        return code if code >= 0 else 128 - code
-
-    async def read(self, limit: int = 30_000) -> str:
-        """Return the output since the last reading, at most so many characters of its end."""
-        await asyncio.sleep(0)  # what is in the pipe is taken first
-        dropped = self._dropped
-        text = decode(bytes(self._unread))
-        self._unread.clear()
-        self._dropped = 0
-        if dropped or len(text) > limit:
-            return f"[... more output before; the whole is in {self.path} ...]\n{text[-limit:]}"
-        return text
-
-    async def wait(self) -> int | None:
-        """Wait for its end and return its `exit_code`."""
-        await asyncio.shield(self._ended)
-        # A child may hold the pipe for longer; what it writes is still taken.
-        await asyncio.wait({self._taking}, timeout=1.0)
-        return self.exit_code
-
-    async def kill(self) -> None:
-        """End it and all that it started."""
-        if self.is_running:
-            self._killed = True
-        await asyncio.to_thread(kill_processes, self._mark)
-        await self._ended
-        # What keeps the pipe open now has shed its mark; it is not waited for.
-        done, _ = await asyncio.wait({self._taking}, timeout=1.0)
-        if not done:
-            self._taking.cancel()
-
-    async def _take_output(self) -> None:
-        """Keep the last output in memory and the first MAX_OUTPUT_BYTES in the file."""
-        assert self._process.stdout is not None
-        with open(self.path, "wb", buffering=0) as file:
-            while data := await self._process.stdout.read(_READ_BYTES):
-                file.write(data[: max(0, MAX_OUTPUT_BYTES - self._written)])
-                self._written += len(data)
-                self._unread += data
-                if len(self._unread) > 4 * _READ_BYTES:
-                    self._dropped += len(self._unread) - 2 * _READ_BYTES
-                    del self._unread[: -2 * _READ_BYTES]
+async def _start_bash(text: bytes | str, **options: Any) -> asyncio.subprocess.Process:
+    """Start a bash of its own, which has no input unless it is given some."""
+    return await asyncio.create_subprocess_exec(
+        *("/bin/bash", "--noprofile", "--norc", "-c", text),
+        **{"stdin": asyncio.subprocess.DEVNULL, "start_new_session": True} | options,
+    )
 
 
-def encode_command(command: str, env: Mapping[str, str] | None = None) -> bytes:
+def encode_command(command: str) -> bytes:
     """Return a command as bash gets it.
-
-    Args:
-      command: text for bash.
-      env: variables to set before it.
 
     Raises:
       WorkspaceError: it has a NUL character or is too long.
     """
-    settings = "".join(
-        f"export {name}={shlex.quote(value)}\n" for name, value in (env or {}).items()
-    )
-    text = (settings + command).encode(errors="replace")
+    text = command.encode(errors="replace")
     if b"\0" in text:
         raise WorkspaceError("the command has a NUL character, which no program can be given")
     if len(text) > MAX_COMMAND_BYTES:

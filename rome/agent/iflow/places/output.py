@@ -135,6 +135,16 @@ def is_long(text: str) -> bool:
     return len(text) > HEAD_CHARACTERS + TAIL_CHARACTERS
 
 
+def shorten(text: str, characters: int, file: str = "") -> str:
+    """Return a text with its middle left out where it is longer; `file` has the whole."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    left_out = len(text) - 2 * half
+    whole = f"; the whole is in {file}" if file else ""
+    return f"{text[:half]}\n[... {left_out} characters left out{whole} ...]\n{text[-half:]}"
+
+
 def join(head: str, tail: str, total: int, file: str) -> str:
     """Return the head of one text, a line on what is left out, and the tail of another.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError
@@ -15,56 +15,19 @@ Kind = Literal["sandbox", "host"]
 KINDS: tuple[Kind, ...] = ("sandbox", "host")
 FILES = "workspace.tar"  # in the session's folder: what the last turn in a sandbox left
 PIECE = 1 << 20
-
-
-class Place:
-    """Where a session works.
-
-    Attributes:
-      workspace: for the tools.
-      files: archive where `keep` leaves the files of a sandbox; None on the host.
-    """
-
-    def __init__(
-        self,
-        workspace: Workspace,
-        sandbox: Sandbox | None = None,
-        files: pathlib.Path | None = None,
-    ) -> None:
-        self.workspace = workspace
-        self.files = files
-        self._sandbox = sandbox
-
-    async def keep(self) -> None:
-        """Copy the files of a sandbox to this machine, so that the session can be resumed.
-
-        Raises:
-          WorkspaceError: they could not be copied.
-        """
-        if self._sandbox is None or self.files is None:
-            return
-        new = self.files.with_suffix(".new")
-        try:
-            with open(new, "wb") as archive:
-                async for piece in self._sandbox.pack("."):
-                    archive.write(piece)
-            os.replace(new, self.files)
-        except (OSError, SandboxError) as error:
-            raise WorkspaceError(
-                f"the files of the sandbox were not kept: {error}", is_infrastructure=True
-            ) from error
-
-    async def aclose(self) -> None:
-        """End what runs there; a sandbox is deleted."""
-        await self.workspace.aclose()
-        if self._sandbox is not None:
-            await self._sandbox.stop()
+HIDDEN = ".iflow-hidden"  # in the sandbox, for a moment: the names of what is left out
+REMOVE_SECONDS = 60.0
 
 
 async def open_place(
-    kind: Kind, directory: pathlib.Path, session_folder: pathlib.Path, *, egress: Sequence[str] = ()
-) -> Place:
-    """Open the place of a session.
+    kind: Kind,
+    directory: pathlib.Path,
+    session_folder: pathlib.Path,
+    *,
+    egress: Sequence[str] = (),
+    hides: Callable[[str], bool] = lambda path: False,
+) -> Workspace:
+    """Open the place of a session; it is closed with `aclose`.
 
     Args:
       kind: "host" works in `directory` itself, "sandbox" in a copy of it.
@@ -72,6 +35,7 @@ async def open_place(
       session_folder: where whole outputs are kept, and the files of a sandbox between two turns; a
         session that is resumed goes on with these.
       egress: what a sandbox may reach, as `envs.rock.SandboxConfig` has it.
+      hides: says of a file of the project that it must not be read: a sandbox does not get it.
 
     Raises:
       WorkspaceError: the directory is not there, or the sandbox did not start.
@@ -80,7 +44,7 @@ async def open_place(
     from rome.agent.iflow.places.sandbox_workspace import SandboxWorkspace
 
     if kind == "host":
-        return Place(HostWorkspace(str(directory), str(session_folder)))
+        return HostWorkspace(str(directory), str(session_folder))
     if not directory.is_dir():
         raise WorkspaceError(f"{directory} is no directory; name one to work in")
     sandbox = Sandbox(_config(egress))
@@ -91,6 +55,7 @@ async def open_place(
             await sandbox.unpack(".", _pieces(files))
         else:
             await sandbox.upload(directory, ".")
+        await _leave_out(sandbox, directory, hides)
     except (OSError, SandboxError) as error:
         with contextlib.suppress(OSError, SandboxError):
             await sandbox.stop()
@@ -98,7 +63,25 @@ async def open_place(
             f"no sandbox with the files of {directory}: {error}. --workspace=host needs none",
             is_infrastructure=True,
         ) from error
-    return Place(SandboxWorkspace(sandbox), sandbox, files)
+    return SandboxWorkspace(sandbox, kept=files)
+
+
+async def _leave_out(
+    sandbox: Sandbox, directory: pathlib.Path, hides: Callable[[str], bool]
+) -> None:
+    """Remove from the sandbox's copy of a project what must not be read there."""
+    hidden = []
+    for above, folders, names in os.walk(directory):
+        found = [name for name in (*folders, *names) if hides(os.path.join(above, name))]
+        folders[:] = [name for name in folders if name not in found]
+        hidden += [os.path.relpath(os.path.join(above, name), directory) for name in found]
+    if hidden:
+        await sandbox.write_file(
+            HIDDEN, b"".join(os.fsencode(f"./{one}") + b"\0" for one in hidden)
+        )
+        done = await sandbox.execute(f"xargs -0 rm -rf < {HIDDEN} && rm {HIDDEN}", REMOVE_SECONDS)
+        if done.exit_code != 0:
+            raise SandboxError(f"files that must not be read are still there: {done.stderr[:300]}")
 
 
 async def _pieces(path: pathlib.Path) -> AsyncIterator[bytes]:

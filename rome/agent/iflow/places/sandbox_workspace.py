@@ -6,26 +6,19 @@ import asyncio
 import contextlib
 import copy
 import itertools
+import os
 import pathlib
 import posixpath
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 
-from envs.rock import (
-    AgentFault,
-    CommandResult,
-    Sandbox,
-    SandboxError,
-    SandboxFileError,
-    SessionEndedError,
-)
+from envs.rock import AgentFault, CommandResult, Sandbox, SandboxError, SandboxFileError
 from envs.rock.backend import CANNOT_EXECUTE, Session, Snapshot
+from rome.agent.iflow.places.jobs import BackgroundJob
 from rome.agent.iflow.places.output import decode, is_long, join
-from rome.agent.iflow.places.sandbox_job import SandboxJob, told
 from rome.agent.iflow.places.workspace import (
     SHELL_ENDED,
-    BackgroundJob,
     CommandOutput,
     WorkspaceError,
     require_path,
@@ -34,33 +27,44 @@ from rome.agent.iflow.places.workspace import (
 SHELL_CANCELLED = "this is a new shell, in the project's directory: the last command was cancelled"
 JOB_SECONDS = 24 * 3600.0
 MAX_SNAPSHOTS = 200
+FILE_SECONDS = 60.0  # for a command that serves a file tool
 # Ends a command about what is no regular file.
 _CHECK = "[ -d {target} ] && exit 98; [ ! -e {target} ] || [ -f {target} ] || exit 97;"
-FILE_SECONDS = 60.0  # for a command that serves a file tool
+_LIMITS = ("memory", "pids", "disk", "killed")
+# Kills what has a variable of that value, wherever it has gone.
+_KILL = (
+    'for e in /proc/[0-9]*/environ; do if grep -q "IFLOW_JOB={job};" "$e" 2>/dev/null; then'
+    ' p=${{e#/proc/}}; kill -9 "${{p%/environ}}" 2>/dev/null; fi; done; true'
+)
 
 
 class SandboxWorkspace:
-    """A running sandbox; see `Workspace`. It stays the caller's to stop.
+    """A running sandbox; see `Workspace`.
 
     Args:
       sandbox: that runs. Its `max_output_bytes` bounds what is kept of an output: the default of
         64 KiB is short for an agent, a few MiB are not.
       root: directory of the project; "" for the sandbox's workspace.
+      kept: archive where `keep` leaves the files; the sandbox is then stopped with the workspace.
+        None for a sandbox that stays the caller's.
     """
 
     is_isolated = True
 
-    def __init__(self, sandbox: Sandbox, root: str = "") -> None:
+    def __init__(
+        self, sandbox: Sandbox, root: str = "", *, kept: pathlib.Path | None = None
+    ) -> None:
         self.root = root or sandbox.workspace
+        self.directory = self.root
         # The landlock tier has no file system of its own, so no /tmp.
         above = posixpath.dirname(sandbox.workspace) if sandbox.tier == "landlock" else ""
         self.outputs = f"{above}/tmp/iflow/outputs"
         self.jobs: dict[str, BackgroundJob] = {}
         self._job_numbers = itertools.count(1)
         self._sandbox = sandbox
+        self._kept = kept
         self._session: Session | None = None
-        self._helper: Session | None = None  # runs what file tools need
-        self._helper_turn = asyncio.Lock()
+        self._pid = 0  # of its shell, in the sandbox
         self._was_cancelled = False  # the last command, and its shell with it
         self._turn = asyncio.Lock()
         self._snapshots: dict[str, Snapshot | bytes] = {}  # bytes: a tar archive
@@ -71,32 +75,25 @@ class SandboxWorkspace:
 
     # -- commands
 
-    @property
-    def directory(self) -> str:
-        """Return the project's directory; where the shell is, only the sandbox knows."""
-        return self.root
-
     async def execute(
         self,
         command: str,
         *,
         timeout: float,
-        env: Mapping[str, str] | None = None,
         on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell; see `Workspace.execute`."""
-        settings = "".join(
-            f"export {name}={shlex.quote(value)}\n" for name, value in (env or {}).items()
-        )
         began = time.monotonic()
-        with told("the shell"):
+        with _told("the shell"):
             async with self._turn:
                 session = await self._shell()
                 note = SHELL_CANCELLED if self._was_cancelled else ""
                 self._was_cancelled = False
                 session.on_output = on_output
                 try:
-                    result = await session.run(settings + command, timeout)
+                    result = await session.run(command, timeout)
+                    session.on_output = None
+                    await self._note_directory(session, result)
                 except asyncio.CancelledError:
                     # When the shell would be ready again is not known.
                     self._was_cancelled = True
@@ -110,33 +107,55 @@ class SandboxWorkspace:
                 finally:
                     session.on_output = None
                 if session.ended:
-                    self._session = None
-                    await session.close()
+                    await self._leave_shell()
             return await self._to_output(result, time.monotonic() - began, note)
 
-    async def spawn(self, command: str) -> SandboxJob:
+    async def spawn(self, command: str) -> BackgroundJob:
         """Start a command in the background; see `Workspace.spawn`."""
-        with told("a background job"):
-            identity = str(next(self._job_numbers))
-            directory = await self._directory()
-            file = f"{self.outputs}/job-{identity}.txt"
-            # It may be read before the job has begun.
-            await self._run_for_job(f"mkdir -p {self.outputs}; : > {file}")
-            start = f"exec >{file} 2>&1; cd {shlex.quote(directory)}\n"
+        identity = str(next(self._job_numbers))
+        file = f"{self.outputs}/job-{identity}.txt"
+        # The file may be read before the job has begun.
+        await self._must_run(f"mkdir -p {self.outputs}; : > {file}", file)
+        start = f"exec >{file} 2>&1; cd {shlex.quote(self.directory)}\n"
+        with _told("a background job"):
             # The semicolon ends the number: the 1 of 12 is another job.
             variables = {"IFLOW_JOB": f"{identity};"}
             job = await self._sandbox.spawn(start + command, JOB_SECONDS, variables)
-            self.jobs[identity] = SandboxJob(self._run_for_job, identity, command, job, file)
-        return self.jobs[identity]  # type: ignore[return-value]
 
-    async def stream(self, command: str, *, timeout: float) -> AsyncIterator[str]:
-        """Yield the output of a command of its own; here, all of it at its end."""
-        with told("a command"):
-            moved = f"cd -- {shlex.quote(self.root)} || exit\n{command}"
-            result = await self._sandbox.execute(moved, timeout)
+        async def end() -> int | None:
+            try:
+                return (await job.wait()).exit_code
+            except SandboxError:
+                return None
+
+        async def kill() -> None:
+            with _told("a background job"):
+                if job.running:
+                    await job.kill()
+            await self._run(_KILL.format(job=identity))
+
+        async def read_end(place: int, limit: int) -> tuple[int, bytes]:
+            # What is written meanwhile is left for the next reading.
+            result = await self._run(
+                f"n=$(wc -c < {file}); echo $n; tail -c +{place + 1} {file}"
+                f" | head -c $((n - {place})) | tail -c {limit}"
+            )
+            size, _, text = result.stdout.partition("\n")
+            if not size.strip().isdecimal():
+                said = result.stderr[:200]
+                raise WorkspaceError(f"the output of job {identity} cannot be read: {said}")
+            return int(size), text.encode(errors="surrogateescape")
+
+        made = BackgroundJob(identity, command, file, end=end(), kill=kill, read_end=read_end)
+        self.jobs[identity] = made
+        return made
+
+    async def run(self, command: str, *, timeout: float) -> str:
+        """Run a command of its own, in the project's directory; see `Workspace.run`."""
+        result = await self._run(command, timeout)
         if result.timed_out:
             raise WorkspaceError(f"{command[:80]} took more than {timeout:g} seconds")
-        yield result.stdout + result.stderr
+        return result.stdout + result.stderr
 
     # -- files
 
@@ -148,7 +167,7 @@ class SandboxWorkspace:
         if status[0] > limit:
             raise WorkspaceError(f"{path} has {status[0]} bytes, more than {limit}")
         target = self._absolute(path)
-        with told(path):
+        with _told(path):
             with contextlib.suppress(SandboxFileError):  # a link, or outside: a copy is read
                 return await self._sandbox.read_file(target, limit)
             copy = self._temporary()
@@ -156,29 +175,28 @@ class SandboxWorkspace:
                 await self._must_run(f"cat -- {shlex.quote(target)} > {shlex.quote(copy)}", path)
                 return await self._sandbox.read_file(copy, limit)
             finally:
-                await self._run(f"rm -f -- {shlex.quote(copy)}", FILE_SECONDS)
+                await self._run(f"rm -f -- {shlex.quote(copy)}")
 
     async def write(self, path: str, content: bytes) -> None:
         """Write a file whole; see `Workspace.write`."""
         target = shlex.quote(self._absolute(path))
         copy = self._temporary()
-        with told(path):
+        with _told(path):
             await self._sandbox.write_file(copy, content)
-            copied = shlex.quote(copy)
-            # `cat` keeps the mode and follows links, as an editor does.
-            command = (
-                f"trap 'rm -f -- {copied}' EXIT; {_CHECK.format(target=target)}"
-                f' mkdir -p -- "$(dirname -- {target})" && cat -- {copied} > {target}'
-            )
-            await self._must_run(command, path)
+        copied = shlex.quote(copy)
+        # `cat` keeps the mode and follows links, as an editor does.
+        command = (
+            f"trap 'rm -f -- {copied}' EXIT; {_CHECK.format(target=target)}"
+            f' mkdir -p -- "$(dirname -- {target})" && cat -- {copied} > {target}'
+        )
+        await self._must_run(command, path)
 
     async def stat(self, path: str) -> tuple[int, float] | None:
         """Return the size and the time of change of a file; see `Workspace.stat`."""
         target = shlex.quote(self._absolute(path))
         result = await self._run(
             f"[ -e {target} ] || exit 99; {_CHECK.format(target=target)}"
-            f" stat -L -c '%s %.9Y' -- {target} 2>/dev/null || stat -L -c '%s %Y' -- {target}",
-            FILE_SECONDS,
+            f" stat -L -c '%s %.9Y' -- {target} 2>/dev/null || stat -L -c '%s %Y' -- {target}"
         )
         if result.exit_code == 99:
             return None
@@ -191,7 +209,7 @@ class SandboxWorkspace:
     async def snapshot(self) -> str:
         """Keep the files as they are, /tmp included; only the workspace's while a job runs."""
         name = f"snapshot-{next(self._numbers)}"
-        with told("a snapshot"):
+        with _told("a snapshot"):
             if any(job.is_running for job in self.jobs.values()):
                 pieces = [piece async for piece in self._sandbox.pack()]
                 self._snapshots[name] = b"".join(pieces)
@@ -209,13 +227,14 @@ class SandboxWorkspace:
                 f"there is no snapshot {snapshot!r}: the last {MAX_SNAPSHOTS} are kept, as long as"
                 " the process lives"
             )
-        with told("a snapshot"):
+        with _told("a snapshot"):
             async with self._turn:
                 await self._leave_shell()
                 self._restores[0] += 1
                 if isinstance(kept, bytes):
                     await self._sandbox.kill_all()
-                    await self._must_run("find . -mindepth 1 -delete", ".", self._sandbox.workspace)
+                    folder = shlex.quote(self._sandbox.workspace)
+                    await self._must_run(f"find {folder} -mindepth 1 -delete", ".")
                     await self._sandbox.unpack(".", _pieces(kept))
                 else:
                     await self._sandbox.restore(kept)
@@ -223,71 +242,91 @@ class SandboxWorkspace:
     def beside(self) -> SandboxWorkspace:
         """Return the same place with a shell of its own; see `Workspace.beside`."""
         other = copy.copy(self)
+        other.directory = self.root
         other._session = None
-        other._helper = None
-        other._helper_turn = asyncio.Lock()
         other._is_first = False
         other._turn = asyncio.Lock()
         return other
+
+    async def keep(self) -> None:
+        """Copy the files to this machine; see `Workspace.keep`."""
+        if self._kept is None:
+            return
+        new = self._kept.with_suffix(".new")
+        try:
+            with open(new, "wb") as archive:
+                async for piece in self._sandbox.pack("."):
+                    archive.write(piece)
+            os.replace(new, self._kept)
+        except (OSError, SandboxError) as error:
+            raise WorkspaceError(
+                f"the files of the sandbox were not kept: {error}", is_infrastructure=True
+            ) from error
 
     async def aclose(self) -> None:
         """End the shell and all jobs, and forget the snapshots."""
         with contextlib.suppress(SandboxError):
             await self._leave_shell()
-            if self._helper is not None:
-                await self._helper.close()
-                self._helper = None
         if not self._is_first:
             return
-        with contextlib.suppress(SandboxError):
+        with contextlib.suppress(SandboxError, WorkspaceError):
             for job in self.jobs.values():
                 await job.kill()
         for name in list(self._snapshots):
             with contextlib.suppress(SandboxError):
                 await self._forget(name)
+        if self._kept is not None:
+            await self._sandbox.stop()
 
     # -- steps of the above
 
     async def _shell(self) -> Session:
         """Return the persistent shell; it is started where there is none."""
-        self._forget_ended_shells()
+        if self._restores_seen != self._restores[0]:  # a restore has ended it
+            self._restores_seen = self._restores[0]
+            self._session = None
         if self._session is None:
+            self.directory = self.root
             session = await self._sandbox.create_session()
             try:
                 # One stream, in which errors stand where they came.
-                await session.run(f"exec 2>&1; cd -- {shlex.quote(self.root)}", FILE_SECONDS)
+                start = f"exec 2>&1; cd -- {shlex.quote(self.root)}; echo $$"
+                said = await session.run(start, FILE_SECONDS)
+                self._pid = int(said.stdout.split()[-1])
             except BaseException:
                 await asyncio.shield(session.close())
                 raise
             self._session = session
         return self._session
 
-    def _forget_ended_shells(self) -> None:
-        """Forget the shells that a restore of the sandbox has ended."""
-        if self._restores_seen != self._restores[0]:
-            self._restores_seen = self._restores[0]
-            self._session = None
-            self._helper = None
+    async def _note_directory(self, session: Session, result: CommandResult) -> None:
+        """Note where the shell is: the rules judge the next command's paths from there."""
+        if session.ended:
+            return
+        try:
+            # Not by the shell itself, whose status and traces are the agent's.
+            asked = f"cd -P /proc/{self._pid}/cwd && pwd"
+            found = await self._sandbox.execute(asked, FILE_SECONDS)
+            if found.exit_code != 0:  # some tiers do not show it to others
+                asked = f"\\builtin pwd -P; (\\builtin exit {result.exit_code or 0})"
+                found = await session.run(asked, FILE_SECONDS)
+        except SandboxError:  # the command's own result is worth more
+            await self._leave_shell()
+            return
+        lines = found.stdout.splitlines()[::-1]  # traces of the shell may stand around it
+        self.directory = next((line for line in lines if line.startswith("/")), self.root)
+
+    async def _leave_shell(self) -> None:
+        session = self._session
+        self._session = None
+        self.directory = self.root
+        if session is not None:
+            await session.close()
 
     async def _forget(self, snapshot: str) -> None:
         kept = self._snapshots.pop(snapshot)
         if not isinstance(kept, bytes):
             await kept.delete()
-
-    async def _leave_shell(self) -> None:
-        session = self._session
-        self._session = None
-        if session is not None:
-            await session.close()
-
-    async def _directory(self) -> str:
-        """Return where the shell is; the project's directory while a command runs in it."""
-        self._forget_ended_shells()
-        if self._session is None or self._turn.locked():
-            return self.root
-        async with self._turn:
-            result = await self._session.run('builtin printf %s "$PWD"', FILE_SECONDS)
-        return result.stdout or self.root
 
     async def _to_output(self, result: CommandResult, seconds: float, note: str) -> CommandOutput:
         written = result.stdout + result.stderr
@@ -296,7 +335,8 @@ class SandboxWorkspace:
         file = ""
         if is_long(text) or beyond:
             file = f"{self.outputs}/{time.time_ns():x}.txt"
-            await self._keep(file, written)
+            with contextlib.suppress(WorkspaceError):  # a full disk: the rest is worth something
+                await self.write(file, written.encode(errors="replace"))
             text = join(text, text, len(written) + beyond, file)
         notes = [note] if note else []
         if beyond:
@@ -315,11 +355,6 @@ class SandboxWorkspace:
             note="; ".join(notes),
         )
 
-    async def _keep(self, file: str, text: str) -> None:
-        """Write a whole output; a full disk of the sandbox is no reason to lose the rest."""
-        with contextlib.suppress(WorkspaceError):
-            await self.write(file, text.encode(errors="replace"))
-
     def _absolute(self, path: str) -> str:
         require_path(path)
         return posixpath.normpath(posixpath.join(self.root, path))
@@ -329,35 +364,14 @@ class SandboxWorkspace:
         name = f".iflow-{time.time_ns():x}-{next(self._numbers)}"
         return str(pathlib.PurePosixPath(self._sandbox.workspace) / name)
 
-    async def _run(self, command: str, timeout: float, directory: str = "") -> CommandResult:
-        """Run a command in a shell for such commands, in the project's directory or another one."""
-        inner = f"(cd -- {shlex.quote(directory or self.root)} || exit\n{command}\n)"
-        async with self._helper_turn:
-            with told("a command"):
-                try:
-                    return await self._run_in_helper(inner, timeout)
-                except SessionEndedError:  # a program of the agent's may have killed it
-                    return await self._run_in_helper(inner, timeout)
+    async def _run(self, command: str, timeout: float = FILE_SECONDS) -> CommandResult:
+        """Run a command of its own in the project's directory."""
+        with _told("a command"):
+            moved = f"cd -- {shlex.quote(self.root)} || exit\n{command}"
+            return await self._sandbox.execute(moved, timeout)
 
-    async def _run_for_job(self, command: str) -> CommandResult:
-        return await self._run(command, FILE_SECONDS)
-
-    async def _run_in_helper(self, command: str, timeout: float) -> CommandResult:
-        self._forget_ended_shells()
-        session = self._helper or await self._sandbox.create_session()
-        self._helper = session
-        try:
-            result = await session.run(command, timeout)
-        except BaseException:
-            self._helper = None
-            await asyncio.shield(session.close())
-            raise
-        if session.ended:
-            self._helper = None
-        return result
-
-    async def _must_run(self, command: str, path: str, directory: str = "") -> None:
-        _require_success(await self._run(command, FILE_SECONDS, directory), path)
+    async def _must_run(self, command: str, path: str) -> None:
+        _require_success(await self._run(command), path)
 
 
 def _require_success(result: CommandResult, path: str) -> None:
@@ -375,4 +389,13 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
-_LIMITS = ("memory", "pids", "disk", "killed")
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn errors of the sandbox into those of a workspace."""
+    try:
+        yield
+    except SandboxError as error:
+        by_agent = isinstance(error, AgentFault)
+        raise WorkspaceError(f"{what}: {error}", is_infrastructure=not by_agent) from error
+    except ValueError as error:  # a command that is too long, or has a NUL
+        raise WorkspaceError(f"{what}: {error}") from error

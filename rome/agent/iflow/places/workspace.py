@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol
+
+from rome.agent.iflow.places.jobs import BackgroundJob
 
 # The note of a command that ended its shell.
 SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
@@ -40,30 +42,6 @@ class CommandOutput:
     note: str = ""
 
 
-class BackgroundJob(Protocol):
-    """A command that runs on its own."""
-
-    id: str
-    command: str
-
-    @property
-    def exit_code(self) -> int | None:
-        """Its status; None while it runs, or where it was killed."""
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it still runs."""
-
-    async def read(self, limit: int = 30_000) -> str:
-        """Return the output since the last reading, at most so many characters of its end."""
-
-    async def wait(self) -> int | None:
-        """Wait for its end and return its `exit_code`."""
-
-    async def kill(self) -> None:
-        """End it and all that it started."""
-
-
 class Workspace(Protocol):
     """A place with files and a shell that keeps its state (directory, variables) between commands.
 
@@ -81,14 +59,13 @@ class Workspace(Protocol):
 
     @property
     def directory(self) -> str:
-        """Return where the shell is now; `root` where that takes asking it."""
+        """Return where the shell was after its last command."""
 
     async def execute(
         self,
         command: str,
         *,
         timeout: float,
-        env: Mapping[str, str] | None = None,
         on_output: Callable[[bytes], None] | None = None,
     ) -> CommandOutput:
         """Run a command in the persistent shell, with empty input.
@@ -99,15 +76,14 @@ class Workspace(Protocol):
         Args:
           command: text for bash.
           timeout: seconds, after which it is ended with all that it started.
-          env: variables that the shell has from this command on.
           on_output: called with each piece of the output as it comes, for people who watch.
         """
 
     async def spawn(self, command: str) -> BackgroundJob:
         """Start a command in the background, in the directory where the shell is."""
 
-    def stream(self, command: str, *, timeout: float) -> AsyncIterator[str]:
-        """Run a command apart from the persistent shell and yield its output as it comes."""
+    async def run(self, command: str, *, timeout: float) -> str:
+        """Run a command apart from the persistent shell, in the project, and return its output."""
 
     async def read(self, path: str, limit: int = 4 << 20) -> bytes:
         """Return a file's content; WorkspaceError where there is none, or it is longer."""
@@ -132,6 +108,13 @@ class Workspace(Protocol):
         """Return the same place, files and jobs, with a shell of its own, for a sub-agent.
 
         Closing it ends that shell only; closing this one ends all.
+        """
+
+    async def keep(self) -> None:
+        """Copy the files of a sandbox to this machine, so that the session can be resumed.
+
+        Raises:
+          WorkspaceError: they could not be copied.
         """
 
     async def aclose(self) -> None:

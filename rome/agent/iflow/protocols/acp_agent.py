@@ -16,8 +16,10 @@ from acp import schema as protocol
 from rome.agent.iflow import events
 from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
-from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
-from rome.agent.iflow.protocols.acp_editor import EditorFiles
+from rome.agent.iflow.interfaces import MODES, InterfaceSession
+from rome.agent.iflow.opening import SessionOpener
+from rome.agent.iflow.places.workspace import Workspace
+from rome.agent.iflow.protocols.acp_editor import EditorWorkspace, offers_files
 from rome.agent.iflow.protocols.acp_forms import (
     ALLOW,
     ALWAYS,
@@ -30,6 +32,7 @@ from rome.agent.iflow.protocols.acp_forms import (
     settings_of,
 )
 from rome.agent.iflow.protocols.acp_updates import Translator, diff_contents
+from rome.agent.iflow.sessions import SessionUnavailable
 from rome.agent.iflow.user_input import InputError, expand
 from rome.version import VERSION
 
@@ -60,7 +63,7 @@ class ProtocolAgent:
       opener: opens sessions.
     """
 
-    def __init__(self, opener: Opener) -> None:
+    def __init__(self, opener: SessionOpener) -> None:
         self._opener = opener
         self._client: Any = None
         self._can = protocol.ClientCapabilities()
@@ -99,7 +102,6 @@ class ProtocolAgent:
         """Do nothing: keys stand in the settings or in the environment."""
 
     # -- sessions
-    # ---------------------------------------------------------------------------------------------
 
     async def new_session(
         self, cwd: str, mcp_servers: Sequence[Any] | None = None, **kwargs: Any
@@ -143,9 +145,7 @@ class ProtocolAgent:
                 session_id=one.id,
                 cwd=one.directory,
                 title=one.title,
-                updated_at=datetime.datetime.fromtimestamp(
-                    one.changed_at, datetime.UTC
-                ).isoformat(),
+                updated_at=datetime.datetime.fromtimestamp(one.changed, datetime.UTC).isoformat(),
             )
             for one in self._opener.sessions(cwd or "")
         ]
@@ -176,7 +176,6 @@ class ProtocolAgent:
         return protocol.SetSessionConfigOptionResponse(config_options=options)
 
     # -- a turn
-    # ---------------------------------------------------------------------------------------------
 
     async def prompt(
         self, session_id: str, prompt: Sequence[Any], **kwargs: Any
@@ -224,7 +223,6 @@ class ProtocolAgent:
         await asyncio.gather(*(self._release(one) for one in held))
 
     # -- within
-    # ---------------------------------------------------------------------------------------------
 
     async def _open(
         self,
@@ -239,22 +237,27 @@ class ProtocolAgent:
             raise invalid(f"cwd must be an absolute path, not {cwd!r}")
         if resume in self._held and not is_fork:
             await self.close_session(resume)
-        editor = EditorFiles.offered(self._can, self._client)
         try:
             session = await self._opener.open(
                 cwd,
                 resume=resume,
                 is_fork=is_fork,
                 servers=[server(one) for one in servers or ()],
-                wrap=editor.wrap if editor is not None else None,
+                wrap=self._with_editor,
             )
-        except KeyError as error:
+        except SessionUnavailable as error:
             raise RequestError.resource_not_found(resume) from error
         except ValueError as error:
             raise invalid(str(error)) from error
-        if editor is not None:
-            editor.session = session.agent.session
+        if isinstance(session.workspace, EditorWorkspace):
+            session.workspace.session = session.agent.session
         return self._hold(session, is_replayed)
+
+    def _with_editor(self, workspace: Workspace) -> Workspace:
+        """Return the workspace with the editor's files, where it offers them."""
+        if workspace.is_isolated or not offers_files(self._can):
+            return workspace
+        return EditorWorkspace(workspace, self._client)
 
     def _hold(self, session: InterfaceSession, is_replayed: bool) -> Held:
         updates: asyncio.Queue[Any] = asyncio.Queue()
@@ -312,11 +315,11 @@ class ProtocolAgent:
         chosen = await self._choose(held, call, permissions(event.rule))
         with contextlib.suppress(UnknownRequest):  # the turn was cancelled meanwhile
             if chosen == ALWAYS:
-                agent.respond(event.request, "allow", scope="session")
+                agent.desk.respond(event.request, "allow", scope="session")
             elif chosen == ALLOW:
-                agent.respond(event.request, "allow")
+                agent.desk.respond(event.request, "allow")
             else:
-                agent.respond(event.request, "stop" if chosen == STOP else "deny")
+                agent.desk.respond(event.request, "stop" if chosen == STOP else "deny")
 
     async def _ask_question(self, held: Held, event: events.QuestionAsked) -> None:
         """Let the client answer: by a form where it has one, else by one of the choices."""
@@ -332,7 +335,7 @@ class ProtocolAgent:
             ]
             answer = await self._choose(held, call, options)
         with contextlib.suppress(UnknownRequest):
-            held.session.agent.respond(event.request, answer=answer)
+            held.session.agent.desk.respond(event.request, answer=answer)
 
     async def _fill_form(self, held: Held, event: events.QuestionAsked) -> str:
         answer = protocol.ElicitationStringPropertySchema(
@@ -372,7 +375,7 @@ class ProtocolAgent:
             task.cancel()
 
 
-async def serve(opener: Opener) -> None:
+async def serve(opener: SessionOpener) -> None:
     """Serve one client on standard input and output, until it closes them."""
     agent = ProtocolAgent(opener)
     try:

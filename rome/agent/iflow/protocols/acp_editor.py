@@ -10,38 +10,27 @@ from acp.schema import ClientCapabilities
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 
 
-class EditorFiles:
-    """Makes workspaces that read and write text files through an editor.
+def offers_files(can: ClientCapabilities) -> bool:
+    """Return whether a client both reads and writes files."""
+    files = can.fs
+    return bool(files is not None and files.read_text_file and files.write_text_file)
+
+
+class EditorWorkspace:
+    """A workspace whose text files are the editor's; all else is done by the one within.
 
     Args:
+      within: on this machine; a sandbox has other files than the editor.
       client: connection to the editor.
 
     Attributes:
       session: id of the session; set once it is open.
     """
 
-    def __init__(self, client: Any) -> None:
-        self.client = client
+    def __init__(self, within: Workspace, client: Any) -> None:
         self.session = ""
-
-    @classmethod
-    def offered(cls, can: ClientCapabilities, client: Any) -> EditorFiles | None:
-        """Return what the client offers; None where it does not both read and write."""
-        files = can.fs
-        is_offered = files is not None and files.read_text_file and files.write_text_file
-        return cls(client) if is_offered else None
-
-    def wrap(self, workspace: Workspace) -> Workspace:
-        """Return a workspace with the editor's files; a sandbox has others, and stays as it is."""
-        return workspace if workspace.is_isolated else _EditorWorkspace(workspace, self)
-
-
-class _EditorWorkspace:
-    """A workspace whose text files are the editor's; all else is done by the one within."""
-
-    def __init__(self, within: Workspace, editor: EditorFiles) -> None:
         self._within = within
-        self._editor = editor
+        self._client = client
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._within, name)
@@ -53,8 +42,8 @@ class _EditorWorkspace:
             return on_disk
         try:
             on_disk.decode()
-            shown = await self._editor.client.read_text_file(
-                session_id=self._editor.session, path=self._absolute(path)
+            shown = await self._client.read_text_file(
+                session_id=self.session, path=self._absolute(path)
             )
         except (UnicodeDecodeError, RequestError, ConnectionError):
             return on_disk
@@ -68,8 +57,8 @@ class _EditorWorkspace:
             await self._within.write(path, content)
             return
         try:
-            await self._editor.client.write_text_file(
-                session_id=self._editor.session, path=self._absolute(path), content=text
+            await self._client.write_text_file(
+                session_id=self.session, path=self._absolute(path), content=text
             )
         except (RequestError, ConnectionError) as error:
             raise WorkspaceError(f"the editor did not write {path}: {error}") from error

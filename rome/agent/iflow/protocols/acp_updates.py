@@ -175,59 +175,29 @@ def absolute(path: str, root: str) -> str:
 
 
 def diff_contents(diff: str, root: str) -> list[Any]:
-    """Return a unified diff as the protocol has it: old and new text, one part for each hunk.
+    """Return the unified diff of a file as the protocol has it: old and new text of each hunk.
 
     Args:
-      diff: of one file or several.
+      diff: as tools make it: two lines of the file's name, then hunks; "" for none.
       root: directory of the project; the protocol's paths are absolute.
     """
+    head, *hunks = re.split(r"^@@.*@@\n", diff, flags=re.MULTILINE)
+    if not hunks:
+        return []
+    path = absolute(head.splitlines()[1][4:], root)
+    is_new_file = "\n@@ -0,0 " in diff
     contents = []
-    path = ""
-    old: list[str] = []
-    new: list[str] = []
-    is_new_file = False
-
-    def close() -> None:
-        if path and (old or new):
-            before = None if is_new_file and not old else "".join(old)
-            contents.append(acp.tool_diff_content(absolute(path, root), "".join(new), before))
-        old.clear()
-        new.clear()
-
-    in_hunk = False
-    ended: tuple[list[str], ...] = ()
-    for line in diff.splitlines(keepends=True):
-        if line.startswith("--- ") and not in_hunk:
-            close()
-            is_new_file = line[4:].strip() == "/dev/null"
-        elif line.startswith("+++ ") and not in_hunk:
-            path = line[4:].split("\t")[0].rstrip("\n")
-        elif line.startswith("@@"):
-            close()
-            left, right = _hunk_lengths(line)
-            in_hunk = left > 0 or right > 0
-        elif line.startswith("\\") and (old or new):  # the line before ends without a break
-            for side in ended:
-                side[-1] = side[-1].removesuffix("\n")
-        elif in_hunk and line[:1] in " -+":
-            ended = {" ": (old, new), "-": (old,), "+": (new,)}[line[0]]
-            if line[0] in " -":
-                old.append(line[1:])
-                left -= 1
-            if line[0] in " +":
-                new.append(line[1:])
-                right -= 1
-            in_hunk = left > 0 or right > 0
-    close()
+    for hunk in hunks:
+        lines: list[str] = []
+        for line in re.findall(r"[^\n]*\n", hunk):
+            if line.startswith("\\"):  # the line before ends without a break
+                lines[-1] = lines[-1].removesuffix("\n")
+            else:
+                lines.append(line)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        contents.append(acp.tool_diff_content(path, new, None if is_new_file else old))
     return contents
-
-
-def _hunk_lengths(header: str) -> tuple[int, int]:
-    """Return how many old and new lines a hunk has: `@@ -1,3 +1,4 @@` has 3 and 4."""
-    found = re.match(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))?", header)
-    if found is None:
-        return 0, 0
-    return int(found[1] or 1), int(found[2] or 1)
 
 
 def _text(text: str) -> Any:

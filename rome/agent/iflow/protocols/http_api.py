@@ -27,16 +27,15 @@ from typing import Any
 
 from aiohttp import web
 
-from rome.agent.iflow import events
 from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
+from rome.agent.iflow.feedback import make_feedback
 from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.user_input import InputError, expand
 
 MAX_WAITING = 10_000  # events that a slow reader may be behind; then its stream ends
 PING_SECONDS = 15.0  # after which a silent stream is sent a comment
-VERDICTS = ("accept", "reject", "correct", "rate")
 
 
 class SessionApi:
@@ -146,7 +145,7 @@ class SessionApi:
     async def _approve(self, given: dict[str, Any]) -> None:
         decision = _one_of(given, "decision", ("allow", "deny", "stop"))
         scope = _one_of({"scope": "once", **given}, "scope", ("once", "session", "project"))
-        self._session.agent.respond(
+        self._session.agent.desk.respond(
             _text(given, "request"),
             decision,  # type: ignore[arg-type]
             scope=scope,  # type: ignore[arg-type]
@@ -155,34 +154,16 @@ class SessionApi:
 
     async def _answer(self, given: dict[str, Any]) -> None:
         answer = _text(given, "answer")
-        self._session.agent.respond(_text(given, "request"), answer=answer)
+        self._session.agent.desk.respond(_text(given, "request"), answer=answer)
 
     async def _mode(self, given: dict[str, Any]) -> None:
         self._session.agent.set_mode(_one_of(given, "mode", tuple(MODES)))
 
     async def _feedback(self, given: dict[str, Any]) -> None:
         log = self._session.agent.log
+        values = {name: given[name] for name in ("rating", "text") if name in given}
         target = given.get("target")
-        answers = {
-            event.number for event in log.events if isinstance(event, events.AssistantMessage)
-        }
-        if type(target) is not int or target not in answers:
-            raise InputError(f"target {target!r} is not the number of an answer")
-        verdict = _one_of(given, "verdict", VERDICTS)
-        rating = given.get("rating", 0)
-        if verdict == "rate" and rating not in (1, 2, 3, 4, 5):
-            raise InputError(f"rating must be from 1 to 5, not {rating!r}")
-        text = str(given.get("text", ""))
-        if verdict == "correct" and not text:
-            raise InputError("text must say what would have been right")
-        log.append(
-            events.FeedbackGiven(
-                target=target,
-                verdict=verdict,  # type: ignore[arg-type]
-                rating=rating if verdict == "rate" else 0,
-                text=text,
-            )
-        )
+        log.append(make_feedback(log, given.get("verdict", ""), target=target, **values))
 
 
 async def serve(session: InterfaceSession, *, host: str, port: int, token: str = "") -> None:

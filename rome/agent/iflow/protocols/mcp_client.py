@@ -30,7 +30,7 @@ from rome.agent.iflow.protocols.mcp_tools import (
     tool_name,
 )
 from rome.agent.iflow.specs.settings_values import McpServer
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.files import write_atomically
 
 OPENING_SECONDS = 20.0  # at most, in which a server lists its tools
@@ -63,7 +63,7 @@ class Prompt:
         return f"{self.server}:{self.name}"
 
 
-class ResourceTool(BaseTool):
+class ResourceTool(Tool):
     """Lists and reads the resources of all servers."""
 
     name = "mcp_resource"
@@ -71,13 +71,10 @@ class ResourceTool(BaseTool):
         "Lists the resources (documents, records) that MCP servers offer, or reads one of them."
         " Without uri it lists those of one server, or of all."
     )
-    parameters: Mapping[str, Any] = {  # type: ignore[misc]
-        "type": "object",
-        "properties": {
-            "server": {"type": "string", "description": "name of the server"},
-            "uri": {"type": "string", "description": "of the resource to read, as listed"},
-        },
-    }
+    parameters = takes(
+        server=of("string", "name of the server"),
+        uri=of("string", "of the resource to read, as listed"),
+    )
     is_parallel = True
     accesses = "read"
 
@@ -260,10 +257,10 @@ class MCPServers:
             write_atomically(self._approved_file, json.dumps(self._approved, indent=1).encode())
 
     @property
-    def tools(self) -> list[BaseTool]:
+    def tools(self) -> list[Tool]:
         """The tools of all servers that are ready, and one for resources where there are any."""
         ready = [server for server in self.servers.values() if server.state == "ready"]
-        found: list[BaseTool] = [tool for server in ready for tool in server.tools.values()]
+        found: list[Tool] = [tool for server in ready for tool in server.tools.values()]
         if any(server.resources for server in ready):
             found.append(ResourceTool(self))
         return found

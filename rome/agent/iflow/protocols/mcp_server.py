@@ -11,24 +11,19 @@ import dataclasses
 import json
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from rome.agent.iflow.approval.policy import Policy
+from rome.agent.iflow.desk import Desk
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.events import Event, TodoChanged, TodoItem, ToolCall
-from rome.agent.iflow.parts import Policy
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, read_arguments
 from rome.version import VERSION
 
 # Tools that need the loop: a model, a conversation, or a person.
 OF_THE_LOOP = ("task", "ask_user", "exit_plan_mode", "skill")
-
-
-class _NoUser:
-    """Answers no question: a client of MCP is a program."""
-
-    async def question(self, question: str, choices: Sequence[str] = ()) -> str:
-        return ""
 
 
 @dataclasses.dataclass
@@ -68,7 +63,7 @@ class ToolServer:
             call=call,
             workspace=self.workspace,
             emit=self._take,
-            asker=_NoUser(),
+            asker=Desk(EventLog()),  # a client of MCP is a program: nobody answers
             session_folder=self.session_folder,
             todo=self._todo,
             mode=self.policy.mode,

@@ -8,12 +8,13 @@ import hashlib
 import json
 import pathlib
 import re
-import tempfile
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from envs.gem.tools.mcp_connection import MCPConnection, MCPServerError
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.places import output
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult
 
 MAX_NAME = 64  # characters of a tool's name that endpoints take
 MAX_DESCRIPTION = 8_000
@@ -55,7 +56,7 @@ class Server:
     listed_at: float = 0.0
 
 
-class ServerTool(BaseTool):
+class ServerTool(Tool):
     """A tool of a server.
 
     Args:
@@ -80,7 +81,6 @@ class ServerTool(BaseTool):
         self.name = full_name
         self.server = server
         self.own_name: str = described["name"]
-        self.digest = ""
         self.is_withheld = False
         self._check = check
         self.show(described)
@@ -89,7 +89,6 @@ class ServerTool(BaseTool):
         """Offer the tool as its server describes it."""
         self.description = printable(described["description"])[:MAX_DESCRIPTION]
         self.parameters = _object_schema(described["parameters"])
-        self.digest = digest_of(described)
         self.is_withheld = False
 
     def withhold(self) -> None:
@@ -124,8 +123,8 @@ class ServerTool(BaseTool):
             ) from error
         except MCPServerError as error:
             raise ToolError(str(error)) from error
-        output, file = shorten(answer.text, context.session_folder)
-        return ToolResult(output, status="error" if answer.is_error else "ok", file=file)
+        text, file = shorten(answer.text, context.session_folder)
+        return ToolResult(text, status="error" if answer.is_error else "ok", file=file)
 
 
 def digest_of(described: Mapping[str, Any]) -> str:
@@ -153,20 +152,13 @@ def safe(name: str) -> str:
 
 
 def shorten(text: str, folder: str) -> tuple[str, str]:
-    """Return head and tail of a text that is too long, and the file that holds the whole."""
+    """Return a text, its middle left out where it is long, and the file with the whole."""
     if len(text) <= MAX_OUTPUT:
         return text, ""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=folder, prefix="mcp-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    head, tail = text[: MAX_OUTPUT * 2 // 3], text[-MAX_OUTPUT // 3 :]
-    left_out = len(text) - len(head) - len(tail)
-    return (
-        f"{head}\n[{left_out} characters left out; the whole is in {file.name}]\n{tail}",
-        file.name,
-    )
+    file = f"{folder}/mcp-{time.time_ns():x}.txt"
+    pathlib.Path(file).write_text(text, encoding="utf-8")
+    return output.shorten(text, MAX_OUTPUT, file), file
 
 
 def _object_schema(schema: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from rome.agent.iflow.specs.spec_files import (
     Place,
     SpecError,
-    find_files,
     list_of,
+    load_named,
     read_text,
     split_front_matter,
     text_in,
@@ -28,7 +28,6 @@ class AgentSpec:
       prompt: its system text.
       tools: names of the tools that it has; None for those of its parent.
       model: that answers; "" for that of its parent.
-      path: of its file; "" for one that is built in.
     """
 
     name: str
@@ -36,7 +35,6 @@ class AgentSpec:
     prompt: str
     tools: tuple[str, ...] | None = None
     model: str = ""
-    path: str = ""
 
 
 GENERAL = AgentSpec(
@@ -51,31 +49,18 @@ GENERAL = AgentSpec(
 
 
 def load_agent_specs(where: Iterable[Place]) -> tuple[dict[str, AgentSpec], list[str]]:
-    """Return the sub-agents by name, the general one included, and what was wrong with files.
-
-    Args:
-      where: folders to read; a later one replaces what an earlier one has under the same name.
-    """
-    specs = {GENERAL.name: GENERAL}
-    problems = []
-    for place in where:
-        for path in find_files(place, "agents", (".md",)):
-            try:
-                spec = read_agent_spec(path, place.boundary)
-            except SpecError as error:
-                problems.append(str(error))
-            else:
-                specs[spec.name] = spec
-    return specs, problems
+    """Return the sub-agents by name, the general one included; see `load_named`."""
+    specs, problems = load_named(where, "agents/*.md", _read_agent_spec)
+    return {GENERAL.name: GENERAL} | specs, problems
 
 
-def read_agent_spec(path: pathlib.Path, boundary: pathlib.Path | None = None) -> AgentSpec:
+def _read_agent_spec(path: pathlib.Path, place: Place) -> AgentSpec:
     """Return the sub-agent that a file describes.
 
     Raises:
       SpecError: it does not say what it is for, or has no prompt.
     """
-    table, body = split_front_matter(read_text(path, boundary), path)
+    table, body = split_front_matter(read_text(path, place.boundary), path)
     name = text_in(table, "name", "agentType") or path.stem
     when = text_in(table, "description", "whenToUse", "when")
     prompt = "\n\n".join(part for part in (text_in(table, "systemPrompt"), body.strip()) if part)
@@ -90,7 +75,6 @@ def read_agent_spec(path: pathlib.Path, boundary: pathlib.Path | None = None) ->
         prompt=prompt,
         tools=_tools(table.get("tools", table.get("allowedTools")), table.get("allowedMcps")),
         model="" if model == "inherit" else model,
-        path=str(path),
     )
 
 

@@ -22,12 +22,11 @@ from typing import Any
 from rome.agent.iflow.specs.spec_files import (
     Place,
     SpecError,
-    list_of,
+    load_named,
     read_text,
     split_front_matter,
     text_in,
 )
-from rome.agent.iflow.specs.tool_names import tool_name
 
 # Runs a command, or reads a file, and returns text; the caller asks the policy first.
 Fetch = Callable[[str], Awaitable[str]]
@@ -49,18 +48,12 @@ class Command:
       description: for people.
       template: its text.
       hint: what to write after it.
-      tools: that it may use without being asked, as rules; () for none.
-      model: that answers; "" for the session's.
-      path: of its file.
     """
 
     name: str
     description: str
     template: str
     hint: str = ""
-    tools: tuple[str, ...] = ()
-    model: str = ""
-    path: str = ""
 
     async def expand(self, arguments: str, *, execute: Fetch, read: Fetch) -> str:
         """Return the text of the user's message.
@@ -90,33 +83,25 @@ class Command:
 
 
 def load_commands(where: Iterable[Place]) -> tuple[dict[str, Command], list[str]]:
-    """Return the commands by name, and what was wrong with files.
-
-    Args:
-      where: folders to read; a later one replaces what an earlier one has under the same name.
-    """
-    commands = {}
+    """Return the commands by name, and what was wrong with files; see `load_named`."""
+    found: dict[str, Command] = {}
     problems = []
-    for place in where:
-        folder = place.folder / "commands"
-        for path in sorted(folder.rglob("*")):
-            if path.suffix not in (".md", ".toml") or not path.is_file():
-                continue
-            name = ":".join(path.relative_to(folder).with_suffix("").parts)
-            try:
-                commands[name] = read_command(path, name, place.boundary)
-            except SpecError as error:
-                problems.append(str(error))
-    return commands, problems
+    for place in where:  # the kinds of file of one place count alike
+        for suffix in (".md", ".toml"):
+            commands, wrong = load_named([place], f"commands/**/*{suffix}", _read_command)
+            found |= commands
+            problems += wrong
+    return found, problems
 
 
-def read_command(path: pathlib.Path, name: str, boundary: pathlib.Path | None = None) -> Command:
+def _read_command(path: pathlib.Path, place: Place) -> Command:
     """Return the command that a file describes.
 
     Raises:
       SpecError: it has no text, or is no TOML.
     """
-    text = read_text(path, boundary)
+    name = ":".join(path.relative_to(place.folder / "commands").with_suffix("").parts)
+    text = read_text(path, place.boundary)
     if path.suffix == ".toml":
         try:
             table: dict[str, Any] = tomllib.loads(text)
@@ -133,15 +118,7 @@ def read_command(path: pathlib.Path, name: str, boundary: pathlib.Path | None = 
         description=text_in(table, "description") or first[:80],
         template=template.strip(),
         hint=text_in(table, "argument-hint"),
-        tools=tuple(_rule(rule) for rule in list_of(table.get("allowed-tools"))),
-        model=text_in(table, "model"),
-        path=str(path),
     )
-
-
-def _rule(text: str) -> str:
-    name, bracket, pattern = text.partition("(")
-    return f"{tool_name(name.strip())}{bracket}{pattern}"
 
 
 def _fill(text: str, arguments: str, *, quote: bool) -> str:

@@ -23,9 +23,10 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Literal
 
+from rome.agent.iflow.events import HookRan
 from rome.agent.iflow.specs.settings_values import HookCommand
 from rome.agent.iflow.specs.tool_names import names_of
 
@@ -40,31 +41,8 @@ HookDecision = Literal["", "block", "allow", "ask"]
 
 
 @dataclasses.dataclass(frozen=True)
-class HookRun:
-    """One hook's run, for the record.
-
-    Attributes:
-      command: as the settings have it.
-      exit_code: its status; -1 where it did not end in time or could not be started.
-      decision: of this hook.
-      message: why.
-      context: text that it adds.
-      arguments: of the call, as the hook wants them; None where it leaves them.
-      stop: whether the turn ends.
-    """
-
-    command: str
-    exit_code: int
-    decision: HookDecision = ""
-    message: str = ""
-    context: str = ""
-    arguments: dict[str, Any] | None = None
-    stop: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class HookOutcome:
-    """What the hooks of an event say together.
+    """What a hook says, or the hooks of an event together.
 
     Attributes:
       decision: the strictest of theirs; "" where none has one.
@@ -72,7 +50,8 @@ class HookOutcome:
       context: text that the model should read.
       arguments: of the call, changed by the last hook that changed them; None for no change.
       stop: whether the turn ends.
-      ran: all that ran, in the order of the settings.
+      ran: all that ran, in the order of the settings; the exit status is -1 for those that did not
+        end in time or could not be started.
     """
 
     decision: HookDecision = ""
@@ -80,7 +59,7 @@ class HookOutcome:
     context: str = ""
     arguments: dict[str, Any] | None = None
     stop: bool = False
-    ran: tuple[HookRun, ...] = ()
+    ran: tuple[HookRan, ...] = ()
 
 
 class Hooks:
@@ -88,25 +67,12 @@ class Hooks:
 
     Args:
       commands: of the settings; those of a project that is not trusted are not among them.
-      directory: where they run.
-      session: id of the session.
-      transcript: path of its file of events.
+      directory: of this machine, where they run.
     """
 
-    def __init__(
-        self,
-        commands: Sequence[HookCommand] = (),
-        *,
-        directory: str = ".",
-        session: str = "",
-        transcript: str = "",
-    ) -> None:
+    def __init__(self, commands: Sequence[HookCommand] = (), directory: str = ".") -> None:
         self._commands = tuple(commands)
-        self._common = {
-            "session_id": session,
-            "transcript_path": transcript,
-            "cwd": os.path.abspath(directory),
-        }
+        self._directory = os.path.abspath(directory)
 
     async def run(
         self, event: str, payload: Mapping[str, Any], *, matcher: str = ""
@@ -115,40 +81,42 @@ class Hooks:
 
         Args:
           event: one of `settings_values.HOOK_EVENTS`.
-          payload: of the event: tool_name and tool_input, tool_response, prompt, source, message.
+          payload: of the event: session_id, transcript_path, tool_name, tool_input, tool_response,
+            prompt, source, message.
           matcher: what the hooks' expressions are compared with: a tool's name, or a source.
         """
         chosen = [hook for hook in self._commands if hook.event == event and fits(hook, matcher)]
         if not chosen:
             return HookOutcome()
-        message = {**self._common, "hook_event_name": event, **payload}
-        environment = self._environment(message)
-        runs = await asyncio.gather(
+        message = {"hook_event_name": event, "cwd": self._directory, **payload}
+        environment = _environment(message)
+        outcomes = await asyncio.gather(
             *(_run(hook, json.dumps(message, default=str), environment) for hook in chosen)
         )
-        return _combine(runs)
+        return _combine(outcomes)
 
-    def _environment(self, message: Mapping[str, Any]) -> dict[str, str]:
-        """Return the variables of a hook; keys to accounts are not its business."""
-        kept = {name: text for name, text in os.environ.items() if name not in _KEYS_KEPT_BACK}
-        tool = str(message.get("tool_name", ""))
-        own = {
-            "IFLOW_SESSION_ID": message["session_id"],
-            "IFLOW_TRANSCRIPT_PATH": message["transcript_path"],
-            "IFLOW_CWD": message["cwd"],
-            "IFLOW_HOOK_EVENT_NAME": message["hook_event_name"],
-            "IFLOW_TOOL_NAME": tool,
-            "IFLOW_TOOL_ALIASES": json.dumps(names_of(tool)[1:]) if tool else "",
-            "IFLOW_TOOL_ARGS": json.dumps(message.get("tool_input", {}), default=str),
-            "IFLOW_USER_PROMPT": message.get("prompt", ""),
-            "IFLOW_SESSION_SOURCE": message.get("source", ""),
-            "IFLOW_NOTIFICATION_MESSAGE": message.get("message", ""),
-            "CLAUDE_PROJECT_DIR": message["cwd"],
-        }
-        # A variable holds neither NUL nor more than the kernel takes; standard input has it whole.
-        own = {name: str(text).replace("\0", "")[:16_000] for name, text in own.items() if text}
-        short = {name: text.encode(errors="replace").decode() for name, text in own.items()}
-        return kept | short
+
+def _environment(message: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables of a hook; keys to accounts are not its business."""
+    kept = {name: text for name, text in os.environ.items() if name not in _KEYS_KEPT_BACK}
+    tool = str(message.get("tool_name", ""))
+    own = {
+        "IFLOW_SESSION_ID": message.get("session_id", ""),
+        "IFLOW_TRANSCRIPT_PATH": message.get("transcript_path", ""),
+        "IFLOW_CWD": message["cwd"],
+        "IFLOW_HOOK_EVENT_NAME": message["hook_event_name"],
+        "IFLOW_TOOL_NAME": tool,
+        "IFLOW_TOOL_ALIASES": json.dumps(names_of(tool)[1:]) if tool else "",
+        "IFLOW_TOOL_ARGS": json.dumps(message.get("tool_input", {}), default=str),
+        "IFLOW_USER_PROMPT": message.get("prompt", ""),
+        "IFLOW_SESSION_SOURCE": message.get("source", ""),
+        "IFLOW_NOTIFICATION_MESSAGE": message.get("message", ""),
+        "CLAUDE_PROJECT_DIR": message["cwd"],
+    }
+    # A variable holds neither NUL nor more than the kernel takes; standard input has it whole.
+    own = {name: str(text).replace("\0", "")[:16_000] for name, text in own.items() if text}
+    short = {name: text.encode(errors="replace").decode() for name, text in own.items()}
+    return kept | short
 
 
 def fits(hook: HookCommand, matcher: str) -> bool:
@@ -158,7 +126,7 @@ def fits(hook: HookCommand, matcher: str) -> bool:
     return any(re.fullmatch(hook.matcher, name) for name in names_of(matcher))
 
 
-async def _run(hook: HookCommand, message: str, environment: dict[str, str]) -> HookRun:
+async def _run(hook: HookCommand, message: str, environment: dict[str, str]) -> HookOutcome:
     """Run one hook; whatever it does, the session goes on.
 
     Its streams are files: a child that it leaves behind may keep them open, and is not waited for.
@@ -199,29 +167,29 @@ def _beginning(stream: BinaryIO) -> str:
     return stream.read(MAX_OUTPUT).decode(errors="replace")
 
 
-def _read(hook: HookCommand, code: int, output: str, errors: str) -> HookRun:
+def _read(hook: HookCommand, code: int, output: str, errors: str) -> HookOutcome:
     """Return what a hook that ended says."""
     if code == 2:
-        message = errors.strip() or f"hook {hook.command!r} blocked it"
-        return HookRun(hook.command, code, "block", message)
+        return _said(hook, code, "block", errors.strip() or f"hook {hook.command!r} blocked it")
     if code != 0:
         return _failed(hook, code, errors.strip() or f"hook {hook.command!r} ended with {code}")
     answer = _answer(output)
     if answer is None:
         context = output.strip() if hook.event in _TEXT_IS_CONTEXT else ""
-        return HookRun(hook.command, code, context=context)
+        return _said(hook, code, context=context)
     special = answer.get("hookSpecificOutput")
     special = special if isinstance(special, dict) else {}
     said = special.get("permissionDecision", answer.get("decision", ""))
     changed = special.get("updatedInput")
-    reasons = (special.get("permissionDecisionReason"), answer.get("reason"))
     stop = answer.get("continue") is False
-    stop_reason = answer.get("stopReason") if stop else None
-    return HookRun(
-        hook.command,
+    reasons = [special.get("permissionDecisionReason"), answer.get("reason")]
+    if stop:
+        reasons.append(answer.get("stopReason"))
+    return _said(
+        hook,
         code,
-        decision=_DECISIONS.get(said, "") if isinstance(said, str) else "",  # type: ignore[arg-type]
-        message=next((text for text in (*reasons, stop_reason) if isinstance(text, str)), ""),
+        _DECISIONS.get(said, "") if isinstance(said, str) else "",
+        next((text for text in reasons if isinstance(text, str)), ""),
         context=str(special.get("additionalContext") or "").strip(),
         arguments=changed if isinstance(changed, dict) else None,
         stop=stop,
@@ -230,8 +198,6 @@ def _read(hook: HookCommand, code: int, output: str, errors: str) -> HookRun:
 
 def _answer(output: str) -> dict[str, Any] | None:
     """Return the JSON object that a hook printed; None where it printed anything else."""
-    if not output.lstrip().startswith("{"):
-        return None
     try:
         answer = json.loads(output)
     except (ValueError, RecursionError):
@@ -239,23 +205,37 @@ def _answer(output: str) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) else None
 
 
-def _failed(hook: HookCommand, code: int, message: str) -> HookRun:
-    """Return the run of a hook that did not work."""
+def _failed(hook: HookCommand, code: int, message: str) -> HookOutcome:
+    """Return the outcome of a hook that did not work."""
     blocks = hook.is_strict and hook.event in _MAY_BLOCK_BY_FAILING
-    return HookRun(hook.command, code, "block" if blocks else "", message)
+    return _said(hook, code, "block" if blocks else "", message)
 
 
-def _combine(runs: Iterable[HookRun]) -> HookOutcome:
-    ran = tuple(runs)
-    given = {run.decision for run in ran}
+def _said(
+    hook: HookCommand, code: int, decision: str = "", message: str = "", **rest: Any
+) -> HookOutcome:
+    """Return the outcome of one hook, with its event."""
+    ran = HookRan(
+        event=hook.event,
+        command=hook.command,
+        exit_code=code,
+        decision=decision,
+        message=message,
+    )
+    return HookOutcome(decision, message, ran=(ran,), **rest)  # type: ignore[arg-type]
+
+
+def _combine(outcomes: Sequence[HookOutcome]) -> HookOutcome:
+    given = {one.decision for one in outcomes}
     decision = next((one for one in _STRICTEST_FIRST if one in given), "")
-    deciding = [run.message for run in ran if run.message and run.decision == decision]
-    changed = [run.arguments for run in ran if run.arguments is not None]
+    stop = any(one.stop for one in outcomes)
+    deciding = [one.message for one in outcomes if one.message and one.decision == decision]
+    changed = [one.arguments for one in outcomes if one.arguments is not None]
     return HookOutcome(
         decision=decision,  # type: ignore[arg-type]
-        message="\n".join(deciding) if decision or any(run.stop for run in ran) else "",
-        context="\n".join(run.context for run in ran if run.context),
+        message="\n".join(deciding) if decision or stop else "",
+        context="\n".join(one.context for one in outcomes if one.context),
         arguments=changed[-1] if changed else None,
-        stop=any(run.stop for run in ran),
-        ran=ran,
+        stop=stop,
+        ran=tuple(ran for one in outcomes for ran in one.ran),
     )

@@ -28,8 +28,9 @@ from rome.agent.iflow.specs.settings_values import (
     read_hooks,
     read_mode,
     read_names,
-    read_number,
     read_rules,
+    read_seconds,
+    read_server,
     read_share,
     read_supervisor,
     read_table,
@@ -140,11 +141,7 @@ _KEYS: Mapping[str, tuple[str, Callable[[Any], Any], bool]] = {
     "baseUrl": ("base_url", read_text_value, False),
     "tokensLimit": ("tokens_limit", read_count, False),
     "compressionTokenThreshold": ("compression_threshold", read_share, False),
-    "shellTimeout": (
-        "shell_timeout",
-        lambda value: read_number(value) / 1000,
-        False,
-    ),  # ms in files
+    "shellTimeout": ("shell_timeout", read_seconds, False),
     "coreTools": ("core_tools", read_tools, True),
     "excludeTools": ("exclude_tools", read_tools, True),
     "contextFileName": ("context_files", read_names, False),
@@ -154,6 +151,14 @@ _KEYS: Mapping[str, tuple[str, Callable[[Any], Any], bool]] = {
     "supervisor": ("supervisor", read_supervisor, False),
     "allowMCPServers": ("allow_servers", read_names, True),
     "excludeMCPServers": ("exclude_servers", read_names, True),
+}
+# The same for the keys of `permissions`.
+_PERMISSIONS: Mapping[str, tuple[str, Callable[[Any], Any], bool]] = {
+    "deny": ("deny", read_rules, True),
+    "ask": ("ask", read_rules, True),
+    "allow": ("allow", read_rules, False),
+    "additionalDirectories": ("additional_directories", read_names, False),
+    "defaultMode": ("mode", read_mode, False),
 }
 _ADDING = ("exclude_tools", "exclude_servers", "allow", "ask", "deny", "additional_directories")
 
@@ -231,8 +236,9 @@ class _Reader:
         elif key == "mcpServers":
             _need(is_free)
             for name, server in _read(read_table, value, path, key).items():
-                read = functools.partial(self._server_of, name)
-                self._servers[name] = _read(read, server, path, f"{key}.{name}")
+                read = functools.partial(read_server, name)
+                given = self._with_variables(server)
+                self._servers[name] = _read(read, given, path, f"{key}.{name}")
         elif key == "permissions":
             self._take_permissions(_read(read_table, value, path, key), path, is_free)
         elif key == "autoAccept":
@@ -259,44 +265,10 @@ class _Reader:
         self._values[setting] = value
 
     def _take_permissions(self, table: dict[str, Any], path: pathlib.Path, is_free: bool) -> None:
-        for key in ("deny", "ask"):
+        for key, (setting, read, may_always) in _PERMISSIONS.items():
             if key in table:
-                self._store(key, _read(read_rules, table[key], path, f"permissions.{key}"))
-        loosening = {
-            "allow": read_rules,
-            "additionalDirectories": read_names,
-            "defaultMode": read_mode,
-        }
-        if set(loosening) & set(table):
-            _need(is_free)
-        names = {"additionalDirectories": "additional_directories", "defaultMode": "mode"}
-        for key, read in loosening.items():
-            if key in table:
-                self._store(
-                    names.get(key, key), _read(read, table[key], path, f"permissions.{key}")
-                )
-
-    def _server_of(self, name: str, value: Any) -> McpServer:
-        table = {key: self._with_variables(one) for key, one in read_table(value).items()}
-        command = read_text_value(table.get("command", ""))
-        url = read_text_value(table.get("httpUrl", table.get("url", "")))
-        if bool(command) == bool(url):
-            raise ValueError("an object with either a command or a url")
-        timeout = read_number(table.get("timeout", 60_000)) / 1000  # milliseconds in files
-        args = table.get("args", [])
-        if not isinstance(args, list) or not all(isinstance(one, str) for one in args):
-            raise ValueError("an object whose args are a list of texts")
-        return McpServer(
-            name=name,
-            command=command,
-            args=tuple(args),
-            env={key: str(one) for key, one in read_table(table.get("env", {})).items()},
-            cwd=read_text_value(table.get("cwd", "")),
-            url=url,
-            headers={key: str(one) for key, one in read_table(table.get("headers", {})).items()},
-            timeout=timeout,
-            is_trusted=read_flag(table.get("trust", False)),
-        )
+                _need(is_free or may_always)
+                self._store(setting, _read(read, table[key], path, f"permissions.{key}"))
 
     def _with_variables(self, value: Any) -> Any:
         """Return a value with $NAME and ${NAME} replaced by variables that are set."""

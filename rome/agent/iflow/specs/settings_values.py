@@ -104,39 +104,36 @@ class SupervisorSettings:
 
 def read_text_value(value: Any) -> str:
     """Return a text."""
-    if not isinstance(value, str):
-        raise ValueError("a text")
-    return value
+    return str(_need(value, isinstance(value, str), "a text"))
 
 
 def read_flag(value: Any) -> bool:
     """Return a truth value, which a variable spells as text."""
-    if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
-        return value.lower() in ("true", "1")
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
+    spelled = {"true": True, "1": True, "false": False, "0": False}
+    value = spelled.get(value.lower(), value) if isinstance(value, str) else value
+    return bool(_need(value, isinstance(value, bool), "true or false"))
 
 
 def read_number(value: Any) -> float:
     """Return a number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError("a number")
+    _need(value, isinstance(value, (int, float, str)) and not isinstance(value, bool), "a number")
     try:
         number = float(value)
     except ValueError:
         raise ValueError("a number") from None
-    if not 0 <= number < 1e12:
-        raise ValueError("a number that is not negative")
+    _need(value, 0 <= number < 1e12, "a number that is not negative")
     return number
 
 
 def read_count(value: Any) -> int:
     """Return a whole number."""
     number = read_number(value)
-    if not number.is_integer():
-        raise ValueError("a whole number")
-    return int(number)
+    return int(_need(number, number.is_integer(), "a whole number"))
+
+
+def read_seconds(value: Any) -> float:
+    """Return seconds, which files give in milliseconds."""
+    return read_number(value) / 1000
 
 
 def read_turns(value: Any) -> int:
@@ -147,18 +144,12 @@ def read_turns(value: Any) -> int:
 def read_share(value: Any) -> float:
     """Return a number above 0, at most 1."""
     number = read_number(value)
-    if not 0 < number <= 1:
-        raise ValueError("a number above 0, at most 1")
-    return number
+    return float(_need(number, 0 < number <= 1, "a number above 0, at most 1"))
 
 
 def read_names(value: Any) -> tuple[str, ...]:
     """Return names: a list of texts, or one text with commas."""
-    if not isinstance(value, str) and not (
-        isinstance(value, list) and all(isinstance(one, str) for one in value)
-    ):
-        raise ValueError("a list of texts")
-    return list_of(value)
+    return list_of(_need(value, isinstance(value, str) or _are_texts(value), "a list of texts"))
 
 
 def read_tools(value: Any) -> tuple[str, ...]:
@@ -169,23 +160,17 @@ def read_tools(value: Any) -> tuple[str, ...]:
 def read_mode(value: Any) -> str:
     """Return a mode of approval, which other programs name otherwise."""
     mode = _MODE_NAMES.get(read_text_value(value), value)
-    if mode not in MODES:
-        raise ValueError(f"one of {', '.join(MODES)}")
-    return str(mode)
+    return str(_need(mode, mode in MODES, f"one of {', '.join(MODES)}"))
 
 
 def read_table(value: Any) -> dict[str, Any]:
     """Return an object."""
-    if not isinstance(value, dict):
-        raise ValueError("an object")
-    return value
+    return dict(_need(value, isinstance(value, dict), "an object"))
 
 
 def read_rules(value: Any) -> tuple[str, ...]:
     """Return rules; commas in them are part of them."""
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise ValueError("a list of rules such as 'shell(git status:*)'")
-    return tuple(value)
+    return tuple(_need(value, _are_texts(value), "a list of rules such as 'shell(git status:*)'"))
 
 
 def read_supervisor(value: Any) -> SupervisorSettings | None:
@@ -203,10 +188,30 @@ def read_supervisor(value: Any) -> SupervisorSettings | None:
         "stopAt": ("stop_at", read_count),
         "judge": ("judge", read_text_value),
     }
-    unknown = sorted(set(table) - set(readers))
-    if unknown:
-        raise ValueError(f"an object of {', '.join(readers)}, without {', '.join(unknown)}")
+    unknown = ", ".join(sorted(set(table) - set(readers)))
+    _need(table, not unknown, f"an object of {', '.join(readers)}, without {unknown}")
     return SupervisorSettings(**{readers[key][0]: readers[key][1](table[key]) for key in table})
+
+
+def read_server(name: str, value: Any) -> McpServer:
+    """Return an MCP server of that name."""
+    table = read_table(value)
+    command = read_text_value(table.get("command", ""))
+    url = read_text_value(table.get("httpUrl", table.get("url", "")))
+    _need(table, bool(command) != bool(url), "an object with either a command or a url")
+    args = table.get("args", [])
+    _need(args, _are_texts(args), "an object whose args are a list of texts")
+    return McpServer(
+        name=name,
+        command=command,
+        args=tuple(args),
+        env={key: str(one) for key, one in read_table(table.get("env", {})).items()},
+        cwd=read_text_value(table.get("cwd", "")),
+        url=url,
+        headers={key: str(one) for key, one in read_table(table.get("headers", {})).items()},
+        timeout=read_seconds(table.get("timeout", 60_000)),
+        is_trusted=read_flag(table.get("trust", False)),
+    )
 
 
 def read_hooks(value: Any, is_strict: bool) -> list[HookCommand]:
@@ -215,9 +220,7 @@ def read_hooks(value: Any, is_strict: bool) -> list[HookCommand]:
     for event, groups in read_table(value).items():
         if event not in HOOK_EVENTS:
             continue  # an event of another program
-        if not isinstance(groups, list):
-            raise ValueError(f"an object whose {event} is a list")
-        for group in groups:
+        for group in _need(groups, isinstance(groups, list), f"an object whose {event} is a list"):
             matcher = read_text_value(read_table(group).get("matcher", ""))
             try:
                 re.compile("" if matcher == "*" else matcher)
@@ -225,14 +228,24 @@ def read_hooks(value: Any, is_strict: bool) -> list[HookCommand]:
                 message = f"an object whose matcher {matcher!r} is a regular expression ({error})"
                 raise ValueError(message) from None
             hooks = group.get("hooks", [])
-            if not isinstance(hooks, list):
-                raise ValueError(f"an object whose {event} has lists of hooks")
-            for hook in hooks:
+            what = f"an object whose {event} has lists of hooks"
+            for hook in _need(hooks, isinstance(hooks, list), what):
                 if read_table(hook).get("type", "command") != "command":
                     continue
                 command = read_text_value(hook.get("command", ""))
-                if not command:
-                    raise ValueError(f"an object whose hooks of {event} each have a command")
+                what = f"an object whose hooks of {event} each have a command"
+                _need(hook, bool(command), what)
                 timeout = read_number(hook.get("timeout", 60))
                 found.append(HookCommand(event, command, matcher, timeout or 60.0, is_strict))
     return found
+
+
+def _need(value: Any, is_right: bool, what: str) -> Any:
+    """Return a value that is right; ValueError with what it must be for another one."""
+    if not is_right:
+        raise ValueError(what)
+    return value
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from rome.agent.iflow.specs.spec_files import (
     Place,
     SpecError,
+    load_named,
     read_text,
     split_front_matter,
     text_in,
@@ -50,38 +51,24 @@ class Skill:
 
 
 def load_skills(where: Iterable[Place]) -> tuple[dict[str, Skill], list[str]]:
-    """Return the skills by name, and what was wrong with files.
-
-    Args:
-      where: folders to read; a later one replaces what an earlier one has under the same name.
-    """
-    skills = {}
-    problems = []
-    for place in where:
-        for path in sorted((place.folder / "skills").glob("*/SKILL.md")):
-            try:
-                skill = read_skill(path, place.boundary)
-            except SpecError as error:
-                problems.append(str(error))
-            else:
-                skills[skill.name] = skill
-    return skills, problems
+    """Return the skills by name, and what was wrong with files; see `load_named`."""
+    return load_named(where, "skills/*/SKILL.md", _read_skill)
 
 
-def read_skill(path: pathlib.Path, boundary: pathlib.Path | None = None) -> Skill:
+def _read_skill(path: pathlib.Path, place: Place) -> Skill:
     """Return the skill that a SKILL.md describes.
 
     Raises:
       SpecError: its name or its description is missing or wrong.
     """
-    table, _ = split_front_matter(read_text(path, boundary), path)
+    table, _ = split_front_matter(read_text(path, place.boundary), path)
     name = text_in(table, "name") or path.parent.name
     description = " ".join(text_in(table, "description").split())
     if not re.fullmatch(r"[\w.-]{1,64}", name):
         raise SpecError(f"{path}: name {name[:80]!r} must be 1 to 64 letters, digits, '-' or '_'")
     if not description:
         raise SpecError(f"{path} has no description, by which the model would choose it")
-    return Skill(name, description[:MAX_DESCRIPTION], path.parent, boundary)
+    return Skill(name, description[:MAX_DESCRIPTION], path.parent, place.boundary)
 
 
 def describe_skills(skills: Iterable[Skill]) -> str:

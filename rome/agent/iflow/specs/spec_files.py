@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import stat
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol, TypeVar
 
 import yaml
 
@@ -21,6 +21,16 @@ DIALECTS = (".claude", ".agents", ".iflow")  # the later, the more it counts
 MAX_FILE_BYTES = 256 << 10
 
 Scope = Literal["user", "project", "system"]
+
+
+class HasName(Protocol):
+    """What a file describes."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=HasName)
 
 
 class SpecError(ValueError):
@@ -104,15 +114,29 @@ def read_text(path: pathlib.Path, boundary: pathlib.Path | None = None) -> str:
         raise SpecError(f"{path} cannot be read: {error}") from error
 
 
-def find_files(place: Place, name: str, suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
-    """Yield the files with these suffixes in the folder `name` of a place, in sorted order."""
-    try:
-        found = sorted((place.folder / name).iterdir())
-    except OSError:
-        return
-    for path in found:
-        if path.suffix in suffixes and path.is_file():
-            yield path
+def load_named(
+    where: Iterable[Place], pattern: str, read: Callable[[pathlib.Path, Place], Named]
+) -> tuple[dict[str, Named], list[str]]:
+    """Return what files describe, by name, and what was wrong with files.
+
+    Args:
+      where: folders to read; a later one replaces what an earlier one has under the same name.
+      pattern: of the files in such a folder.
+      read: returns what a file describes; raises SpecError.
+    """
+    found = {}
+    problems = []
+    for place in where:
+        for path in sorted(place.folder.glob(pattern)):
+            if not path.is_file():
+                continue
+            try:
+                made = read(path, place)
+            except SpecError as error:
+                problems.append(str(error))
+            else:
+                found[made.name] = made
+    return found, problems
 
 
 def split_front_matter(text: str, path: pathlib.Path) -> tuple[dict[str, Any], str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from rome.agent.iflow.events import ModeChanged
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 APPROVE = "Carry it out, and ask before changes"
 APPROVE_EDITS = "Carry it out, and let edits pass"
@@ -14,7 +14,7 @@ REJECT = "Go on planning"
 MAX_CHOICES = 8
 
 
-class AskUserTool(BaseTool):
+class AskUserTool(Tool):
     """Asks a question."""
 
     name = "ask_user"
@@ -22,14 +22,7 @@ class AskUserTool(BaseTool):
         "Ask the user a question that only the user can answer. Give choices where there are"
         " sensible ones."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "question": {"type": "string"},
-            "choices": {"type": "array", "items": {"type": "string"}},
-        },
-        "required": ["question"],
-    }
+    parameters = takes("question", question=of("string"), choices=of("array", items=of("string")))
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
         """Ask it."""
@@ -44,7 +37,7 @@ class AskUserTool(BaseTool):
         return ToolResult(f"The user answers: {answer}")
 
 
-class ExitPlanModeTool(BaseTool):
+class ExitPlanModeTool(Tool):
     """Ends the mode in which nothing is changed, once the user agrees to a plan."""
 
     name = "exit_plan_mode"
@@ -52,11 +45,7 @@ class ExitPlanModeTool(BaseTool):
         "In plan mode: show the user the plan, and leave the mode if the user agrees. Plan first"
         " what is to be changed, where, and how it is checked."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {"plan": {"type": "string", "description": "The plan, in Markdown."}},
-        "required": ["plan"],
-    }
+    parameters = takes("plan", plan=of("string", "The plan, in Markdown."))
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
         """Ask for the user's agreement."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
-from rome.agent.iflow.events import Event, TodoItem, ToolCall
+from rome.agent.iflow.desk import Desk
+from rome.agent.iflow.events import TodoItem, ToolCall, ToolFinished
 from rome.agent.iflow.places.workspace import Workspace
 
 # What a call may touch, for approval: nothing outside the session, files to read, files to write,
@@ -33,12 +34,11 @@ class ToolResult:
     denials: int = 0
     ends_turn: bool = False
 
-
-class Asker(Protocol):
-    """Asks the user, by whatever interface there is."""
-
-    async def question(self, question: str, choices: Sequence[str] = ()) -> str:
-        """Return the user's answer; "" where nobody can answer."""
+    def finished(self, call_id: str, seconds: float = 0.0) -> ToolFinished:
+        """Return the event of a call that has this result."""
+        values = dataclasses.asdict(self)
+        del values["ends_turn"]
+        return ToolFinished(call_id=call_id, seconds=round(seconds, 3), **values)
 
 
 @dataclasses.dataclass
@@ -60,8 +60,8 @@ class ToolContext:
 
     call: ToolCall
     workspace: Workspace
-    emit: Callable[[Event], Event]
-    asker: Asker
+    emit: Callable[[Any], Any]
+    asker: Desk
     session_folder: str
     todo: tuple[TodoItem, ...] = ()
     mode: str = "default"
@@ -69,48 +69,16 @@ class ToolContext:
     is_denied: Callable[[str], bool] = lambda path: False
 
 
-class Tool(Protocol):
-    """A tool that the model may call.
+class Tool:
+    """A tool that the model may call, to derive from.
 
     Attributes:
       name: as the model calls it.
       description: for the model.
       parameters: JSON schema of its arguments, an object.
       is_parallel: whether calls of it may run beside others: it changes nothing that they read.
+      accesses: what a call may touch, unless `access` says more.
     """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def parameters(self) -> Mapping[str, Any]: ...
-    @property
-    def is_parallel(self) -> bool: ...
-
-    def access(self, arguments: Mapping[str, Any]) -> Access:
-        """Return what a call with these arguments may touch, at most."""
-
-    def paths(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the files that such a call names, for rules on paths."""
-
-    def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people: what such a call does."""
-
-    async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
-        """Return the diff that such a call would make; "" where it makes none."""
-
-    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Run a call.
-
-        Raises:
-          ToolError: it failed, as the model is told.
-          WorkspaceError: the place failed.
-        """
-
-
-class BaseTool:
-    """Defaults of `Tool`, to derive from."""
 
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
@@ -119,25 +87,47 @@ class BaseTool:
     accesses: ClassVar[Access] = "none"
 
     def access(self, arguments: Mapping[str, Any]) -> Access:
-        """Return what a call may touch, at most."""
+        """Return what a call with these arguments may touch, at most."""
         return self.accesses
 
     def paths(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the files that a call names."""
+        """Return the files that such a call names, for rules on paths."""
         path = arguments.get("path", "")
         return (path,) if isinstance(path, str) and path else ()
 
     def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
+        """Return one line for people: what such a call does."""
         return " ".join([self.name, *self.paths(arguments)])
 
     async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
-        """Return the diff that a call would make; this one makes none."""
+        """Return the diff that such a call would make; "" where it makes none."""
         return ""
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Run a call."""
+        """Run a call.
+
+        Raises:
+          ToolError: it failed, as the model is told.
+          WorkspaceError: the place failed.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not run")
+
+
+def takes(*required: str, **members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of a tool's arguments.
+
+    Args:
+      *required: names of those that a call must have.
+      **members: the schema of each.
+    """
+    schema: dict[str, Any] = {"type": "object", "properties": members}
+    return schema | {"required": list(required)} if required else schema
+
+
+def of(type: str, description: str = "", **rest: Any) -> dict[str, Any]:
+    """Return the schema of one argument: its type, and what it means."""
+    said = {"description": description} if description else {}
+    return {"type": type, **said, **rest}
 
 
 def schema_of(tool: Tool) -> dict[str, Any]:

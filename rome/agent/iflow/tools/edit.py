@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.matching import apply_edit
 from rome.agent.iflow.tools.text import Text, key_of, read_text, unified_diff, write_text
 
 MAX_REMEMBERED = 100  # failed edits
-_PATH = {"type": "string", "description": "File, relative to the project or absolute."}
-_OLD = {"type": "string", "description": "Text to replace, exactly as it stands in the file."}
-_NEW = {"type": "string", "description": "Text that takes its place."}
-_ALL = {"type": "boolean", "description": "Replace it wherever it stands; default false."}
+_PATH = of("string", "File, relative to the project or absolute.")
+_OLD = of("string", "Text to replace, exactly as it stands in the file.")
+_NEW = of("string", "Text that takes its place.")
+_ALL = of("boolean", "Replace it wherever it stands; default false.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class _Plan:
     notes: tuple[str, ...]
 
 
-class EditTool(BaseTool):
+class EditTool(Tool):
     """Replaces a piece of text."""
 
     name = "edit"
@@ -35,16 +35,13 @@ class EditTool(BaseTool):
         "Replace a piece of text in a file that was read before. old_string must stand in the file"
         " exactly once, or set replace_all. An empty old_string creates a new file."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "path": _PATH,
-            "old_string": _OLD,
-            "new_string": _NEW,
-            "replace_all": _ALL,
-        },
-        "required": ["path", "old_string", "new_string"],
-    }
+    parameters = takes(
+        *("path", "old_string", "new_string"),
+        path=_PATH,
+        old_string=_OLD,
+        new_string=_NEW,
+        replace_all=_ALL,
+    )
     accesses: ClassVar[Access] = "write"
 
     def __init__(self) -> None:
@@ -130,21 +127,17 @@ class MultiEditTool(EditTool):
         "Make several replacements in one file that was read before, one after the other; if one"
         " fails, none is made. Each is as in edit."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "path": _PATH,
-            "edits": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "properties": {"old_string": _OLD, "new_string": _NEW, "replace_all": _ALL},
-                    "required": ["old_string", "new_string"],
-                },
-            },
-        },
-        "required": ["path", "edits"],
-    }
+    parameters = takes(
+        "path",
+        "edits",
+        path=_PATH,
+        edits=of(
+            "array",
+            items=takes(
+                "old_string", "new_string", old_string=_OLD, new_string=_NEW, replace_all=_ALL
+            ),
+        ),
+    )
 
     def edits(self, arguments: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Return the replacements of a call, in order.

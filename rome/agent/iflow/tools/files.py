@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.text import (
     MAX_FILE_BYTES,
     Text,
@@ -26,10 +26,10 @@ MAX_LINE = 2000  # characters that are shown
 MAX_CHARACTERS = 60_000  # of one answer
 MAX_ENTRIES = 500
 SECONDS = 30.0
-_PATH = {"type": "string", "description": "File, relative to the project or absolute."}
+_PATH = of("string", "File, relative to the project or absolute.")
 
 
-class ReadFileTool(BaseTool):
+class ReadFileTool(Tool):
     """Shows lines of a text file."""
 
     name = "read_file"
@@ -37,18 +37,12 @@ class ReadFileTool(BaseTool):
         f"Read a text file. Lines are numbered; at most {DEFAULT_LINES} are shown, from `offset`"
         " on."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "path": _PATH,
-            "offset": {"type": "integer", "description": "First line, from 1; default 1."},
-            "limit": {
-                "type": "integer",
-                "description": f"Number of lines; default {DEFAULT_LINES}.",
-            },
-        },
-        "required": ["path"],
-    }
+    parameters = takes(
+        "path",
+        path=_PATH,
+        offset=of("integer", "First line, from 1; default 1."),
+        limit=of("integer", f"Number of lines; default {DEFAULT_LINES}."),
+    )
     is_parallel = True
     accesses: ClassVar[Access] = "read"
 
@@ -77,8 +71,7 @@ class ReadFileTool(BaseTool):
         last = offset + limit - 1
         target = shlex.quote(key_of(context.workspace, path))
         command = f"sed -n '{offset},{last}p;{last}q' -- {target} | head -c {MAX_CHARACTERS}"
-        parts = context.workspace.stream(command, timeout=SECONDS)
-        text = "".join([part async for part in parts])
+        text = await context.workspace.run(command, timeout=SECONDS)
         if "\0" in text:
             raise ToolError(f"{path} is binary data of {size} bytes, and no text")
         lines = text.removesuffix("\n").split("\n") if text else []
@@ -87,7 +80,7 @@ class ReadFileTool(BaseTool):
         return f"{shown}\n[{path} has {size} bytes; continue with offset {following}, or search it]"
 
 
-class WriteFileTool(BaseTool):
+class WriteFileTool(Tool):
     """Writes a file whole."""
 
     name = "write_file"
@@ -95,14 +88,9 @@ class WriteFileTool(BaseTool):
         "Write a text file whole; folders above it are made. A file that is there must have been"
         " read before."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "path": _PATH,
-            "content": {"type": "string", "description": "The whole text of the file."},
-        },
-        "required": ["path", "content"],
-    }
+    parameters = takes(
+        "path", "content", path=_PATH, content=of("string", "The whole text of the file.")
+    )
     accesses: ClassVar[Access] = "write"
 
     async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
@@ -132,17 +120,12 @@ class WriteFileTool(BaseTool):
         return before, after
 
 
-class ListDirectoryTool(BaseTool):
+class ListDirectoryTool(Tool):
     """Lists a folder."""
 
     name = "list_directory"
     description = "List a folder: names, folders with a slash, and sizes of files in bytes."
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "path": {"type": "string", "description": "Folder; default the project's."},
-        },
-    }
+    parameters = takes(path=of("string", "Folder; default the project's."))
     is_parallel = True
     accesses: ClassVar[Access] = "read"
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.text import (
     MAX_FILE_BYTES,
     Text,
@@ -21,7 +21,7 @@ MAX_CHARACTERS = 2000  # of one fact
 PROJECT_FILES = ("AGENTS.md", "IFLOW.md", "CLAUDE.md")
 
 
-class SaveMemoryTool(BaseTool):
+class SaveMemoryTool(Tool):
     """Adds a fact to the user's or to the project's instructions.
 
     Args:
@@ -33,14 +33,11 @@ class SaveMemoryTool(BaseTool):
         "Remember a fact in later sessions: of the user everywhere (scope user), or of this project"
         " for all who work on it (scope project). Only what the user asks for, or will surely want."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "fact": {"type": "string", "description": "One sentence that stands alone."},
-            "scope": {"type": "string", "enum": ["user", "project"]},
-        },
-        "required": ["fact"],
-    }
+    parameters = takes(
+        "fact",
+        fact=of("string", "One sentence that stands alone."),
+        scope=of("string", enum=["user", "project"]),
+    )
     accesses: ClassVar[Access] = "write"
 
     def __init__(self, user_file: pathlib.Path | None = None) -> None:

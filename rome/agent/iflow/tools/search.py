@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import os
 import posixpath
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.walking import find_files, find_lines
 
 MAX_FILES = 500
@@ -16,10 +14,10 @@ MAX_MATCHES = 200
 MAX_CHARACTERS = 30_000
 MAX_LINE = 300
 MAX_CONTEXT = 20
-_PATH = {"type": "string", "description": "Folder or file to look in; default the project."}
+_PATH = of("string", "Folder or file to look in; default the project.")
 
 
-class GlobTool(BaseTool):
+class GlobTool(Tool):
     """Finds files by name."""
 
     name = "glob"
@@ -27,11 +25,7 @@ class GlobTool(BaseTool):
         "Find files by name, such as **/*.py, src/**/test_*.{ts,tsx} or *.md (in any folder)."
         " What .gitignore and .iflowignore name is left out."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {"pattern": {"type": "string"}, "path": _PATH},
-        "required": ["pattern"],
-    }
+    parameters = takes("pattern", pattern=of("string"), path=_PATH)
     is_parallel = True
     accesses: ClassVar[Access] = "read"
 
@@ -53,7 +47,7 @@ class GlobTool(BaseTool):
         return ToolResult("\n".join(lines) or f"no file fits {pattern}")
 
 
-class SearchTool(BaseTool):
+class SearchTool(Tool):
     """Finds lines by a regular expression."""
 
     name = "search"
@@ -61,18 +55,15 @@ class SearchTool(BaseTool):
         "Search the lines of files by a regular expression. Binary files, and what .gitignore and"
         " .iflowignore name, are left out."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "pattern": {"type": "string", "description": "Regular expression."},
-            "path": _PATH,
-            "glob": {"type": "string", "description": "Only files that fit, such as *.py."},
-            "ignore_case": {"type": "boolean"},
-            "context": {"type": "integer", "description": "Lines to show around each match."},
-            "files_only": {"type": "boolean", "description": "Show only the names of files."},
-        },
-        "required": ["pattern"],
-    }
+    parameters = takes(
+        "pattern",
+        pattern=of("string", "Regular expression."),
+        path=_PATH,
+        glob=of("string", "Only files that fit, such as *.py."),
+        ignore_case=of("boolean"),
+        context=of("integer", "Lines to show around each match."),
+        files_only=of("boolean", "Show only the names of files."),
+    )
     is_parallel = True
     accesses: ClassVar[Access] = "read"
 
@@ -92,30 +83,30 @@ class SearchTool(BaseTool):
         found = await find_lines(
             context.workspace,
             path,
-            pattern,
+            pattern=pattern,
             glob=arguments.get("glob", ""),
             ignore_case=arguments.get("ignore_case", False),
             context=around,
             limit=10_000 if arguments.get("files_only") else MAX_MATCHES + 1,
         )
         root = context.workspace.root
-        lines = [line for line in found if line["type"] in ("match", "context")]
-        denied = {name for name in {_name(line, root) for line in lines} if context.is_denied(name)}
-        lines = [line for line in lines if _name(line, root) not in denied]
+        for line in found:
+            line["path"] = line["path"].removeprefix(f"{root}/")
+        denied = {name for name in {line["path"] for line in found} if context.is_denied(name)}
+        lines = [line for line in found if line["path"] not in denied]
         if not lines:
             return ToolResult(f"no line fits {pattern}")
         if arguments.get("files_only"):
-            names = dict.fromkeys(_name(line, root) for line in lines)
-            return ToolResult(_bounded(list(names), len(names) > MAX_FILES, MAX_FILES))
+            names = list(dict.fromkeys(line["path"] for line in lines))
+            return ToolResult(_bounded(names, len(names) > MAX_FILES, MAX_FILES))
         matches = 0
         shown = []
         for line in lines:
-            matches += line["type"] == "match"
+            matches += line["is_match"]
             if matches > MAX_MATCHES:
                 break
-            mark = ":" if line["type"] == "match" else "-"
-            text = _text(line["data"]["lines"]).rstrip("\r\n")[:MAX_LINE]
-            shown.append(f"{_name(line, root)}{mark}{line['data']['line_number']}{mark}{text}")
+            mark = ":" if line["is_match"] else "-"
+            shown.append(f"{line['path']}{mark}{line['number']}{mark}{line['text'][:MAX_LINE]}")
         return ToolResult(_bounded(shown, matches > MAX_MATCHES, MAX_MATCHES))
 
 
@@ -125,18 +116,6 @@ def _bounded(lines: list[str], is_cut: bool, limit: int) -> str:
         text = text[:MAX_CHARACTERS].rpartition("\n")[0]
         is_cut = True
     return f"{text}\n[more; narrow the pattern, the glob or the path]" if is_cut else text
-
-
-def _name(line: Mapping[str, Any], root: str) -> str:
-    """Return the file of a line, relative to the project."""
-    return _text(line["data"]["path"]).removeprefix(f"{root}/").removeprefix("./")
-
-
-def _text(value: Mapping[str, str]) -> str:
-    """Return a text of ripgrep's, which gives bytes where they are no UTF-8."""
-    if "bytes" in value:
-        return os.fsdecode(base64.b64decode(value["bytes"]))
-    return value["text"]
 
 
 def _shown(path: str, name: str) -> str:

@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rome.agent.iflow.events import JobFinished, JobStarted, ToolOutput
+from rome.agent.iflow.places.jobs import BackgroundJob
 from rome.agent.iflow.places.output import LiveOutput
-from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.places.workspace import CommandOutput
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 
 DEFAULT_SECONDS = 120.0
 MAX_SECONDS = 600.0
 MAX_WAIT = 60.0
-_JOB = {"type": "string", "description": "Id of the job."}
+_JOB = of("string", "Id of the job.")
 
 
-class ShellTool(BaseTool):
+class ShellTool(Tool):
     """Runs a command.
 
     Args:
@@ -34,18 +35,12 @@ class ShellTool(BaseTool):
         " background."
     )
     accesses: ClassVar[Access] = "execute"
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "command": {"type": "string", "description": "Text for bash."},
-            "timeout": {"type": "number", "description": "Seconds, after which it is ended."},
-            "background": {
-                "type": "boolean",
-                "description": "Let it run on its own, as a job, such as a server.",
-            },
-        },
-        "required": ["command"],
-    }
+    parameters = takes(
+        "command",
+        command=of("string", "Text for bash."),
+        timeout=of("number", "Seconds, after which it is ended."),
+        background=of("boolean", "Let it run on its own, as a job, such as a server."),
+    )
 
     def __init__(self, seconds: float = DEFAULT_SECONDS, max_seconds: float = MAX_SECONDS) -> None:
         self._seconds = min(seconds, max_seconds)
@@ -99,22 +94,16 @@ class ShellTool(BaseTool):
         )
 
 
-class ShellOutputTool(BaseTool):
+class ShellOutputTool(Tool):
     """Shows what a job wrote."""
 
     name = "shell_output"
     description = "Show what a background job wrote since the last time, and whether it runs."
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "job": _JOB,
-            "wait": {
-                "type": "number",
-                "description": f"Wait up to so many seconds for its end; at most {MAX_WAIT:g}.",
-            },
-        },
-        "required": ["job"],
-    }
+    parameters = takes(
+        "job",
+        job=_JOB,
+        wait=of("number", f"Wait up to so many seconds for its end; at most {MAX_WAIT:g}."),
+    )
     is_parallel = True
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
@@ -131,16 +120,12 @@ class ShellOutputTool(BaseTool):
         return ToolResult(f"{output}\n{status}" if output else f"(no new output)\n{status}")
 
 
-class ShellKillTool(BaseTool):
+class ShellKillTool(Tool):
     """Ends a job."""
 
     name = "shell_kill"
     description = "End a background job and all that it started."
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {"job": _JOB},
-        "required": ["job"],
-    }
+    parameters = takes("job", job=_JOB)
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
         """End the job."""
@@ -151,7 +136,7 @@ class ShellKillTool(BaseTool):
         return ToolResult(f"job {job.id} was ended")
 
 
-class ShellListTool(BaseTool):
+class ShellListTool(Tool):
     """Lists the jobs."""
 
     name = "shell_list"

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from rome.agent.iflow.events import SkillLoaded
 from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.specs.skills import Skill
 from rome.agent.iflow.specs.spec_files import SpecError
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 MAX_FILES = 100
 MAX_BYTES = 2 << 20  # of a skill's files together
 
 
-class SkillTool(BaseTool):
+class SkillTool(Tool):
     """Loads a skill.
 
     Args:
@@ -25,11 +25,7 @@ class SkillTool(BaseTool):
 
     name = "skill"
     description = "Load the instructions of a skill before work that it is for."
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {"name": {"type": "string"}},
-        "required": ["name"],
-    }
+    parameters = takes("name", name=of("string"))
 
     def __init__(self, skills: Mapping[str, Skill]) -> None:
         self._skills = skills

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from rome.agent.iflow.events import TodoChanged, TodoItem
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 Status = Literal["pending", "in_progress", "done"]
 _STATUSES: Mapping[str, Status] = {
@@ -18,7 +18,7 @@ _STATUSES: Mapping[str, Status] = {
 _MARKS: Mapping[Status, str] = {"pending": "[ ]", "in_progress": "[>]", "done": "[x]"}
 
 
-class TodoTool(BaseTool):
+class TodoTool(Tool):
     """Replaces the list, or shows it."""
 
     name = "todo"
@@ -26,22 +26,16 @@ class TodoTool(BaseTool):
         "Keep the list of what is to do for work of several steps. Give the whole list each time;"
         " without items it is shown. Have one item in progress, and mark it done when it is."
     )
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {
-            "items": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "properties": {
-                        "text": {"type": "string"},
-                        "status": {"type": "string", "enum": ["pending", "in_progress", "done"]},
-                    },
-                    "required": ["text"],
-                },
-            },
-        },
-    }
+    parameters = takes(
+        items=of(
+            "array",
+            items=takes(
+                "text",
+                text=of("string"),
+                status=of("string", enum=["pending", "in_progress", "done"]),
+            ),
+        )
+    )
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
         """Replace the list."""

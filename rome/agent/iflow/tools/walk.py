@@ -2,7 +2,7 @@
 
 It imports the standard library only, and runs on Python 3.7 and later. Its one argument is a JSON
 object with `op` ("list", "glob" or "search"), `path`, and what the operation needs. It prints one
-JSON object a line, the last of type "summary"; matches have the form of `rg --json`.
+JSON object a line, the last one {"end": true}.
 
 What .gitignore names is passed over, as git does it, so is what .iflowignore at the top names, and
 .git.
@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import sys
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Pattern  # noqa: UP035
+from typing import Any, Iterator, NamedTuple, Pattern  # noqa: UP035
 
 MAX_SEARCHED = 32 << 20  # bytes of a file
 MAX_LINE = 500  # characters that are printed
@@ -77,7 +77,7 @@ def bracket_expression(text: str) -> str:
     return "(?!/)[" + ("^" if negated else "") + inner + "]"
 
 
-def compile_glob(glob: str) -> Optional[Pattern[str]]:  # noqa: UP045
+def compile_glob(glob: str) -> Pattern[str] | None:
     """Return a compiled pattern; None for one that means nothing."""
     try:
         return re.compile("(?s:" + translate(glob) + r")\Z")
@@ -85,7 +85,7 @@ def compile_glob(glob: str) -> Optional[Pattern[str]]:  # noqa: UP045
         return None
 
 
-def expand_braces(glob: str) -> List[str]:  # noqa: UP006
+def expand_braces(glob: str) -> list[str]:
     """Return the patterns that {a,b} stands for."""
     found = re.search(r"\{([^{}]*,[^{}]*)\}", glob)
     if not found:
@@ -96,7 +96,7 @@ def expand_braces(glob: str) -> List[str]:  # noqa: UP006
     ]
 
 
-def read_rules(folder: str, relative: str) -> List[Rule]:  # noqa: UP006
+def read_rules(folder: str, relative: str) -> list[Rule]:
     """Return the rules of the ignore files of a folder."""
     rules = []
     names = [".gitignore"]
@@ -117,7 +117,7 @@ def read_rules(folder: str, relative: str) -> List[Rule]:  # noqa: UP006
     return rules
 
 
-def parse_rule(line: str, folder: str) -> Optional[Rule]:  # noqa: UP045
+def parse_rule(line: str, folder: str) -> Rule | None:
     """Return the rule of a line of an ignore file; None where it has none."""
     line = re.sub(r"(?<!\\) +\Z", "", line)
     if not line or line.startswith("#"):
@@ -132,7 +132,7 @@ def parse_rule(line: str, folder: str) -> Optional[Rule]:  # noqa: UP045
     return None if pattern is None else Rule(folder, pattern, ignores, is_for_folders)
 
 
-def is_ignored(rules: List[Rule], relative: str, is_folder: bool) -> bool:  # noqa: UP006
+def is_ignored(rules: list[Rule], relative: str, is_folder: bool) -> bool:
     """Return whether a path is passed over: the last rule that fits decides."""
     for rule in reversed(rules):
         if rule.is_for_folders and not is_folder:
@@ -152,7 +152,7 @@ def walk(root: str, start: str) -> Iterator[str]:
     """
     inside = start == root or start.startswith(root.rstrip("/") + "/")
     base = root if inside else start
-    rules: List[Rule] = []  # noqa: UP006
+    rules: list[Rule] = []
     relative = ""
     if start != base:
         rules += read_rules(base, "")
@@ -164,7 +164,7 @@ def walk(root: str, start: str) -> Iterator[str]:
     yield from walk_below(base, relative, rules, len(relative) + 1 if relative else 0)
 
 
-def walk_below(base: str, relative: str, rules: List[Rule], cut: int) -> Iterator[str]:  # noqa: UP006
+def walk_below(base: str, relative: str, rules: list[Rule], cut: int) -> Iterator[str]:
     folder = os.path.join(base, relative)
     rules = rules + read_rules(folder, relative)
     try:
@@ -204,7 +204,7 @@ def list_folder(path: str) -> None:
             show({"name": entry.name, "kind": kind, "size": size})
 
 
-def search(request: Dict[str, Any], paths: Iterator[str]) -> None:  # noqa: UP006
+def search(request: dict[str, Any], paths: Iterator[str]) -> None:
     """Print the lines that fit, and those around them."""
     pattern = re.compile(request["pattern"], re.IGNORECASE if request.get("ignore_case") else 0)
     around = request.get("context", 0)
@@ -219,14 +219,15 @@ def search(request: Dict[str, Any], paths: Iterator[str]) -> None:  # noqa: UP00
                 max(printed + 1, number - around), min(len(lines), number + around + 1)
             ):
                 is_match = near == number or bool(pattern.search(lines[near]))
-                print_line(path, near + 1, lines[near], is_match)
+                text = lines[near][:MAX_LINE]
+                show({"path": path, "number": near + 1, "text": text, "is_match": is_match})
                 printed = near
             left -= 1
             if left <= 0:
                 return
 
 
-def read_lines(path: str) -> List[str]:  # noqa: UP006
+def read_lines(path: str) -> list[str]:
     """Return the lines of a text file; none of any other."""
     try:
         # A FIFO would be waited for.
@@ -246,13 +247,7 @@ def read_lines(path: str) -> List[str]:  # noqa: UP006
     return [line[:-1] if line.endswith("\r") else line for line in lines]
 
 
-def print_line(path: str, number: int, line: str, is_match: bool) -> None:
-    """Print a line of a file."""
-    data = {"path": {"text": path}, "line_number": number, "lines": {"text": line[:MAX_LINE]}}
-    show({"type": "match" if is_match else "context", "data": data})
-
-
-def show(value: Dict[str, Any]) -> None:  # noqa: UP006
+def show(value: dict[str, Any]) -> None:
     """Print an object; JSON escapes make any name printable."""
     sys.stdout.write(json.dumps(value) + "\n")
 
@@ -284,7 +279,7 @@ def main(text: str) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
-        show({"type": "summary"})
+        show({"end": True})
     except re.error as problem:
         print("the pattern is no regular expression: " + str(problem))
     except OSError as problem:

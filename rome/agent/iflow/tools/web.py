@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from rome.agent.iflow.places.output import is_long, join
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
 
 SECONDS = 30.0
 MAX_BYTES = 2 << 20
@@ -30,7 +30,7 @@ _BREAKS = {"p", "div", "br", "li", "tr", "pre", "section", "article", "ul", "ol"
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 
 
-class WebFetchTool(BaseTool):
+class WebFetchTool(Tool):
     """Fetches a page.
 
     Args:
@@ -39,11 +39,7 @@ class WebFetchTool(BaseTool):
 
     name = "web_fetch"
     description = "Fetch a page of the web by its address, and read it as text."
-    parameters: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "properties": {"url": {"type": "string", "description": "http:// or https://"}},
-        "required": ["url"],
-    }
+    parameters = takes("url", url=of("string", "http:// or https://"))
     is_parallel = True
     accesses: ClassVar[Access] = "network"
 

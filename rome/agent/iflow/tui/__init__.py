@@ -1,5 +1,5 @@
 """The terminal interface: it listens to the events of a session and calls its agent's methods.
 
 `terminal` holds the state and the loop, `screen` shows events, `keyboard` reads lines, and
-`actions` are the slash commands.
+`slash_commands` are what begins with a slash.
 """

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -19,6 +20,9 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.patch_stdout import patch_stdout
 
 MAX_LISTED = 40  # files that a completion offers
+KEPT_SECONDS = 5.0  # for which the list holds
+MAX_FILES = 5_000
+NOT_LISTED = ("node_modules", "__pycache__", "venv")
 
 
 class Controls(Protocol):
@@ -213,6 +217,41 @@ class PlainKeyboard:
             if self._rest:
                 self._lines.put_nowait(self._rest.decode(errors="replace"))
             self._lines.put_nowait(None)
+
+
+class ProjectFiles:
+    """Lists files, and keeps the list for a moment.
+
+    Args:
+      directory: of the project.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._paths: list[str] = []
+        self._listed_at = -KEPT_SECONDS
+
+    def fitting(self, letters: str) -> list[str]:
+        """Return the paths that hold some letters; first those that begin with them."""
+        if time.monotonic() > self._listed_at + KEPT_SECONDS:
+            self._paths = self._list()
+            self._listed_at = time.monotonic()
+        found = [path for path in self._paths if letters in path]
+        return sorted(found, key=lambda path: not path.startswith(letters))
+
+    def _list(self) -> list[str]:
+        """Return the project's files; hidden folders and those of programs are left out."""
+        found: list[str] = []
+        for folder, folders, names in os.walk(self._directory):
+            folders[:] = sorted(
+                name for name in folders if name[0] != "." and name not in NOT_LISTED
+            )
+            below = os.path.relpath(folder, self._directory)
+            for name in sorted(names):
+                found.append(name if below == "." else f"{below}/{name}")
+            if len(found) > MAX_FILES:
+                break
+        return found[:MAX_FILES]
 
 
 class _Completer(Completer):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,7 +14,6 @@ from rich.text import Text
 from rome.agent.iflow import events
 from rome.agent.iflow.events import Event
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.tui.markdown import MarkdownBlocks
 
 OUTPUT_LINES = 6  # that are shown of a call's output
 USER_LINES = 12  # of a message of the user
@@ -22,6 +22,34 @@ DIFF_LINES = 60
 MARKS = {"pending": "☐", "in_progress": "▶", "done": "☑"}
 PLAIN_MARKS = {"pending": "[ ]", "in_progress": "[>]", "done": "[x]"}
 STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
+
+
+# Kind of event -> how it is shown on one line.
+LINES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "retried": (
+        "yellow",
+        lambda it: f"the model did not answer ({it.reason}); again in {it.wait:.0f} s",
+    ),
+    "mode_changed": ("dim", lambda it: f"mode: {it.mode}"),
+    "model_changed": ("dim", lambda it: f"model: {it.model}"),
+    "compaction_started": (
+        "dim",
+        lambda it: f"the context of {it.tokens} tokens is being summarised",
+    ),
+    "subagent_started": (
+        "dim",
+        lambda it: f"sub-agent {it.agent} {it.id}: {_one_line(it.prompt)}",
+    ),
+    "subagent_finished": ("dim", lambda it: f"sub-agent {it.id}: {it.outcome}"),
+    "job_started": ("dim", lambda it: f"job {it.job}: {it.command}"),
+    "job_finished": ("dim", lambda it: f"job {it.job} ended with status {it.exit_code}"),
+    "skill_loaded": ("dim", lambda it: f"skill {it.name}"),
+    "supervisor_judged": ("yellow", lambda it: f"supervisor: {it.verdict}: {it.reason}"),
+    "feedback_given": ("dim", lambda it: f"feedback: {it.verdict}"),
+}
+
+
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 
 
 class _LeftHeading(Heading):
@@ -34,6 +62,44 @@ class _LeftHeading(Heading):
 
 class _LeftMarkdown(Markdown):
     elements: ClassVar[dict[str, Any]] = {**Markdown.elements, "heading_open": _LeftHeading}
+
+
+class MarkdownBlocks:
+    """Cuts a text that comes in pieces into blocks, at blank lines outside of fenced code.
+
+    Attributes:
+      rest: the block that is not whole yet.
+    """
+
+    def __init__(self) -> None:
+        self.rest = ""
+
+    def feed(self, text: str) -> list[str]:
+        """Take a piece; return the blocks that are whole with it."""
+        self.rest += text
+        blocks = []
+        start = place = 0
+        fence = ""
+        while (end := self.rest.find("\n", place)) >= 0:
+            line = self.rest[place:end]
+            found = _FENCE.match(line)
+            if found and not fence:
+                fence = found[1]
+            elif fence and line.strip().startswith(fence) and not line.strip(fence[0] + " "):
+                fence = ""
+            place = end + 1
+            if not line.strip() and not fence:
+                block = self.rest[start:place]
+                if block.strip():
+                    blocks.append(block)
+                start = place
+        self.rest = self.rest[start:]
+        return blocks
+
+    def finish(self) -> list[str]:
+        """Return what is left, as one block."""
+        left, self.rest = self.rest, ""
+        return [left] if left.strip() else []
 
 
 class Screen:
@@ -62,50 +128,15 @@ class Screen:
         self._has_todo = False  # whether the last call changed the list, which was shown then
         self._is_after_call = False  # whether an answer is parted from what stands above it
         self._shown_diffs: set[str] = set()  # ids of calls whose diff was shown for approval
-        self._show: dict[type[Event], Callable[..., None]] = {
-            events.UserMessage: self._user,
-            events.TextDelta: self._delta,
-            events.AssistantMessage: self._answer,
-            events.ToolStarted: self._start,
-            events.ToolOutput: self._output,
-            events.ToolFinished: self._finish,
-            events.ApprovalRequested: self._approval,
-            events.QuestionAsked: self._question,
-            events.TodoChanged: self._todo,
-            events.TurnFinished: self._turn_finished,
-            events.Notice: lambda event: self.say(event.text, STYLES[event.level]),
-            events.Retried: lambda event: self.say(
-                f"the model did not answer ({event.reason}); again in {event.wait:.0f} s", "yellow"
-            ),
-            events.ModeChanged: lambda event: self.say(f"mode: {event.mode}"),
-            events.ModelChanged: lambda event: self.say(f"model: {event.model}"),
-            events.CompactionStarted: lambda event: self.say(
-                f"the context of {event.tokens} tokens is being summarised"
-            ),
-            events.ContextCompacted: self._compacted,
-            events.SubagentStarted: lambda event: self.say(
-                f"sub-agent {event.agent} {event.id}: {_one_line(event.prompt)}"
-            ),
-            events.SubagentFinished: lambda event: self.say(
-                f"sub-agent {event.id}: {event.outcome}"
-            ),
-            events.JobStarted: lambda event: self.say(f"job {event.job}: {event.command}"),
-            events.JobFinished: lambda event: self.say(
-                f"job {event.job} ended with status {event.exit_code}"
-            ),
-            events.SkillLoaded: lambda event: self.say(f"skill {event.name}"),
-            events.Rewound: self._rewound,
-            events.SupervisorJudged: lambda event: self.say(
-                f"supervisor: {event.verdict}: {event.reason}", "yellow"
-            ),
-            events.FeedbackGiven: lambda event: self.say(f"feedback: {event.verdict}"),
-        }
 
     def take(self, event: Event) -> None:
         """Show an event; kinds that people need not see are passed over."""
-        show = self._show.get(type(event))
+        show = getattr(self, f"_on_{event.kind}", None)
         if show is not None:
             show(event)
+        elif event.kind in LINES:
+            style, line = LINES[event.kind]
+            self.say(line(event), style)
 
     def say(self, text: str, style: str = "dim") -> None:
         """Print one line of the program's own."""
@@ -121,9 +152,8 @@ class Screen:
             self.say(f"  ... {len(lines) - DIFF_LINES} more lines")
 
     # -- events
-    # ---------------------------------------------------------------------------------------------
 
-    def _user(self, event: events.UserMessage) -> None:
+    def _on_user_message(self, event: events.UserMessage) -> None:
         if event.source in ("user", "steer"):
             lines = printable(event.text).split("\n")  # a file that was brought in may be long
             if len(lines) > USER_LINES:
@@ -133,7 +163,7 @@ class Screen:
         elif event.source == "hook":
             self.say(f"hook: {_one_line(event.text)}")
 
-    def _delta(self, event: events.TextDelta) -> None:
+    def _on_text_delta(self, event: events.TextDelta) -> None:
         if event.is_reasoning:
             self.doing = "thinking"
             return
@@ -143,7 +173,7 @@ class Screen:
             self._markdown(block)
         self.tail = self._blocks.rest
 
-    def _answer(self, event: events.AssistantMessage) -> None:
+    def _on_assistant_message(self, event: events.AssistantMessage) -> None:
         blocks = self._blocks.finish()
         self.tail = ""
         if not self._is_streamed and event.text.strip():
@@ -165,21 +195,21 @@ class Screen:
         else:
             self.console.print(_LeftMarkdown(shown, code_theme="ansi_dark"))
 
-    def _start(self, event: events.ToolStarted) -> None:
+    def _on_tool_started(self, event: events.ToolStarted) -> None:
         summary = event.summary or event.call.name
         self._summaries[event.call.id] = summary
         self._has_todo = False
         self.doing = _one_line(summary)
         self.console.print(Text(f"{self._mark('●', '*')} {_one_line(summary)}", style="bold"))
 
-    def _output(self, event: events.ToolOutput) -> None:
+    def _on_tool_output(self, event: events.ToolOutput) -> None:
         """Note the newest line of a call that runs; the whole is shown at its end."""
         lines = printable(event.text).split("\n")
         newest = next((line for line in reversed(lines) if line.strip()), "")
         if newest and event.call_id in self._summaries:
             self.doing = f"{_one_line(self._summaries[event.call_id])[:40]}: {newest[:200]}"
 
-    def _finish(self, event: events.ToolFinished) -> None:
+    def _on_tool_finished(self, event: events.ToolFinished) -> None:
         self._is_after_call = True
         self._summaries.pop(event.call_id, None)
         self.doing = next(iter(self._summaries.values()), "")
@@ -199,7 +229,7 @@ class Screen:
         if event.exit_code:
             self.say(f"  status {event.exit_code}, {event.seconds:.1f} s", style)
 
-    def _approval(self, event: events.ApprovalRequested) -> None:
+    def _on_approval_requested(self, event: events.ApprovalRequested) -> None:
         summary = event.summary or f"{event.call.name} {event.call.arguments}"
         self.console.print(
             Text(f"{self._mark('?', '?')} {printable(summary)}", style="bold yellow")
@@ -212,12 +242,12 @@ class Screen:
         if event.reason:
             self.say(f"  asked because: {event.reason}")
 
-    def _question(self, event: events.QuestionAsked) -> None:
+    def _on_question_asked(self, event: events.QuestionAsked) -> None:
         self.console.print(Text(f"? {printable(event.question)}", style="bold yellow"))
         for number, choice in enumerate(event.choices, 1):
             self.console.print(Text(f"  {number}. {printable(choice)}"))
 
-    def _todo(self, event: events.TodoChanged) -> None:
+    def _on_todo_changed(self, event: events.TodoChanged) -> None:
         self._has_todo = True
         marks = PLAIN_MARKS if self.is_plain else MARKS
         for item in event.items:
@@ -225,7 +255,7 @@ class Screen:
             line = Text(f"  {marks[item.status]} ")
             self.console.print(line.append(printable(item.text), style=style))
 
-    def _turn_finished(self, event: events.TurnFinished) -> None:
+    def _on_turn_finished(self, event: events.TurnFinished) -> None:
         self.doing = ""
         self.tail = ""
         for block in self._blocks.finish():  # of an answer that was cut off
@@ -237,11 +267,14 @@ class Screen:
         else:
             self.say(f"stopped ({event.outcome}): {event.reason}", "red")
 
-    def _compacted(self, event: events.ContextCompacted) -> None:
+    def _on_notice(self, event: events.Notice) -> None:
+        self.say(event.text, STYLES[event.level])
+
+    def _on_context_compacted(self, event: events.ContextCompacted) -> None:
         how = f", without the model: {event.fallback}" if event.fallback else ""
         self.say(f"context: {event.tokens_before} -> {event.tokens_after} tokens{how}")
 
-    def _rewound(self, event: events.Rewound) -> None:
+    def _on_rewound(self, event: events.Rewound) -> None:
         parts = [name for name in ("conversation", "files") if getattr(event, name)]
         self.say(f"went back: {' and '.join(parts)}")
 

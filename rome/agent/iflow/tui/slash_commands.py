@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from rome.agent.iflow import events
-from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
+from rome.agent.iflow.feedback import make_feedback
+from rome.agent.iflow.interfaces import MODES
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.tui.screen import Screen
-
-
-class ActionError(ValueError):
-    """A command cannot do what it was asked for; the message says why."""
-
-
-class Terminal(Protocol):
-    """What commands need of `rome.agent.iflow.tui.terminal.Terminal`."""
-
-    opener: Opener
-    session: InterfaceSession
-    directory: str
-    screen: Screen
-    queue: collections.deque[str]
-
-    @property
-    def is_working(self) -> bool:
-        """Whether something is being done."""
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something while the user may go on typing."""
-
-    async def play(self, text: str) -> None:
-        """Play a turn."""
-
-    async def open(self, **choice: Any) -> None:
-        """Go over to another session."""
-
-    def quit(self) -> None:
-        """End the program."""
-
-    def command_names(self) -> Iterable[tuple[str, str]]:
-        """Yield each slash command and what it does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Action:
-    """A slash command.
-
-    Attributes:
-      help: what it does, on one line.
-      do: does it, with the words after its name.
-    """
-
-    help: str
-    do: Callable[[Terminal, str], Awaitable[None]]
-
+from rome.agent.iflow.tui.terminal import Action, ActionError, Terminal
 
 ACTIONS: dict[str, Action] = {}
 
@@ -154,7 +106,7 @@ async def _resume(terminal: Terminal, words: str) -> None:
         await terminal.open(resume=words)
         return
     rows = [
-        (one.id, f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(one.changed_at))}  {one.title}")
+        (one.id, f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(one.changed))}  {one.title}")
         for one in terminal.opener.sessions(terminal.directory)
     ]
     _print_rows(terminal, rows or [("", "no sessions")])
@@ -263,19 +215,9 @@ async def _feedback(terminal: Terminal, words: str) -> None:
     rating = 0
     if verdict == "rate":
         number, _, text = text.strip().partition(" ")
-        if number not in ("1", "2", "3", "4", "5"):
-            raise ActionError("rate from 1 to 5, such as /feedback rate 4")
-        rating = int(number)
-    elif verdict not in ("accept", "reject", "correct") or (verdict == "correct" and not text):
-        raise ActionError("/feedback accept, reject, rate 1-5, or correct WORDS")
-    log.append(
-        events.FeedbackGiven(
-            target=answers[-1].number,
-            verdict=verdict,  # type: ignore[arg-type]
-            rating=rating,
-            text=text.strip(),
-        )
-    )
+        rating = int(number) if number.isdecimal() else 0
+    target = answers[-1].number
+    log.append(make_feedback(log, verdict, target=target, rating=rating, text=text.strip()))
 
 
 @action("quit", "ends the program; the session can be resumed")

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import pathlib
 import signal
 import textwrap
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from rome.agent.iflow import events
-from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
-from rome.agent.iflow.interfaces import MODES, InterfaceSession, Opener
+from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.loop import AgentError
+from rome.agent.iflow.opening import SessionOpener
 from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.tui.files import ProjectFiles
 from rome.agent.iflow.tui.keyboard import (
-    Controls,
     Keyboard,
     PlainKeyboard,
+    ProjectFiles,
     RichKeyboard,
     is_rich_terminal,
 )
 from rome.agent.iflow.tui.screen import Screen
-from rome.agent.iflow.tui.slash_commands import ACTIONS, ActionError
-from rome.agent.iflow.user_input import InputError, expand
+from rome.agent.iflow.user_input import expand
 
 QUIT_SECONDS = 2.0  # between two Ctrl-C that end the program
 TAIL_LINES = 6  # of an answer that is being written
@@ -39,18 +38,24 @@ REPLAYED = 6  # answers that are shown of a session that goes on
 TICK_SECONDS = 0.25
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 HINT = "y yes, n no (n WORDS tells the agent why), s stop"
+
+
+class ActionError(ValueError):
+    """A slash command cannot do what it was asked for; the message says why."""
+
+
 # What the user can cause, and is told of on one line.
-FAILURES = (
-    ActionError,
-    AgentError,
-    InputError,
-    UnknownRequest,
-    WorkspaceError,
-    ValueError,
-    OSError,
-)
+FAILURES = (AgentError, WorkspaceError, ValueError, OSError)
 
 Request = events.ApprovalRequested | events.QuestionAsked
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """A slash command: what it does, on one line, and what does it with the words after it."""
+
+    help: str
+    do: Callable[[Terminal, str], Awaitable[None]]
 
 
 class Terminal:
@@ -60,31 +65,33 @@ class Terminal:
       opener: opens other sessions.
       session: that is open.
       directory: of the project.
+      actions: the slash commands, by name.
       history: file of earlier lines; None for none.
       console: to print on; None makes one for standard output.
-      keyboard: makes what lines are read with; None chooses by the kind of terminal.
 
     Attributes:
       opener: as given.
       session: that is open now.
       directory: as given.
+      actions: as given.
       screen: shows events.
       queue: messages for the time after this turn.
     """
 
     def __init__(
         self,
-        opener: Opener,
+        opener: SessionOpener,
         session: InterfaceSession,
         directory: str,
+        actions: Mapping[str, Action],
         *,
         history: pathlib.Path | None = None,
         console: Console | None = None,
-        keyboard: Callable[[Controls], Keyboard] | None = None,
     ) -> None:
         self.opener = opener
         self.session = session
         self.directory = directory
+        self.actions = actions
         is_rich = is_rich_terminal()
         self.screen = Screen(console or Console(highlight=False, force_terminal=is_rich or None))
         self.queue: collections.deque[str] = collections.deque()
@@ -94,12 +101,7 @@ class Terminal:
         self._interrupted = -QUIT_SECONDS
         self._is_done = False
         self._files = ProjectFiles(directory)
-        if keyboard is not None:
-            self.keyboard = keyboard(self)
-        elif is_rich:
-            self.keyboard = RichKeyboard(self, history)
-        else:
-            self.keyboard = PlainKeyboard(self)
+        self.keyboard: Keyboard = RichKeyboard(self, history) if is_rich else PlainKeyboard(self)
         self._stop_listening = session.agent.log.listen(self._take_event)
 
     async def run(self, first: str = "") -> int:
@@ -129,16 +131,14 @@ class Terminal:
         """Go over to another session: a new one, or `resume` with its id.
 
         Raises:
-          ActionError: the agent works, or there is no such session.
+          ActionError: the agent works.
+          ValueError: there is no such session.
         """
         if self.is_working:
             raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
         if choice.get("resume") == self.session.agent.session:
             raise ActionError("this is that session")
-        try:
-            session = await self.opener.open(self.directory, **choice)
-        except KeyError as error:
-            raise ActionError(f"no session {choice.get('resume')!r}; /resume lists them") from error
+        session = await self.opener.open(self.directory, **choice)
         await self.close_session()
         self.session = session
         self._pending.clear()
@@ -165,7 +165,6 @@ class Terminal:
         return self._work is not None
 
     # -- what the user types
-    # ---------------------------------------------------------------------------------------------
 
     async def _take_line(self, line: str) -> None:
         text = line.strip()
@@ -180,8 +179,8 @@ class Terminal:
 
     async def _obey(self, text: str) -> None:
         name, _, words = text[1:].partition(" ")
-        if text.startswith("/") and name in ACTIONS:
-            await ACTIONS[name].do(self, words.strip())
+        if text.startswith("/") and name in self.actions:
+            await self.actions[name].do(self, words.strip())
         elif text.startswith("!") and len(text) > 1:
             self.start(self._run_command(text[1:].strip()))
         elif self.is_working:
@@ -246,7 +245,6 @@ class Terminal:
         )
 
     # -- answers
-    # ---------------------------------------------------------------------------------------------
 
     def _answer(self, text: str) -> None:
         """Answer the oldest approval or question that waits."""
@@ -257,19 +255,21 @@ class Terminal:
                 return
             place = int(text) - 1 if text.isdecimal() else -1
             is_choice = 0 <= place < len(request.choices)
-            agent.respond(request.request, answer=request.choices[place] if is_choice else text)
+            agent.desk.respond(
+                request.request, answer=request.choices[place] if is_choice else text
+            )
             return
         word, _, note = text.partition(" ")
         word = word.lower()
         if word in ("y", "yes"):
-            agent.respond(request.request, "allow", note=note)
+            agent.desk.respond(request.request, "allow", note=note)
         elif word in ("a", "always", "p") and request.rule:
             scope = "project" if word == "p" else "session"
-            agent.respond(request.request, "allow", scope=scope)  # type: ignore[arg-type]
+            agent.desk.respond(request.request, "allow", scope=scope)  # type: ignore[arg-type]
         elif word in ("n", "no"):
-            agent.respond(request.request, "deny", note=note)
+            agent.desk.respond(request.request, "deny", note=note)
         elif word in ("s", "stop"):
-            agent.respond(request.request, "stop", note=note)
+            agent.desk.respond(request.request, "stop", note=note)
         elif text:
             self.screen.say(self._hint(request), "yellow")
 
@@ -285,7 +285,6 @@ class Terminal:
             self.keyboard.wake()
 
     # -- events
-    # ---------------------------------------------------------------------------------------------
 
     def _take_event(self, event: Event) -> None:
         self.screen.take(event)
@@ -307,7 +306,6 @@ class Terminal:
             self.screen.console.bell()
 
     # -- controls, for the keyboard
-    # ---------------------------------------------------------------------------------------------
 
     def prompt(self) -> str:
         """Return what stands before the cursor: what is being written, and what is being done."""
@@ -384,7 +382,7 @@ class Terminal:
 
     def command_names(self) -> Iterable[tuple[str, str]]:
         """Yield each slash command and what it does."""
-        for name, action in ACTIONS.items():
+        for name, action in self.actions.items():
             yield name, action.help
         for command in self.session.commands.values():
             yield command.name, command.description

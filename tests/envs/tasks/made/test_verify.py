@@ -11,7 +11,7 @@ from envs.gem import format_tool_call
 from envs.rock import SandboxConfig
 from envs.tasks.harbor import HarborEnv
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.made import Case, Draft, score_mutants, write_draft
+from envs.tasks.made import Case, Draft, score_mutants, verify, write_draft
 from envs.tasks.made.draft import run_program
 from envs.tasks.made.pro import load_pro
 
@@ -125,3 +125,16 @@ def test_a_program_cannot_read_what_is_expected_from_another_process(tmp_path):
     assert asyncio.run(play(tmp_path / "told", deliver(f"echo {wanted}"))) == 1.0
     write_draft(small((("5 6\n", wanted),)), tmp_path / "task")
     assert asyncio.run(play(tmp_path / "task", deliver(SNOOPER))) == 0.0
+
+
+def test_a_program_that_waits_longer_than_it_may_compute_ends_in_time(tmp_path):
+    waits = verify.run(["bash", "-c", "sleep 1.5; echo done"], tmp_path, "", 1.0)
+    assert waits == (0, "done\n")
+    assert verify.run(["bash", "-c", "while :; do :; done"], tmp_path, "", 0.3) == (None, "")
+
+
+def test_cases_after_one_that_did_not_end_are_not_waited_for(tmp_path):
+    (tmp_path / "p.sh").write_text("while :; do :; done\n")
+    case = {"argv": ["bash", "{app}/p.sh"], "expect": {"stdout": ""}}
+    order = {"program": "p.sh", "seconds": 0.3, "cases": [case] * 9}
+    assert verify.judge(order, str(tmp_path)) == [f"case 1: {verify.TOO_SLOW}"]

@@ -8,22 +8,26 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from rome.agent.iflow.events import ToolCall, Usage
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.events import AssistantMessage, SupervisorJudged, ToolCall, Usage
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import Access, BaseTool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult
 from rome.agent.messages import Message
 
-Step = str | Answer | Exception | Callable[[Sequence[Message]], Any]
+Step = str | AssistantMessage | Exception | Callable[[Sequence[Message]], Any]
 
 
-def calls(*made: tuple[str, Mapping[str, Any] | str], text: str = "", price: float = 0.0) -> Answer:
+def calls(
+    *made: tuple[str, Mapping[str, Any] | str], text: str = "", price: float = 0.0
+) -> AssistantMessage:
     """Return an answer with calls; ids are made unique by the model."""
     tool_calls = tuple(
         ToolCall("", name, given if isinstance(given, str) else json.dumps(given))
         for name, given in made
     )
-    return Answer(text, tool_calls=tool_calls, finish="tool_calls", usage=Usage(10, 5, price=price))
+    return AssistantMessage(
+        text=text, tool_calls=tool_calls, finish="tool_calls", usage=Usage(10, 5, price=price)
+    )
 
 
 class ScriptedModel:
@@ -37,7 +41,9 @@ class ScriptedModel:
         self.asked: list[list[Message]] = []
         self.edges: list[Any] = []
 
-    async def ask(self, messages, tools, *, edge=None, max_tokens=None, on_text=None) -> Answer:
+    async def ask(
+        self, messages, tools, *, edge=None, max_tokens=None, on_text=None
+    ) -> AssistantMessage:
         step = self.steps[min(len(self.asked), len(self.steps) - 1)]
         number = len(self.asked)
         self.asked.append(list(messages))
@@ -52,7 +58,7 @@ class ScriptedModel:
         if isinstance(step, str):
             if on_text is not None:
                 on_text(step, False)
-            step = Answer(step, usage=Usage(10, 5))
+            step = AssistantMessage(text=step, usage=Usage(10, 5))
         numbered = tuple(
             dataclasses.replace(call, id=f"c{number}.{place}")
             for place, call in enumerate(step.tool_calls)
@@ -67,14 +73,25 @@ class ScriptedModel:
 
 
 class Folder:
-    """A workspace that only has a name; tools of these tests do not touch it."""
+    """A workspace that only has a name; its snapshots only count. Tools here do not touch it."""
 
     root = "/project"
     directory = "/project"
     is_isolated = True
 
+    def __init__(self) -> None:
+        self.taken = 0
+        self.restored: list[str] = []
 
-class Note(BaseTool):
+    async def snapshot(self) -> str:
+        self.taken += 1
+        return f"checkpoint {self.taken}"
+
+    async def restore(self, snapshot) -> None:
+        self.restored.append(snapshot)
+
+
+class Note(Tool):
     """Records what it is called with; `wait` seconds pass meanwhile."""
 
     name: ClassVar[str] = "note"
@@ -111,7 +128,7 @@ class Note(BaseTool):
         return ToolResult(f"noted {text}", ends_turn=text == "the end")
 
 
-class Stubborn(BaseTool):
+class Stubborn(Tool):
     """A tool that ignores that it is cancelled."""
 
     name: ClassVar[str] = "stubborn"
@@ -127,7 +144,7 @@ class Stubborn(BaseTool):
 
 @dataclasses.dataclass
 class Said:
-    """A verdict of a policy, an outcome of hooks, or a judgement of a supervisor."""
+    """A verdict of a policy, or an outcome of hooks."""
 
     decision: str = ""
     reason: str = ""
@@ -137,9 +154,6 @@ class Said:
     arguments: Mapping[str, Any] | None = None
     stop: bool = False
     ran: tuple[Any, ...] = ()
-    verdict: str = "pass"
-    severity: int = 0
-    cost: float = 0.0
 
 
 class Rules:
@@ -181,27 +195,12 @@ class Judge:
     def __init__(self, **verdicts: str) -> None:
         self.verdicts = verdicts
 
-    async def judge(self, tool, arguments, *, conversation) -> Said:
+    async def judge(self, tool, arguments, *, conversation) -> SupervisorJudged:
         verdict = self.verdicts.get(arguments["text"], "pass")
-        return Said(verdict=verdict, reason="secrets", rule="r1", severity=2, cost=0.5)
+        return SupervisorJudged(verdict=verdict, reason="secrets", rule="r1", severity=2, cost=0.5)
 
-    async def observe(self, tool, arguments, result) -> Said:
-        return Said()
-
-
-class Snapshots:
-    """Checkpoints that only count."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.restored: list[str] = []
-
-    async def take(self) -> str:
-        self.taken += 1
-        return f"checkpoint {self.taken}"
-
-    async def restore(self, checkpoint) -> None:
-        self.restored.append(checkpoint)
+    async def observe(self, tool, arguments, result) -> SupervisorJudged:
+        return SupervisorJudged(verdict="pass")
 
 
 class Shortener:

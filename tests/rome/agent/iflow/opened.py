@@ -27,14 +27,22 @@ from typing import Any, ClassVar
 
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.event_log import EventLog
-from rome.agent.iflow.events import TodoChanged, TodoItem, ToolCall, ToolOutput, Usage
-from rome.agent.iflow.interfaces import InterfaceSession, SessionSummary
+from rome.agent.iflow.events import (
+    AssistantMessage,
+    TodoChanged,
+    TodoItem,
+    ToolCall,
+    ToolOutput,
+    Usage,
+)
+from rome.agent.iflow.interfaces import InterfaceSession
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import CommandOutput, WorkspaceError
 from rome.agent.iflow.protocols.mcp_client import MCPServers
-from rome.agent.iflow.tools.base import BaseTool, ToolContext, ToolError, ToolResult
-from tests.rome.agent.iflow.doubles import Said, Shortener, Snapshots
+from rome.agent.iflow.sessions import SessionInfo, SessionUnavailable
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult
+from tests.rome.agent.iflow.doubles import Folder, Said, Shortener
 
 
 class Obedient:
@@ -73,25 +81,30 @@ class Obedient:
 
 async def _say(words, reasoning, on_text):
     on_text(words, False)
-    return Answer(words, reasoning, usage=Usage(1000, 50, price=0.25))
+    return AssistantMessage(text=words, reasoning=reasoning, usage=Usage(1000, 50, price=0.25))
 
 
 async def _call(words, reasoning, on_text):
     name, _, arguments = words.partition(" ")
     call = ToolCall(secrets.token_hex(4), name, arguments or "{}")
-    return Answer("", reasoning, (call,), "tool_calls", Usage(1000, 50, price=0.25))
+    return AssistantMessage(
+        reasoning=reasoning,
+        tool_calls=(call,),
+        finish="tool_calls",
+        usage=Usage(1000, 50, price=0.25),
+    )
 
 
 async def _slow(words, reasoning, on_text):
     for word in words.split():
         on_text(f"{word} ", False)
         await asyncio.sleep(0.05)
-    return Answer(words, reasoning, usage=Usage(1000, 50))
+    return AssistantMessage(text=words, reasoning=reasoning, usage=Usage(1000, 50))
 
 
 async def _wait(words, reasoning, on_text):
     await asyncio.sleep(float(words))
-    return Answer("waited", reasoning)
+    return AssistantMessage(text="waited", reasoning=reasoning)
 
 
 async def _fail(words, reasoning, on_text):
@@ -101,12 +114,13 @@ async def _fail(words, reasoning, on_text):
 _ORDERS = {"say": _say, "call": _call, "slow": _slow, "wait": _wait, "fail": _fail, "think": None}
 
 
-class Directory:
+class Directory(Folder):
     """A workspace in a directory of this machine."""
 
     is_isolated = False
 
     def __init__(self, root):
+        super().__init__()
         self.root = self.directory = str(root)
 
     async def read(self, path, limit=4 << 20):
@@ -118,14 +132,14 @@ class Directory:
     async def write(self, path, content):
         pathlib.Path(self.root, path).write_bytes(content)
 
-    async def execute(self, command, *, timeout, env=None, on_output=None):
+    async def execute(self, command, *, timeout, on_output=None):
         run = subprocess.run(
             command, shell=True, cwd=self.root, capture_output=True, text=True, timeout=timeout
         )
         return CommandOutput(run.stdout + run.stderr, run.returncode)
 
 
-class Write(BaseTool):
+class Write(Tool):
     """Writes a file."""
 
     name: ClassVar[str] = "write_file"
@@ -154,7 +168,7 @@ class Write(BaseTool):
         return ToolResult("written", changed=(arguments["path"],), diff=diff)
 
 
-class Shell(BaseTool):
+class Shell(Tool):
     """Runs a command."""
 
     name: ClassVar[str] = "shell"
@@ -175,7 +189,7 @@ class Shell(BaseTool):
         return ToolResult(done.output, status, exit_code=done.exit_code)
 
 
-class Todo(BaseTool):
+class Todo(Tool):
     """Keeps the list; the first item is begun."""
 
     name: ClassVar[str] = "todo"
@@ -192,7 +206,7 @@ class Todo(BaseTool):
         return ToolResult("noted")
 
 
-class Ask(BaseTool):
+class Ask(Tool):
     """Asks the user."""
 
     name: ClassVar[str] = "ask_user"
@@ -242,7 +256,6 @@ class FolderOpener:
     def __init__(self, folder, **more):
         self.folder = pathlib.Path(folder)
         self.more = more
-        self.checkpoints = Snapshots()
 
     async def open(self, directory, *, resume="", is_fork=False, servers=(), wrap=None):
         if not os.path.isdir(directory):
@@ -250,7 +263,7 @@ class FolderOpener:
         session = resume or secrets.token_hex(4)
         path = self.folder / session / "events.jsonl"
         if resume and not path.exists():
-            raise KeyError(resume)
+            raise SessionUnavailable(f"no session {resume!r}")
         if is_fork:
             session = secrets.token_hex(4)
             shutil.copytree(path.parent, self.folder / session)
@@ -270,14 +283,14 @@ class FolderOpener:
             policy=Cautious(),
             session=session,
             context=Shortener(),
-            checkpoints=self.checkpoints,
+            has_checkpoints=True,
             system="Obey.",
             desk=Desk(log, is_attended=True),
             session_folder=str(path.parent),
         )
 
-        async def close():
-            await agent.aclose()
+        async def close(outcome="finished"):
+            await agent.aclose(outcome)
             await connected.close()
             log.close()
 
@@ -286,8 +299,6 @@ class FolderOpener:
             agent=agent,
             keep=_nothing,
             make_model=_model,
-            workspace=workspace,
-            folder=path.parent,
             close=close,
             servers=connected,
             models=("obedient", "other"),
@@ -302,12 +313,13 @@ class FolderOpener:
             where = events[0]["directory"]
             if directory in ("", where):
                 title = said[0] if said else ""
-                found.append(SessionSummary(path.parent.name, where, title, path.stat().st_mtime))
-        return sorted(found, key=lambda one: -one.changed_at)
+                found.append(SessionInfo(path.parent.name, where, title, path.stat().st_mtime))
+        return sorted(found, key=lambda one: -one.changed)
 
 
 async def _nothing():
     """Keep nothing."""
+    return ""
 
 
 async def _model(name):
@@ -319,12 +331,13 @@ async def _model(name):
 async def talk(folder, first=""):
     """Run the terminal interface here."""
     from rome.agent.iflow.specs.commands import Command
+    from rome.agent.iflow.tui.slash_commands import ACTIONS
     from rome.agent.iflow.tui.terminal import Terminal
 
     commands = {"greet": Command("greet", "Greets.", "say hello $ARGUMENTS")}
     opener = FolderOpener(folder, commands=commands)
     session = await opener.open(os.getcwd())
-    await Terminal(opener, session, os.getcwd()).run(first)
+    await Terminal(opener, session, os.getcwd(), ACTIONS).run(first)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_a_person_approves_and_denies(whole):
             await asyncio.sleep(0.02)
             for request in list(assembled.agent.conversation.open_requests):
                 decision = ("allow", "deny")[seen]
-                assembled.agent.respond(request, decision, note="not that one" * seen)
+                assembled.agent.desk.respond(request, decision, note="not that one" * seen)
                 seen += 1
 
     script = [
@@ -168,9 +168,9 @@ def test_plan_mode_reads_until_the_plan_is_approved(whole):
             await asyncio.sleep(0.02)
         [(request, asked)] = assembled.agent.conversation.open_requests.items()
         if isinstance(asked, events.ApprovalRequested):
-            assembled.agent.respond(request, "allow")
+            assembled.agent.desk.respond(request, "allow")
         else:
-            assembled.agent.respond(request, answer=asked.choices[0])
+            assembled.agent.desk.respond(request, answer=asked.choices[0])
 
     script = [
         call("write_file", path="a.txt", content="a"),

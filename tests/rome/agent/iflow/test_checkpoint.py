@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.agent.iflow.places.checkpoint import Checkpoints, ShadowRepository
+from rome.agent.iflow.places.checkpoint import ShadowRepository
 from rome.agent.iflow.places.workspace import WorkspaceError
 from tests.rome.agent.iflow.places import KINDS, work
 
@@ -225,13 +225,12 @@ def test_an_unknown_checkpoint_changes_nothing(tmp_path, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_of_a_workspace_go_both_ways(kind, tmp_path):
     async def body(workspace):
-        checkpoints = Checkpoints(workspace)
         names = []
         for number in range(4):
             await workspace.execute(f"echo {number} > n; ln -sf n l{number}", timeout=9)
-            names.append(await checkpoints.take())
+            names.append(await workspace.snapshot())
         for number in (1, 3, 0, 2):
-            await checkpoints.restore(names[number])
+            await workspace.restore(names[number])
             said = await workspace.execute("cat n; ls", timeout=9)
             links = "".join(f"l{n}\n" for n in range(number + 1))
             assert said.output == f"{number}\n{links}n\n"
@@ -244,10 +243,37 @@ def test_a_checkpoint_is_taken_while_a_job_runs(kind, tmp_path):
     async def body(workspace):
         await workspace.execute("echo one > a", timeout=9)
         job = await workspace.spawn("sleep 57")
-        kept = await Checkpoints(workspace).take()
+        kept = await workspace.snapshot()
         await workspace.execute("echo two > a", timeout=9)
-        await Checkpoints(workspace).restore(kept)
+        await workspace.restore(kept)
         assert (await workspace.execute("cat a", timeout=9)).output == "one\n"
         await job.kill()
 
     work(kind, tmp_path, body)
+
+
+def test_a_repository_below_that_was_removed_comes_back_with_its_commits(tmp_path):
+    root = tmp_path / "project"
+    inner = root / "lib"
+    inner.mkdir(parents=True)
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=inner, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    (inner / "a.txt").write_text("one")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    shadow = ShadowRepository(tmp_path / "session", root)
+    shadow.take()
+    (inner / "a.txt").write_text("two")
+    git("commit", "-qam", "second")
+    git("pack-refs", "--all")
+    kept = shadow.take()
+    shutil.rmtree(inner)
+    shadow.restore(kept)
+    assert (inner / "a.txt").read_text() == "two"
+    assert git("log", "--format=%s").split() == ["second", "first"]
+    assert git("status", "--porcelain") == "" and git("fsck", "--strict") == ""
+    git("commit", "-q", "--allow-empty", "-m", "third")  # the data is its own again

@@ -11,9 +11,10 @@ from rome.agent.iflow import events as ev
 from rome.agent.iflow.context import ContextManager, ContextSettings
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.keep import KeepList
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.models.model import ModelError
 from tests.rome.agent.iflow.doubles import Folder, Note, ScriptedModel, calls
 
 SHELL = {"type": "function", "function": {"name": "shell", "parameters": {"type": "object"}}}
@@ -36,7 +37,7 @@ class Counting:
             raise said
         if isinstance(said, float):
             await asyncio.sleep(said)
-        return said if isinstance(said, Answer) else Answer(str(said))
+        return said if isinstance(said, AssistantMessage) else AssistantMessage(text=str(said))
 
     def count_tokens(self, messages, tools=()):
         return sum(
@@ -177,9 +178,9 @@ def test_a_summary_keeps_the_newest_messages_and_the_requests_word_for_word():
     [
         (ModelError("no such model"), "no such model"),
         (ModelError("too long", is_context_full=True), "too long"),
-        (Answer("  "), "empty"),
-        (Answer("", tool_calls=(ev.ToolCall("x", "shell", "{}"),)), "a call"),
-        (Answer("and so on and", finish="length"), "longer than"),
+        (AssistantMessage(text="  "), "empty"),
+        (AssistantMessage(text="", tool_calls=(ev.ToolCall("x", "shell", "{}"),)), "a call"),
+        (AssistantMessage(text="and so on and", finish="length"), "longer than"),
         (9.0, "no answer within"),
     ],
 )
@@ -294,7 +295,7 @@ def test_hooks_run_around_a_compaction_and_may_prevent_it():
 
     for decision, happened in (("", 1), ("block", 0)):
         hooks = Hooks(decision)
-        session = Session(store=False, hooks=hooks)
+        session = Session(store=False, run_hooks=hooks.run)
         session.say("go")
         session.act(words(900))
         session.prepare()
@@ -329,7 +330,8 @@ def test_files_that_changed_outside_are_told_once():
             return self.files.get(path)
 
     read = dict(Place.files)
-    session = Session(workspace=Place(), read_files=read)
+    session = Session(workspace=Place())
+    session.conversation.read_files.update(read)
     session.say("go")
     session.prepare()
     assert not [m for m in session.of(ev.UserMessage) if m.source == "reminder"]

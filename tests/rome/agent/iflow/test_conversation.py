@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.agent.iflow import events
-from rome.agent.iflow.conversation import NO_RESULT, Conversation
+from rome.agent.iflow.conversation import NO_RESULT, Conversation, events_after_a_kill
 from rome.agent.iflow.event_log import EventLog, from_json
 from rome.agent.iflow.events import ToolCall
-from rome.agent.iflow.recovery import events_after_a_kill
 
 
 class History:

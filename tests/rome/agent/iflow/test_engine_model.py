@@ -49,7 +49,7 @@ def test_a_session_on_an_engine_keeps_its_tokens_and_goes_on(tmp_path):
                 await assembled.agent.run(prompt)
             await assembled.keep()
         finally:
-            await assembled.aclose()
+            await assembled.close()
         log = assembled.agent.log.events
         return [one for one in log if isinstance(one, events.AssistantMessage)], session.folder
 

@@ -17,11 +17,8 @@ def run(*commands, event="PreToolUse", matcher="", payload=None, folder=".", **f
         one if isinstance(one, HookCommand) else HookCommand(event, one, **fields)
         for one in commands
     ]
-    return asyncio.run(
-        Hooks(hooks, directory=str(folder), session="s1", transcript="/t").run(
-            event, payload or {}, matcher=matcher
-        )
-    )
+    given = {"session_id": "s1", "transcript_path": "/t"} | (payload or {})
+    return asyncio.run(Hooks(hooks, str(folder)).run(event, given, matcher=matcher))
 
 
 def said(**answer) -> str:

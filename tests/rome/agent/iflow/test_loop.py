@@ -10,9 +10,10 @@ from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.desk import Desk, UnknownRequest
 from rome.agent.iflow.event_log import EventLog
+from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent, AgentError
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.models.model import ModelError
 from tests.rome.agent.iflow.doubles import (
     CONTEXT_FULL,
     Folder,
@@ -23,7 +24,6 @@ from tests.rome.agent.iflow.doubles import (
     Said,
     ScriptedModel,
     Shortener,
-    Snapshots,
     Stubborn,
     calls,
 )
@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_call_is_told_to_the_model(name, arguments, message
 
 
 def test_an_answer_that_cannot_be_read_is_answered():
-    agent, model = make(Answer("<tool_call>{", malformed="it is no JSON"), "sorry")
+    agent, model = make(AssistantMessage(text="<tool_call>{", malformed="it is no JSON"), "sorry")
     assert play(agent).outcome == "finished"
     assert "could not be read: it is no JSON" in model.asked[1][-1].content
     assert model.asked[1][-1].role == "user"
@@ -195,7 +195,7 @@ def test_one_call_has_a_limit_of_time_that_waiting_for_the_user_does_not_count_f
             lambda event: (
                 isinstance(event, events.QuestionAsked)
                 and asyncio.get_running_loop().call_later(
-                    0.4, lambda: agent.respond(event.request, answer="b")
+                    0.4, lambda: agent.desk.respond(event.request, answer="b")
                 )
             )
         )
@@ -228,16 +228,16 @@ def test_failures_in_a_row_are_noticed_and_then_stopped():
     finished = play(agent)
     assert finished.outcome == "limit" and "8 calls in a row failed" in finished.reason
     assert "5 calls in a row failed" in told(agent, "reminder")[0]
-    agent, _ = make(Answer("<tool_call>", malformed="no end"))
+    agent, _ = make(AssistantMessage(text="<tool_call>", malformed="no end"))
     assert play(agent).outcome == "limit"
 
 
 def test_an_answer_that_is_cut_goes_on_a_few_times():
-    agent, model = make(Answer("long", finish="length"), "the rest")
+    agent, model = make(AssistantMessage(text="long", finish="length"), "the rest")
     assert play(agent).outcome == "finished" and len(model.asked) == 2
-    agent, model = make(Answer("long", finish="length"))
+    agent, model = make(AssistantMessage(text="long", finish="length"))
     assert play(agent).outcome == "limit" and len(model.asked) == 4
-    agent, model = make(Answer("long", finish="length", chunk=0))
+    agent, model = make(AssistantMessage(text="long", finish="length", chunk=0))
     assert play(agent).outcome == "limit" and len(model.asked) == 1
 
 
@@ -336,14 +336,14 @@ def test_a_second_turn_at_the_same_time_is_refused():
 
 
 def answer_approvals(agent, *answers):
-    """Answer the approvals in order, each shortly after it is asked."""
+    """AssistantMessage the approvals in order, each shortly after it is asked."""
     waiting = list(answers)
 
     def on_event(event):
         if isinstance(event, events.ApprovalRequested):
             decision, options = waiting.pop(0)
             asyncio.get_running_loop().call_soon(
-                lambda: agent.respond(event.request, decision, **options)
+                lambda: agent.desk.respond(event.request, decision, **options)
             )
 
     agent.log.listen(on_event)
@@ -404,7 +404,7 @@ def test_a_cancelled_approval_is_answered_and_an_unknown_one_refused():
         assert not agent.conversation.open_requests
         request = of(agent, events.ApprovalRequested)[0].request
         with pytest.raises(UnknownRequest):
-            agent.respond(request, "allow")
+            agent.desk.respond(request, "allow")
 
     asyncio.run(asyncio.wait_for(steps(), 20))
 
@@ -497,10 +497,10 @@ def test_plan_mode_is_told_once_and_the_policy_knows_every_change():
 
 def test_a_rewind_takes_back_what_was_said_and_done():
     async def steps():
-        files = Snapshots()
         write = Note("write", access="write")
         two = calls(("write", {"text": "a"}), ("write", {"text": "b"}))
-        agent, model = make("zero", two, "one", "two", "three", tools=[write], checkpoints=files)
+        agent, model = make("zero", two, "one", "two", "three", tools=[write], has_checkpoints=True)
+        files = agent.workspace
         for text in ("first", "second", "third"):
             await agent.run(text)
         assert files.taken == 1, "one before the first change of a turn"
@@ -551,6 +551,9 @@ def test_an_agent_that_is_closed_while_it_works_ends_its_turn_first():
 def test_cut_answers_count_in_a_row_only():
     script = []
     for number in range(5):
-        script += [Answer("part", finish="length"), calls(("note", {"text": str(number)}))]
+        script += [
+            AssistantMessage(text="part", finish="length"),
+            calls(("note", {"text": str(number)})),
+        ]
     agent, _ = make(*script, "done")
     assert play(agent).outcome == "finished"

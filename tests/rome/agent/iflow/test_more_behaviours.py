@@ -138,7 +138,7 @@ def test_a_plan_is_approved_by_yes(whole):
     async def approve(assembled):
         while not (waiting := assembled.agent.conversation.open_requests):
             await asyncio.sleep(0.02)
-        assembled.agent.respond(next(iter(waiting)), answer="y")
+        assembled.agent.desk.respond(next(iter(waiting)), answer="y")
 
     script = [call("exit_plan_mode", plan="Write."), "ok"]
     played = whole.play(script, mode="plan", attended=True, during=approve)

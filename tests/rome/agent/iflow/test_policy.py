@@ -6,11 +6,11 @@ import pytest
 
 from rome.agent.iflow.approval.policy import Policy
 from rome.agent.iflow.approval.rules import parse_rule
-from rome.agent.iflow.tools.base import BaseTool
+from rome.agent.iflow.tools.base import Tool
 
 
-def tool(name: str, access: str) -> BaseTool:
-    return type(name, (BaseTool,), {"name": name, "accesses": access})()
+def tool(name: str, access: str) -> Tool:
+    return type(name, (Tool,), {"name": name, "accesses": access})()
 
 
 SHELL = tool("shell", "execute")
@@ -487,3 +487,33 @@ def test_the_directory_of_the_shell_counts():
 def test_words_that_only_look_like_a_detour_are_allowed():
     for line in ["cd src && cat a.py", "ls {src,tests}", "cat a{1,2}.txt", "cat src/*.py", "ls *"]:
         assert decide(line, deny=["Read(secrets/**)"]) == "allow", line
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("grep -rn key .", "ask"),
+        ("grep --recursive key", "ask"),
+        ("rg key", "ask"),
+        ("tar czf /tmp/all.tgz .", "ask"),
+        ("cp -r . /tmp/copy", "ask"),
+        ("cd sub && grep -r key ..", "ask"),
+        ('cd "$somewhere" && cat key', "ask"),
+        ("pushd secrets && cat key", "deny"),
+        ('pushd "$x" && cat key', "ask"),
+        ("grep -rn key sub", "allow"),
+        ("tar cf /tmp/sub.tar -C sub x", "allow"),
+        ("grep key a.txt", "allow"),
+        ("cp a.txt b.txt", "allow"),
+    ],
+)
+def test_what_reads_all_of_a_folder_with_a_denied_file_is_asked_for(tmp_path, command, expected):
+    for name in ("secrets/key", "sub/x", "a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("key")
+    rules = Policy(
+        root=str(tmp_path), mode="yolo", deny=["Read(secrets/**)"], follow=os.path.realpath
+    )
+    assert rules.judge(SHELL, {"command": command}).decision == expected
+    free = Policy(root=str(tmp_path), mode="yolo", follow=os.path.realpath)
+    assert free.judge(SHELL, {"command": command}).decision == "allow"

@@ -92,3 +92,42 @@ def test_a_search_shows_nothing_of_files_that_may_not_be_read(tmp_path):
     played = whole.play([*script, "done"])
     assert played.outputs[:2] == ["a.txt", "a.txt:1:token two"]
     assert "key" not in played.outputs[2]
+
+
+def test_a_file_that_must_not_be_read_is_not_in_the_sandbox(whole):
+    """Whatever looks for it there: a pattern, an archive, a program of the agent's own."""
+    whole.write(
+        "~/.iflow/settings.json", {"permissions": {"deny": ["Read(secrets/**)", "Read(.env)"]}}
+    )
+    whole.write("secrets/key", "s3cret")
+    whole.write("app/.env", "s3cret")
+    whole.write("app/main.py", "print(1)")
+    program = (
+        "import os; print([open(os.path.join(a, n)).read() for a, _, f in os.walk('.') for n in f])"
+    )
+    script = [
+        shell("grep -r s3cret . ; tar cf - . | grep -c s3cret; ls -A . app"),
+        shell(f'python3 -c "{program}"'),
+        "ok",
+    ]
+    played = whole.play(script, workspace="sandbox", mode="yolo")
+    assert played.statuses == ["ok", "ok"]
+    assert "s3cret" not in "".join(played.outputs) and "main.py" in played.outputs[0]
+    assert (whole.project / "secrets" / "key").read_text() == "s3cret"
+
+
+def test_in_a_sandbox_a_directory_of_an_earlier_call_hides_no_path(whole):
+    whole.write("~/.iflow/settings.json", {"permissions": {"deny": ["Edit(kept/**)"]}})
+    whole.write("kept/a.txt", "as it was")
+    script = [shell("cd kept"), shell("echo x > a.txt"), shell("cd ..; cat kept/a.txt"), "ok"]
+    played = whole.play(script, workspace="sandbox", mode="yolo")
+    assert played.statuses == ["ok", "denied", "ok"]
+    assert "as it was" in played.outputs[2]
+
+
+def test_hooks_run_in_the_project_where_tools_work_in_a_sandbox(whole):
+    hook = {"matcher": "Bash", "hooks": [{"command": "test -f here && exit 2 || exit 0"}]}
+    whole.write("~/.iflow/settings.json", {"hooks": {"PreToolUse": [hook]}})
+    whole.write("here", "")
+    played = whole.play([shell("echo hi"), "ok"], workspace="sandbox")
+    assert played.statuses == ["denied"]

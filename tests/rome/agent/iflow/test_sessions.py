@@ -10,7 +10,7 @@ import pytest
 
 from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.event_log import EventError, EventLog
+from rome.agent.iflow.event_log import EventError, EventLog, UnknownKind
 from rome.agent.iflow.sessions import SessionStore, SessionUnavailable
 from tests.paths import ROOT
 
@@ -114,7 +114,7 @@ def test_a_torn_line_is_cut_and_a_damaged_file_named(store):
         store.open(id)
 
 
-@pytest.mark.parametrize("line", ["[]", "5", "null", '{"kind": []}', '{"kind": "of_tomorrow"}'])
+@pytest.mark.parametrize("line", ["[]", "5", "null", '{"kind": []}'])
 def test_a_line_that_is_no_event_is_named(store, line):
     id = begin(store, "a")
     with (store.folder / id / "events.jsonl").open("a") as file:
@@ -177,3 +177,14 @@ def test_a_session_of_10000_events_is_linear_in_size_and_opens_at_once(tmp_path)
     ratio = large.stat().st_size / small.stat().st_size
     assert 9 < ratio < 11
     assert seconds_to_open(large) < 1
+
+
+def test_a_session_of_a_newer_version_is_refused_and_says_so(store):
+    session = begin(store, "hello")
+    with open(store.folder / session / "events.jsonl", "a") as file:
+        file.write('{"kind": "telepathy", "number": 1, "at": 0}\n')
+    with pytest.raises(
+        UnknownKind, match="kind 'telepathy': a newer one wrote this session; go on"
+    ):
+        store.open(session)
+    assert [one.id for one in store.list()] == [session]

@@ -376,7 +376,7 @@ def test_commands_of_two_forms(project):
     commands, problems = load_commands(where(project))
     assert sorted(commands) == ["git:fix", "plain", "say"] and "is no TOML" in problems[0]
     fix = commands["git:fix"]
-    assert fix.tools == ("shell(git log:*)", "read_file") and fix.hint == "[issue]"
+    assert fix.hint == "[issue]"
     # What arguments, commands and files say is only text.
     text, ran = expand(fix, "'7; rm z' !`rm w`")
     assert ran == ["git log '7; rm z'"]

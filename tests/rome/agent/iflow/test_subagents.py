@@ -40,7 +40,7 @@ class Team:
         self.folder = str(folder)
         self.log = EventLog(folder / "events.jsonl" if folder else None)
         self.children = list(children)
-        self.models, self.limits, self.births = [], limits, []
+        self.models, self.limits, self.births = [], limits or Limits(), []
         self.note = Note(is_parallel=True)
         self.agent = Agent(
             ScriptedModel(*main),

@@ -7,16 +7,16 @@ import pytest
 
 from rome.agent.iflow.approval.supervisor import Supervisor
 from rome.agent.iflow.approval.supervisor_rules import RULES, Bounds
-from rome.agent.iflow.events import SupervisorJudged
-from rome.agent.iflow.models.model import Answer, ModelError
+from rome.agent.iflow.events import AssistantMessage, SupervisorJudged
+from rome.agent.iflow.models.model import ModelError
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import BaseTool, ToolResult
+from rome.agent.iflow.tools.base import Tool, ToolResult
 
 BOUNDS = Bounds(root="/app", home="/root", hosts=("pypi.org",), kept=("/app/data/ledger.csv",))
 
 
-def tool(name: str, access: str) -> BaseTool:
-    return type(name, (BaseTool,), {"name": name, "accesses": access})()
+def tool(name: str, access: str) -> Tool:
+    return type(name, (Tool,), {"name": name, "accesses": access})()
 
 
 SHELL = tool("shell", "execute")
@@ -260,7 +260,7 @@ class Judge:
             raise self.answer
         if self.answer is None:
             await asyncio.sleep(1000)
-        return Answer(self.answer)
+        return AssistantMessage(text=self.answer)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 from rome.agent.iflow import events
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.loop import Agent
-from rome.agent.iflow.places.checkpoint import Checkpoints
 from rome.agent.iflow.tools.standard import standard_tools
 from tests.rome.agent.iflow.doubles import ScriptedModel, calls
 from tests.rome.agent.iflow.places import KINDS, work
@@ -22,7 +21,7 @@ def make(workspace, tmp_path, *steps):
     tools = standard_tools(user_memory=tmp_path / "memory.md")
     log = EventLog()
     model = ScriptedModel(*steps)
-    return Agent(model, tools, log, workspace, checkpoints=Checkpoints(workspace)), model
+    return Agent(model, tools, log, workspace, has_checkpoints=True), model
 
 
 def finished(agent):

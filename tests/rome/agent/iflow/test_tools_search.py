@@ -1,8 +1,6 @@
 """glob and search: what is found, what is ignored as git ignores it, and bounds."""
 
-import os
 import pathlib
-import shutil
 import subprocess
 import tempfile
 
@@ -70,20 +68,6 @@ def test_files_are_found_by_name(kind, tmp_path):
     work(kind, tmp_path, body)
 
 
-@pytest.fixture(params=["python3", "rg"])
-def engine(request, tmp_path, monkeypatch):
-    """Put this machine's ripgrep out of sight, or ask for it."""
-    if request.param == "rg":
-        if shutil.which("rg") is None:
-            pytest.skip("ripgrep is not installed")
-    else:
-        (tmp_path / "bin").mkdir()
-        for name in ("python3", "head", "cat", "bash", "mkdir", "dirname"):
-            os.symlink(shutil.which(name), tmp_path / "bin" / name)
-        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    return request.param
-
-
 async def look_for_needles(workspace):
     hand = Hand(workspace)
     await fill(workspace)
@@ -115,12 +99,8 @@ async def look_for_needles(workspace):
     assert len(said) == 201 and "more; narrow" in said[-1]
 
 
-def test_lines_are_found_by_either_program(engine, tmp_path):
-    work("host", tmp_path, look_for_needles)
-
-
-def test_lines_are_found_in_a_sandbox(tmp_path):
-    work("sandbox", tmp_path, look_for_needles)
+def test_lines_are_found(kind, tmp_path):
+    work(kind, tmp_path, look_for_needles)
 
 
 def test_odd_names_and_bytes_are_no_trouble(kind, tmp_path):

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from rome.agent.iflow import events
 from rome.agent.iflow.event_log import read_events
-from rome.agent.iflow.tui.markdown import MarkdownBlocks
-from rome.agent.iflow.tui.screen import Screen
+from rome.agent.iflow.tui.screen import MarkdownBlocks, Screen
 from tests.paths import ROOT
 from tests.rome.agent.iflow.pseudo_terminal import PseudoTerminal
 

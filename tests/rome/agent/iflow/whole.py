@@ -8,7 +8,7 @@ import json
 import pathlib
 
 from rome.agent.iflow import events
-from rome.agent.iflow.assemble import Assembled, assemble
+from rome.agent.iflow.assemble import assemble
 from rome.agent.iflow.options import Options
 from rome.agent.iflow.sessions import SessionStore
 from tests.rome.agent.iflow.scripted import ScriptedEndpoint
@@ -91,7 +91,7 @@ class Whole:
                     if beside is not None:
                         await beside
             finally:
-                await whole.aclose()
+                await whole.close()
             log = whole.agent.log
             return Played(list(log.events), ends, endpoint.requests, opened.folder)
 
@@ -99,4 +99,4 @@ class Whole:
             return asyncio.run(asyncio.wait_for(steps(endpoint.url), SECONDS))
 
 
-__all__ = ["Assembled", "Played", "Whole"]
+__all__ = ["Played", "Whole"]

@@ -3,7 +3,13 @@ gathers everything here.
 """
 
 import functools
+import importlib.util
+import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +134,27 @@ def test_in_bfloat16_choices_are_added_up_in_float32():
     np.testing.assert_allclose(
         got.astype(jnp.float32), exact, rtol=0.03, atol=0.03 * np.abs(exact).max()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
+@pytest.mark.parametrize(
+    ("form", "transfer", "least"),
+    [("all_to_all", "ragged-all-to-all expert", 0.5), ("ring", "collective-permute expert", 0.6)],
+)
+def test_a_tpus_compiler_hides_most_of_the_transfer_behind_matmuls(form, transfer, least):
+    command = "tests.rome.model.ops.compile_experts_for_tpu", "v5p:2x2x1", "1", "4", form
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        cwd=pathlib.Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds, hidden = json.loads(done.stdout.splitlines()[-1])["transfers"][transfer]
+    assert seconds > 0 and hidden > least
 
 
 def test_tokens_go_in_the_fewest_equal_chunks():

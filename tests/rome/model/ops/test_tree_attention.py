@@ -4,6 +4,13 @@ gradients included, and refuses by name what it does not take.
 
 import functools
 import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -13,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.model.ops import attention_tree_cpu
+from rome.model.ops import attention_tree_cpu, attention_tree_tpu
 from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import splash, tokamax
 from rome.model.sharding import make_mesh
@@ -135,21 +142,68 @@ def test_long_rows_of_trees_on_a_cpu_leave_tiles_out_by_themselves():
     assert_is_over_ancestors(FORMS["blocked"], seed=6, T=1024, H=8, longest=300)
 
 
-def test_splash_attends_to_ancestors_only():
+def test_splash_attends_to_ancestors_only(monkeypatch):
+    monkeypatch.setattr(attention_tree_tpu, "TILE", 128)
     form = functools.partial(splash, interpret=True)
-    assert_is_over_ancestors(form, seed=3, T=256, H=128)
+    assert_is_over_ancestors(form, seed=3, T=512, H=128)
 
 
 @pytest.mark.slow
-def test_splash_on_a_mesh_attends_to_ancestors_only():
+def test_splash_on_a_mesh_attends_to_ancestors_only(monkeypatch):
+    monkeypatch.setattr(attention_tree_tpu, "TILE", 128)
     form = functools.partial(splash, interpret=True)
     with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2})):
         assert_is_over_ancestors(form, seed=4, T=256, H=128)
 
 
+def test_a_tile_of_splash_visits_only_tiles_that_hold_an_ancestor(monkeypatch):
+    monkeypatch.setattr(attention_tree_tpu, "TILE", 4)
+    # row 0: a run of 4 that all see, then two branches of 4; row 1: three runs apart
+    ends_BT = jnp.array([[12] * 4 + [8] * 4 + [12] * 4, [4] * 4 + [8] * 4 + [12] * 4])
+    for by_keys, visited in (
+        (False, [[0], [0, 1], [0, 2], [0], [1], [2]]),
+        (True, [[0, 1, 2], [1], [2], [0], [1], [2]]),
+    ):
+        order, count = attention_tree_tpu._visits(ends_BT, by_keys)
+        rows = zip(order.reshape(6, 3).tolist(), count.tolist(), strict=True)
+        assert [row[:number] for row, number in rows] == visited
+        # what is not visited is not fetched either: it names the tile that is there
+        rows = zip(order.reshape(6, 3).tolist(), count.tolist(), strict=True)
+        assert all(set(row[number:]) <= {row[number - 1]} for row, number in rows)
+
+
+def test_memory_of_splash_over_trees_is_linear_in_the_row():
+    T, H = 4096, 128
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, H), jnp.bfloat16) for heads in (N, K))
+    row = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    form = functools.partial(splash, interpret=True)
+    program = jax.make_jaxpr(functools.partial(value_and_gradients, form))((q, k, k), row, row)
+    shapes = re.findall(r"\w+\[([\d,]+)\]", str(program))
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    assert max(sizes) == N * T * H < T * T
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
+def test_trees_compile_for_a_tpu_in_memory_that_is_linear_in_the_row():
+    command = "tests.rome.model.ops.compile_tree_for_tpu", "v5p:2x2x1", "8192", "32768"
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        cwd=pathlib.Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    short, long = json.loads(done.stdout.splitlines()[-1]).values()
+    # 139 and 601 MiB; a mask of the longer row would take 4 GiB
+    assert short < 160 * 2**20 and long < 5 * short
+
+
 def test_splash_refuses_rows_of_trees_that_it_does_not_take():
     (q, k, v), segments_BT, ends_BT, _ = inputs(0, 256, 128)
-    with pytest.raises(ValueError, match=r"multiple of 128 tokens up to 16384, not 200"):
+    with pytest.raises(ValueError, match=r"multiple of 128 tokens, not 200"):
         splash(q[:, :200], k[:, :200], v[:, :200], segments_BT[:, :200], ends_BT[:, :200])
     for form, dtype in ((splash, jnp.float32), (tokamax, jnp.bfloat16)):
         qkv = (a.astype(dtype) for a in (q, k, v))

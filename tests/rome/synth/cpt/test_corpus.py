@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -20,6 +21,7 @@ from rome.model.tokenizer import TINY, Tokenizer
 from rome.synth.claim import ClaimError
 from rome.synth.cpt.corpus import Settings, build_corpus
 from rome.synth.cpt.edits import apply_edits
+from rome.synth.cpt.execute import Runs
 from tests.paths import ROOT
 from tests.rome.synth.cpt.repositories import TABLE, WORDS, commit, git, make_repository
 
@@ -306,3 +308,45 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_set(repository, built, tmp_
     expected, _ = built
     for path in expected.glob("stage1/*.jsonl"):
         assert (out / "stage1" / path.name).read_bytes() == path.read_bytes()
+
+
+PYTEST_TESTS = """\
+import pytest
+
+from words import count_words
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("a b c")
+    return path.read_text()
+
+
+@pytest.mark.parametrize("more", ["", " d"])
+def test_count(text, more):
+    assert count_words(text + more) == 3 + len(more.split())
+"""
+
+
+@pytest.mark.slow
+def test_tests_of_pytest_are_proven_with_packages_of_this_machine(tmp_path):
+    folder = make_repository(tmp_path / "wordy")
+    broken = WORDS.replace("len(words)", "len(text)")
+    options = '[tool.pytest.ini_options]\naddopts = "--option-of-a-plugin-that-is-missing"\n'
+    commit(folder, "Break it", words_py=broken, **{"pyproject.toml": options})
+    commit(
+        folder,
+        "Count the words of a text, not its characters",
+        words_py=WORDS,
+        test_words_py=PYTEST_TESTS,
+    )
+    packages = sysconfig.get_paths()["purelib"]
+    if asyncio.run(Runs("best_available", packages=packages).lacking([PYTEST_TESTS])):
+        pytest.skip("the sandbox's python3 cannot import the pytest of this interpreter")
+    without = build(tmp_path / "without", folder)["kinds"]["tests"]["made"]
+    card = build(tmp_path / "with", folder, packages=packages)
+    assert card["kinds"]["tests"]["made"] == without + 1
+    made = documents_of(tmp_path / "with")["tests"]
+    failing = [one["origin"]["fails_before"] for one in made if "not its characters" in one["text"]]
+    assert failing == [["test_words.py::test_count[ d]", "test_words.py::test_count[]"]]
