@@ -11,8 +11,8 @@ The first command runs experiments/sft.py before (4 to 8 min more) where its res
 Other tasks (each runs its own SFT before; docs/results.md says what was measured):
 
 python -m launch.train --config=experiments/ipa.py:games    # FrozenLake and Sokoban, tiny
-    # SFT of 100 steps: 37 % and 20 % of held-out boards (random moves: 23 % and 2 %). IPA, one
-    # seed: FrozenLake 48 to 50 %, Sokoban 10 to 30 % of 100 boards each, in 14 min on 2 cores under
+    # SFT of 100 steps: 37 % and 20 % of held-out boards (random moves: 23 % and 2 %). IPA, two
+    # seeds: in docs/results.md; 14 min on 2 cores under
     # heavy load. A step takes about 4 s of processor time
 python -m launch.train --config=experiments/ipa.py:mixture  # terminal and a user interface; not run
 python -m launch.train --config=experiments/ipa.py:small    # 10 M active parameters, all families
