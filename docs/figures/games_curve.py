@@ -29,7 +29,8 @@ BEGIN = "<!-- games: written by python -m docs.figures.games_curve -->"
 END = "<!-- end of games -->"
 GAMES = {"game/frozen_lake-bare": "FrozenLake", "game/sokoban-bare": "Sokoban"}
 Counts = dict[str, list[int]]  # family -> [solved, boards]
-# Success of uniformly random moves, of 5,000 boards each (tests/envs/games/test_bare.py)
+# Success of uniformly random moves, of 1,000 boards each; the slow test of
+# tests/envs/games/test_bare.py plays 5,000
 RANDOM = {"game/frozen_lake-bare": 0.23, "game/sokoban-bare": 0.02}
 
 

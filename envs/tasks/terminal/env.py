@@ -26,7 +26,7 @@ from envs.tasks.terminal.shell import (
 )
 from envs.tasks.terminal.task import VERIFIER_PATH, Task, make_task
 
-VERIFIER_TIMEOUT_SECONDS = 10.0
+VERIFIER_TIMEOUT_SECONDS = 30.0  # by the clock: a busy machine must not fail an honest agent
 SETUP_TIMEOUT_SECONDS = 20.0
 KILLED = 137  # the exit code of a verifier that was killed
 __all__ = [
