@@ -5,8 +5,9 @@ chip it has. They are the trainer's: embedded engines do not get them.
 
 A flag that the user has set in LIBTPU_INIT_ARGS, XLA_FLAGS or the environment is kept. A flag that
 the library does not know ends the process at start, so each was checked: those for TPU by compiling
-a step with libtpu 0.0.42 (jax 0.10.2) for every topology named here, those for GPU by jaxlib's own
-parser. No gain is claimed: they were not timed on these chips.
+a step with libtpu 0.0.42 (jax 0.10.2) for every topology named here (that of the exchange for v5e
+and v5p only), those for GPU by jaxlib's own parser. No gain is claimed: they were not timed on
+these chips.
 """
 
 from __future__ import annotations
