@@ -85,7 +85,8 @@ def test_a_seed_decides_the_episode(name):
     assert [one.step(action) for action in actions if not one._over] == [
         other.step(action) for action in actions if not other._over
     ]
-    boards = {one.reset(seed)[1]["suffix"] for seed in range(20)}
+    begun = [one.reset(seed) for seed in range(20)]
+    boards = {info.get("suffix", observation) for observation, info in begun}
     assert len(boards) > 5 or name in (
         "game/guess_the_number",
         "game/wordle",
@@ -138,7 +139,7 @@ def test_turns_without_an_action_end_at_max_turns_and_cost_the_penalty(name):
     assert results[-1][4]["ending"] == "truncated_turns"
     expected = -0.6 if "sokoban" in name else -0.5
     assert all(result[1] == pytest.approx(expected) for result in results)
-    assert "valid action" in results[0][0]
+    assert "valid action" in results[0][0] or name.endswith("-bare")  # which says nothing
     with pytest.raises(RuntimeError, match="reset"):
         env.step("again")
 

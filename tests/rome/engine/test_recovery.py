@@ -3,6 +3,7 @@ out.
 """
 
 import asyncio
+import dataclasses
 import os
 import signal
 
@@ -19,6 +20,8 @@ from tests.rome.engine.test_traps import supervised
 from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, make_params, serve
 
 PROBE = list(range(20, 50))
+LONGEST = 4096  # tokens of a context
+TOKENS = 3000  # of a completion that runs while its engine is lent
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +124,18 @@ def test_a_lone_engine_that_is_killed_during_a_publication_is_started_again_and_
         asyncio.run(asyncio.wait_for(run(), 240))
 
 
-def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_weights(
-    start, tmp_path
-):
+def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_weights(tmp_path):
     params = make_params(6)
-    with serve(start, tmp_path / "a.log") as server:
+    config = dataclasses.replace(make_config(), max_position=LONGEST)
+    start = make_checkpoint(tmp_path / "start", endless=True, max_position=LONGEST)
+    lengths = ("--max_context", str(LONGEST), "--cache_tokens", str(2 * LONGEST))
+    with serve(start, tmp_path / "a.log", *lengths) as server:
 
         async def run():
             async with EnginePool([Engine(server.url)]) as pool, supervised(pool):
                 engine = pool.engines[0]
                 full = (await engine.server_info())["internal_states"][0]["device_bytes"]
-                task = asyncio.ensure_future(pool.generate(PROBE, Sampling(300), 120))
+                task = asyncio.ensure_future(pool.generate(PROBE, Sampling(TOKENS), 120))
                 await until_running(engine)
                 with pytest.raises(EngineError, match="requests are in flight"):
                     await engine.release_memory()
@@ -153,14 +157,14 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
                 with pytest.raises(EngineError, match="load them by /update_weights_from_disk"):
                     await engine.resume()
                 await publish_weights(
-                    write_checkpoint(params, make_config(), tmp_path / "weights", 2),
+                    write_checkpoint(params, config, tmp_path / "weights", 2),
                     2,
                     pool,
                     PROBE,
                     expected(params),
                 )
                 completion = await task
-                assert completion.versions[-1][0] == 2 and len(completion.output_ids) == 300
+                assert completion.versions[-1][0] == 2 and len(completion.output_ids) == TOKENS
                 assert (await engine.server_info())["internal_states"][0]["device_bytes"] == full
                 await engine.pause()
                 await engine.release_memory(("kv_cache",))

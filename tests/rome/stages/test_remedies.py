@@ -16,7 +16,9 @@ ADVICE = re.compile(rf"\b(?:[Ss]et|[Oo]r|[Ww]ith|and) ([a-z_][a-z_0-9.]*)=([^\s`
 MAY_ADVISE = re.compile(r"--config\.|\"[^\"\n]*\b[a-z_]+=[\w-][^\"\n]*\"")
 GIVEN_WITH = {  # what the same page says to give besides
     "eval_tasks=0": {"trajectories": "DIR", "until_success": 0.0},
+    "max_context=4096": {"row_length": 4096},
     "max_context=8192": {"row_length": 8192},
+    "rows=1": {"rows_per_microbatch": 1},
     "sandbox.backend=docker": {"sandbox.image": "python:3.12"},
     "max_context=320": {"row_length": 320},
     "max_context=512": {"row_length": 512},
