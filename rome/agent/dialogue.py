@@ -381,10 +381,8 @@ class Dialogue:
         room = self.session.max_context - self.session.tokens_of(parent)
         fits = characters <= MOST_COMPOSED * self._tokenizer.longest * max(room, 0)
         if not fits and self.session.max_context:  # 0: without a limit
-            raise DialogueError(
-                "context_full",
-                f"{characters} characters do not fit into the {room} tokens that are left of"
-                f" {self.session.max_context}",
+            raise DialogueError(  # in the session's words, so that every player notes the same
+                "context_full", f"no room left in a context of {self.session.max_context} tokens"
             )
 
         def encode() -> list[int]:

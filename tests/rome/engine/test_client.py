@@ -20,6 +20,8 @@ from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, serve
 PROMPT = [(5 * i) % 200 + 3 for i in range(20)]
 LONG = Sampling(max_new_tokens=480, seed=1)
 LONGEST = 4096  # tokens of a context
+LENGTHS = ("--max_context", str(LONGEST), "--cache_tokens", str(2 * LONGEST))
+LONGER = dataclasses.replace(LONG, max_new_tokens=3000)  # still runs when something is done to it
 V = make_config().vocab_size
 
 
@@ -35,8 +37,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(checkpoints, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    lengths = ("--max_context", str(LONGEST), "--cache_tokens", str(2 * LONGEST))
-    with serve(checkpoints[0], log, *lengths) as running:
+    with serve(checkpoints[0], log, *LENGTHS) as running:
         yield running
 
 
@@ -140,14 +141,14 @@ def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, m
 
 def test_an_aborted_completion_is_taken_up_again_to_the_same_tokens(server):
     async def conversation(engine):
-        undisturbed = await engine.generate(PROMPT, LONG, 120)
-        task = asyncio.ensure_future(engine.generate(PROMPT, LONG, 120))
+        undisturbed = await engine.generate(PROMPT, LONGER, 120)
+        task = asyncio.ensure_future(engine.generate(PROMPT, LONGER, 120))
         await until_running(engine)
         await abort_all(engine)
         return undisturbed, await task
 
     undisturbed, aborted = talk(server, conversation)
-    assert aborted.output_ids == undisturbed.output_ids and aborted.versions == [(0, 0, 480)]
+    assert aborted.output_ids == undisturbed.output_ids and aborted.versions == [(0, 0, 3000)]
 
 
 def test_a_held_engine_sends_nothing_until_it_is_released(server):
@@ -219,10 +220,10 @@ def test_one_client_serves_several_event_loops_in_turn(server):
 def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_time(
     checkpoints, tmp_path
 ):
-    with serve(checkpoints[0], tmp_path / "serve.log") as doomed:
+    with serve(checkpoints[0], tmp_path / "serve.log", *LENGTHS) as doomed:
 
         async def conversation(engine):
-            task = asyncio.ensure_future(engine.generate(PROMPT, LONG, 600))
+            task = asyncio.ensure_future(engine.generate(PROMPT, LONGER, 600))
             await until_running(engine)
             os.kill(doomed.process.pid, signal.SIGKILL)
             with pytest.raises(EngineDead, match=f"engine {doomed.url} is dead.*start it again"):
