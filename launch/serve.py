@@ -78,9 +78,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--decode_steps",
         "--decode-steps",
         type=int,
-        default=8,
-        help="steps that one dispatch takes at most while no prompt is to be computed; a new"
-        " request waits for as many",
+        default=1,
+        help="steps that one dispatch takes at most while no prompt is to be computed; more are"
+        " faster, a new request waits for as many, and last bits may then differ",
     )
     add(
         "--max_queued_requests",

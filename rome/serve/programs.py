@@ -57,7 +57,7 @@ class Shapes:
     cache_tokens: int = 0
     page_tokens: int = 16
     call_tokens: int = 32
-    decode_steps: int = 8
+    decode_steps: int = 1
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
