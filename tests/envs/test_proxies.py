@@ -54,7 +54,7 @@ async def ask_engine(url):
 
 async def ask_mirror(url):
     with pytest.raises(EngineError, match=r"answered '\{\}', unlike a launch.mirror|not answer"):
-        await MirrorClient(url, seconds=5).fetch(pathlib.Path("/weights"))
+        await MirrorClient(url, seconds=60).fetch(pathlib.Path("/weights"))
 
 
 async def ask_endpoint(url):
@@ -100,7 +100,7 @@ def test_only_what_leaves_this_machine_goes_through_the_proxy(monkeypatch, tmp_p
                 await ask(OUTSIDE)  # directly: the name does not exist
             assert len(asked) == len(here + outside)
 
-    asyncio.run(asyncio.wait_for(conversation(), 30))
+    asyncio.run(asyncio.wait_for(conversation(), 60))
 
 
 def test_the_wait_for_an_embedded_engine_goes_through_no_proxy(monkeypatch):
@@ -115,7 +115,7 @@ def test_the_wait_for_an_embedded_engine_goes_through_no_proxy(monkeypatch):
             assert await asyncio.to_thread(ask) == {}
             assert asked[0].startswith("GET /health ")
 
-    asyncio.run(asyncio.wait_for(conversation(), 30))
+    asyncio.run(asyncio.wait_for(conversation(), 60))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 
 from envs.rock import probe, sync
+from envs.rock.embedded import zygote_client
 from tests.envs.rock.engine import engine
 from tests.envs.rock.service import running
 from tests.hostile.sandboxes import elsewhere
@@ -37,9 +38,15 @@ def tier(request):
     return request.param
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_zygote():
+    """Bring another zygote, without what tests of other files may have left running."""
+    zygote_client.shut_down()
+
+
 @pytest.fixture(scope="module")
 def admin(tmp_path_factory):
     """An admin on the background loop, for callers on any loop."""
     entered = running.admin(tmp_path_factory.mktemp("admin"))
-    yield sync.run(entered.__aenter__(), 30)
+    yield sync.run(entered.__aenter__(), 60)
     sync.run(entered.__aexit__(None, None, None), 60)

@@ -45,7 +45,7 @@ def inside(config: SandboxConfig, work):
         async with Sandbox(config) as sandbox:
             return await work(sandbox)
 
-    return asyncio.run(asyncio.wait_for(run(), 90))
+    return asyncio.run(asyncio.wait_for(run(), 180))
 
 
 def execute(config: SandboxConfig, command: str, **options):

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import time
 
 import pytest
 
@@ -10,6 +9,7 @@ from envs.rock import Sandbox
 from tests.hostile.sandboxes import (
     changed_zygote,
     execute,
+    file_exists,
     host_processes,
     inside,
     make_config,
@@ -55,7 +55,7 @@ def stay(*_):
     open("stays-{mark}", "w").close()
     os.execvp("sleep", ["sleep", "{mark}"])
 {way}
-end = time.monotonic() + 3
+end = time.monotonic() + 60
 while not os.path.exists("stays-{mark}") and time.monotonic() < end: time.sleep(0.01)
 print(os.path.exists("stays-{mark}"), flush=True)
 """
@@ -119,9 +119,9 @@ def unfiltered(monkeypatch):
 def test_nothing_outlives_its_command(tier, how):
     async def leave(sandbox, program):
         if how == "execute":
-            return (await sandbox.execute(f"exec {program}", timeout=9)).stdout
+            return (await sandbox.execute(f"exec {program}", timeout=90)).stdout
         session = await sandbox.create_session()
-        result = await session.run(program, timeout=9)
+        result = await session.run(program, timeout=90)
         await (session.close() if how == "session" else sandbox.kill_all())
         return result.stdout
 
@@ -170,7 +170,9 @@ def test_a_child_of_another_parent_never_sees_a_verifier(unfiltered):
 
 
 @pytest.mark.parametrize("place", ["execute", "session", "running"])
-def test_a_child_of_another_parent_cannot_hang_the_stop(unfiltered, place):
+def test_a_child_of_another_parent_cannot_hang_the_stop(unfiltered, place, monkeypatch):
+    # A stop that hangs takes longer than this test may.
+    monkeypatch.setattr("envs.rock.embedded.channel.STOP_SECONDS", 900)
     program = python(SIBLING.format(flags=FLAGS[0], deed=SLEEP))
 
     async def work():
@@ -178,15 +180,13 @@ def test_a_child_of_another_parent_cannot_hang_the_stop(unfiltered, place):
         await sandbox.start()
         if place == "session":
             session = await sandbox.create_session()
-            await session.run(f"({program}); exec {program}", timeout=5)
+            await session.run(f"({program}); exec {program}", timeout=60)
         elif place == "running":
-            await sandbox.spawn(f"({program}); {program} & sleep 60")
-            await asyncio.sleep(0.5)
+            await sandbox.spawn(f"({program}); touch begun; {program} & sleep 60")
+            while not await file_exists(sandbox, "begun"):
+                await asyncio.sleep(0.01)
         else:
             await sandbox.execute(f"exec {program}")
-        began = time.monotonic()
         await sandbox.stop()
-        return time.monotonic() - began
 
-    # A hang takes the 30 s that the manager waits for an answer.
-    assert asyncio.run(asyncio.wait_for(work(), 60)) < 15
+    asyncio.run(asyncio.wait_for(work(), 180))

@@ -110,14 +110,14 @@ for pid in range(2, 33000):
     async def work():
         async with Sandbox(make_config(tier)) as one, Sandbox(make_config(tier)) as two:
             listening = asyncio.create_task(one.execute(python(listen)))
-            deadline = asyncio.get_running_loop().time() + 20
+            deadline = asyncio.get_running_loop().time() + 60
             while (
                 not await file_exists(one, "ready") and asyncio.get_running_loop().time() < deadline
             ):
                 await asyncio.sleep(0.02)
             return await two.execute(python(call)), await listening
 
-    called, listened = asyncio.run(asyncio.wait_for(work(), 60))
+    called, listened = asyncio.run(asyncio.wait_for(work(), 180))
     assert (
         called.stdout == "alone\nalone\n"
         and "MET" not in listened.stdout

@@ -1,13 +1,14 @@
 """Hostile commands: what the kernel keeps for a sandbox is counted, and the host comes first."""
 
 import asyncio
+import os
 import pathlib
 
 import pytest
 
 from envs.rock.embedded import zygote_client
 from envs.rock.host import cgroups
-from tests.hostile.sandboxes import execute, inside, make_config, needs, python
+from tests.hostile.sandboxes import execute, host_processes, inside, make_config, needs, python
 
 # Fills the buffers of connections that nobody reads, and says how many MiB the kernel took.
 BUFFERS = """
@@ -101,8 +102,10 @@ def test_the_kernels_memory_killer_takes_a_command_before_the_trainer(how):
 @pytest.mark.parametrize("tier", ["namespaces", "landlock"])
 def test_no_command_lowers_its_rank_for_the_memory_killer(tier):
     async def work(sandbox):
-        job = await sandbox.spawn("echo 0 > /proc/self/oom_score_adj; exec sleep 5")
-        await asyncio.sleep(0.5)
+        nap = f"600.{os.getpid()}"
+        job = await sandbox.spawn(f"echo 0 > /proc/self/oom_score_adj; exec sleep {nap}")
+        while not host_processes(f"sleep\0{nap}"):
+            await asyncio.sleep(0.01)
         (pid,) = (group_of_the_only_sandbox("pids") / "cgroup.procs").read_text().split()
         score = pathlib.Path(f"/proc/{pid}/oom_score_adj").read_text()
         await job.kill()

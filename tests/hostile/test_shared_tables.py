@@ -92,7 +92,7 @@ def take_twice(program: str, open_files: int = 256) -> list[int]:
                 await sandbox.write_file("sent", "by the holder")  # as a descriptor, in flight
             return taken
 
-    return asyncio.run(asyncio.wait_for(work(), 90))
+    return asyncio.run(asyncio.wait_for(work(), 180))
 
 
 def test_asynchronous_io_takes_nothing_from_the_hosts_table(tier):
@@ -133,7 +133,7 @@ def test_watchers_are_not_counted_to_the_hosts_user():
         await asyncio.gather(*(sandbox.stop() for sandbox in sandboxes))
         return {amount for amount, _ in taken}
 
-    assert asyncio.run(asyncio.wait_for(work(), 90)) == {16}
+    assert asyncio.run(asyncio.wait_for(work(), 180)) == {16}
 
 
 def test_descriptors_in_flight_do_not_stop_another_sandboxs_files():
@@ -151,7 +151,7 @@ def test_a_lock_of_a_program_is_nobody_elses(how):
     lock = python(
         f"import fcntl\nfile = open('/usr/bin/env')\nfcntl.{how}(file, fcntl.LOCK_SH"
         f" if '{how}' == 'lockf' else fcntl.LOCK_EX)\nopen('taken', 'w').write('1')\n"
-        "import time; time.sleep(60)"
+        "import time; time.sleep(600)"
     )
 
     async def work():
@@ -162,12 +162,12 @@ def test_a_lock_of_a_program_is_nobody_elses(how):
             await one.spawn(lock)
             while not await exists(one):
                 await asyncio.sleep(0.01)
-            sibling = await two.execute("flock -n /usr/bin/env true; echo $?", timeout=5)
+            sibling = await two.execute("flock -n /usr/bin/env true; echo $?", timeout=60)
             with open("/usr/bin/env", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return sibling.stdout
 
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == "0\n"
+    assert asyncio.run(asyncio.wait_for(work(), 180)) == "0\n"
 
 
 def test_what_others_start_is_not_seen(tier):
@@ -202,7 +202,7 @@ def test_what_others_start_is_not_seen(tier):
             subprocess.run(["/usr/bin/factor", "12"], stdout=subprocess.DEVNULL, check=True)
             return (await job.wait()).stdout
 
-    seen = asyncio.run(asyncio.wait_for(work(), 60))
+    seen = asyncio.run(asyncio.wait_for(work(), 180))
     assert "SEEN" not in seen
 
 

@@ -90,6 +90,8 @@ class EmbeddedSession(Session):
         self._default_timeout = default_timeout
         self._turn = asyncio.Lock()
         self._current: int | None = None  # the running command's request number
+        # The reply to a command whose call was cancelled: the shell takes none before its end.
+        self._dying: asyncio.Future[Reply] | None = None
         for output in outputs:
             output.on_flood = self._kill_current
             output.on_piece = self._tell_piece
@@ -100,12 +102,14 @@ class EmbeddedSession(Session):
             return refused_result(refusal)
         seconds = choose_timeout(timeout, self._default_timeout)
         async with self._turn:
+            await self._wait_for_cancelled()
             if self.ended:
                 raise SessionEndedError("the session's shell has ended; create another session")
             reply = await self._tell(command, seconds)
-            self.ended = bool(reply.get("shell_ended", "error" in reply))
             if "error" in reply:
+                await self.close()  # the shell may still be there
                 raise SessionEndedError(f"{reply['error']}; create another session")
+            self.ended = bool(reply["shell_ended"])
             return _to_result(reply, self._outputs)
 
     async def interrupt(self) -> None:
@@ -119,6 +123,24 @@ class EmbeddedSession(Session):
                 await self._channel.request({"op": "close_session", "session": self._name})
         for output in self._outputs:
             output.close()
+
+    async def _wait_for_cancelled(self) -> None:
+        """Wait for the end of a command whose call was cancelled, and drop what it wrote."""
+        if self._dying is None or self.ended:
+            return
+        for output in self._outputs:
+            output.resume()
+        try:
+            reply = await reply_within(
+                self._dying, REPLY_GRACE_SECONDS, "no end of a session's cancelled command"
+            )
+        finally:
+            for output in self._outputs:
+                output.pause()
+        self._dying = None
+        self.ended = bool(reply.get("shell_ended", "error" in reply))
+        for output in self._outputs:
+            output.take()
 
     async def _tell(self, command: str, timeout: float) -> Reply:
         """Give the shell a command and wait for the holder's report of its end."""
@@ -134,6 +156,7 @@ class EmbeddedSession(Session):
             )
         except asyncio.CancelledError:
             self._kill_current()
+            self._dying = reply
             raise
         finally:
             self._current = None

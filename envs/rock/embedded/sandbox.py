@@ -72,6 +72,7 @@ class EmbeddedBackend(Backend):
         self._channel: HolderChannel | None = None
         self._slot = -1  # the number of its directory and user id, as the zygote counts them
         self._turn = asyncio.Lock()  # of execute and verify: one after the other
+        self._cancelled: EmbeddedJob | None = None  # of a call that was, perhaps not dead yet
         self._connections = self._make_connections()
 
     # -- start and end
@@ -140,8 +141,8 @@ class EmbeddedBackend(Backend):
         if refusal := reason_not_executable(command):
             return refused_result(refusal)
         async with self._turn:
-            job = self._start_command(command, timeout, env)
-            return await job.wait_or_kill()
+            await self._wait_for_cancelled()
+            return await self._end_of(self._start_command(command, timeout, env))
 
     async def spawn(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
@@ -177,8 +178,9 @@ class EmbeddedBackend(Backend):
         }
         contents = [text, b"".join(files.values())]
         async with self._turn:
+            await self._wait_for_cancelled()
             job = start_job(self._open_channel(), request, contents, self._timeout(timeout))
-            return await job.wait_or_kill()
+            return await self._end_of(job)
 
     async def expose_port(self, port: int) -> Address:
         if not 0 < port < 1 << 16:
@@ -304,6 +306,23 @@ class EmbeddedBackend(Backend):
             os.close(root)
 
     # -- steps of the above
+
+    async def _end_of(self, job: EmbeddedJob) -> CommandResult:
+        try:
+            return await job.wait_or_kill()
+        except asyncio.CancelledError:
+            self._cancelled = job
+            raise
+
+    async def _wait_for_cancelled(self) -> None:
+        """Wait until nothing is left of a call that was cancelled.
+
+        What it started would live on beside the next command.
+        """
+        if self._cancelled is not None:
+            with contextlib.suppress(SandboxError):
+                await self._cancelled.wait()
+            self._cancelled = None
 
     async def _kill_holder(self) -> None:
         """Let the zygote kill a holder that does not end by itself."""

@@ -17,7 +17,7 @@ def inside(engine: Engine):
             async with Sandbox(config(engine, **fields)) as sandbox:
                 return await work(sandbox)
 
-        result = asyncio.run(asyncio.wait_for(steps(), 60))
+        result = asyncio.run(asyncio.wait_for(steps(), 180))
         assert containers() == []
         return result
 

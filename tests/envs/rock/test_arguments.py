@@ -37,7 +37,7 @@ def inside(config: SandboxConfig, work):
             await work(sandbox)
             return (await sandbox.execute("echo alive")).stdout
 
-    assert asyncio.run(asyncio.wait_for(run(), 60)) == "alive\n"
+    assert asyncio.run(asyncio.wait_for(run(), 180)) == "alive\n"
 
 
 @pytest.mark.parametrize("call", CALLS, ids=["execute", "spawn", "verify", "session"])

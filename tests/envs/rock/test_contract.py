@@ -15,6 +15,7 @@ from envs.rock import (
     probe,
 )
 from tests.envs.rock.service import running
+from tests.envs.rock.waiting import until_exists
 
 
 @pytest.fixture(
@@ -67,7 +68,7 @@ def test_commands_report_how_they_ended(inside):
             for command, timeout, env in (
                 ("echo out; echo err >&2; exit 3", None, None),
                 ("echo $X $HOME", None, {"X": "y"}),
-                ("echo begun; sleep 30", 0.3, None),
+                ("echo begun; sleep 600", 1.0, None),
                 ("yes | head -c 300000", None, None),
                 ("printf '\\xff\\x00é'", None, None),
                 ("kill -9 $$", None, None),
@@ -88,7 +89,6 @@ def test_commands_report_how_they_ended(inside):
         slow.timed_out
         and slow.exit_code == 137
         and slow.stdout == "begun\n"
-        and slow.seconds < 5
         and slow.limits_hit == ("timeout",)
     )
     assert (
@@ -190,12 +190,12 @@ def test_jobs_run_beside_and_can_be_interrupted_and_killed(inside):
         jobs = [
             await sandbox.spawn(command)
             for command in (
-                "trap 'echo caught; exit 9' INT; while :; do sleep 0.02; done",
+                "trap 'echo caught; exit 9' INT; touch set; while :; do sleep 0.02; done",
                 "sleep 60",
                 "exit 5",
             )
         ]
-        await asyncio.sleep(0.3)
+        await until_exists(sandbox, "set")
         await jobs[0].interrupt()
         return [
             await jobs[0].wait(),
@@ -275,7 +275,7 @@ def test_a_caller_who_gives_up_leaves_nothing_running(inside):
     async def work(sandbox):
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(sandbox.execute("sleep 60", timeout=100), 0.3)
-        deadline = asyncio.get_running_loop().time() + 10
+        deadline = asyncio.get_running_loop().time() + 60
         while (
             await sandbox.get_status()
         ).commands and asyncio.get_running_loop().time() < deadline:

@@ -4,6 +4,7 @@ goes where it was granted to.
 
 import asyncio
 import json
+import os
 import shlex
 import struct
 import time
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from envs.rock import Denial, IsolationError, Sandbox, SandboxConfig, probe
 from envs.rock.config import PACKAGE_MIRRORS, parse_grant
 from envs.rock.host.egress import MAX_RECORDS, Grant, _question
+from tests.processes import host_processes
 
 TRY = """
 import socket, sys
@@ -47,7 +49,7 @@ def inside():
             ) as sandbox:
                 return await work(sandbox)
 
-        return asyncio.run(asyncio.wait_for(steps(), 60))
+        return asyncio.run(asyncio.wait_for(steps(), 180))
 
     return run
 
@@ -85,10 +87,8 @@ def test_every_attempt_is_refused_at_once_and_on_record(inside):
 
     before, began, result, denials, after = inside(work, label="episode 7")
     assert (
-        result.stdout.count("ConnectionRefusedError 111") == 6
-        and "gaierror" in result.stdout
-        and result.seconds < 5
-    )
+        result.stdout.count("ConnectionRefusedError 111") == 6 and "gaierror -2" in result.stdout
+    )  # all are answers: those who wait in vain are told other errors
     assert sorted(_wanted(denials)) == [
         ("dns", "pool.minexmr.example", 0),
         ("tcp", "10.0.0.1", 2375),
@@ -147,7 +147,7 @@ def test_what_is_granted_is_reached_and_nothing_beside_it(inside):
                 result = await sandbox.execute(_program(*attempts))
                 return port, closed, result.stdout.splitlines(), await sandbox.denials()
 
-    port, closed, lines, denials = asyncio.run(asyncio.wait_for(with_server(), 60))
+    port, closed, lines, denials = asyncio.run(asyncio.wait_for(with_server(), 180))
     assert heard == [b"ask", b"again"] and lines[:2] == [
         f"model {port} b'reply'",
         f"MODEL {port} b'reply'",
@@ -187,7 +187,7 @@ def test_a_granted_name_that_leads_to_a_private_address_is_refused(inside):
                 result = await sandbox.execute(f"python3 -c {shlex.quote(program)}")
                 return result.stdout, await sandbox.denials(), await sandbox.get_status()
 
-    stdout, denials, status = asyncio.run(asyncio.wait_for(with_server(), 60))
+    stdout, denials, status = asyncio.run(asyncio.wait_for(with_server(), 180))
     assert stdout == "b''\n" and not reached and status.network_denials == 1
     assert denials[0].destination.startswith("localhost (") and "private" in denials[0].destination
 
@@ -356,19 +356,21 @@ def test_connections_that_a_busy_manager_does_not_take_do_not_stretch_the_time_l
             async with Sandbox(
                 SandboxConfig(tier="namespaces", egress=(f"model@127.0.0.1:{port}",))
             ) as sandbox:
-                running = asyncio.create_task(
-                    sandbox.execute(
-                        f"python3 -c {shlex.quote(program.format(port=port))}", timeout=1.5
-                    )
-                )
-                await asyncio.sleep(0.1)
-                time.sleep(5)  # as a manager that compiles
-                return await running, (await sandbox.execute("echo well")).stdout
+                mark = f"busy-{os.getpid()}"
+                command = f"exec python3 -c {shlex.quote(program.format(port=port))} {mark}"
+                running = asyncio.create_task(sandbox.execute(command, timeout=1.5))
+                while not host_processes(mark) and not running.done():
+                    await asyncio.sleep(0.01)
+                ends = time.monotonic() + 60
+                while host_processes(mark) and time.monotonic() < ends:
+                    time.sleep(0.1)  # as a manager that compiles, until the holder has ended it
+                left = host_processes(mark)
+                return await running, left, (await sandbox.execute("echo well")).stdout
 
     if (report := probe(tier="namespaces")).tier is None:
         pytest.skip(f"no namespaces tier here: {report.missing[0].reason}")
-    result, said = asyncio.run(asyncio.wait_for(with_server(), 60))
-    assert result.timed_out and result.seconds < 4 and said == "well\n"
+    result, left, said = asyncio.run(asyncio.wait_for(with_server(), 120))
+    assert result.timed_out and left == 0 and said == "well\n"
 
 
 def test_the_landlock_tier_refuses_grants_that_it_cannot_give():

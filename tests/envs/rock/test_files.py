@@ -7,6 +7,7 @@ import os
 import pytest
 
 from envs.rock import Sandbox, SandboxConfig, SandboxFileError, probe
+from tests.envs.rock.waiting import until_exists
 
 
 @pytest.fixture(params=["namespaces", "landlock"])
@@ -21,7 +22,7 @@ def inside(request):
             ) as sandbox:
                 return await work(sandbox)
 
-        return asyncio.run(asyncio.wait_for(steps(), 60))
+        return asyncio.run(asyncio.wait_for(steps(), 180))
 
     return run
 
@@ -260,13 +261,12 @@ def test_a_swap_of_directory_and_link_leads_nowhere(inside, tmp_path):
 
     async def work(sandbox):
         swap = await sandbox.spawn(
-            "mkdir -p out/a && echo inner > out/a/passwd; ln -s /etc out/b; while :; do mv out/a"
-            " out/c; mv out/b out/a; mv out/c out/b; mv out/a out/c; mv out/b out/a; mv out/c"
-            " out/b; done",
-            timeout=20,
+            "mkdir -p out/a && echo inner > out/a/passwd; ln -s /etc out/b; touch set; while :;"
+            " do mv out/a out/c; mv out/b out/a; mv out/c out/b; mv out/a out/c; mv out/b out/a;"
+            " mv out/c out/b; done",
+            timeout=60,
         )
-        await asyncio.sleep(0.2)
-        contents = set()
+        await until_exists(sandbox, "set")
         for number in range(30):
             with contextlib.suppress(SandboxFileError):
                 await sandbox.download("out", tmp_path / str(number))

@@ -17,6 +17,18 @@ from envs.rock import (
     probe,
 )
 from envs.rock.embedded import zygote_client
+from tests.envs.rock.waiting import until_exists, until_running
+from tests.processes import host_processes
+
+# `sleep NAP` takes longer than a test may, and is found among this machine's processes: no other
+# run of these tests has it.
+NAP = f"600.{os.getpid()}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_zygote():
+    """Bring another zygote, without what tests of other files may have left running."""
+    zygote_client.shut_down()
 
 
 @pytest.fixture(params=["namespaces", "landlock"])
@@ -32,20 +44,9 @@ def inside(request):
             ) as sandbox:
                 return await work(sandbox)
 
-        return asyncio.run(asyncio.wait_for(main(), 60))
+        return asyncio.run(asyncio.wait_for(main(), 180))
 
     return run
-
-
-def processes(command: str) -> int:
-    """How many of the machine's processes run this, its words parted by NULs."""
-    found = 0
-    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += path.read_text().startswith(command)
-        except (OSError, UnicodeDecodeError):
-            continue
-    return found
 
 
 def in_session(inside, work, **fields):
@@ -54,6 +55,25 @@ def in_session(inside, work, **fields):
             return await work(sandbox, session)
 
     return inside(with_session, **fields)
+
+
+def test_a_cancelled_command_leaves_its_session_usable_and_none_behind(inside):
+    async def work(sandbox, session):
+        await session.run("X=1")
+        for command in (f"echo lost; sleep {NAP}", f"trap '' INT TERM; echo lost; sleep {NAP}"):
+            running = asyncio.create_task(session.run(command))
+            await asyncio.sleep(0.3)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert (await session.run("echo $X")).stdout == "1\n"
+        running = asyncio.create_task(session.run(f"sleep {NAP}; sleep {NAP}"))
+        await asyncio.sleep(0.3)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await session.close()
+        return (await sandbox.get_status()).sessions
+
+    assert in_session(inside, work) == 0
 
 
 def test_directory_variables_functions_and_background_processes_stay(inside):
@@ -125,7 +145,7 @@ def test_large_output_does_not_block_the_shell(inside):
 def test_at_the_time_limit_the_command_dies_and_the_shell_and_its_older_jobs_stay(inside):
     async def work(sandbox, session):
         await session.run("x=1; sleep 4343 & true")
-        slow = await session.run("sleep 60; echo after $?", timeout=0.3)
+        slow = await session.run("sleep 600; echo after $?", timeout=1)
         return slow, await session.run("echo $x; jobs -r | wc -l")
 
     slow, after = in_session(inside, work)
@@ -133,7 +153,6 @@ def test_at_the_time_limit_the_command_dies_and_the_shell_and_its_older_jobs_sta
         slow.timed_out
         and slow.limits_hit == ("timeout",)
         and slow.stdout == "after 137\n"
-        and slow.seconds < 10
         and after.stdout.split() == ["1", "1"]
     )
 
@@ -170,13 +189,13 @@ def test_a_command_that_ends_the_shell_ends_the_session_with_its_code(inside, co
 
 def test_an_interrupt_ends_what_runs_and_nothing_else(inside):
     async def work(sandbox, session):
-        running = asyncio.create_task(session.run("x=kept; sleep 60; echo $? $x"))
-        await asyncio.sleep(0.4)
+        running = asyncio.create_task(session.run(f"x=kept; sleep {NAP}; echo $? $x", timeout=900))
+        await until_running(f"sleep\0{NAP}")
         await session.interrupt()
         return await running
 
     result = in_session(inside, work)
-    assert result.stdout == "130 kept\n" and result.seconds < 30
+    assert result.stdout == "130 kept\n"
 
 
 def test_no_process_of_a_session_finds_the_pipe_that_carries_exit_codes(inside):
@@ -204,8 +223,8 @@ def test_sessions_are_apart_and_run_beside_each_other_and_beside_commands(inside
     async def work(sandbox):
         one, two = await sandbox.create_session(), await sandbox.create_session({"A": "b"})
         await asyncio.gather(one.run("x=1; cd /tmp 2>/dev/null || cd $TMPDIR"), two.run("x=2"))
-        slow = asyncio.create_task(one.run("sleep 60; echo $x", timeout=60))
-        await asyncio.sleep(0.3)
+        slow = asyncio.create_task(one.run(f"sleep {NAP}; echo $x", timeout=900))
+        await until_running(f"sleep\0{NAP}")
         beside = await two.run("echo $x $A"), await sandbox.execute("echo here")
         await one.interrupt()
         return [result.stdout for result in (*beside, await slow)]
@@ -231,12 +250,12 @@ def test_closing_a_session_ends_all_that_it_started(inside):
     async def work(sandbox):
         async with await sandbox.create_session() as session:
             await session.run(
-                f"sleep {seconds} & setsid sleep {seconds} & (setsid sleep {seconds} &); sleep 0.5"
+                f"sleep {seconds} & setsid sleep {seconds} & (setsid sleep {seconds} &)"
             )
-            began = processes(f"sleep\0{seconds}")
-        return began, (await sandbox.get_status()).sessions, processes(f"sleep\0{seconds}")
+            await until_running(f"sleep\0{seconds}", 3)
+        return (await sandbox.get_status()).sessions, host_processes(f"sleep\0{seconds}")
 
-    assert inside(work) == (3, 0, 0)
+    assert inside(work) == (0, 0)
 
 
 def test_background_jobs_tell_their_true_ends(inside):
@@ -274,8 +293,8 @@ def test_background_jobs_tell_their_true_ends(inside):
 
 def test_a_job_is_interrupted(inside):
     async def work(sandbox):
-        job = await sandbox.spawn("trap 'echo heard; exit 5' INT; sleep 60 & wait")
-        await asyncio.sleep(0.5)
+        job = await sandbox.spawn("trap 'echo heard; exit 5' INT; touch set; sleep 60 & wait")
+        await until_exists(sandbox, "set")
         await job.interrupt()
         return await job.wait()
 
@@ -287,8 +306,8 @@ def test_the_status_counts_what_is_used(inside):
     async def work(sandbox):
         before = await sandbox.get_status()
         await sandbox.execute("head -c 3000000 /dev/urandom > f; touch a b c")
-        job = await sandbox.spawn("sleep 60 & sleep 60")
-        await asyncio.sleep(0.3)
+        job = await sandbox.spawn(f"sleep {NAP} & sleep {NAP}")
+        await until_running(f"sleep\0{NAP}", 2)
         return before, await sandbox.get_status(), await job.kill(), sandbox.is_alive()
 
     before, after, _, alive = inside(work)
@@ -309,21 +328,21 @@ def test_a_command_that_ended_as_the_verifier_began_is_not_taken_for_it(inside):
     """
 
     async def work(sandbox):
-        job = await sandbox.spawn("sleep 0.5")
-        await asyncio.sleep(0.2)  # it has begun
+        job = await sandbox.spawn("until [ -e end ]; do sleep 0.05; done; exec sleep 0.5")
         zygote = zygote_client._zygote._process.pid
         (holder,) = [
             int(word)
             for word in pathlib.Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
         ]
+        await sandbox.write_file("end", "")  # it ends while the holder is stopped
         os.kill(holder, signal.SIGSTOP)
-        verifying = asyncio.create_task(sandbox.verify("sleep 5", timeout=0.3))
-        await asyncio.sleep(0.8)
+        verifying = asyncio.create_task(sandbox.verify("sleep 600", timeout=0.3))
+        await asyncio.sleep(1.2)
         os.kill(holder, signal.SIGCONT)
         return await verifying, await job.wait()
 
     verified, ended = inside(work)
-    assert verified.timed_out and verified.seconds < 3 and ended.exit_code == 0
+    assert verified.timed_out and ended.exit_code == 0
 
 
 def test_more_than_a_sandbox_holds_is_an_error_and_harms_nothing(inside):
@@ -361,7 +380,7 @@ def test_a_port_of_the_sandbox_can_be_reached_from_here():
         async with Sandbox(SandboxConfig(isolation="best_available")) as sandbox:
             closed = await sandbox.expose_port(7777)
             reader, writer = await asyncio.open_connection(*closed)
-            nothing = await asyncio.wait_for(reader.read(), 10)  # nobody listens yet
+            nothing = await asyncio.wait_for(reader.read(), 60)  # nobody listens yet
             writer.close()
             await sandbox.write_files({"s.py": server, "log": ""})
             await sandbox.spawn("python3 s.py > log")
@@ -372,13 +391,13 @@ def test_a_port_of_the_sandbox_can_be_reached_from_here():
             for word in (b"abc", b"12345"):
                 reader, writer = await asyncio.open_connection(*address)
                 writer.write(word)
-                answers.append(await asyncio.wait_for(reader.read(), 10))
+                answers.append(await asyncio.wait_for(reader.read(), 60))
                 writer.close()
         with pytest.raises(OSError):  # the door closes with its sandbox
             await asyncio.open_connection(*address)
         return nothing, answers
 
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == (b"", [b"cba", b"54321"])
+    assert asyncio.run(asyncio.wait_for(work(), 180)) == (b"", [b"cba", b"54321"])
 
 
 def test_a_caller_without_an_event_loop_gets_the_same(tmp_path):

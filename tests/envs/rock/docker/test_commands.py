@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import time
 
 import pytest
 
@@ -52,18 +51,15 @@ def test_nothing_outlives_its_command_nor_the_time_limit(inside):
             f"sleep {seconds} & setsid sleep {seconds} & (setsid sleep {seconds} &); echo there"
         )
         left = host_processes(seconds)
-        began = time.monotonic()
         slow = await sandbox.execute(
             f"trap '' TERM INT; setsid sleep {seconds} & kill -STOP $!; sleep {seconds}",
             timeout=0.4,
         )
-        return before, left, slow, host_processes(seconds), time.monotonic() - began
+        return before, left, slow, host_processes(seconds)
 
-    before, left, slow, later, took = inside(work)
+    before, left, slow, later = inside(work)
     assert before.stdout == "there\n" and left == later == 0
-    assert (
-        slow.timed_out and slow.exit_code == 137 and slow.limits_hit == ("timeout",) and took < 10
-    )
+    assert slow.timed_out and slow.exit_code == 137 and slow.limits_hit == ("timeout",)
 
 
 def test_background_jobs_end_are_killed_and_are_interrupted(inside):

@@ -49,7 +49,7 @@ def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it(engine):
             await Sandbox(config(engine), snapshot).start()
         return changed, restored, seen
 
-    changed, restored, seen = asyncio.run(asyncio.wait_for(work(), 60))
+    changed, restored, seen = asyncio.run(asyncio.wait_for(work(), 180))
     assert (
         changed.stdout.startswith("two\n")
         and "old" not in changed.stdout
@@ -151,7 +151,7 @@ def test_a_sandbox_can_be_committed_to_an_image_and_an_images_own_workspace_is_t
         async with Sandbox(config(engine, image="rock-test/committed:latest")) as third:
             return begun, seen, (await third.execute("ls of; cat /tmp/t")).stdout
 
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == (
+    assert asyncio.run(asyncio.wait_for(work(), 180)) == (
         ".:\nof\n\n./of:\nimage\n",
         "mine\nt\n",
         "two\n",

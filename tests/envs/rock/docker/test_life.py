@@ -29,7 +29,7 @@ while (accept(C, S)) { sysread(C, $x, 100); syswrite(C, scalar reverse $x); clos
     async def work(sandbox):
         address = await sandbox.expose_port(7777)
         reader, writer = await asyncio.open_connection(*address)
-        nothing = await asyncio.wait_for(reader.read(), 10)  # nobody listens yet
+        nothing = await asyncio.wait_for(reader.read(), 60)  # nobody listens yet
         writer.close()
         await sandbox.write_file("s.pl", server)
         job = await sandbox.spawn("perl s.pl")
@@ -39,7 +39,7 @@ while (accept(C, S)) { sysread(C, $x, 100); syswrite(C, scalar reverse $x); clos
         for word in (b"abc", b"12345"):
             reader, writer = await asyncio.open_connection(*address)
             writer.write(word)
-            answers.append(await asyncio.wait_for(reader.read(), 10))
+            answers.append(await asyncio.wait_for(reader.read(), 60))
             writer.close()
             await sandbox.execute("true")  # what it tidies away is not the way in
         await job.kill()
@@ -117,7 +117,7 @@ def test_a_container_that_is_removed_from_outside_closes_its_sandbox(engine):
                 await sandbox.execute("true")
             await sandbox.stop()
 
-    asyncio.run(asyncio.wait_for(work(), 60))
+    asyncio.run(asyncio.wait_for(work(), 180))
     assert containers() == []
 
 
@@ -133,7 +133,7 @@ def test_cancelled_starts_and_commands_leave_nothing(engine):
                 await asyncio.wait_for(sandbox.execute(f"setsid sleep {seconds}"), 0.5)
             return (await sandbox.execute("echo well")).stdout, host_processes(seconds)
 
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == ("well\n", 0)
+    assert asyncio.run(asyncio.wait_for(work(), 180)) == ("well\n", 0)
     assert containers() == []
 
 

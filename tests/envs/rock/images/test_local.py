@@ -31,7 +31,7 @@ def test_a_committed_workspace_is_an_image_for_others_and_stays_as_it_was(config
         async with Sandbox(config(image="team/env")) as third:
             return began, forked, (await third.execute("cat a/b")).stdout
 
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == (
+    assert asyncio.run(asyncio.wait_for(work(), 180)) == (
         "ran\nonea\nlink\nrun\n",
         "three\n",
         "three\n",
@@ -61,4 +61,4 @@ def test_an_image_that_is_not_there_or_does_not_fit_is_an_error_of_the_start(con
                 await small.start()
             assert not small.is_alive()
 
-    asyncio.run(asyncio.wait_for(work(), 60))
+    asyncio.run(asyncio.wait_for(work(), 180))

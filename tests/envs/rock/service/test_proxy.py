@@ -159,7 +159,7 @@ def test_every_operation_happens_once_behind_a_bad_proxy(fault, tmp_path, monkey
             running_now = figures['rock_sandboxes{state="running"}']
             return proxy.spoiled, running_now, figures["rock_snapshots"]
 
-    spoiled, left, snapshots = asyncio.run(asyncio.wait_for(work(), 60))
+    spoiled, left, snapshots = asyncio.run(asyncio.wait_for(work(), 180))
     assert {"start", "execute", "spawn", "write_file", "read_file", "stop", "commit"} <= set(
         spoiled
     )
@@ -223,7 +223,7 @@ def test_a_worker_behind_a_bad_proxy_is_not_lost_and_runs_nothing_twice(
                 await client.close()
                 return proxy.spoiled, worker.held()
 
-    spoiled, left = asyncio.run(asyncio.wait_for(work(), 60))
+    spoiled, left = asyncio.run(asyncio.wait_for(work(), 180))
     assert {"create", "execute", "kill", "write_file", "stop"} <= set(spoiled) and left == []
 
 
@@ -248,4 +248,4 @@ def test_a_worker_that_cannot_be_reached_is_refused_and_a_start_says_so(tmp_path
             await client.close()
             return said
 
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == [(True, "conflict")] * 4
+    assert asyncio.run(asyncio.wait_for(work(), 180)) == [(True, "conflict")] * 4

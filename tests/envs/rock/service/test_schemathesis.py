@@ -55,7 +55,7 @@ def test_every_route_answers_as_its_document_says(site):
             for case in filter(None, (right, wrong)):
                 response = case.call(
                     headers=site.headers("worker" if "/worker/" in case.path else "default"),
-                    timeout=20,
+                    timeout=60,
                 )
                 if (
                     response.status_code >= 500
