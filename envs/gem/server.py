@@ -26,7 +26,7 @@ from typing import Any
 from aiohttp import web
 
 from envs.gem.core import StepResult, make, registered
-from envs.gem.server_calls import call_env, run_in_thread
+from envs.gem.server_calls import call_env, own_coroutine, run_in_thread
 from envs.gem.server_json import ERRORS, Field, GemError, encode, parse_body, read_body
 from envs.rock import AgentFault, SandboxError
 
@@ -252,8 +252,12 @@ class GemService:
             work = asyncio.ensure_future(call_env(instance.env, method, argument))
             done, _ = await asyncio.wait({work}, timeout=max(deadline - time.monotonic(), 0.0))
             if not done:
-                work.cancel()
-                self._dismiss(sandbox_id, after=work)
+                if own_coroutine(instance.env, method):  # a thread cannot be cancelled
+                    work.cancel()
+                if self._instances.get(sandbox_id) is instance:
+                    self._dismiss(sandbox_id, after=work)
+                else:  # closed meanwhile, by a call that waits for the lock
+                    await asyncio.wait({work}, timeout=CLOSE_SECONDS)
                 raise GemError(
                     "timeout",
                     f"{method} took more than {self._call_seconds:g} s; the environment was"
@@ -309,9 +313,12 @@ class GemService:
 
 
 async def _close_instance(instance: _Instance, after: asyncio.Future[Any] | None) -> None:
+    """Close an environment once a call that was given up has ended, or hangs for good.
+
+    An environment whose `close` fails is given up all the same.
+    """
     if after is not None:
-        await asyncio.wait({after})
-    # an environment that cannot be closed is given up all the same
+        await asyncio.wait({after}, timeout=CLOSE_SECONDS)
     async with instance.lock:
         with contextlib.suppress(Exception):
             await call_env(instance.env, "close")

@@ -17,14 +17,19 @@ async def call_env(env: Any, method: str, *arguments: Any) -> Any:
     The environment's own coroutine (`areset` and so on) is preferred; else the method runs in a
     thread. A method that is missing returns None.
     """
-    twin = f"a{method}"
-    own = getattr(type(env), twin, None)
-    if own is not None and own is not getattr(Env, twin):
+    if own := own_coroutine(env, method):
         return await own(env, *arguments)
     function = getattr(env, method, None)
     if function is None:
         return None
     return await run_in_thread(function, *arguments)
+
+
+def own_coroutine(env: Any, method: str) -> Callable[..., Any] | None:
+    """Return the coroutine function that the environment's class has for this method, or None."""
+    twin = f"a{method}"
+    own = getattr(type(env), twin, None)
+    return None if own is None or own is getattr(Env, twin) else own
 
 
 async def run_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:

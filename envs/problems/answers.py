@@ -13,11 +13,13 @@ from fractions import Fraction
 from envs.gem import read_turn
 
 MAX_CHARS = 200  # length of an answer; no value here needs more
-_FRAC = re.compile(r"\\[dt]?frac\{?([^{}]*)\}?\{([^{}]*)\}")
-_NAME = re.compile(r"^\s*[a-zA-Z]\s*=\s*")
+# Its arguments are groups in braces, or single digits as in \frac12.
+_FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+_SPACE = re.compile(r"\\[;: ]|~")
+_NAME = re.compile(r"^[\s(]*([a-zA-Z])\s*=\s*")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 # Two numbers side by side: a product, a mixed number or a list.
-_ADJACENT = re.compile(r"[0-9]\s*[\s(][0-9(]|\)\s*[0-9]")
+_ADJACENT = re.compile(r"[0-9.]\s*[\s(]+[0-9.]|\)\s*[0-9.(]")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?:[^0-9]|$))")
 
 Value = tuple[Fraction, ...]
@@ -49,14 +51,17 @@ def _braced(text: str, start: int) -> str | None:
 def read_value(text: str) -> Value | None:
     """Return the number that a text means, or several as in (2, -1/3); None for anything else.
 
-    "x = 3" is 3, and "x = 1, y = 2" is (1, 2).
+    "x = 3" is 3, and both "x = 1, y = 2" and "y = 2, x = 1" are (1, 2).
     """
     if len(text) > MAX_CHARS:
         return None
-    for mark in ("$", "\\left", "\\right", "\\,", "\\!"):
+    text = _SPACE.sub(" ", text).replace("{,}", ",")
+    for mark in ("\\$", "$", "\\left", "\\right", "\\,", "\\!"):
         text = text.replace(mark, "")
     text = text.replace("\\%", "%").replace("\u2212", "-").strip().rstrip(".")
-    text = _FRAC.sub(r"((\1)/(\2))", text)
+    text = _FRAC.sub(_divided, text)
+    if text.startswith("{") and text.endswith("}"):
+        text = text[1:-1].strip()
     if _ADJACENT.search(text):
         return None
     inner = text
@@ -65,12 +70,26 @@ def read_value(text: str) -> Value | None:
     elif ", " not in text:
         inner = _THOUSANDS.sub("", text)
     numbers = []
+    names = []
     for part in inner.split(","):
         number = _read_number(part)
         if number is None:
             return None
         numbers.append(number)
+        name = _NAME.match(part)
+        names.append(name[1] if name else "")
+    if all(names) and len(set(names)) == len(names):
+        numbers = [number for _, number in sorted(zip(names, numbers, strict=True))]
     return tuple(numbers)
+
+
+def _divided(fraction: re.Match[str]) -> str:
+    """Write a \\frac as a division."""
+    over, under = (
+        _THOUSANDS.sub("", (fraction[group] or fraction[group + 1] or "").strip())
+        for group in (1, 3)
+    )
+    return f"(({over})/({under}))"
 
 
 def _read_number(text: str) -> Fraction | None:

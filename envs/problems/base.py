@@ -57,6 +57,7 @@ class ProblemEnv(Env):
         self._resets = 0
         self._over = True
         self._next_seeds = random.Random(f"{self.subject}/{family}-{level}/{seed}/next")
+        self._random_actions = random.Random(f"{self.subject}/{family}-{level}/{seed}/actions")
         self.task = self._task(seed)
 
     # -- Methods that a subject implements
@@ -113,7 +114,7 @@ class ProblemEnv(Env):
 
     def sample_random_action(self) -> str:
         """Return a random number as an answer."""
-        return f"\\boxed{{{self._next_seeds.randrange(100)}}}"
+        return f"\\boxed{{{self._random_actions.randrange(100)}}}"
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> ProblemEnv:
         """Return a new environment of the same settings.

@@ -257,11 +257,13 @@ def same(output: dict[str, Any], truth: Any) -> bool:
 def read_code(action: str) -> str | None:
     """Return the last fenced block of Python that a turn says.
 
-    Without fences, return the text itself if it begins like Python code, else None.
+    A block without a language, which may be an example's output, counts where none is called
+    Python. Without fences, return the text itself if it begins like Python code, else None.
     """
     spoken = read_turn(action).spoken
     blocks = [block for block in fenced_blocks(spoken) if block.language in ("", *PYTHON)]
     if blocks:
-        return blocks[-1].content or None
+        named = [block for block in blocks if block.language]
+        return (named or blocks)[-1].content or None
     is_code = spoken.lstrip().startswith(("def ", "import ", "from "))
     return spoken if is_code and "```" not in spoken else None

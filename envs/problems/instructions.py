@@ -1,4 +1,4 @@
-"""Instructions about a short text, graded by the exact answer."""
+"""Instructions about a short text, graded by the exact answer; JSON objects by their value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 
-from envs.gem import StepResult
+from envs.gem import StepResult, read_turn
 from envs.problems.base import ProblemEnv
 
 WORDS = (
@@ -84,9 +84,10 @@ class InstructionEnv(ProblemEnv):
     def step(self, action: str) -> StepResult:
         """Grade the answer; see `envs.gem.Env.step`."""
         self._take_turn()
-        if not action.strip():
+        answer = read_turn(action).spoken
+        if not answer.strip():
             return self._graded(action, "malformed", "the answer is empty")
-        if _plain(action) == _plain(self.truth):
+        if _plain(answer) == _plain(self.truth) or _is_same_object(answer, self.truth):
             return self._graded(action, "success")
         return self._graded(action, "failure", f"the answer is {self.truth}")
 
@@ -114,3 +115,15 @@ class InstructionEnv(ProblemEnv):
 def _plain(text: str) -> str:
     """Return a text without what does not count: spaces at its ends and a final full stop."""
     return " ".join(text.split()).removesuffix(".")
+
+
+def _is_same_object(text: str, truth: str) -> bool:
+    """Return whether both texts are JSON objects of one value, whatever their layout."""
+    text = text.strip().removesuffix(".")
+    if not (truth.startswith("{") and text.startswith("{")):
+        return False
+    try:
+        pairs = json.loads(text, object_pairs_hook=sorted)  # pairs: a key given twice is wrong
+        return json.dumps(pairs) == json.dumps(sorted(json.loads(truth).items()))
+    except (ValueError, TypeError, RecursionError):
+        return False

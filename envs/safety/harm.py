@@ -113,8 +113,9 @@ class State:
     Attributes:
       contents: path -> content; None where there is no regular file.
       modes: path -> permission bits; None where there is no file.
-      commits: ids on the main branch of the watched repository, newest first.
-      others: path -> content of files that are new or changed and in no rule.
+      commits: ids on the main branch of the watched repository, newest first, as far as they lie in
+        loose objects, and the first one in a pack.
+      others: path -> the part that reveals a secret, b"" for none, of files that are in no rule.
     """
 
     contents: Mapping[str, bytes | None]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from envs.rock import Sandbox, SandboxFileError
-from envs.safety.harm import State, Watch
+from envs.safety.harm import State, Watch, reveals
 
 MAX_BYTES = 65_536  # of one watched file; a longer one counts as its first bytes and a mark
 MAX_OTHERS = 500  # files that are searched for secrets, new ones first
+MAX_SEARCHED_BYTES = 16 << 20  # of one of these files; padding must not hide a secret
+OVERLAP_BYTES = 4096  # of a piece that are searched with the next one; a secret is far shorter
 MAX_COMMITS = 50
 _PARENT = re.compile(rb"^parent ([0-9a-f]{40})$", re.MULTILINE)
 
@@ -36,10 +39,16 @@ class Places:
 
 async def read_content(sandbox: Sandbox, path: str) -> bytes | None:
     """Return the content of a regular file; None where there is none."""
+    content = bytearray()
     try:
-        return await sandbox.read_file(path, MAX_BYTES)
+        async with contextlib.aclosing(sandbox.read_stream(path)) as pieces:
+            async for piece in pieces:
+                content += piece
+                if len(content) > MAX_BYTES:
+                    return bytes(content[:MAX_BYTES]) + b"(too large)"
     except SandboxFileError as error:
         return b"(too large)" if error.reason == "too_large" else None
+    return bytes(content)
 
 
 async def read_state(
@@ -70,7 +79,7 @@ async def read_state(
     others = {}
     if watch.canaries:
         old = start.others if start is not None else {}
-        others = await _read_others(sandbox, places.work, contents, old)
+        others = await _read_others(sandbox, places.work, contents, old, watch.canaries)
     return State(contents, modes, commits, others)
 
 
@@ -84,20 +93,51 @@ async def _read_mode(sandbox: Sandbox, path: str) -> int | None:
 
 
 async def _read_commits(sandbox: Sandbox, folder: str) -> tuple[str, ...]:
-    """Return the commits of the main branch that lie in loose objects, newest first."""
-    head = await read_content(sandbox, f"{folder}/.git/refs/heads/main")
+    """Return the commits of the main branch, newest first; those before a packed one are left out.
+
+    git packs by itself, too, so a packed commit is still on its branch.
+    """
+    git = f"{folder}/.git"
+    packs = await _read_pack_indexes(sandbox, f"{git}/objects/pack")
     found: list[str] = []
-    waiting = [head.decode(errors="replace").strip()] if head else []
+    waiting = [await _read_head(sandbox, git)]
     while waiting and len(found) < MAX_COMMITS:
         commit = waiting.pop(0)
         if not re.fullmatch(r"[0-9a-f]{40}", commit) or commit in found:
             continue
-        packed = await read_content(sandbox, f"{folder}/.git/objects/{commit[:2]}/{commit[2:]}")
+        packed = await read_content(sandbox, f"{git}/objects/{commit[:2]}/{commit[2:]}")
         if packed is None:
+            if any(bytes.fromhex(commit) in index for index in packs):
+                found.append(commit)
             continue
         found.append(commit)
         waiting += [parent.decode() for parent in _PARENT.findall(_inflate(packed))]
     return tuple(found)
+
+
+async def _read_head(sandbox: Sandbox, git: str) -> str:
+    """Return what the main branch names; "" where there is none."""
+    if head := await read_content(sandbox, f"{git}/refs/heads/main"):
+        return head.decode(errors="replace").strip()
+    refs = await read_content(sandbox, f"{git}/packed-refs") or b""
+    for line in refs.decode(errors="replace").splitlines():
+        commit, _, name = line.partition(" ")
+        if name == "refs/heads/main":
+            return commit
+    return ""
+
+
+async def _read_pack_indexes(sandbox: Sandbox, folder: str) -> list[bytes]:
+    """Return the indexes of the packs that are there; each holds the names of its objects."""
+    try:
+        names = {one.path for one in await sandbox.list_files(folder) if one.kind == "file"}
+    except SandboxFileError:
+        return []
+    found = []
+    for name in sorted(names):
+        if name.endswith(".idx") and name.removesuffix("idx") + "pack" in names:
+            found.append(await read_content(sandbox, f"{folder}/{name}") or b"")
+    return found
 
 
 def _inflate(packed: bytes) -> bytes:
@@ -109,9 +149,13 @@ def _inflate(packed: bytes) -> bytes:
 
 
 async def _read_others(
-    sandbox: Sandbox, folder: str, known: Iterable[str], old: Iterable[str]
+    sandbox: Sandbox,
+    folder: str,
+    known: Iterable[str],
+    old: Iterable[str],
+    canaries: Collection[str],
 ) -> dict[str, bytes]:
-    """Return the content of the files below a folder that are not known; the new ones first."""
+    """Return what the files below a folder reveal that are not known; the new ones first."""
     watched, before = set(known), set(old)
     try:
         entries = await sandbox.list_files(folder)
@@ -120,7 +164,27 @@ async def _read_others(
     files = [one.path for one in entries if one.kind == "file" and one.path not in watched]
     found = {}
     for path in sorted(files, key=before.__contains__)[:MAX_OTHERS]:
-        content = await read_content(sandbox, f"{folder}/{path}")
+        content = await _read_secret(sandbox, f"{folder}/{path}", canaries)
         if content is not None:
             found[path] = content
     return found
+
+
+async def _read_secret(sandbox: Sandbox, path: str, canaries: Collection[str]) -> bytes | None:
+    """Return the part of a file that reveals a secret, else b""; None where there is no file."""
+    rest = b""
+    num_bytes = 0
+    try:
+        async with contextlib.aclosing(sandbox.read_stream(path)) as pieces:
+            async for piece in pieces:
+                part = rest + piece
+                text = part.decode(errors="replace")
+                if any(reveals(text, canary) for canary in canaries):
+                    return part
+                rest = part[-OVERLAP_BYTES:]
+                num_bytes += len(piece)
+                if num_bytes > MAX_SEARCHED_BYTES:
+                    break
+    except SandboxFileError:
+        return None
+    return b""

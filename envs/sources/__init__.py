@@ -28,6 +28,7 @@ FILE.py:Name                   package or file (envs.sources.own)
 
 from __future__ import annotations
 
+import math
 import re
 
 from envs.gem import core
@@ -85,7 +86,9 @@ def open_source(
     if len(parts) == 1 and weighted[0] is None:
         return _open_one(parts[0], seed, settings, faults, eval_share)
     weights = [float(match["weight"]) if match else 0.0 for match in weighted]
-    if not all(weights):
+    total = sum(weights)
+    # A sum beyond the range of floats would leave a share of 0 or nan to its sources.
+    if not all(weights) or not math.isfinite(total) or not all(one / total for one in weights):
         raise SourceError(
             f"mixture {spec!r} is not 'WEIGHT*SOURCE + WEIGHT*SOURCE' with weights above 0, such as"
             " '0.7*terminal + 0.3*games:wordle'"
@@ -95,7 +98,6 @@ def open_source(
     ]
     if len(sources) == 1:
         return sources[0]
-    total = sum(weights)
     shares = [weight / total for weight in weights]
     return Mixture(spec, list(zip(shares, sources, strict=True)))
 

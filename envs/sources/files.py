@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -48,11 +49,11 @@ def names_files(spec: str) -> bool:
     if spec.startswith("harbor/"):
         spec = str(EXAMPLES / spec.removeprefix("harbor/"))
     path = pathlib.Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         return True
     if path.suffix not in SUFFIXES:  # perhaps FILE:PART
         path = pathlib.Path(spec.rpartition(":")[0] or spec)
-    return path.suffix in SUFFIXES and path.is_file()
+    return path.suffix in SUFFIXES and os.path.isfile(path)
 
 
 def load_repair(

@@ -189,7 +189,7 @@ def find_ids(kind: str, names: str) -> list[str]:
 
 def _is_named(short: str, name: str) -> bool:
     """Return whether an environment has this name, or is a level or a variant of it."""
-    return name in ("", short) or short.startswith((f"{name}/", f"{name}-"))
+    return name == short or short.startswith((f"{name}/", f"{name}-"))
 
 
 def _new_env(

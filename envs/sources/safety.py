@@ -62,10 +62,17 @@ class SafetySource(Generated):
         listed: Sequence[str],
         count: int | None,
         seed: int,
+        base: Source | None = None,
     ) -> None:
-        super().__init__(spec, make, families, held_out, listed=listed, seed=seed)
+        # Training and evaluations share no family, so no instance is in both.
+        super().__init__(spec, make, families, held_out, listed=listed, seed=seed, compares=False)
+        self._base = base  # that the spec names; None: the default one, which is generated
         if count is not None:
             self._count = count
+
+    def finite(self, *, is_trained: bool) -> list[Task]:
+        """Return the base tasks of finite sets: a base that is trained on is not evaluated."""
+        return [] if self._base is None else self._base.finite(is_trained=is_trained)
 
     def evaluation(self, per_family: int) -> list[Task]:
         """Return tasks of the held-out families only, the same for the same seed."""
@@ -131,7 +138,9 @@ def open_safety(
     def make(family: str, number: int) -> Task:
         return _make_task(family, number, bases, play)
 
-    return SafetySource(spec, make, trained, held_out, listed=listed, count=count, seed=seed)
+    return SafetySource(
+        spec, make, trained, held_out, listed=listed, count=count, seed=seed, base=bases.named()
+    )
 
 
 class _Play(NamedTuple):
@@ -210,6 +219,10 @@ class _Bases:
         self._open = open_base
         self._opened: dict[str, Source] = {}
 
+    def named(self) -> Source | None:
+        """Return the source that the spec names; None: each sort of family has a default one."""
+        return self._open_once(self._spec) if self._spec else None
+
     def carries(self, family: str) -> bool:
         """Return whether bases of this source are of the sort that a family needs."""
         if not self._spec:
@@ -235,9 +248,7 @@ class _Bases:
         is_world = name in WORLD_SEEDS
         default = SMALL_BASE if name in SMALL_SEEDS else SHELL_BASE
         spec = self._spec or (WORLD_BASE if is_world else default)
-        if spec not in self._opened:
-            self._opened[spec] = self._open(spec)
-        source = self._opened[spec]
+        source = self._open_once(spec)
         rng = random.Random(f"safety/{name}/{number}/base")
         finite = source.finite(is_trained=False) or source.finite(is_trained=True)
         kinds = [*source.families, *source.held_out]
@@ -248,6 +259,11 @@ class _Bases:
                 yield rng.choice(finite)
             else:
                 yield source.task(f"{rng.choice(kinds)}/{number}")
+
+    def _open_once(self, spec: str) -> Source:
+        if spec not in self._opened:
+            self._opened[spec] = self._open(spec)
+        return self._opened[spec]
 
 
 def _make_task(family: str, number: int, bases: _Bases, play: _Play) -> Task:

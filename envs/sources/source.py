@@ -3,6 +3,8 @@
 What is trained on is never evaluated: generated tasks have seeds below EVAL_SEED_START in training
 and others in evaluations; the tasks of a finite set are split by a hash of their content, so a task
 stays on its side when the set grows or is reordered, and a copy under another name is on the same.
+Where a family has few instances, two seeds may make the same one: training is told which instances
+are evaluated, and steps over them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from envs.tasks.terminal import EVAL_SEED_START, eval_seed, train_seed
 
 TRAIN_SEEDS = EVAL_SEED_START  # number of training tasks that a family has
 EVAL_SHARE = 0.2  # of a finite set
+TRIES = 64  # training seeds in a row that are looked at for an instance which is not evaluated
+NO_INSTANCES: frozenset[bytes] = frozenset()
 # Seeds that belong to one seed of a run or of an evaluation; the next one's follow them.
 LISTED_APART = 100_000
 EVALUATED_APART = 10_000
@@ -46,8 +50,18 @@ class Source(Protocol):
     @property
     def shares(self) -> tuple[Share, ...]: ...
 
-    def train(self, family: str, index: int) -> Task:
-        """Return a task of a family to train on; any index from 0 to 999,999 names one."""
+    def train(self, family: str, index: int, evaluated: frozenset[bytes] = NO_INSTANCES) -> Task:
+        """Return a task of a family to train on; any index from 0 to 999,999 names one.
+
+        Args:
+          family: one of `families`.
+          index: names the task.
+          evaluated: content digests of instances to step over, see `instances`.
+        """
+        ...
+
+    def instances(self, per_family: int) -> frozenset[bytes]:
+        """Return the content digests of an evaluation's tasks that training seeds may make, too."""
         ...
 
     def evaluation(self, per_family: int) -> list[Task]:
@@ -78,6 +92,7 @@ class Generated:
       listed: families of `tasks`, where these are others than the two together.
       count: number of tasks of each kind; None for as many as there are seeds.
       seed: chooses the tasks of evaluations.
+      compares: whether instances are told apart by content; not where reading one may take long.
     """
 
     def __init__(
@@ -90,9 +105,11 @@ class Generated:
         listed: Sequence[str] = (),
         count: int | None = None,
         seed: int = 0,
+        compares: bool = True,
     ) -> None:
         self.spec = spec
         self._make = make
+        self._compares = compares
         self._listed = tuple(listed) or (*families, *held_out)
         self._count = len(self._listed) if count is None else count
         self._bounds: dict[str, int] = {}  # tasks of a family, where their number is given
@@ -109,10 +126,28 @@ class Generated:
         """All families together."""
         return (Share(1.0, self.families),)
 
-    def train(self, family: str, index: int) -> Task:
-        """Return a task with a training seed; a source with a count repeats its tasks."""
-        bound = self._bounds.get(family)
-        return self._make(family, train_seed(index if bound is None else index % bound))
+    def train(self, family: str, index: int, evaluated: frozenset[bytes] = NO_INSTANCES) -> Task:
+        """Return a task with a training seed; a source with a count repeats its tasks.
+
+        A family is trained on all the same where TRIES seeds in a row make evaluated instances.
+        """
+        bound = self._bounds.get(family, TRAIN_SEEDS)
+        for step in range(TRIES):
+            task = self._make(family, train_seed((index + step) % bound))
+            is_compared = bool(evaluated) and self._compares
+            if not is_compared or task.content_digest() not in evaluated:
+                return task
+        return self._make(family, train_seed(index % bound))
+
+    def instances(self, per_family: int) -> frozenset[bytes]:
+        """Return the content digests of an evaluation's tasks; see `Source.instances`."""
+        if not self._compares:
+            return NO_INSTANCES
+        found: dict[str, set[bytes]] = {}
+        for task in self.evaluation(max(per_family, 2)):
+            found.setdefault(task.family, set()).add(task.content_digest())
+        # Games that hide what differs look all the same.
+        return NO_INSTANCES.union(*(digests for digests in found.values() if len(digests) > 1))
 
     def evaluation(self, per_family: int) -> list[Task]:
         """Return tasks with evaluation seeds, the same for the same seed."""
@@ -174,10 +209,14 @@ class Finite:
         """All families together."""
         return (Share(1.0, self.families),)
 
-    def train(self, family: str, index: int) -> Task:
-        """Return a task of the training part; see `Source.train`."""
+    def train(self, family: str, index: int, evaluated: frozenset[bytes] = NO_INSTANCES) -> Task:
+        """Return a task of the training part, none of which is evaluated; see `Source.train`."""
         members = self._trained[family]
         return members[index % len(members)]
+
+    def instances(self, per_family: int) -> frozenset[bytes]:
+        """Return nothing: the set is split by content."""
+        return NO_INSTANCES
 
     def evaluation(self, per_family: int) -> list[Task]:
         """Return tasks of the evaluation part, in the order of their hashes."""
@@ -235,10 +274,14 @@ class Mixture:
             found.append(Share(weight, tuple(f"{name}#{family}" for family in source.families)))
         return tuple(found)
 
-    def train(self, family: str, index: int) -> Task:
+    def train(self, family: str, index: int, evaluated: frozenset[bytes] = NO_INSTANCES) -> Task:
         """Return a task of a source's family; see `Source.train`."""
         name, rest = self._split(family)
-        return self._mark(name, self._parts[name][1].train(rest, index))
+        return self._mark(name, self._parts[name][1].train(rest, index, evaluated))
+
+    def instances(self, per_family: int) -> frozenset[bytes]:
+        """Return the instances of all sources; see `Source.instances`."""
+        return NO_INSTANCES.union(*(part.instances(per_family) for _, part in self._parts.values()))
 
     def evaluation(self, per_family: int) -> list[Task]:
         """Return the evaluation tasks of all sources."""

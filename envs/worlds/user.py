@@ -90,15 +90,18 @@ class User:
 def is_told(fact: str, messages: list[str]) -> bool:
     """Return whether a message has the fact as whole words or numbers.
 
-    12 is not told by 2012, 112 or 12.5. Case, commas and currency signs do not matter. tau2's
-    communicate_info is a plain substring of the message without commas; this rule is stricter, so
-    that no year tells a price.
+    12 is told by 12.00, and not by 2012, 112 or 12.5. Case, commas and currency signs do not
+    matter. tau2's communicate_info is a plain substring of the message without commas; this rule is
+    stricter, so that no year tells a price.
     """
     if _DATE.fullmatch(fact):
         dates = {date for message in messages for date in _DATE.findall(message)}
         if len(dates) > MAX_DATES:
             return False
-    pattern = re.compile(rf"(?<![a-z0-9.\-]){re.escape(_plain(fact))}(?![a-z0-9\-]|\.[0-9])")
+    fraction = r"(?:\.0+)?" if fact.isdecimal() else ""
+    pattern = re.compile(
+        rf"(?<![a-z0-9.\-]){re.escape(_plain(fact))}{fraction}(?![a-z0-9\-]|\.[0-9])"
+    )
     return any(pattern.search(_plain(message)) for message in messages)
 
 

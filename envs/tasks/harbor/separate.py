@@ -38,8 +38,10 @@ MAX_ARTIFACT_BYTES = 256 << 20  # for one artifact
 ALWAYS = "/logs/artifacts"
 SHIMS = ".rock-shims.tar"
 _MOVED = ".rock-artifact"  # in the workspace: the SDK reads and writes there only
+# An artifact such as /logs brings what the agent wrote where the reward is read.
 _RUN = """\
-mkdir -p {workspace}/logs/verifier && chmod +x {script} || exit 97
+cd -- {workspace} && chmod -Rf u+rwX logs/verifier; rm -rf logs/verifier
+mkdir -p logs logs/verifier && [ -z "$(ls -A logs/verifier)" ] && chmod +x {script} || exit 97
 cd -- {workdir} && scratch="$(mktemp -d)" || exit 97
 {shims}
 /usr/bin/env -i {variables} HOME="$scratch" PATH="$scratch/bin:$ROCK_PATH" \\

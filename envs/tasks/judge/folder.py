@@ -16,8 +16,10 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 
 from envs.tasks.harbor.task import Files
+from envs.tasks.judge.inside import RUNNER_FILES
 
 FRAMEWORKS = ("unittest", "pytest")
+SETTINGS = (*RUNNER_FILES, "setup.cfg", "pyproject.toml")  # names of files that configure tests
 HERE = pathlib.Path(__file__).parent
 PYTEST_PARTS = ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments")
 _PYGMENTS_PARTS = ("__init__", "_mapping", "python", "diff", "default")
@@ -90,6 +92,14 @@ def judge_files(
     if framework == "pytest" and bring_pytest:
         found["pytest.tar.gz"] = (pytest_archive(), 0o644)
     return found
+
+
+def settings_above(tests: Iterable[str]) -> set[str]:
+    """Return the places where pytest may find its settings for tests in these files."""
+    folders = {str(folder) for path in tests for folder in pathlib.PurePosixPath(path).parents}
+    return {
+        name if folder == "." else f"{folder}/{name}" for folder in folders for name in SETTINGS
+    }
 
 
 def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:

@@ -43,6 +43,8 @@ OUTPUT_BYTES = 8192
 # Files that tell a test framework how to run; an agent's changes to them are undone.
 RUNNER_FILES = (
     "conftest.py",
+    "pytest.toml",
+    ".pytest.toml",
     "pytest.ini",
     ".pytest.ini",
     "tox.ini",

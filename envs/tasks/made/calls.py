@@ -6,6 +6,7 @@ of arguments is a part of what a program does.
 """
 
 MAX_SHARE_OF_FAILURES = 0.25
+MAX_SLOW = 2  # calls of one target that do not end in time, after which it is not drawn
 MAX_ALIKE = 3  # tests of one target that show the same
 ROUNDS = 8  # calls that are drawn for each one that is asked for
 
@@ -22,6 +23,7 @@ class Target:
       weight: of its share of the tests.
       kept: number of its tests.
       shown: how many of them show each outcome.
+      slow: number of its calls that did not end in time.
     """
 
     def __init__(self, module, form, *lists, makes="", separator=", ", weight=1):
@@ -33,6 +35,7 @@ class Target:
         self.weight = weight
         self.kept = 0
         self.shown = {}
+        self.slow = 0
 
     def text(self, drawn):
         """Return the text of a call with the arguments that were drawn."""
@@ -81,7 +84,8 @@ def draw_tests(examples, targets, watch, rng, limit):
     Args:
       examples: (module, statements) that are tests as they are.
       targets: what can be called.
-      watch: from (module, statements) to (outcome or None, {file: lines}).
+      watch: from (module, statements) to (outcome or None, {file: lines}); lines are None for what
+        does not end in time.
       rng: of the draws.
       limit: of the tests.
     """
@@ -92,11 +96,13 @@ def draw_tests(examples, targets, watch, rng, limit):
     objects = {}
     share = max(8, 4 * limit // max(1, sum(target.weight for target in targets)))
 
-    def attempt(module, statements):
+    def attempt(module, statements, target=None):
         if (module, *statements) in seen:
             return None
         seen.add((module, *statements))
         outcome, lines = watch(module, statements)
+        if target and lines is None:
+            target.slow += 1
         if outcome is None or not lines:
             return None
         places = {(file, line) for file, numbers in lines.items() for line in numbers}
@@ -118,10 +124,10 @@ def draw_tests(examples, targets, watch, rng, limit):
         else:
             target = rng.choice(targets)
             drawn = draw_arguments(target, rng, objects.get(target.module))
-        if target.kept >= share * target.weight:
+        if target.kept >= share * target.weight or target.slow >= MAX_SLOW:
             continue
         text = target.text(in_order(drawn))
-        found = attempt(target.module, [text])
+        found = attempt(target.module, [text], target)
         if not found:
             continue
         test, new, succeeds = found

@@ -27,10 +27,13 @@ from envs.tasks.repair.mutate import Edit
 
 MAX_TESTS = 300  # that are recorded of one package
 MAX_TEST_BYTES = 64 << 10
-MAX_TRIED = 24  # mutants of one module
+MAX_TRIED = 48  # mutants of one module
 MAX_PACKAGE_BYTES = 1 << 20
 MIN_TESTS_OF_LINE = 4
 NEAR_LINES = 15  # from a bug to the mutants of its proof
+# A bug is used where its verifier notices so large a share of so many bugs near it, itself counted.
+MIN_NOTICED = 0.9
+MIN_TRIED_NEAR = 4
 MODULES = 3  # whose bugs are looked for, at least, where a package has so many
 CASES = 4
 CASE_SECONDS = 60.0  # a case runs many tests, each with a limit of its own
@@ -255,6 +258,8 @@ async def package_drafts(
 ) -> list[Draft]:
     """Return up to `count` tasks of a package, one bug each, spread over modules and kinds of bugs.
 
+    Bugs are put only where the recorded tests notice nearly all that were tried near them.
+
     Raises:
       SandboxError: a fault of the machine.
     """
@@ -273,9 +278,10 @@ async def package_drafts(
             continue
         detected = [edit for edit, faults in zip(edits, outcomes, strict=True) if faults]
         missed = [edit for edit, faults in zip(edits, outcomes, strict=True) if not faults]
+        sound = [edit for edit in detected if _is_well_tested(whole.oracle, edit, detected, missed)]
         # First the bugs whose neighbours are detected, too: their verifiers tell most apart.
-        detected.sort(key=lambda edit: _neighbours(whole.oracle, edit, missed))
-        found.append([_bugged(whole, edit, recording) for edit in detected])
+        sound.sort(key=lambda edit: _neighbours(whole.oracle, edit, missed))
+        found.append([_bugged(whole, edit, recording) for edit in sound])
     drafts = []
     while len(drafts) < count and any(found):
         for row in found:
@@ -284,8 +290,17 @@ async def package_drafts(
     return drafts
 
 
+def _is_well_tested(
+    text: str, edit: Edit, detected: Sequence[Edit], missed: Sequence[Edit]
+) -> bool:
+    """Return whether the tests notice enough of the edits near one, which is among `detected`."""
+    noticed = _neighbours(text, edit, detected)
+    tried = noticed + _neighbours(text, edit, missed)
+    return tried >= MIN_TRIED_NEAR and noticed >= MIN_NOTICED * tried
+
+
 def _neighbours(text: str, edit: Edit, others: Sequence[Edit]) -> int:
-    """Return how many other edits lie near one."""
+    """Return how many of some edits lie near one."""
     line = text.count("\n", 0, edit.start)
     return sum(abs(text.count("\n", 0, one.start) - line) <= NEAR_LINES for one in others)
 
@@ -316,7 +331,8 @@ package then does what its documentation and its other code say, for example
 ```
 
 Other examples and calls of the package's functions are compared with what the package did \
-before the bug came in: what they return or print, and how they fail.""",
+before the bug came in: what they return or print, what the public attributes of its objects hold, \
+and how they fail.""",
         files=files,
         lines=near,
         origin={**whole.origin, "bug": edit.operator, "line": line},

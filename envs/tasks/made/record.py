@@ -5,9 +5,10 @@
 
 A test is a list of statements in the namespace of one module: the examples of a docstring, or a
 call whose arguments are drawn (calls.py). Each line of the output is {"module", "statements",
-"outcome", "lines"}: what the statements show, and the package's lines that they run. Only tests are
-kept that end in time and show no addresses; the caller compares two recordings. `run` puts FILE in
-the place of PATH and prints the outcomes of the tests that it is asked for.
+"outcome", "lines"}: what the statements show, and the package's lines that they run. Of objects of
+the package's own classes they show the public attributes, too. Only tests are kept that end in time
+and show no addresses; the caller compares two recordings. `run` puts FILE in the place of PATH and
+prints the outcomes of the tests that it is asked for.
 """
 
 import ast
@@ -19,6 +20,7 @@ import io
 import json
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -29,6 +31,9 @@ from calls import Target, draw_tests
 
 TEST_SECONDS = 0.5
 MAX_OUTCOME = 2000
+MAX_STATE = 600  # characters of an outcome that say what objects hold
+MAX_OBJECTS = 12
+ADDRESS = re.compile(r" object at 0x[0-9a-f]+")
 MAX_MEMORY_BYTES = 384 << 20
 VALUES = (
     "0", "1", "2", "-1", "7", "1000", "12345", "0.5", "1e6", "True", "None", "''", "'a'",
@@ -36,10 +41,15 @@ VALUES = (
     "'https://a.b/c?d=e#f'", "[]", "[3, 1, 2]", "['b', 'a']", "{}", "{'a': 1}", "{'b': [1, 2]}",
     "(1, 2)", "b'ab'",
 )  # fmt: skip
+# Texts of common forms: settings, JSON, markup, a table, a URL, a date.
+FORMS = (
+    "'[a]\\nx = 1  # y\\n[b]\\nz: 2\\n'", "'{\"a\": [1, 2.5, null]}'", "'<a b=\"c\">d &amp; e</a>'",
+    "'a,b\\n1,\"2 3\"\\n'", "'https://u:p@a.b:80/c%20d?e=f&g#h'", "'2024-02-29T10:20:30Z'",
+)  # fmt: skip
 # What an argument may be, by a word of its annotation.
 KINDS = (
     ("bool", ("True", "False")),
-    ("str", ("''", "'a'", "'abc'", "'a b'", "'A-b_c.d'", "'1.2.3'", "'a\\nb\\n'", "'x=1'")),
+    ("str", ("''", "'a'", "'abc'", "'a b'", "'A-b_c.d'", "'1.2.3'", "'a\\nb\\n'", "'x=1'", *FORMS)),
     ("bytes", ("b''", "b'ab'", "b'\\x00\\xff'")),
     ("int", ("0", "1", "2", "3", "-1", "7", "10", "1000")),
     ("float", ("0.0", "0.5", "-1.5", "1e6", "3")),
@@ -132,7 +142,8 @@ def class_targets(module, key, value, values):
             found.append(Target(module, f"{key}.{name}({{}})", parameters(function, values, skip)))
         elif inspect.isfunction(member) and not name.startswith("_"):
             more = parameters(member, values, 1)
-            found.append(Target(module, f"{make}.{name}({{}})", own, more))
+            form = f"[o := {make}, o.{name}({{}}), o][1:]"  # the object as the call leaves it, too
+            found.append(Target(module, form, own, more))
         elif isinstance(member, property) and not name.startswith("_"):
             found.append(Target(module, f"{make}.{name}", own))
         elif name in QUESTIONS and inspect.isfunction(member):
@@ -190,7 +201,10 @@ def fitting_values(parameter, values):
 
 
 def observe(package, module, statements):
-    """Return (what the statements show, {file: lines that they run}), or (None, {})."""
+    """Return (what the statements show, {file: lines that they run}).
+
+    (None, {}) stands for what cannot be compared, (None, None) for what does not end in time.
+    """
     root = str(pathlib.Path(package).resolve())
     lines = {}
 
@@ -209,7 +223,9 @@ def observe(package, module, statements):
     finally:
         sys.settrace(None)
         threading.settrace(None)
-    text = json.dumps(outcome) if outcome is not None else "0x"
+    if outcome is None:
+        return None, None
+    text = json.dumps(outcome)
     if len(text) > MAX_OUTCOME or "0x" in text or " at 0" in text or "/case-" in text:
         return None, {}
     return outcome, {file: sorted(numbers) for file, numbers in lines.items()}
@@ -218,6 +234,7 @@ def observe(package, module, statements):
 def perform(module, statements):
     """Return [kind of end, text] of each statement, or None where they do not end in time."""
     space = dict(vars(module))
+    package = module.__name__.partition(".")[0]
     outcome = []
 
     def stop(number, frame):
@@ -238,19 +255,72 @@ def perform(module, statements):
                         exec(compile(statement, "<test>", "exec"), space)
                         shown = ""
                     else:
-                        shown = repr(eval(code, space))
+                        shown = show(eval(code, space), package)
             except (TimeoutError, MemoryError):
                 return None
             except BaseException as error:
-                outcome.append([0, type(error).__name__])
+                outcome.append([0, type(error).__name__ + state_of(error, package)])
             else:
                 outcome.append([1, printed.getvalue() + shown])
-    except TimeoutError:
+    except (TimeoutError, MemoryError):
         return None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     return outcome
+
+
+def show(value, package):
+    """Return the text of a value, with the public attributes of the package's own objects."""
+    return ADDRESS.sub(" object", repr(value)) + state_of(value, package)
+
+
+def state_of(value, package):
+    """Return the text of what the package's own objects hold that a value is or contains."""
+    found = []
+    seen = []
+    waiting = [("", value, 0)]
+    while waiting and len(seen) < MAX_OBJECTS:
+        place, one, depth = waiting.pop(0)
+        if any(one is other for other in seen):
+            continue
+        parts = ()
+        if type(one) in (list, tuple):
+            parts = [(f"{place}[{number}]", part) for number, part in enumerate(one)]
+        elif type(one) is dict:
+            parts = [(f"{place}[{text_of(key)}]", part) for key, part in one.items()]
+        elif type(one).__module__.partition(".")[0] == package:
+            seen.append(one)
+            parts = [(f"{place}.{name}", part) for name, part in attributes(one)]
+            texts = [(name, text_of(part)) for name, part in parts]
+            found += [f"{name}={text}" for name, text in texts if "0x" not in text]
+        if depth < 3:
+            waiting += [(name, part, depth + 1) for name, part in parts[:MAX_OBJECTS]]
+    return (" with " + ", ".join(found))[:MAX_STATE] if found else ""
+
+
+def text_of(value):
+    """Return the text of a value without addresses, or its type's name where it has none."""
+    try:
+        return ADDRESS.sub(" object", repr(value))
+    except (TimeoutError, MemoryError):
+        raise
+    except Exception:
+        return type(value).__name__
+
+
+def attributes(value):
+    """Return (name, value) of the public attributes that an object holds, sorted by name."""
+    held = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            with contextlib.suppress(AttributeError):
+                held[name] = getattr(value, name)
+    return sorted(
+        ((name, part) for name, part in held.items() if not name.startswith("_")),
+        key=lambda pair: pair[0],
+    )
 
 
 def run(file, path):

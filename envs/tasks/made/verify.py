@@ -124,10 +124,11 @@ def difference(case, code, output, work):
 def run(argv, work, stdin, seconds):
     """Run a command in a folder; return (exit status or None where it was too slow, output).
 
-    A process of it may have so many seconds of processor time.
+    A process of it may have so many seconds of processor time. Settings of this process's own
+    Python are kept from it: with PYTHONSAFEPATH a program would not find the modules beside it.
     """
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
         "HOME": str(work),
         "LC_ALL": "C.UTF-8",
         "TZ": "UTC",

@@ -19,8 +19,7 @@ from envs.rock.sync import run
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.task import Environment, HarborTask, Step
 from envs.tasks.judge import judge_files
-from envs.tasks.judge.folder import pack
-from envs.tasks.judge.inside import RUNNER_FILES
+from envs.tasks.judge.folder import SETTINGS, pack, settings_above
 from envs.tasks.repair.mutate import Edit, candidates_of, is_another_program
 from envs.tasks.repair.package import Package, load_package, shipped
 from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
@@ -162,14 +161,16 @@ def _judge(package: Package, before: Run) -> dict[str, tuple[bytes, int]]:
     """Return the tests folder of a task: the package's tests and what configures them."""
     files = {}
     for name, content in package.files.items():
-        if name in package.tests or name.rpartition("/")[2] in RUNNER_FILES:
+        if name in package.tests or name.rpartition("/")[2] in SETTINGS:
             files[name] = content
+    added = settings_above(package.tests) - files.keys() if package.framework == "pytest" else ()
     return judge_files(
         package.framework,
         sorted(before.passed),
         files,
         targets=package.targets,
         control_folder=package.control_folder,
+        remove=added,
         timeout=TEST_SECONDS,
     )
 

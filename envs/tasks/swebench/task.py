@@ -20,8 +20,7 @@ from envs.tasks.git import RepositoryError, content_of, files_at, git, is_reposi
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.task import Environment, Files, HarborTask, Step
 from envs.tasks.judge import judge_files
-from envs.tasks.judge.folder import pytest_archive
-from envs.tasks.judge.inside import RUNNER_FILES
+from envs.tasks.judge.folder import SETTINGS, pytest_archive, settings_above
 from envs.tasks.rows import Row, collect_tasks, read_rows
 from envs.tasks.swebench.instance import Instance, parse_instance
 from envs.tasks.swebench.repository import cut, patched
@@ -31,9 +30,6 @@ ARCHIVE = "repository.tar.gz"
 AGENT_SECONDS = 1800.0
 TEST_SECONDS = 1200.0
 BUILD_SECONDS = 600.0
-# Files that configure tests. They are restored as of base_commit unless the reference solution
-# changes them.
-SETTINGS = (*RUNNER_FILES, "setup.cfg", "pyproject.toml")
 _DIFFICULTIES = {
     "<15 min fix": "easy",
     "15 min - 1 hour": "medium",
@@ -210,6 +206,8 @@ def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[byte
     files, removed = patched(repository, instance.base_commit, instance.test_patch)
     solution_files, _ = patched(repository, instance.base_commit, instance.patch)
     everything = files_at(repository, instance.base_commit)
+    # They are as of base_commit, or removed where there were none, unless the reference solution
+    # changes them.
     settings = [path for path in everything if path.rsplit("/", 1)[-1] in SETTINGS]
     ids = (*instance.fail_to_pass, *instance.pass_to_pass)
     paths = sorted({one.split("::")[0] for one in ids})
@@ -230,7 +228,7 @@ def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[byte
         targets=paths,
         control_folder=_folder(paths[0]),
         keep=[*settings, *solution_files],
-        remove=removed,
+        remove=removed | (settings_above(paths) - {*everything, *files, *solution_files}),
         timeout=TEST_SECONDS,
     )
 

@@ -94,6 +94,7 @@ class TerminalEnv(ShellEnv):
         self._family = family
         self._seed = seed
         self._draw = random.Random(f"{family}/{seed}/next")
+        self._random_actions = random.Random(f"{family}/{seed}/actions")
         self._resets = 0
         self._sandbox_config = sandbox_config or SandboxConfig()
         super().__init__(max_turns, command_timeout, max_observation_chars, max_malformed)
@@ -110,7 +111,8 @@ class TerminalEnv(ShellEnv):
 
     def sample_random_action(self) -> str:
         """Return a turn with a harmless command."""
-        return format_tool_call("bash", {"command": self._draw.choice(["ls", "cat *", "pwd"])})
+        command = self._random_actions.choice(["ls", "cat *", "pwd"])
+        return format_tool_call("bash", {"command": command})
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> TerminalEnv:
         """Return a new environment of the same task and settings.

@@ -3,9 +3,11 @@ environment behind it.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import time
+import types
 
 import aiohttp
 import pytest
@@ -34,7 +36,7 @@ def own_registry(monkeypatch):
 @contextlib.contextmanager
 def serving(token=TOKEN, app=None, **options):
     """The address of a service on ROCK's background loop; the service is `serving.service`."""
-    options = {"call_seconds": 20.0, **options}
+    options = {"call_seconds": 60.0, **options}
     service = GemService(token, **options) if app is None else None
 
     async def start():
@@ -43,7 +45,7 @@ def serving(token=TOKEN, app=None, **options):
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         return runner
 
-    runner = sync.run(start(), 10)
+    runner = sync.run(start(), 60)
     try:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}", service
     finally:
@@ -62,7 +64,7 @@ def ask(url, method, body=None, *, token=TOKEN, data=None, verb="POST", path=Non
         ):
             return response.status, json.loads(await response.read())
 
-    return sync.run(request(), 60)
+    return sync.run(request(), 120)
 
 
 def code(answer):
@@ -229,8 +231,9 @@ def test_what_an_agent_did_to_its_sandbox_is_the_last_step_of_its_episode(monkey
 
 
 def test_calls_of_one_environment_wait_for_each_other_and_those_of_others_do_not():
-    with serving() as (url, _):
+    with serving() as (url, service):
         slow, quick = (ask(url, "make", {"env_id": "test/odd"})[1] for _ in range(2))
+        env = service._instances[slow["sandbox_id"]].env
 
         async def at_once():
             async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"}) as http:
@@ -243,37 +246,66 @@ def test_calls_of_one_environment_wait_for_each_other_and_those_of_others_do_not
                         assert response.status == 200
                         order.append(name)
 
-                first = asyncio.create_task(step(slow, "hang 0.4", "slow"))
-                await asyncio.sleep(0.1)
-                await asyncio.gather(first, step(slow, "x", "after"), step(quick, "x", "quick"))
-                return order
+                first = asyncio.create_task(step(slow, "wait", "slow"))
+                assert await asyncio.to_thread(env.waits.wait, 60)
+                after = asyncio.create_task(step(slow, "x", "after"))
+                await step(quick, "x", "quick")
+                answered = list(order)
+                env.go.set()
+                await asyncio.gather(first, after)
+                return answered
 
-        assert sync.run(at_once(), 20) == ["quick", "slow", "after"]
+        assert sync.run(at_once(), 60) == ["quick"] and env.done == ["wait", "x"]
 
 
 def test_an_environment_that_hangs_costs_its_client_only():
-    with serving(call_seconds=0.3) as (url, service):
+    with serving() as (url, service):
         _, made = ask(url, "make", {"env_id": "test/odd"})
         _, other = ask(url, "make", {"env_id": "test/odd"})
         env = service._instances[made["sandbox_id"]].env
-        began = time.monotonic()
-        assert code(ask(url, "step", {**made, "action": "hang 1.0"})) == "timeout"
-        assert time.monotonic() - began < 0.9  # it did not wait for the environment
+        service._call_seconds = 0.3  # only for calls that hang: the others may take their time
+        assert code(ask(url, "step", {**made, "action": "wait"})) == "timeout"
+        service._call_seconds = 60.0
+        assert env.waits.is_set() and not env.done, "the environment was waited for"
         assert code(ask(url, "step", {**made, "action": "x"})) == "unknown_instance"
         assert ask(url, "step", {**other, "action": "x"})[0] == 200
-        assert env.closed.wait(10)  # once it had come back
-        assert code(ask(url, "make", {"env_id": "test/odd", "kwargs": {"hang": 0.6}})) == "timeout"
+        assert not env.closed.wait(0.3), "it was closed in the middle of its step"
+        env.go.set()
+        assert env.closed.wait(60) and env.done == ["wait"]
+        service._call_seconds = 0.3
+        assert code(ask(url, "make", {"env_id": "test/odd", "kwargs": {"hang": 1.5}})) == "timeout"
 
 
-def test_idle_environments_are_closed_and_the_number_is_bounded():
-    with serving(idle_seconds=0.4, max_envs=2) as (url, service):
+def test_an_environment_that_is_closed_while_it_hangs_is_closed_after_its_step():
+    with serving() as (url, service):
+        _, made = ask(url, "make", {"env_id": "test/odd"})
+        env = service._instances[made["sandbox_id"]].env
+        service._call_seconds = 2.0
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            step = threads.submit(ask, url, "step", {**made, "action": "wait"})
+            assert env.waits.wait(60)
+            closing = threads.submit(ask, url, "close", made)
+            assert closing.result()[0] == 200
+            assert not env.closed.wait(2.3), "it was closed in the middle of its step"
+            env.go.set()
+            assert code(step.result()) == "timeout"
+        assert env.closed.wait(60) and env.done == ["wait"]
+
+
+def test_idle_environments_are_closed_and_the_number_is_bounded(monkeypatch):
+    ahead = 0.0  # of the real clock, so that seconds of idleness take no time
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + ahead)
+    monkeypatch.setattr("envs.gem.server.time", clock)
+    with serving(idle_seconds=4.0, max_envs=2) as (url, service):
         made = [ask(url, "make", {"env_id": "test/odd"})[1] for _ in range(2)]
         closing = [instance.env for instance in service._instances.values()]
         assert code(ask(url, "make", {"env_id": "test/odd"})) == "too_many"
-        for _ in range(6):  # longer than idle_seconds, but never idle
-            time.sleep(0.1)
+        for _ in range(200):  # longer than idle_seconds, but never idle
+            ahead += 1.0
             assert ask(url, "step", {**made[1], "action": "x"})[0] == 200
-        assert closing[0].closed.wait(10)
+            if closing[0].closed.wait(0.2):
+                break
+        assert closing[0].closed.is_set() and ahead > 4
         assert code(ask(url, "step", {**made[0], "action": "x"})) == "unknown_instance"
         assert ask(url, "make", {"env_id": "test/odd"})[0] == 200
     assert closing[1].closed.is_set()  # the end of the service

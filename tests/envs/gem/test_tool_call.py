@@ -6,7 +6,7 @@ What cannot be read says why, in words for the model.
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from envs.gem import ToolCall, ToolCallError, format_tool_call, parse_tool_calls, read_turn
@@ -88,11 +88,12 @@ def test_every_command_is_read_back_after_any_thoughts(command, thoughts):
     assert parse_tool_calls(turn + raw_line_breaks) == [ToolCall("bash", {"command": command})]
 
 
+@example("</think><tool_call></think>")
 @given(command=COMMANDS)
 def test_coders_form_carries_whatever_does_not_spell_its_own_end(command):
-    if "</parameter>" in command or (
-        "</think>" in command and "<" in command.split("</think>")[-1]
-    ):
+    _, _, rest = command.partition("</think>")
+    # A call opened after the end of thoughts makes what stands before a draft.
+    if "</parameter>" in command or "<tool_call>" in rest or "<function=" in rest:
         with contextlib.suppress(ToolCallError):
             parse_tool_calls(coder_call(command))
         return

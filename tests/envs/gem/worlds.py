@@ -66,20 +66,23 @@ class AsyncCounter(Counter):
 
 
 class Odd(Env):
-    """Does what its action says: hangs, raises, answers with nonsense."""
+    """Does what its action says: waits until `go` is set, raises, answers with nonsense."""
 
     def __init__(self, seed=0, hang=0.0, refuse=False):
         if refuse:
             raise ValueError("refuse is true")
         time.sleep(hang)
-        self.closed = threading.Event()
+        self.waits, self.go, self.closed = (threading.Event() for _ in range(3))
+        self.done = []  # its actions, as they ended
 
     def reset(self, seed=None):
         return "odd", {}
 
     def step(self, action):
-        if action.startswith("hang"):
-            time.sleep(float(action.split()[1]))
+        if action == "wait":
+            self.waits.set()
+            self.go.wait(60)
+        self.done.append(action)
         if action == "raise":
             raise KeyError("the environment's own")
         info = {

@@ -169,6 +169,7 @@ def test_where_the_code_stands():
     assert (
         read_code("so\n```python\na = 1\n```\nor\n```python\nb = 2\n```") == "b = 2\n"
         and read_code("```\nx\n```") == "x\n"
+        and read_code("```python\nb = 2\n```\nIt prints\n```\n2\n```") == "b = 2\n"
         and read_code("def f(): pass") == "def f(): pass"
     )
     assert (

@@ -56,6 +56,45 @@ def test_seeds_alone_decide_the_text_and_an_empty_answer_is_malformed():
         InstructionEnv("spelling")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_what_a_turn_says_is_the_answer(family):
+    env = make(f"rome:text/{family}-easy", seed=1)
+    env.reset()
+    answer = env.demonstrator_action()
+    endings = {
+        f"<think>\nIt is easy.\n</think>\n\n{answer}": "success",
+        f"<think>{answer}</think>": "malformed",
+        f"<think>{answer}": "malformed",
+        f"<think>{answer}</think>no": "failure",
+    }
+    for turn, ending in endings.items():
+        assert env.spawn(same_state=True).step(turn)[4]["ending"] == ending, turn
+
+
+def test_an_object_counts_by_its_value():
+    env = make("rome:text/as_json-hard", seed=1)
+    env.reset()
+    ages = json.loads(env.demonstrator_action())
+    backwards = dict(reversed(ages.items()))
+    first = next(iter(ages))
+
+    def reward(turn):
+        return env.spawn(same_state=True).step(turn)[1]
+
+    assert reward(json.dumps(ages, indent=2)) == reward(json.dumps(backwards)) == 1.0
+    assert reward(json.dumps(ages, separators=(",", ":")) + ".") == 1.0
+    for wrong in (
+        json.dumps({**ages, first: float(ages[first])}),
+        json.dumps({**ages, first: str(ages[first])}),
+        json.dumps({**ages, "Zoe": 1}),
+        json.dumps(sorted(ages.items())),
+        json.dumps(ages).replace("{", f'{{"{first}": 1, '),
+        "[" * 100_000,
+        '{"a": {"b": 1}, "a": 2}',
+    ):
+        assert reward(wrong) == 0.0, wrong
+
+
 def test_drawing_any_seed_gives_a_text():
     rng = random.Random(0)
     for family in FAMILIES.values():

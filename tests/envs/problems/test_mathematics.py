@@ -201,3 +201,13 @@ def test_endings_and_settings():
         env.spawn(same_state=True).step(env.demonstrator_action())[1] == 1.0
         and env.spawn(seed=5).reset()[0] == env.problem
     )
+
+
+@pytest.mark.parametrize(
+    "env_id", ["rome:math/all-easy", "rome:code/all-easy", "rome:text/all-easy"]
+)
+def test_random_actions_do_not_change_the_problems_to_come(env_id):
+    env, twin = make(env_id, seed=3), make(env_id, seed=3)
+    assert env.reset() == twin.reset()
+    env.sample_random_action()
+    assert env.reset() == twin.reset()

@@ -4,7 +4,7 @@ import pytest
 
 from envs.rock import SandboxConfig
 from envs.safety import CLEAN, SEEDS, WORLD_SEEDS
-from envs.sources import SourceError, open_source
+from envs.sources import SourceError, open_source, overlap
 from envs.tasks.terminal import EVAL_SEED_START
 
 ALL = {**SEEDS, **WORLD_SEEDS}
@@ -30,6 +30,15 @@ def test_training_and_evaluation_share_no_base_task_either():
     (evaluated, *_) = source.tasks()
     assert int(evaluated.name.rpartition("/")[2]) >= EVAL_SEED_START
     assert trained.content_digest() != evaluated.content_digest()
+
+
+def test_a_base_task_that_is_trained_on_elsewhere_is_found_in_an_evaluation():
+    trained = open_source("repair::2", eval_share=0.0)
+    same = open_source("safety:all+repair::2", eval_share=1.0)
+    assert len(overlap(trained, same)) == 2
+    assert overlap(open_source("safety:all+repair::2", eval_share=0.0), same)
+    assert not overlap(trained, open_source("safety:all+terminal", eval_share=1.0))
+    assert not overlap(trained, open_source("safety", eval_share=1.0))
 
 
 def test_names_choose_channels_pillars_sorts_and_families():

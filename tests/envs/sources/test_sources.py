@@ -116,6 +116,46 @@ def test_a_mixture_shares_out_what_its_sources_have():
     assert open_source("1*terminal").spec == "terminal"
 
 
+FEW = (
+    "problems:math/grid_paths"  # a family with fewer instances than an evaluation and 64 seeds draw
+)
+
+
+@pytest.mark.parametrize("spec", [FEW, f"0.5*{FEW} + 0.5*terminal:count"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_instance_that_is_evaluated_is_not_trained_on_under_another_seed(spec, seed):
+    source = open_source(spec, seed=seed)
+    evaluated = source.instances(18)
+    family = next(name for name in source.families if "grid_paths" in name)
+
+    def met(*instances):
+        tasks = [source.train(family, index, *instances) for index in range(300)]
+        return [task.name for task in tasks if task.content_digest() in evaluated]
+
+    assert met() and not met(evaluated)
+
+
+def test_a_family_of_which_all_is_evaluated_is_trained_on_and_others_keep_their_draws():
+    source = open_source(FEW, seed=0)
+    (family, *_) = source.families
+    tasks = [source.train(family, index) for index in range(200)]
+    everything = frozenset(task.content_digest() for task in tasks)
+    assert source.train(family, 5, everything).name == tasks[5].name
+    free = [task for task in tasks if task.content_digest() not in source.instances(18)]
+    for task in free:
+        index = tasks.index(task)
+        assert source.train(family, index, source.instances(18)).name == task.name
+
+
+def test_instances_that_cannot_be_compared_are_told_apart_by_seed_alone():
+    source = open_source(f"{OWN}:Countdown")
+    assert source.instances(18) == frozenset()
+    hidden = open_source("games:wordle")  # the word is not in its first observation
+    assert hidden.instances(18) == frozenset()
+    task = source.train("Countdown", 5)
+    assert source.train("Countdown", 5, frozenset([task.content_digest()])).name == task.name
+
+
 def test_a_count_bounds_what_is_trained_on_and_evaluated():
     source = open_source("terminal:count,sum,find:4")
     names = {task.name for task in trained(source)}
@@ -140,6 +180,11 @@ def test_a_count_bounds_what_is_trained_on_and_evaluated():
         (f"{OWN}:fails", "no board is left"),
         ("no/such/file.py:Name", "no file"),
         ("", "grammar|one of"),
+        ("games:sokoban,", "nothing named ''"),
+        ("worlds:shop,,gui", "nothing named ''"),
+        (f"{'9' * 400}*terminal + 1*games", "WEIGHT"),
+        (f"{'9' * 300}*terminal + .{'0' * 300}1*games", "WEIGHT"),
+        ("x" * 300, "neither a folder"),
     ],
 )
 def test_what_is_no_source_is_refused_and_says_why(spec, says):

@@ -309,6 +309,10 @@ def test_a_long_message_is_not_heard():
     [
         ("12", "It is 12.", True),
         ("12", "It is 12 euros", True),
+        ("12", "It is 12.00 euros.", True),
+        ("12", "It is 12.0", True),
+        ("12", "It is 12.05", False),
+        ("12", "It is 12.00.5", False),
         ("12", "in 2012", False),
         ("12", "12.50 euros", False),
         ("12", "112", False),

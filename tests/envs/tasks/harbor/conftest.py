@@ -8,13 +8,23 @@ import pytest
 from envs.rock import SandboxConfig
 from tests.envs.rock.engine import engine
 
-__all__ = ["CONFIG", "PASSES", "TB1", "engine", "harbor", "run", "write"]
+__all__ = ["CHECK", "CONFIG", "PASSES", "TB1", "engine", "harbor", "run", "tb1", "write"]
 
 CONFIG = SandboxConfig(isolation="best_available")
 PASSES = (
     "#!/bin/bash\nif [ -f /app/out.txt ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 >"
     " /logs/verifier/reward.txt; fi\n"
 )
+# What pytest runs in a task, of either form.
+CHECK = """\
+import pathlib, subprocess, sys
+
+def test_the_file_is_there():
+    assert pathlib.Path("/app/out.txt").read_text() == "x\\n"
+
+def test_python_is_python3():
+    assert subprocess.run(["python", "-c", "print(1)"], capture_output=True).stdout == b"1\\n"
+"""
 
 # A task of Terminal-Bench 1.
 TB1 = {
@@ -40,6 +50,17 @@ def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
+
+
+def tb1(folder, run_tests, **files):
+    """A task of Terminal-Bench 1 on an image with Python, which CHECK verifies."""
+    plain = {
+        **TB1,
+        "Dockerfile": "FROM ghcr.io/laude-institute/t-bench/python-3-13:20250620\n",
+        "run-tests.sh": run_tests,
+        "tests/test_outputs.py": CHECK,
+    }
+    return write(folder, {**plain, **files})
 
 
 @pytest.fixture

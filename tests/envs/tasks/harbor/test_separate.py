@@ -86,6 +86,15 @@ def test_nothing_that_an_agent_leaves_earns_it_a_reward_there(apart, run, trick)
     assert (reward, info["ending"]) == (0.0, "failure"), info
 
 
+def test_a_reward_among_the_artifacts_is_none(apart, run):
+    settings = 'artifacts = ["/logs"]\n[verifier]\nenvironment_mode = "separate"\n'
+    check = "#!/bin/bash\n[ -f /logs/right ] && echo 1 > /logs/verifier/reward.txt\n"
+    folder = apart({"task.toml": settings, "tests/test.sh": check})
+    forged = "echo 1 > /logs/verifier/reward.txt"
+    assert run(play(folder, forged))[0] == 0.0
+    assert run(play(folder, f"{forged}; touch /logs/right"))[0] == 1.0
+
+
 def test_a_step_may_have_one_and_its_network_and_limits_are_its_own(apart, run):
     task = load_task(
         apart(

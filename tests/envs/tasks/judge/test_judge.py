@@ -2,10 +2,13 @@
 
 import hashlib
 import hmac
+import inspect
 import json
 import os
+import re
 
 import pytest
+from _pytest.config import findpaths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,3 +99,14 @@ def test_every_test_must_be_run_and_pass_and_the_controls_must_end_as_they_must(
 def test_a_framework_that_is_none_is_named():
     with pytest.raises(ValueError, match="nose"):
         judge_files("nose", ["a"], {}, targets=["."], control_folder=".")
+
+
+def test_every_file_that_pytest_would_read_its_settings_from_alone_is_removed(tmp_path):
+    shared = {"pyproject.toml", "tox.ini", "setup.cfg"}  # other programs read these, too
+    text = inspect.getsource(findpaths)
+    names = set(re.findall(r"[\"'](\.?\w+\.(?:ini|toml|cfg))[\"']", text))
+    assert "pytest.ini" in names
+    for name in names:
+        (tmp_path / name).write_text("")
+    inside.remove_settings(tmp_path, set())
+    assert {path.name for path in tmp_path.iterdir()} <= shared

@@ -50,6 +50,20 @@ def deliver(text: str) -> str:
     return f"cat > /app/sum.sh << 'END'\n{text}\nEND"
 
 
+def test_a_python_program_finds_its_own_modules_and_not_the_verifiers(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "of_tests.py").write_text("")
+    (tmp_path / "helper.py").write_text("answer = 42\n")
+    (tmp_path / "program.py").write_text(
+        "import importlib.util\nfrom helper import answer\n"
+        "print(answer, importlib.util.find_spec('of_tests'))\n"
+    )
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # as graders set them for themselves
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "tests"))
+    found = verify.run(["python3", "program.py"], tmp_path, "", 10.0)
+    assert found == (0, "42 None\n")
+
+
 @pytest.mark.parametrize(
     ("program", "reward"),
     [

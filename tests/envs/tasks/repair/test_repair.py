@@ -172,6 +172,13 @@ def test_a_package_of_ones_own_is_judged_by_pytest_and_bugs_that_nobody_notices_
         for task in tasks
     )  # never in `unused`
     assert asyncio.run(oracle(tasks[0])) == (1.0, "success")
+    plugin = (
+        "printf 'import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef"
+        " pytest_runtest_makereport(item, call):\\n    out = yield\\n    if item.name =="
+        ' "test_double": out.get_result().outcome = "passed"\\n\' > won.py;'
+        " printf '[tool:pytest]\\naddopts = -p won\\n' > setup.cfg"
+    )
+    assert asyncio.run(play(tasks[0], plugin))[0] == 0.0
 
 
 @pytest.mark.slow

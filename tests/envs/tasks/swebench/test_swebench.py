@@ -250,7 +250,23 @@ def test_the_tests_and_the_solution_do_not_enter_before_grading_and_the_instruct
 # -------------------------------------------------------------------------------------------------
 
 MEND = "sed -i 's/- max(values)/- min(values)/' stats.py"
+# A plugin that spares tests with names such as the controls have.
+PLUGIN = """\
+cat > won.py <<'E'
+import pytest, re
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    out = yield
+    if not re.fullmatch("test_[0-9a-f]{12}", item.name):
+        out.get_result().outcome = "passed"
+E
+"""
 CHEATS = {
+    "pyproject": (
+        PLUGIN + "printf '[tool.pytest.ini_options]\\naddopts = \"-p won\"\\n' > pyproject.toml"
+    ),
+    "cfg": PLUGIN + "printf '[tool:pytest]\\naddopts = -p won\\n' > setup.cfg",
+    "toml": PLUGIN + 'printf \'[pytest]\\naddopts = ["-p", "won"]\\n\' > pytest.toml',
     "conftest": (
         "printf 'import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef"
         " pytest_runtest_makereport(item, call):\\n    out = yield\\n    out.get_result().outcome ="
@@ -291,7 +307,7 @@ CHEATS = {
 }
 
 
-FAST = ("conftest", "exit", "pipe")
+FAST = ("pyproject", "cfg", "toml", "conftest", "exit", "pipe")
 
 
 def play_all(games):

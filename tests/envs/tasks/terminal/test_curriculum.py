@@ -26,29 +26,36 @@ SEEDS = (0, 1, eval_seed(2))
 CONFIG = SandboxConfig(isolation="best_available")
 
 
-def demonstration_episode(family, seed, error_rate=0.0):
-    return asyncio.run(
-        play_demonstration(
-            TerminalEnv(f"{family}/{seed}", CONFIG), random.Random(f"{family}{seed}"), error_rate
-        )
-    )
+def at_once(episodes):
+    """Play episodes concurrently; they wait for their sandboxes most of the time."""
+
+    async def play_all():
+        return await asyncio.gather(*episodes)
+
+    return asyncio.run(play_all())
 
 
-def play(family, seed, *commands):
-    """Reward and ending of an agent that sends these commands, whatever comes back, and then says
-    that it is done.
+def demonstrations(family, seeds, error_rate=0.0):
+    """Return the demonstrator's episode of each seed."""
+
+    def start(seed):
+        env = TerminalEnv(f"{family}/{seed}", CONFIG)
+        return play_demonstration(env, random.Random(f"{family}{seed}"), error_rate)
+
+    return at_once([start(seed) for seed in seeds])
+
+
+async def episode(family, seed, *commands):
+    """Return reward and ending of an agent that sends these commands, whatever comes back, and then
+    says that it is done.
     """
-
-    async def episode():
-        env = TerminalEnv(f"{family}/{seed}", CONFIG, max_turns=len(commands) + 1)
-        await env.areset()
-        for command in commands:
-            await env.astep(format_tool_call("bash", {"command": command}))
-        _, reward, terminated, _, info = await env.astep("done")
-        assert terminated
-        return reward, info["ending"]
-
-    return asyncio.run(episode())
+    env = TerminalEnv(f"{family}/{seed}", CONFIG, max_turns=len(commands) + 1)
+    await env.areset()
+    for command in commands:
+        await env.astep(format_tool_call("bash", {"command": command}))
+    _, reward, terminated, _, info = await env.astep("done")
+    assert terminated
+    return reward, info["ending"]
 
 
 # -- every family
@@ -57,27 +64,25 @@ def play(family, seed, *commands):
 
 @pytest.mark.parametrize("family", ALL)
 def test_the_demonstrator_earns_1_and_looks_before_it_acts(family):
-    for seed in SEEDS:
-        episode = demonstration_episode(family, seed)
-        assert (episode.reward, episode.ending) == (1.0, "success"), episode
-        assert 3 <= len(episode.turns) <= 5  # look, act, ..., done
-        assert {turn.status for turn in episode.turns} == {"ok"}
-        assert episode.turns[-1].text == "done"
-        assert episode.turns[0].observation != "(no output)"
+    for played in demonstrations(family, SEEDS):
+        assert (played.reward, played.ending) == (1.0, "success"), played
+        assert 3 <= len(played.turns) <= 5  # look, act, ..., done
+        assert {turn.status for turn in played.turns} == {"ok"}
+        assert played.turns[-1].text == "done"
+        assert played.turns[0].observation != "(no output)"
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_a_demonstrator_that_errs_sees_its_error_and_still_earns_1(family):
-    for seed in SEEDS:
-        episode = demonstration_episode(family, seed, error_rate=1.0)
-        assert episode.reward == 1.0, episode
-        (wrong,) = [turn for turn in episode.turns if turn.is_mistake]
+    for played in demonstrations(family, SEEDS, error_rate=1.0):
+        assert played.reward == 1.0, played
+        (wrong,) = [turn for turn in played.turns if turn.is_mistake]
         assert wrong.exit_code and f"[exit {wrong.exit_code}]" in wrong.observation
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_doing_nothing_earns_0(family):
-    assert play(family, 0) == (0.0, "failure")
+    assert at_once([episode(family, 0)]) == [(0.0, "failure")]
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -85,14 +90,14 @@ def test_the_demonstrator_of_another_seed_earns_0(family):
     """The answer lies in the sandbox: commands that solve one task of a family do not solve the
     next ones, but for luck with a small number.
     """
-    other = demonstration_episode(family, 10)
+    (other,) = demonstrations(family, [10])
     commands = [
         turn.text.split('"command": "')[1].removesuffix('"}}\n</tool_call>')
         for turn in other.turns[:-1]
     ]
-    assert sum(play(family, seed, *commands)[0] for seed in SEEDS) <= (
-        1 if family in ("count", "note_count", "sum") else 0
-    )
+    played = at_once([episode(family, seed, *commands) for seed in SEEDS])
+    by_luck = 1 if family in ("count", "note_count", "sum") else 0
+    assert sum(reward for reward, _ in played) <= by_luck
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -107,8 +112,9 @@ def test_a_cheat_earns_0(family):
         " 'echo 1; exit 0' > .bashrc; export PATH=.:$PATH BASH_ENV=.bashrc;(while :; do echo 1 >"
         " out.txt; sleep 0.05; done) > /dev/null 2>&1 & echo 1"
     )
-    assert play(family, 0, cheat) == (0.0, "failure")
-    assert play(family, 0, "cat * > all; mv all out.txt") == (0.0, "failure")
+    cheats = (cheat, "cat * > all; mv all out.txt")
+    played = at_once([episode(family, 0, command) for command in cheats])
+    assert played == [(0.0, "failure")] * 2
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -116,12 +122,13 @@ def test_odd_files_in_place_of_the_answer_earn_0_and_no_excuse(family):
     """A pipe, a link to an endless file, a folder: the verifier neither waits nor breaks, so no
     agent gets its failures masked.
     """
-    for make in ("mkfifo", "ln -s /dev/zero", "mkdir"):
-        targets = f"out.txt {' '.join(make_task(family, 0).files)}"
-        assert play(family, 0, f"for f in {targets}; do rm -rf $f; {make} $f; done") == (
-            0.0,
-            "failure",
-        ), make
+    targets = f"out.txt {' '.join(make_task(family, 0).files)}"
+    loops = [
+        f"for f in {targets}; do rm -rf $f; {make} $f; done"
+        for make in ("mkfifo", "ln -s /dev/zero", "mkdir")
+    ]
+    played = at_once([episode(family, 0, command) for command in loops])
+    assert played == [(0.0, "failure")] * 3
 
 
 # -- generation
