@@ -24,7 +24,7 @@ from envs.rock import AgentFault, Job, SandboxError
 from envs.rock.config import MAX_SECONDS
 from envs.rock.doors import Door
 from rome.agent.dialogue import Dialogue
-from rome.agent.loop import Limits, close_env
+from rome.agent.loop import Limits, close_env, record
 from rome.agent.messages import readable
 from rome.agent.proxy import Budget, ModelProxy, ProxiedEpisode
 from rome.agent.session import Generator, Session
@@ -146,19 +146,16 @@ class CommandEpisode:
             result = result._replace(note="the agent asked nothing")
         if self.fault is not None:  # what came after it says nothing about the agent
             result = Turn("", ending="infra_engine", note=str(self.fault))
-        return Trajectory(
-            task=played.name,
-            family=played.family,
-            chunks=self._dialogue.session.chunks,
-            reward=0.0 if result.ending.startswith("infra_") else played.reward,
-            ending=result.ending,
+        chunks = self._dialogue.session.chunks
+        return record(
+            played,
+            chunks,
+            result,
+            started,
+            seed=self._seed,
             group=group,
             episode=episode,
-            seed=self._seed,
-            instruction=instruction,
-            seconds=round(time.monotonic() - started, 4),
-            note=result.note,
-            success_reward=played.success_reward,
+            told=instruction,
         )
 
 

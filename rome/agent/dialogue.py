@@ -48,7 +48,7 @@ from rome.model.tokenizer import Chat
 
 MAX_NODES = 8192  # messages of one episode, those of all branches together
 MAX_CHARACTERS = 32 << 20  # of them
-LONG = 1 << 16  # characters; a longer text is tokenised beside the event loop
+LONG = 1 << 14  # characters; a longer text is tokenised beside the event loop
 # Composing letters with their marks leaves at least one of so many characters.
 MOST_COMPOSED = 4
 Reason = Literal["messages", "truncated", "context_full", "too_many_messages", "closed"]
@@ -193,7 +193,12 @@ class Dialogue:
         return sum(not task.done() for task in self._tasks)
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
-        """Return how many tokens a conversation has that nobody sampled; it is not recorded."""
+        """Return how many tokens a conversation has that nobody sampled; it is not recorded.
+
+        Raises:
+          DialogueError: it cannot fit into the context.
+        """
+        self._require_room(_size(messages, tools), ROOT)
         rest = list(messages)
         has_system = bool(rest) and rest[0].role == "system"
         system = readable(rest.pop(0).content) if has_system else None
@@ -318,7 +323,7 @@ class Dialogue:
         try:
             chat = root_of(node).chat
             assert chat is not None
-            prompt_ids = await self._prompt_ids(question.parent, since, chat)
+            prompt_ids = await self._prompt_ids(question, since, chat)
             question = dataclasses.replace(question, prompt_ids=prompt_ids)
             answered = await self.answer(question)
         except BaseException as error:
@@ -371,19 +376,27 @@ class Dialogue:
             chunk.observation = "\n".join(message.content for message in since)
         return place.chunk, since
 
-    async def _prompt_ids(self, parent: int, since: Sequence[Message], chat: Chat) -> list[int]:
-        """Return the ids of the messages since a chunk, up to where the model begins to write.
-
-        Raises:
-          DialogueError: they do not fit, or the chat template cannot write them.
-        """
-        characters = sum(message.size for message in since)
+    def _require_room(self, characters: int, parent: int) -> None:
+        """Raise DialogueError where so many characters after a chunk cannot fit."""
         room = self.session.max_context - self.session.tokens_of(parent)
         fits = characters <= MOST_COMPOSED * self._tokenizer.longest * max(room, 0)
         if not fits and self.session.max_context:  # 0: without a limit
             raise DialogueError(  # in the session's words, so that every player notes the same
                 "context_full", f"no room left in a context of {self.session.max_context} tokens"
             )
+
+    async def _prompt_ids(
+        self, question: Question, since: Sequence[Message], chat: Chat
+    ) -> list[int]:
+        """Return the ids of the messages since a chunk, up to where the model begins to write.
+
+        Raises:
+          DialogueError: they do not fit, or the chat template cannot write them.
+        """
+        parent = question.parent
+        is_whole = parent == ROOT  # tools and system text included
+        characters = _size(question.messages, question.tools) if is_whole else _size(since)
+        self._require_room(characters, parent)
 
         def encode() -> list[int]:
             if parent == ROOT:
@@ -407,6 +420,13 @@ class Dialogue:
         if parent != ROOT:
             return "rewind" if self._followers[parent] else "continuation"
         return "compaction" if root_of(node) is self._first_root else "subagent"
+
+
+def _size(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+    """Return the characters of messages and of tools."""
+    return sum(message.size for message in messages) + (
+        len(json.dumps(list(tools))) if tools else 0
+    )
 
 
 def _shown(tools: Sequence[Tool]) -> list[Any]:

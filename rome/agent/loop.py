@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from envs.gem import ToolCallError, parse_tool_calls
 from envs.gem.core import Env, close_async
@@ -66,14 +66,6 @@ class Limits:
         return begin + turns_seconds + end
 
 
-class _Result(NamedTuple):
-    """How an episode ended."""
-
-    reward: float
-    ending: str
-    note: str
-
-
 async def run_episode(
     engine: Generator,
     env: Env,
@@ -117,7 +109,7 @@ async def run_episode(
     played = PlayedEnv(env, limits.episode_seconds, limits.start_seconds)
     chunks: list[Chunk] = []  # grows as the episode does, so that a fault leaves what was played
     instruction = ""
-    result = _Result(0.0, "cancelled", "")
+    end = Turn("", ending="cancelled")
     try:
         instruction, _ = await played.start()
         if tell_tools:
@@ -135,25 +127,45 @@ async def run_episode(
             routes=routes,
             chunks=chunks,
         )
-        result = await _play(session, played, chat, instruction)
+        end = await _play(session, played, chat, instruction)
     except (EnvironmentFault, ReplayError) as error:
-        result = _Result(0.0, "infra_sandbox", str(error))
+        end = Turn("", ending="infra_sandbox", note=str(error))
     except EngineError as error:
-        result = _Result(0.0, "infra_engine", str(error))
+        end = Turn("", ending="infra_engine", note=str(error))
     finally:
         await close_env(env)
+    return record(
+        played, chunks, end, started, seed=seed, group=group, episode=episode, told=instruction
+    )
+
+
+def record(
+    played: PlayedEnv,
+    chunks: list[Chunk],
+    end: Turn,
+    started: float,
+    *,
+    seed: int,
+    group: int,
+    episode: int,
+    told: str,
+) -> Trajectory:
+    """Return the trajectory of an episode that began at a monotonic time and has ended.
+
+    `told` is its instruction; the others are as in `run_episode`.
+    """
     return Trajectory(
         task=played.name,
         family=played.family,
         chunks=chunks,
-        reward=result.reward,
-        ending=result.ending,
+        reward=0.0 if end.ending.startswith("infra_") else played.reward,
+        ending=end.ending,
         group=group,
         episode=episode,
         seed=seed,
-        instruction=instruction,
+        instruction=told,
         seconds=round(time.monotonic() - started, 4),
-        note=result.note,
+        note=end.note,
         success_reward=played.success_reward,
         safety=played.safety,
     )
@@ -223,7 +235,7 @@ async def replay(played: PlayedEnv, prefix: Sequence[Chunk], chunks: list[Chunk]
         chunks.append(context)
 
 
-async def _play(session: Session, played: PlayedEnv, chat: Chat, instruction: str) -> _Result:
+async def _play(session: Session, played: PlayedEnv, chat: Chat, instruction: str) -> Turn:
     """Play turn after turn until the environment or a limit ends the episode."""
     chunks = session.chunks
     prompt_ids = _answer(chat, chunks[-1]) if chunks else chat.open(instruction)
@@ -231,40 +243,41 @@ async def _play(session: Session, played: PlayedEnv, chat: Chat, instruction: st
         try:
             number = await session.sample(session.last, prompt_ids)
         except ContextFull as full:
-            return await _judge(played, "truncated_tokens", str(full))
-        chunk = chunks[number]
-        if session.is_truncated(number):
-            note = f"turn {len(chunks)} did not end within {len(chunk.action_ids)} tokens"
-            return await _judge(played, "truncated_tokens", note)
-        try:
-            turn = await played.step(chat.opened + chunk.text)
-        except OutOfTime as error:
-            chunk.status = "timeout"
-            chunk.tool_call = _call_of(chunk.text)
-            return await _judge(played, "timeout", str(error))
-        chunk.observation = turn.observation
-        chunk.status = turn.status
-        chunk.exit_code = turn.exit_code
-        chunk.network_denials = turn.network_denials
-        chunk.events = list(turn.events)
-        chunk.tool_call = turn.tool_call
+            return await played.judge("truncated_tokens", str(full))
+        turn = await take_turn(session, played, chat, number)
         if turn.ending:
-            return _result_of(played, turn)
-        prompt_ids = _answer(chat, chunk)
+            return turn
+        prompt_ids = _answer(chat, chunks[number])
+
+
+async def take_turn(session: Session, played: PlayedEnv, chat: Chat, number: int) -> Turn:
+    """Hand an answer of the policy to the environment, and note in its chunk what came of it.
+
+    Where it was cut, or the time is over, the environment judges what is there.
+    """
+    chunk = session.chunks[number]
+    if session.is_truncated(number):
+        turns = len(session.chunks)
+        note = f"turn {turns} did not end within {len(chunk.action_ids)} tokens"
+        return await played.judge("truncated_tokens", note)
+    try:
+        turn = await played.step(chat.opened + chunk.text)
+    except OutOfTime as error:
+        chunk.status = "timeout"
+        chunk.tool_call = _call_of(chunk.text)
+        return await played.judge("timeout", str(error))
+    chunk.observation = turn.observation
+    chunk.status = turn.status
+    chunk.exit_code = turn.exit_code
+    chunk.network_denials = turn.network_denials
+    chunk.events = list(turn.events)
+    chunk.tool_call = turn.tool_call
+    return turn
 
 
 def _answer(chat: Chat, chunk: Chunk) -> list[int]:
     """Return the ids of what the environment answered to a chunk, with the next turn's header."""
     return chat.follow(chunk.action_ids, [chunk.observation])
-
-
-async def _judge(played: PlayedEnv, ending: str, note: str) -> _Result:
-    """End the episode at a limit: what is there is judged."""
-    return _result_of(played, await played.judge(ending, note))
-
-
-def _result_of(played: PlayedEnv, turn: Turn) -> _Result:
-    return _Result(played.reward, turn.ending, turn.note)
 
 
 def _call_of(text: str) -> dict[str, Any] | None:

@@ -82,6 +82,7 @@ class ProxiedEpisode:
       refusals: calls that were refused, by code.
       responses: conversations that calls name instead of sending them.
       bytes_in_flight: of the bodies that are being read.
+      counting: held while tokens are counted, so that one episode fills one thread at most.
     """
 
     def __init__(self, dialogue: Dialogue, model: str = "policy", budget: Budget | None = None):
@@ -91,6 +92,7 @@ class ProxiedEpisode:
         self.refusals: dict[str, int] = {}
         self.responses = Responses()
         self.bytes_in_flight = 0
+        self.counting = asyncio.Lock()
         self._budget = budget or Budget()
         self._working = 0
         self._last = time.monotonic()
@@ -265,9 +267,13 @@ class _Handler:
 
 async def _count(episode: ProxiedEpisode, asked: Request) -> web.Response:
     """Answer how many tokens a conversation has; counted beside the event loop."""
-    counting = asyncio.to_thread(episode.dialogue.count_tokens, asked.messages, asked.tools)
+    count = episode.dialogue.count_tokens
     try:
-        return web.json_response({"input_tokens": await counting})
+        async with episode.counting:
+            tokens = await asyncio.to_thread(count, asked.messages, asked.tools)
+        return web.json_response({"input_tokens": tokens})
+    except DialogueError as error:
+        raise Refused(400, CODES[error.reason], str(error)) from error
     except ValueError as error:  # of the chat template
         raise Refused(400, "invalid_messages", str(error)) from error
 

@@ -11,14 +11,14 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rome.agent.iflow import events
 from rome.agent.iflow.approval.permissions import hides, is_wanted, make_policy
-from rome.agent.iflow.approval.supervisor import Supervisor, make_supervisor
+from rome.agent.iflow.approval.supervisor import Supervisor
 from rome.agent.iflow.connect import connect_model, endpoint_model
-from rome.agent.iflow.context import ContextManager, ContextSettings
+from rome.agent.iflow.context import ContextManager
 from rome.agent.iflow.desk import Desk
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.interfaces import InterfaceSession
@@ -41,7 +41,7 @@ from rome.agent.iflow.specs.projects import Projects
 from rome.agent.iflow.specs.settings import Settings, load_settings
 from rome.agent.iflow.specs.skills import describe_skills, load_skills
 from rome.agent.iflow.specs.spec_files import places, root_of
-from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
+from rome.agent.iflow.subagents import Birth, TaskTool, tools_for
 from rome.agent.iflow.tools.base import Tool
 from rome.agent.iflow.tools.standard import standard_tools
 
@@ -54,64 +54,56 @@ async def assemble(
     *,
     is_attended: bool = False,
     home: pathlib.Path | None = None,
-    wrap: Callable[[Workspace], Workspace] | None = None,
 ) -> InterfaceSession:
-    """Return a session with its agent, which is not started; `session` is closed with it.
+    """Return a session with its agent, which is not started.
 
-    Args:
-      options: of the user.
-      session: new, or one to go on with.
-      is_attended: whether an interface answers approvals and questions.
-      home: of the user; None for that of this process.
-      wrap: is given the workspace, and returns the one that is to be used.
+    `session` is closed with it, or where there is an error. `is_attended` says whether an interface
+    answers approvals and questions; `home` is the user's, None for that of this process.
 
     Raises:
-      UsageError: a setting is missing or wrong.
-      SpecError: a file of settings is wrong.
-      ModelError: the endpoint is not there.
-      WorkspaceError: the place is not there.
+      UsageError, SpecError: a setting or a file of settings is missing or wrong.
+      ModelError, WorkspaceError: the endpoint or the place is not there.
     """
     project = options.directory.resolve()
-    settings, projects = read_settings(options, home)
-    model = await connect_model(options, settings, session)
-    try:
-        place = await open_place(
-            options.workspace,
-            project,
-            session.folder,
-            egress=options.egress,
-            hides=hides(options, settings),
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(session.close)
+        settings, projects = read_settings(options, home)
+        limits = dataclasses.replace(
+            options.limits, turns=options.limits.turns or settings.max_turns
         )
-    except BaseException:
-        await model.aclose()
-        raise
-    if wrap is not None:
-        place = wrap(place)
-    user = home or pathlib.Path.home()
-    configs = (*settings.mcp_servers.values(), *options.servers)
-    servers = MCPServers(
-        [dataclasses.replace(one, cwd=str(project / one.cwd)) for one in configs],
-        session.log.append,
-        session.folder,
-        user / ".iflow" / "mcp-approved.json",
-    )
-    try:
+        options = dataclasses.replace(
+            options,
+            model=options.model or settings.model,
+            base_url=options.base_url or settings.base_url,
+            api_key=options.api_key or settings.api_key,
+            context_tokens=options.context_tokens or settings.tokens_limit,
+            limits=limits,
+        )
+        model = await connect_model(options, session)
+        stack.push_async_callback(model.aclose)
+        hidden = hides(options, settings)
+        place = await open_place(
+            options.workspace, project, session.folder, egress=options.egress, hides=hidden
+        )
+        stack.push_async_callback(place.aclose)
+        configs = (*settings.mcp_servers.values(), *options.servers)
+        servers = MCPServers(
+            [dataclasses.replace(one, cwd=str(project / one.cwd)) for one in configs],
+            session.log.append,
+            session.folder,
+            (home or pathlib.Path.home()) / ".iflow" / "mcp-approved.json",
+            functools.partial(is_wanted, options=options, settings=settings, is_own=False),
+        )
+        stack.push_async_callback(servers.close)
         await servers.start()  # one that does not start costs its own tools only
-        given = (options, settings, session, place, servers, model, projects, is_attended, home)
-        return _Builder(*given).build()
-    except BaseException:
-        await servers.close()
-        await place.aclose()
-        await model.aclose()
-        raise
+        builder = _Builder(options, settings, session, place, servers, projects, home, stack)
+        assembled = builder.build(model, is_attended=is_attended)
+        builder.stack = stack.pop_all()
+    return assembled
 
 
 def read_settings(options: Options, home: pathlib.Path | None = None) -> tuple[Settings, Projects]:
-    """Return the settings that hold in the options' directory, and what the user granted.
-
-    Raises:
-      SpecError: a file of settings is wrong.
-    """
+    """Return the settings that hold in the options' directory, and what the user granted."""
     root = root_of(options.directory, home)
     projects = Projects(home and home / ".iflow" / "projects.json")
     if options.trust:
@@ -120,111 +112,96 @@ def read_settings(options: Options, home: pathlib.Path | None = None) -> tuple[S
     return load_settings(options.directory, trusted=trusted, home=home), projects
 
 
+@dataclasses.dataclass(eq=False)
 class _Builder:
     """Builds an agent and, when they are asked for, its sub-agents and other models."""
 
-    def __init__(
-        self,
-        options: Options,
-        settings: Settings,
-        session: OpenSession,
-        place: Workspace,
-        servers: MCPServers,
-        model: Model,
-        projects: Projects,
-        is_attended: bool,
-        home: pathlib.Path | None,
-    ) -> None:
-        self._options = options
-        self._settings = settings
-        self._session = session
-        self._place = place
-        self._servers = servers
-        self._models = [model]  # the main agent's first
-        self._home = home
-        project = options.directory.resolve()
-        where = places(project, home)
+    options: Options
+    settings: Settings
+    session: OpenSession
+    place: Workspace
+    servers: MCPServers
+    projects: Projects
+    home: pathlib.Path | None
+    stack: contextlib.AsyncExitStack  # closes all that the session holds
+
+    def build(self, model: Model, *, is_attended: bool) -> InterfaceSession:
+        """Return the agent with what is around it."""
+        settings = self.settings
+        project = self.options.directory.resolve()
+        where = places(project, self.home)
         self._skills, skill_problems = load_skills(where)
         self._specs, spec_problems = load_agent_specs(where)
-        self._commands, command_problems = load_commands(where)
+        commands, command_problems = load_commands(where)
         names = settings.context_files or FILE_NAMES
-        self._instructions = Instructions(root_of(project, home), project, where, names)
-        self._problems = [*skill_problems, *spec_problems, *command_problems]
-        self._policy = make_policy(options, settings, place, session.folder, projects)
-        self._desk = Desk(session.log, is_attended=is_attended)
+        instructions = Instructions(root_of(project, self.home), project, where, names)
+        self._model = model
+        self._policy = make_policy(
+            self.options, settings, self.place, self.session.folder, self.projects
+        )
+        self._desk = Desk(self.session.log, is_attended=is_attended)
         self._hooks = Hooks(settings.hooks, str(project))
         self._supervisor = self._make_supervisor()
-        turns = options.limits.turns or settings.max_turns
-        self._limits = dataclasses.replace(options.limits, turns=turns)
         self._spent = Spent()
-
-    def build(self) -> InterfaceSession:
-        """Return the agent with what is around it."""
-        workspace = self._place
-        model = self._models[0]
-        agent = self._agent = self._make_agent(
+        self._agent = agent = self._make_agent(
             model,
-            self._session.log,
+            self.session.log,
             self._make_tools(),
-            workspace,
+            self.place,
             system=system_text(
-                directory=workspace.root,
-                is_isolated=workspace.is_isolated,
-                instructions=self._instructions.opening(),
+                directory=self.place.root,
+                is_isolated=self.place.is_isolated,
+                instructions=instructions.opening(),
                 skills=describe_skills(self._skills.values()),
             ),
-            has_checkpoints=self._settings.checkpointing,
-            session=self._session.id,
-            session_folder=str(self._session.folder),
-            mode=self._options.mode,
+            has_checkpoints=settings.checkpointing,
+            session=self.session.id,
+            session_folder=str(self.session.folder),
+            mode=self.options.mode,
         )
         self._task = TaskTool(self._specs, self._make_child, notify=agent.notify)
-        if is_wanted(self._task.name, self._options, self._settings):
+        if is_wanted(self._task.name, self.options, settings):
             agent.tools[self._task.name] = self._task
-        self._follow_folders(agent)
+        _follow_folders(agent, instructions)
+        problems = (*skill_problems, *spec_problems, *command_problems, *instructions.problems)
         return InterfaceSession(
             agent=agent,
             close=self._close,
             keep=self._keep,
             make_model=self._make_model,
-            servers=self._servers,
-            commands=self._commands,
+            servers=self.servers,
+            commands=commands,
             skills=self._skills,
             agents=self._specs,
             models=model.offered if isinstance(model, EndpointModel) else (),
-            notices=(*self._settings.notices, *self._problems, *self._instructions.problems),
+            notices=(*settings.notices, *problems),
         )
 
     # -- what the session is given
 
     async def _close(self, outcome: events.Outcome = "finished") -> None:
         """End the session in order and free all that it holds."""
-        async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._session.close)
-            for model in self._models:
-                stack.push_async_callback(model.aclose)
-            stack.push_async_callback(self._place.aclose)
-            stack.push_async_callback(self._servers.close)
-            stack.push_async_callback(self._agent.aclose, outcome)
-            stack.push_async_callback(self._task.aclose)
+        self.stack.push_async_callback(self._agent.aclose, outcome)
+        self.stack.push_async_callback(self._task.aclose)
+        await self.stack.aclose()
 
     async def _keep(self) -> str:
         """Keep what is outside of the events: a sandbox's files, an engine's tokens."""
         try:
-            for model in self._models:
-                if isinstance(model, EngineModel):
-                    model.keep()
-            await self._place.keep()
+            if isinstance(self._model, EngineModel):
+                self._model.keep()
+            await self.place.keep()
         except WorkspaceError as error:
-            self._session.log.append(events.Notice(text=str(error), level="error"))
+            self.session.log.append(events.Notice(text=str(error), level="error"))
             return str(error)
         return ""
 
     async def _make_model(self, name: str) -> Model:
         """Return a model of the endpoint by its name; ValueError where there is none."""
-        if self._options.engine:
+        if self.options.engine:
             raise ValueError("an engine of token ids has one model")
         model = self._endpoint_model(name)
+        model.on_retry = functools.partial(_log_retry, self.session.log)
         try:
             await model.connect()
         except ModelError as error:
@@ -241,13 +218,13 @@ class _Builder:
         Its shell is its own: several sub-agents work at once, and none moves another's directory.
         """
         spec = birth.spec
-        workspace = self._place.beside()
+        workspace = self.place.beside()
         tools = [tool for tool in tools_for(spec, self._make_tools()) if tool.name not in NOT_BELOW]
         around = surroundings(workspace.root, workspace.is_isolated)
-        model = self._models[0]
-        if spec.model not in ("", model.name) and not self._options.engine:
+        model = self._agent.model  # the user may have chosen another one
+        if spec.model not in ("", model.name) and not self.options.engine:
             model = self._endpoint_model(spec.model)
-        child = self._make_agent(
+        return self._make_agent(
             model,
             birth.log,
             tools,
@@ -257,114 +234,95 @@ class _Builder:
             session=birth.id,
             session_folder=birth.folder,
             agent=spec.name,
-            parent=self._session.id,
+            parent=self.session.id,
             mode=self._policy.mode,
         )
-        if may_have_subagents(spec, birth.depth):
-            # Without a background: a sub-agent ends with its answer, and so does what it started.
-            task = TaskTool(self._specs, self._make_child, depth=birth.depth)
-            child.tools[task.name] = task
-        return child
 
     def _make_agent(
-        self,
-        model: Model,
-        log: EventLog,
-        tools: Sequence[Tool],
-        workspace: Workspace,
-        **rest: Any,
+        self, model: Model, log: EventLog, tools: Sequence[Tool], place: Workspace, **rest: Any
     ) -> Agent:
         """Return an agent with what all agents of the session have alike."""
         if isinstance(model, EndpointModel) and model.on_retry is None:
             model.on_retry = functools.partial(_log_retry, log)
-        context = ContextManager(
-            ContextSettings(threshold=self._settings.compression_threshold),
-            store=functools.partial(self._store, rest["session_folder"]),
-            workspace=workspace,
-        )
-        agent = Agent(
+        store = functools.partial(self._store, rest["session_folder"])
+        return Agent(
             model,
             tools,
             log,
-            workspace,
+            place,
             policy=self._policy,
             hooks=self._hooks,
             supervisor=self._supervisor,
-            context=context,
+            context=ContextManager(self.settings.compression_threshold, store=store),
             desk=self._desk,
-            limits=self._limits,
+            limits=self.options.limits,
             spent=self._spent,
             **rest,
         )
-        context.run_hooks = agent.run_hooks
-        return agent
 
     def _endpoint_model(self, name: str) -> EndpointModel:
         """Return another model of the endpoint, which is closed with the session."""
-        model = endpoint_model(self._options, self._settings, name)
-        self._models.append(model)
+        model = endpoint_model(self.options, name)
+        self.stack.push_async_callback(model.aclose)
         return model
 
     def _make_tools(self) -> list[Tool]:
         tools = standard_tools(
             skills=self._skills,
-            has_web=self._options.has_web,
-            user_memory=self._home and self._home / ".iflow" / "IFLOW.md",
-            shell_seconds=self._settings.shell_timeout,
+            has_web=self.options.has_web,
+            user_memory=self.home and self.home / ".iflow" / "IFLOW.md",
+            shell_seconds=self.settings.shell_timeout,
         )
-        wanted = functools.partial(is_wanted, options=self._options, settings=self._settings)
-        own = [tool for tool in tools if wanted(tool.name)]
-        return [*own, *(one for one in self._servers.tools if wanted(one.name, is_own=False))]
+        own = [tool for tool in tools if is_wanted(tool.name, self.options, self.settings)]
+        return [*own, *self.servers.tools]
 
     def _make_supervisor(self) -> Supervisor | None:
         """Return the supervisor that the settings ask for, which sub-agents share."""
-        given = self._settings.supervisor
+        given = self.settings.supervisor
         if given is None:
             return None
-        hosts = (entry.rpartition(":")[0] or entry for entry in self._options.egress)
-        workspace = self._place
-        return make_supervisor(
-            dataclasses.replace(given, hosts=(*given.hosts, *hosts)),
-            root=workspace.root,
-            home="/root" if workspace.is_isolated else os.path.expanduser("~"),
-            events=self._session.log.events,
-            judge=self._endpoint_model(given.judge) if given.judge else None,
-            read=workspace.read,
+        hosts = (entry.rpartition(":")[0] or entry for entry in self.options.egress)
+        bounds = dataclasses.replace(
+            given,
+            root=self.place.root,
+            home="/root" if self.place.is_isolated else os.path.expanduser("~"),
+            hosts=(*given.hosts, *hosts),
         )
+        judge = self._endpoint_model(given.judge) if given.judge else None
+        supervisor = Supervisor(bounds, judge=judge, read=self.place.read)
+        supervisor.resume(self.session.log.events)
+        return supervisor
 
     async def _store(self, session_folder: str, name: str, text: str) -> str:
         """Keep an output as a file that the model can read, and return its path."""
-        content = text.encode("utf-8", "surrogatepass")
-        workspace = self._place
         folder = f"{session_folder}/outputs"
-        if workspace.is_isolated:  # agents of one sandbox have a folder each
-            folder = f"{workspace.outputs}/{pathlib.PurePath(session_folder).name}"
+        if self.place.is_isolated:  # agents of one sandbox have a folder each
+            folder = f"{self.place.outputs}/{pathlib.PurePath(session_folder).name}"
         path = f"{folder}/{name}"
-        await workspace.write(path, content)
+        await self.place.write(path, text.encode("utf-8", "surrogatepass"))
         return path
 
-    def _follow_folders(self, agent: Agent) -> None:
-        """Tell the agent the instructions of folders whose files it touches."""
-        root = self._place.root
 
-        def on_event(event: events.Event) -> None:
-            if not isinstance(event, events.ToolStarted):
-                return
-            tool = agent.tools.get(event.call.name)
-            with contextlib.suppress(ValueError, OSError):
-                for path in tool.paths(json.loads(event.call.arguments or "{}")) if tool else ():
-                    below = os.path.relpath(os.path.join(root, path), root)
-                    text = self._instructions.of_file(below)
-                    if text:
-                        agent.remind(text)
+def _follow_folders(agent: Agent, instructions: Instructions) -> None:
+    """Tell the agent the instructions of folders whose files it touches."""
+    root = agent.workspace.root
 
-        said = agent.log.events
-        self._instructions.resume(
-            event.text
-            for event in said
-            if isinstance(event, events.UserMessage) and event.source == "reminder"
-        )
-        agent.log.listen(on_event)
+    def on_event(event: events.Event) -> None:
+        if not isinstance(event, events.ToolStarted):
+            return
+        tool = agent.tools.get(event.call.name)
+        with contextlib.suppress(ValueError, OSError):
+            for path in tool.paths(json.loads(event.call.arguments or "{}")) if tool else ():
+                text = instructions.of_file(os.path.relpath(os.path.join(root, path), root))
+                if text:
+                    agent.inbox.put(text, "reminder")
+
+    instructions.resume(
+        event.text
+        for event in agent.log.events
+        if isinstance(event, events.UserMessage) and event.source == "reminder"
+    )
+    agent.log.listen(on_event)
 
 
 def _log_retry(log: EventLog, reason: str, attempt: int, wait: float) -> None:

@@ -45,10 +45,8 @@ class _Refused(Exception):
 class CallRunner:
     """Runs calls.
 
-    Args:
-      parts: of the agent.
-      before_change: called before a call that may change files.
-      notify: told of an approval that waits.
+    `before_change` is called before a call that may change files; `notify` is told of an approval
+    that waits.
     """
 
     def __init__(
@@ -65,11 +63,11 @@ class CallRunner:
     async def run(self, calls: Sequence[ToolCall]) -> Ending | None:
         """Run the calls of an answer: at the same time where all of them may, else in order.
 
-        Returns:
-          How the turn ends with them; None where it goes on.
+        Return how the turn ends with them; None where it goes on.
         """
         try:
-            if len(calls) > 1 and all(self._is_parallel(call) for call in calls):
+            tools = [self._parts.tools.get(call.name) for call in calls]
+            if len(calls) > 1 and all(tool is not None and tool.is_parallel for tool in tools):
                 return await self._run_together(calls)
             for call in calls:
                 ending = await self._run_one(call)
@@ -79,10 +77,6 @@ class CallRunner:
         finally:
             for call in calls:
                 self._finish(call, PASSED_OVER)
-
-    def _is_parallel(self, call: ToolCall) -> bool:
-        tool = self._parts.tools.get(call.name)
-        return tool is not None and tool.is_parallel
 
     async def _run_together(self, calls: Sequence[ToolCall]) -> Ending | None:
         places = asyncio.Semaphore(self._parts.limits.parallel)
@@ -123,13 +117,7 @@ class CallRunner:
         return ending
 
     async def _result_of(self, call: ToolCall) -> tuple[ToolResult, Ending | None]:
-        """Take a call through all that stands before and after its run.
-
-        Raises:
-          ToolError: it failed, or its arguments are bad.
-          _Refused: it must not run.
-          WorkspaceError: the workspace failed.
-        """
+        """Take a call through all that stands before and after its run; _Refused stops it."""
         tool = self._parts.tools.get(call.name)
         if tool is None:
             known = ", ".join(sorted(self._parts.tools)) or "none"
@@ -165,11 +153,7 @@ class CallRunner:
     async def _permit(
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext, hook_decision: str
     ) -> None:
-        """Ask the rules and the supervisor, and the user where they say so.
-
-        Raises:
-          _Refused: the call must not run.
-        """
+        """Ask the rules and the supervisor, and the user where they say so; _Refused for a no."""
         verdict = self._parts.policy.judge(tool, arguments, self._parts.workspace.directory)
         if verdict.decision == "deny":
             raise _Refused(verdict.reason or f"the rules deny this call of {tool.name}")
@@ -193,12 +177,7 @@ class CallRunner:
             await self._ask(tool, arguments, context, reason, verdict.rule)
 
     async def _ask(
-        self,
-        tool: Tool,
-        arguments: dict[str, Any],
-        context: ToolContext,
-        reason: str,
-        rule: str,
+        self, tool: Tool, arguments: dict[str, Any], context: ToolContext, reason: str, rule: str
     ) -> None:
         summary = tool.summary(arguments)
         diff = await tool.preview(arguments, context)

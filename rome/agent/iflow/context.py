@@ -12,258 +12,207 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.conversation import Conversation, Entry
 from rome.agent.iflow.event_log import EventLog
-from rome.agent.iflow.keep import KeepList, last_request
-from rome.agent.iflow.models.model import Model, ModelError
+from rome.agent.iflow.keep import (
+    HEAD,
+    INSTRUCTION,
+    SUMMARY,
+    describe_steps,
+    keep_list,
+    last_request,
+    transcript,
+)
+from rome.agent.iflow.models.model import Messages, Model, ModelError, Schemas
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.specs.hooks import HookOutcome
-from rome.agent.iflow.summary import HEAD, INSTRUCTION, SUMMARY, describe_steps, transcript
 from rome.agent.messages import Message
 
 Trigger = Literal["threshold", "overflow", "user"]
+Store = Callable[[str, str], Awaitable[str]]  # name and text of a file -> its path, for the model
+THRESHOLD = 0.8  # share of the model's context at which it is made shorter
+# Shares of the threshold: that moving outputs must reach, else a summary is written too; that the
+# newest messages fill, which stay as they are; by which the context must grow until the next time.
+TARGET = 0.6
+RECENT = 0.25
+GROWTH = 0.15
+MOVED_TOKENS = 200  # outputs of fewer stay
+SUMMARY_TOKENS = 2000
+SUMMARY_SECONDS = 180.0
 MAX_WATCHED = 20  # files that were read, whose changes are noticed; the newest ones
 MAX_REQUEST_SHARE = 0.2  # of the context, for the user's last request; a longer one is in a file
 CHARACTERS = 3  # a token has at least so many, for bounds that need no tokenizer
 
-Store = Callable[[str, str], Awaitable[str]]  # name and text of a file -> its path, for the model
 
-
-@dataclasses.dataclass(frozen=True)
-class ContextSettings:
-    """When and how a context is made shorter.
-
-    Attributes:
-      threshold: share of the model's context at which it is made shorter; below 1.
-      target: share of the threshold that moving outputs must reach; else a summary is written too.
-      recent: share of the threshold that the newest messages fill, which stay as they are.
-      growth: share of the threshold by which the context must grow until it is made shorter again.
-      moved_tokens: outputs of fewer tokens stay.
-      summary_tokens: of a summary, at most.
-      summary_seconds: for a summary, at most.
-    """
-
-    threshold: float = 0.8
-    target: float = 0.6
-    recent: float = 0.25
-    growth: float = 0.15
-    moved_tokens: int = 200
-    summary_tokens: int = 2000
-    summary_seconds: float = 180.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(
-                f"threshold={self.threshold} is no share of the context; choose one such as 0.8"
-            )
-        if not 0 < self.recent < self.target < 1:
-            raise ValueError(
-                f"recent={self.recent} and target={self.target} must be shares of the threshold"
-                " that rise; choose such as 0.25 and 0.6"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """The context at hand, and the model that is asked with it."""
+class Managed(Protocol):
+    """The agent whose context it is, `rome.agent.iflow.parts.Parts`."""
 
     conversation: Conversation
     model: Model
-    schemas: Sequence[dict[str, Any]]
     log: EventLog
+    workspace: Workspace
+
+    def schemas(self) -> list[dict[str, Any]]:
+        """Return the schemas of its tools."""
+
+    async def run_hooks(
+        self, event: str, payload: dict[str, Any], *, matcher: str = ""
+    ) -> HookOutcome:
+        """Run the user's hooks of an event."""
 
 
 class ContextManager:
     """Keeps the context of one agent short enough.
 
     Args:
-      settings: when and how.
+      threshold: share of the model's context at which it is made shorter.
       store: keeps an output as a file that the model can read; None: outputs stay where they are.
-      run_hooks: runs the user's hooks around a compaction (`Parts.run_hooks`); None for none.
-      workspace: whose files are watched for changes; None watches none.
-      keep: the keep-list; None makes one.
+      keep: writes the keep-list of a conversation.
     """
 
     def __init__(
         self,
-        settings: ContextSettings | None = None,
+        threshold: float = THRESHOLD,
         *,
         store: Store | None = None,
-        run_hooks: Callable[..., Awaitable[HookOutcome]] | None = None,
-        workspace: Workspace | None = None,
-        keep: KeepList | None = None,
+        keep: Callable[[Conversation, str, str], str] = keep_list,
     ) -> None:
-        self.settings = settings or ContextSettings()
-        self.run_hooks = run_hooks
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold={threshold} is no share of the context; choose as 0.8")
+        self._threshold = threshold
         self._store = store
-        self._workspace = workspace
-        self._keep = keep or KeepList()
+        self._keep = keep
         self._noticed: dict[str, tuple[int, float] | None] = {}
         self._ratio = 1.0  # the model's own count of tokens, by the estimate
         self._floor = 0  # tokens that the last shortening left
         self._is_estimate = False  # whether the model has not counted them yet
 
-    async def prepare(
-        self,
-        conversation: Conversation,
-        model: Model,
-        schemas: Sequence[dict[str, Any]],
-        log: EventLog,
-    ) -> list[Message]:
-        """Return what the model is shown now; make it shorter first where it is too long.
-
-        Args:
-          conversation: folds the events that are appended to `log`.
-          model: will be asked.
-          schemas: of its tools.
-          log: of the session.
-        """
-        asked = _Asked(conversation, model, schemas, log)
-        await self._notice_changes(asked)
-        tokens = self._count(asked)
-        limit = self.settings.threshold * model.context_tokens
-        answer = _last_counted_answer(log.events)
+    async def prepare(self, agent: Managed) -> list[Message]:
+        """Return what the model is shown now; make it shorter first where it is too long."""
+        await self._notice_changes(agent)
+        tokens = self._count(agent)
+        limit = self._limit(agent)
+        answer = _last_counted_answer(agent.log.events)
         if self._is_estimate and answer is not None:
             self._floor = answer.usage.prompt
             self._is_estimate = False
         self._floor = min(self._floor, tokens)  # there may have been a rewind
-        if tokens >= max(limit, self._floor + self.settings.growth * limit):
-            await self.compact(conversation, model, schemas, log, trigger="threshold")
-        return list(conversation.messages)
+        if tokens >= max(limit, self._floor + GROWTH * limit):
+            await self.compact(agent, "threshold")
+        return list(agent.conversation.messages)
 
-    async def compact(
-        self,
-        conversation: Conversation,
-        model: Model,
-        schemas: Sequence[dict[str, Any]],
-        log: EventLog,
-        trigger: Trigger = "user",
-        *,
-        focus: str = "",
-    ) -> None:
+    async def compact(self, agent: Managed, trigger: Trigger = "user", *, focus: str = "") -> None:
         """Make the context shorter; it never fails.
 
         Args:
-          conversation: as in `prepare`; all its calls have their results.
-          model: whose context it is.
-          schemas: of its tools.
-          log: of the session.
+          agent: all its calls have their results.
           trigger: the threshold was crossed, the model refused the conversation as too long, or the
             user asks for it.
           focus: what the summary should keep above all, in the user's words.
         """
-        asked = _Asked(conversation, model, schemas, log)
-        tokens = self._count(asked)
-        if _last_counted_answer(log.events) is not None:
-            self._ratio = _ratio_of(tokens, model.count_tokens(conversation.messages, schemas))
-        hooked = await self._run_hooks("PreCompact", trigger, tokens)
+        tokens = self._count(agent)
+        if _last_counted_answer(agent.log.events) is not None:
+            estimate = agent.model.count_tokens(agent.conversation.messages, agent.schemas())
+            self._ratio = min(max(tokens / estimate, 0.5), 2.0) if estimate else 1.0
+        payload = {"trigger": trigger, "tokens": tokens}
+        hooked = await agent.run_hooks("PreCompact", payload, matcher=trigger)
         if hooked.decision == "block" and trigger != "overflow":
             self._floor = tokens
             return
-        await self._move_outputs(asked, tokens, trigger)
-        left = self._count(asked)
-        target = self.settings.target * self.settings.threshold * model.context_tokens
-        if trigger != "threshold" or left > target:
+        await self._move_outputs(agent, tokens, trigger)
+        left = self._count(agent)
+        if trigger != "threshold" or left > TARGET * self._limit(agent):
             focus = "\n".join(filter(None, [focus, hooked.context]))
-            left = await self._summarise(asked, trigger, focus, tokens)
+            left = await self._summarise(agent, trigger, focus, tokens)
         self._floor = left
         self._is_estimate = True
-        await self._run_hooks("PostCompact", trigger, left)
+        await agent.run_hooks("PostCompact", payload | {"tokens": left}, matcher=trigger)
 
-    async def _run_hooks(self, event: str, trigger: Trigger, tokens: int) -> HookOutcome:
-        if self.run_hooks is None:
-            return HookOutcome()
-        payload = {"trigger": trigger, "tokens": tokens}
-        return await self.run_hooks(event, payload, matcher=trigger)
+    def _limit(self, agent: Managed) -> float:
+        """Return the tokens from which on the context is made shorter."""
+        return self._threshold * agent.model.context_tokens
 
-    def _count(self, asked: _Asked) -> int:
+    def _count(self, agent: Managed) -> int:
         """Return the tokens of the context: the model's own count, and an estimate of what is new.
 
         The model's count is that of its last answer, as long as the context only grew since.
         """
-        conversation = asked.conversation
-        answer = _last_counted_answer(asked.log.events)
+        conversation = agent.conversation
+        answer = _last_counted_answer(agent.log.events)
         if answer is None:
-            return self._estimate(asked, conversation.messages, asked.schemas)
+            return self._estimate(agent, conversation.messages, agent.schemas())
         new = [entry.message for entry in conversation.entries if _follows(entry, answer.number)]
         counted = answer.usage.prompt + answer.usage.completion
-        return counted + (self._estimate(asked, new) if new else 0)
+        return counted + (self._estimate(agent, new) if new else 0)
 
-    def _estimate(
-        self, asked: _Asked, messages: Sequence[Message], schemas: Sequence[dict[str, Any]] = ()
-    ) -> int:
+    def _estimate(self, agent: Managed, messages: Messages, schemas: Schemas = ()) -> int:
         """Return the tokens of messages as the model would count them, about."""
-        return round(self._ratio * asked.model.count_tokens(messages, schemas))
+        return round(self._ratio * agent.model.count_tokens(messages, schemas))
 
     # -- outputs that move to files
 
-    async def _move_outputs(self, asked: _Asked, tokens: int, trigger: Trigger) -> None:
+    async def _move_outputs(self, agent: Managed, tokens: int, trigger: Trigger) -> None:
         """Move long outputs of old calls to files, the oldest first, until the target is reached.
 
         Where the model refused the conversation as too long, all long outputs move.
         """
         if self._store is None:
             return
-        settings = self.settings
-        is_full = trigger == "overflow"
-        limit = 0.0 if is_full else settings.threshold * asked.model.context_tokens
-        recent = settings.recent * limit
-        target = settings.target * limit
-        for entry in _older_than(asked.conversation.entries, asked.model, recent):
-            if tokens <= target:
+        limit = 0.0 if trigger == "overflow" else self._limit(agent)
+        entries = agent.conversation.entries
+        newest = _newest(entries, agent.model, RECENT * limit)
+        for entry in list(entries):
+            if tokens <= TARGET * limit or (newest and entry.number >= newest[0].number):
                 return
-            if entry.finished is None or entry.moved is not None:
+            # An environment's result of a whole answer has no id.
+            if entry.finished is None or entry.moved is not None or not entry.finished.call_id:
                 continue
-            size = self._estimate(asked, [entry.message])
-            if size < settings.moved_tokens:
+            size = self._estimate(agent, [entry.message])
+            if size < MOVED_TOKENS:
                 continue
             id = entry.finished.call_id
-            if not id:  # an environment's result of a whole answer
-                continue
-            path = entry.finished.file
             name = re.sub(r"[^A-Za-z0-9_-]", "_", id)[:80]  # a server chose the id
+            path = entry.finished.file
             try:
                 path = path or await self._store(f"{name}.txt", entry.finished.output)
             except (OSError, WorkspaceError) as error:
                 text = f"the output of a call could not be moved to a file: {error}"
-                asked.log.append(ev.Notice(text=text, level="warning"))
+                agent.log.append(ev.Notice(text=text, level="warning"))
                 return
-            asked.log.append(ev.OutputMoved(call_id=id, file=path, tokens=size))
+            agent.log.append(ev.OutputMoved(call_id=id, file=path, tokens=size))
             tokens -= size
 
     # -- the summary
 
-    async def _summarise(self, asked: _Asked, trigger: Trigger, focus: str, tokens: int) -> int:
+    async def _summarise(self, agent: Managed, trigger: Trigger, focus: str, tokens: int) -> int:
         """Replace the older part of the context by a summary; return the tokens that are left."""
-        conversation, model, log = asked.conversation, asked.model, asked.log
+        conversation, model, log = agent.conversation, agent.model, agent.log
         log.append(ev.CompactionStarted(trigger=trigger, tokens=tokens))
         entries = list(conversation.entries)
-        answer, fallback = await self._ask_for_summary(asked, focus)
+        answer, fallback = await self._ask_for_summary(agent, focus)
         if answer is not None and not fallback:
             written = f"{SUMMARY}\n{answer.text.strip()}"
         else:
-            written = describe_steps(entries, fallback, self._summary_tokens(model) * CHARACTERS)
+            written = describe_steps(entries, fallback, _summary_tokens(model) * CHARACTERS)
         request = await self._request_that_fits(conversation, model)
         history = await self._store_or_not(f"history-{len(log.events)}.txt", transcript(entries))
-        self._keep.catch_up(log.events)
-        facts = self._keep.render(conversation, request=request, history=history)
+        facts = self._keep(conversation, request, history)
         summary = "\n\n".join(filter(None, [HEAD, facts, written]))
         system = [one for one in conversation.messages[:1] if one.role == "system"]
-        after = self._estimate(asked, [*system, Message("user", summary)], asked.schemas)
-        limit = self.settings.threshold * model.context_tokens
-        recent = self.settings.recent * limit / (2 if trigger == "overflow" else 1)
-        room = self.settings.target * limit - after
+        after = self._estimate(agent, [*system, Message("user", summary)], agent.schemas())
+        limit = self._limit(agent)
+        recent = RECENT * limit / (2 if trigger == "overflow" else 1)
+        room = TARGET * limit - after
         kept = _newest(entries, model, min(recent, room) / self._ratio)
         if not kept:  # the last call and its results alone may be longer than the share
             kept = _newest(_last_exchange(entries), model, room / self._ratio)
         if kept:
-            after += self._estimate(asked, [entry.message for entry in kept])
+            after += self._estimate(agent, [entry.message for entry in kept])
         log.append(
             ev.ContextCompacted(
                 summary=summary,
@@ -277,24 +226,21 @@ class ContextManager:
         )
         return after
 
-    def _summary_tokens(self, model: Model) -> int:
-        return min(self.settings.summary_tokens, model.context_tokens // 8)
-
     async def _ask_for_summary(
-        self, asked: _Asked, focus: str
+        self, agent: Managed, focus: str
     ) -> tuple[ev.AssistantMessage | None, str]:
         """Return the model's summary, and why it is of no use; "" where it is.
 
         It is asked with the context as it is, so that a server has most of it in its cache.
         """
         instruction = f"{INSTRUCTION} Keep above all: {focus}" if focus else INSTRUCTION
-        messages = [*asked.conversation.messages, Message("user", instruction)]
-        limit = self._summary_tokens(asked.model)
+        messages = [*agent.conversation.messages, Message("user", instruction)]
+        limit = _summary_tokens(agent.model)
         try:
-            async with asyncio.timeout(self.settings.summary_seconds):
-                answer = await asked.model.ask(messages, asked.schemas, max_tokens=limit)
+            async with asyncio.timeout(SUMMARY_SECONDS):
+                answer = await agent.model.ask(messages, agent.schemas(), max_tokens=limit)
         except TimeoutError:
-            return None, f"no answer within {self.settings.summary_seconds:g} s"
+            return None, f"no answer within {SUMMARY_SECONDS:g} s"
         except ModelError as error:
             return None, f"the model gave none: {error}"
         if answer.finish == "length":
@@ -328,13 +274,11 @@ class ContextManager:
 
     # -- reminders
 
-    async def _notice_changes(self, asked: _Asked) -> None:
+    async def _notice_changes(self, agent: Managed) -> None:
         """Tell the model of files that changed since it saw them, once for each change."""
-        if self._workspace is None:
-            return
         found = []
-        watched = list(asked.conversation.read_files.items())[-MAX_WATCHED:]
-        stats = (self._workspace.stat(path) for path, _ in watched)
+        watched = list(agent.conversation.read_files.items())[-MAX_WATCHED:]
+        stats = (agent.workspace.stat(path) for path, _ in watched)
         for (path, seen), now in zip(
             watched, await asyncio.gather(*stats, return_exceptions=True), strict=True
         ):
@@ -347,18 +291,11 @@ class ContextManager:
             self._noticed[path] = now
         if found:
             text = "Since you last read them, outside of your file tools: " + "; ".join(found) + "."
-            asked.log.append(ev.UserMessage(text=text, source="reminder"))
+            agent.log.append(ev.UserMessage(text=text, source="reminder"))
 
 
-def _ratio_of(tokens: int, estimate: int) -> float:
-    """Return how the model's own count differs from the estimate, within reason."""
-    return min(max(tokens / estimate, 0.5), 2.0) if estimate else 1.0
-
-
-def _older_than(entries: Sequence[Entry], model: Model, tokens: float) -> list[Entry]:
-    """Return the entries before the newest so many tokens."""
-    newest = _newest(entries, model, tokens)
-    return [entry for entry in entries if not newest or entry.number < newest[0].number]
+def _summary_tokens(model: Model) -> int:
+    return min(SUMMARY_TOKENS, model.context_tokens // 8)
 
 
 def _newest(entries: Sequence[Entry], model: Model, tokens: float) -> list[Entry]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rome.agent.iflow import events
 from rome.agent.iflow.events import NO_USAGE, Event, TodoItem, ToolCall, Usage
-from rome.agent.messages import Call, Message
+from rome.agent.messages import Message
 
 NO_RESULT = "[This call has no result yet.]"
 KILLED = "the process ended while it ran"
@@ -21,80 +21,55 @@ KILLED = "the process ended while it ran"
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-    """One message of the context.
+    """One message of the context."""
 
-    Attributes:
-      number: of the event that brought it; a result has that of the answer with its call, since
-        neither stays in a context without the other.
-      message: as the model is shown it.
-      call: that a result belongs to; None for other messages.
-      finished: the result, once it is there.
-      moved: says which file holds the result instead, where it was moved.
-      source: of a user's message; "summary" for that of a compaction.
-    """
-
+    # Of the event that brought it; a result has that of the answer with its call, since neither
+    # stays in a context without the other
     number: int
-    message: Message
-    call: ToolCall | None = None
-    finished: events.ToolFinished | None = None
+    message: Message  # as the model is shown it
+    call: ToolCall | None = None  # that a result belongs to; None for other messages
+    finished: events.ToolFinished | None = None  # the result, once it is there
+    # Says which file holds the result instead, where it was moved
     moved: events.OutputMoved | None = None
-    source: str = ""
-
-
-@dataclasses.dataclass
-class _View:
-    """The context since a compaction; `number` is that of the compaction."""
-
-    number: int
-    entries: list[Entry]
+    source: str = ""  # of a user's message; "summary" for that of a compaction
 
 
 class Conversation:
-    """The state of a session.
-
-    Attributes:
-      session: id of it; "" before it started.
-      system: the system text.
-      directory: where the agent works.
-      model: name of the model.
-      mode: of approval.
-      turn: number of the newest turn.
-      is_working: whether a turn is open.
-      turn_answers: of the model in the newest turn.
-      turn_usage: of the newest turn, sub-agents included.
-      usage: of the whole session, sub-agents included.
-      context_tokens: of the context at the last answer, itself included, or after a compaction.
-      open_calls: calls without a result, by id.
-      open_requests: approvals and questions without an answer, by id.
-      read_files: path -> (size, time of change) of each file as the agent last saw it, the newest
-        last. After a rewind a file is read again before it is changed.
-      jobs: background commands that run, by id.
-      subagents: sub-agents that run, by id.
-    """
+    """The state of a session."""
 
     def __init__(self) -> None:
-        self.session = ""
-        self.system = ""
-        self.directory = ""
+        self.session = ""  # id of it; "" before it started
+        self.system = ""  # the system text
         self.model = ""
-        self.mode = "default"
-        self.turn = 0
-        self.is_working = False
-        self.turn_answers = 0
-        self.turn_usage = NO_USAGE
-        self.usage = NO_USAGE
+        self.mode = "default"  # of approval
+        self.turn = 0  # number of the newest turn
+        self.is_working = False  # whether a turn is open
+        self.turn_answers = 0  # of the model in the newest turn
+        self.turn_usage = NO_USAGE  # of the newest turn, sub-agents included
+        self.usage = NO_USAGE  # of the whole session, sub-agents included
+        # Of the context at the last answer, itself included, or after a compaction
         self.context_tokens = 0
-        self.open_calls: dict[str, ToolCall] = {}
+        self.open_calls: dict[str, ToolCall] = {}  # calls without a result, by id
+        # Approvals and questions without an answer, by id
         self.open_requests: dict[str, Event] = {}
+        # path -> (size, time of change) of each file as the agent last saw it, the newest last
+        # After a rewind a file is read again before it is changed
         self.read_files: dict[str, tuple[int, float]] = {}
-        self.jobs: dict[str, events.JobStarted] = {}
-        self.subagents: dict[str, events.SubagentStarted] = {}
-        self._views = [_View(-1, [])]
+        self.jobs: dict[str, events.JobStarted] = {}  # background commands that run, by id
+        self.subagents: dict[str, events.SubagentStarted] = {}  # sub-agents that run, by id
+        # As the world is, whatever is rewound, the newest last: how each sub-agent began, by its
+        # id; files that were written; files that hold what left the context
+        self.known_subagents: dict[str, events.SubagentStarted] = {}
+        self.changed_files: dict[str, None] = {}
+        self.histories: list[str] = []
+        # The messages since each compaction, by its number; the newest are the context
+        self._views: dict[int, list[Entry]] = {-1: []}
         self._results: dict[str, Entry] = {}  # by id of the call
         self._checkpoints: list[events.CheckpointTaken] = []
         # What a rewind takes back, in the order of time.
         self._requests: list[events.UserMessage] = []
         self._todos: list[events.TodoChanged] = []
+        self._skills: list[events.SkillLoaded] = []
 
     @classmethod
     def of(cls, given: Iterable[Event]) -> Conversation:
@@ -109,7 +84,7 @@ class Conversation:
     @property
     def entries(self) -> list[Entry]:
         """Return the messages of the context, the system text apart; not to be changed."""
-        return self._views[-1].entries
+        return next(reversed(self._views.values()))
 
     @property
     def messages(self) -> list[Message]:
@@ -123,9 +98,9 @@ class Conversation:
         return self._todos[-1].items if self._todos else ()
 
     @property
-    def last_request(self) -> events.UserMessage | None:
-        """Return the newest message that the user wrote."""
-        return self._requests[-1] if self._requests else None
+    def skills(self) -> list[str]:
+        """Return the names of the skills that were loaded, each once."""
+        return list(dict.fromkeys(loaded.name for loaded in self._skills))
 
     @property
     def requests(self) -> tuple[events.UserMessage, ...]:
@@ -144,33 +119,64 @@ class Conversation:
 
     def add(self, event: Event) -> None:
         """Take one event; kinds that change nothing here are passed over."""
-        take = getattr(self, f"_on_{event.kind}", None)
-        if take is not None:
-            take(event)
+        match event:
+            case events.SessionStarted():
+                self.session = event.session
+                self.system = event.system
+                self.model = event.model
+                self.mode = event.mode
+            case events.ModeChanged():
+                self.mode = event.mode
+            case events.ModelChanged():
+                self.model = event.model
+            case events.TurnStarted():
+                self.turn = event.turn
+                self.is_working = True
+                self.turn_answers = 0
+                self.turn_usage = NO_USAGE
+            case events.TurnFinished():
+                self.is_working = False
+            case events.UserMessage():
+                self._take_user_message(event)
+            case events.AssistantMessage():
+                self._take_answer(event)
+            case events.ToolFinished():
+                self._take_result(event)
+            case events.OutputMoved():
+                entry = self._results.get(event.call_id)
+                if entry is not None and entry.moved is None:
+                    entry.moved = event
+                    entry.message = _result_message(event.call_id, moved_text(event))
+            case events.ContextCompacted():
+                self._compact(event)
+            case events.Rewound():
+                self._rewind(event)
+            case events.FileSeen():
+                self.read_files.pop(event.path, None)
+                self.read_files[event.path] = (event.size, event.changed)
+            case events.TodoChanged():
+                self._todos.append(event)
+            case events.SkillLoaded():
+                self._skills.append(event)
+            case events.CheckpointTaken():
+                self._checkpoints.append(event)
+            case events.SubagentStarted():
+                self.subagents[event.id] = event
+                self.known_subagents.pop(event.id, None)
+                self.known_subagents[event.id] = event
+            case events.SubagentFinished():
+                self.subagents.pop(event.id, None)
+                self._spend(event.usage)
+            case events.JobStarted():
+                self.jobs[event.job] = event
+            case events.JobFinished():
+                self.jobs.pop(event.job, None)
+            case events.ApprovalRequested() | events.QuestionAsked():
+                self.open_requests[event.request] = event
+            case events.ApprovalAnswered() | events.QuestionAnswered():
+                self.open_requests.pop(event.request, None)
 
-    def _on_session_started(self, event: events.SessionStarted) -> None:
-        self.session = event.session
-        self.system = event.system
-        self.directory = event.directory
-        self.model = event.model
-        self.mode = event.mode
-
-    def _on_mode_changed(self, event: events.ModeChanged) -> None:
-        self.mode = event.mode
-
-    def _on_model_changed(self, event: events.ModelChanged) -> None:
-        self.model = event.model
-
-    def _on_turn_started(self, event: events.TurnStarted) -> None:
-        self.turn = event.turn
-        self.is_working = True
-        self.turn_answers = 0
-        self.turn_usage = NO_USAGE
-
-    def _on_turn_finished(self, event: events.TurnFinished) -> None:
-        self.is_working = False
-
-    def _on_user_message(self, event: events.UserMessage) -> None:
+    def _take_user_message(self, event: events.UserMessage) -> None:
         text = event.text
         if event.source in ("user", "steer"):
             self._requests.append(event)
@@ -178,9 +184,8 @@ class Conversation:
             text = f"<system-reminder>\n{text}\n</system-reminder>"
         self.entries.append(Entry(event.number, Message("user", text), source=event.source))
 
-    def _on_assistant_message(self, event: events.AssistantMessage) -> None:
-        calls = tuple(Call(call.id, call.name, call.arguments) for call in event.tool_calls)
-        said = Message("assistant", event.text, event.reasoning, calls)
+    def _take_answer(self, event: events.AssistantMessage) -> None:
+        said = Message("assistant", event.text, event.reasoning, event.tool_calls)
         self.entries.append(Entry(event.number, said))
         for call in event.tool_calls:
             entry = Entry(event.number, _result_message(call.id, NO_RESULT), call)
@@ -191,7 +196,10 @@ class Conversation:
         self.context_tokens = event.usage.prompt + event.usage.completion
         self._spend(event.usage)
 
-    def _on_tool_finished(self, event: events.ToolFinished) -> None:
+    def _take_result(self, event: events.ToolFinished) -> None:
+        for path in event.changed:
+            self.changed_files.pop(path, None)
+            self.changed_files[path] = None
         if not event.call_id:
             self._finish_answer(event)
             return
@@ -216,77 +224,35 @@ class Conversation:
         self.entries.append(entry)
         self.open_calls.clear()
 
-    def _on_output_moved(self, event: events.OutputMoved) -> None:
-        entry = self._results.get(event.call_id)
-        if entry is not None and entry.moved is None:
-            entry.moved = event
-            entry.message = _result_message(event.call_id, moved_text(event))
-
-    def _on_context_compacted(self, event: events.ContextCompacted) -> None:
+    def _compact(self, event: events.ContextCompacted) -> None:
         summary = Entry(event.number, Message("user", event.summary), source="summary")
         kept = [
             entry
             for entry in self.entries
             if entry.number >= event.kept_from and entry.source != "summary"
         ]
-        self._views.append(_View(event.number, [summary, *kept]))
+        self._views[event.number] = [summary, *kept]
+        self.histories += [event.history] if event.history else []
         self.context_tokens = event.tokens_after
         self._spend(event.usage)
 
-    def _on_file_seen(self, event: events.FileSeen) -> None:
-        self.read_files.pop(event.path, None)
-        self.read_files[event.path] = (event.size, event.changed)
-
-    def _on_rewound(self, event: events.Rewound) -> None:
+    def _rewind(self, event: events.Rewound) -> None:
         self.read_files.clear()
         if not event.conversation:
             return
-        while self._views[-1].number >= event.to:
-            self._views.pop()
+        while max(self._views) >= event.to:
+            self._views.popitem()
         kept = [entry for entry in self.entries if entry.number < event.to]
-        self._views[-1].entries = kept
+        self._views[max(self._views)] = kept
         for entry in kept:
             if entry.moved is not None and entry.moved.number >= event.to:
                 assert entry.call is not None and entry.finished is not None
                 entry.moved = None
                 entry.message = _result_message(entry.call.id, entry.finished.output)
-        histories: tuple[list[Any], ...] = (self._requests, self._todos)
+        histories: tuple[list[Any], ...] = (self._requests, self._todos, self._skills)
         for history in histories:
             while history and history[-1].number >= event.to:
                 history.pop()
-
-    def _on_todo_changed(self, event: events.TodoChanged) -> None:
-        self._todos.append(event)
-
-    def _on_subagent_started(self, event: events.SubagentStarted) -> None:
-        self.subagents[event.id] = event
-
-    def _on_subagent_finished(self, event: events.SubagentFinished) -> None:
-        self.subagents.pop(event.id, None)
-        self._spend(event.usage)
-
-    def _on_job_started(self, event: events.JobStarted) -> None:
-        self.jobs[event.job] = event
-
-    def _on_job_finished(self, event: events.JobFinished) -> None:
-        self.jobs.pop(event.job, None)
-
-    def _on_approval_requested(
-        self, event: events.ApprovalRequested | events.QuestionAsked
-    ) -> None:
-        self.open_requests[event.request] = event
-
-    _on_question_asked = _on_approval_requested
-
-    def _on_approval_answered(
-        self, event: events.ApprovalAnswered | events.QuestionAnswered
-    ) -> None:
-        self.open_requests.pop(event.request, None)
-
-    _on_question_answered = _on_approval_answered
-
-    def _on_checkpoint_taken(self, event: events.CheckpointTaken) -> None:
-        self._checkpoints.append(event)
 
     def _spend(self, usage: Usage) -> None:
         self.usage += usage

@@ -1,4 +1,4 @@
-"""Requests that wait for a person: approvals of calls, and questions of the agent."""
+"""What waits: requests for a person (approvals, questions), and messages for the model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Literal
 
 from rome.agent.iflow import events
 from rome.agent.iflow.event_log import EventLog
-from rome.agent.iflow.events import ApprovalAnswered, Decision, ToolCall
+from rome.agent.iflow.events import ApprovalAnswered, Decision, Scope, ToolCall, UserMessage
 
-Scope = Literal["once", "session", "project"]
 NOBODY = (
     "nobody is here to approve it. Do without it, or say what you need; a rule that allows it, or"
     " the mode yolo, would let it run"
@@ -25,10 +24,7 @@ class UnknownRequest(ValueError):
 class Desk:
     """Where requests wait. Sub-agents use the desk of the agent that started them.
 
-    Args:
-      log: where requests and their answers are events.
-      is_attended: whether an interface is there that answers. Otherwise approvals are denied and
-        questions answered "" at once.
+    Where no interface is there to answer, approvals are denied and questions answered "" at once.
     """
 
     def __init__(self, log: EventLog, *, is_attended: bool = False) -> None:
@@ -52,14 +48,13 @@ class Desk:
                 request=request, call=call, reason=reason, summary=summary, diff=diff, rule=rule
             )
         )
-        # Where the turn is cancelled meanwhile:
-        answer = ApprovalAnswered(request=request, decision="stop")
+        if not self.is_attended:
+            denied = ApprovalAnswered(request=request, decision="deny", note=NOBODY, by="policy")
+            return self.log.append(denied)
+        answer = ApprovalAnswered(request=request, decision="stop")  # if it is cancelled meanwhile
+        waiting = self._approvals[request] = asyncio.get_running_loop().create_future()
         try:
-            if self.is_attended:
-                waiting = self._approvals[request] = asyncio.get_running_loop().create_future()
-                answer = await waiting
-            else:
-                answer = _unanswered(request)
+            answer = await waiting
         finally:
             self._approvals.pop(request, None)
             answer = self.log.append(answer)
@@ -89,7 +84,7 @@ class Desk:
         note: str = "",
         answer: str = "",
     ) -> None:
-        """Answer a request: an approval by `decision`, a question by `answer`.
+        """Answer a request, an approval by `decision`, a question by `answer`.
 
         Raises:
           UnknownRequest: it does not wait, or is of the other kind.
@@ -105,16 +100,34 @@ class Desk:
             kind = "question" if decision is None else "approval"
             raise UnknownRequest(f"no {kind} {request!r} waits for an answer")
 
-    def leave(self) -> None:
-        """Note that nothing answers from now on; what waits is answered as where it never did."""
-        self.is_attended = False
-        for request, approval in self._approvals.items():
-            if not approval.done():
-                approval.set_result(_unanswered(request))
-        for question in self._questions.values():
-            if not question.done():
-                question.set_result("")
 
+class Inbox:
+    """What the model is to read; it is in the log once the model is about to read it."""
 
-def _unanswered(request: str) -> ApprovalAnswered:
-    return ApprovalAnswered(request=request, decision="deny", note=NOBODY, by="policy")
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self._waiting: list[UserMessage] = []
+        self._changed = asyncio.Event()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def put(self, text: str, source: Literal["steer", "hook", "reminder", "notification"]) -> None:
+        """Let the model read something."""
+        self._waiting.append(UserMessage(text=text, source=source))
+        self.wake()
+
+    def deliver(self) -> None:
+        """Log what waits."""
+        waiting, self._waiting = self._waiting, []
+        for message in waiting:
+            self._log.append(message)
+
+    def wake(self) -> None:
+        """End a wait."""
+        self._changed.set()
+
+    async def wait(self) -> None:
+        """Wait until something is put in, or `wake` is called."""
+        self._changed.clear()
+        await self._changed.wait()

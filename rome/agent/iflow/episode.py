@@ -15,25 +15,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack, cast
 
 from envs.gem.core import Env
-from envs.gem.episode import EnvironmentFault, OutOfTime, PlayedEnv, Turn
+from envs.gem.episode import EnvironmentFault, PlayedEnv, Turn
 from rome.agent import loop as plain
 from rome.agent.command import sampling_dialogue
 from rome.agent.dialogue import Dialogue
-from rome.agent.iflow.context import ContextManager, ContextSettings
+from rome.agent.iflow.context import ContextManager
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.events import AssistantMessage, TurnFinished
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Ask, ModelError
+from rome.agent.iflow.models.model import Ask, Messages, ModelError, Schemas
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 from rome.agent.iflow.specs.agent_specs import GENERAL, AgentSpec
-from rome.agent.iflow.subagents import Birth, TaskTool, may_have_subagents, tools_for
+from rome.agent.iflow.subagents import Birth, TaskTool, tools_for
 from rome.agent.iflow.tools.base import Tool, ToolResult
 from rome.agent.iflow.tools.todo import TodoTool
-from rome.agent.messages import Message
 from rome.agent.session import Generator
-from rome.data.trajectory import Chunk, Trajectory
+from rome.data.trajectory import Trajectory
 from rome.model.tokenizer import Chat
 
 # Tools of the agent that need no workspace; `task` comes beside them.
@@ -47,31 +46,23 @@ class IFlowError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class IFlowAgent:
-    """How the agent plays episodes.
+    """How the agent plays episodes."""
 
-    Attributes:
-      tools: names of its own tools, beside those of the environment: "task" and OWN_TOOLS.
-      compaction: share of the context at which it is summarised; 0 is never.
-      answers: of the model in one episode, sub-agents and summaries included; 0 is no limit.
-      specs: the kinds of sub-agents.
-    """
-
+    # Names of its own tools, beside those of the environment: "task" and OWN_TOOLS
     tools: tuple[str, ...] = ()
-    compaction: float = 0.0
+    compaction: float = 0.0  # share of the context at which it is summarised; 0 is never
+    # Of the model in one episode, sub-agents and summaries included; 0 is no limit
     answers: int = 0
-    specs: tuple[AgentSpec, ...] = (GENERAL,)
+    specs: tuple[AgentSpec, ...] = (GENERAL,)  # the kinds of sub-agents
 
     def __post_init__(self) -> None:
         known = [*OWN_TOOLS, TaskTool.name]
         for name in self.tools:
             if name not in known:
-                raise IFlowError(
-                    f"the agent has no tool {name!r} in training; choose of {', '.join(known)}"
-                )
+                choices = ", ".join(known)
+                raise IFlowError(f"the agent has no tool {name!r} in training; choose of {choices}")
         if not 0.0 <= self.compaction < 1.0:
-            raise IFlowError(
-                f"compaction={self.compaction} is no share of the context; choose such as 0.8, or 0"
-            )
+            raise IFlowError(f"compaction={self.compaction} is no share; choose such as 0.8, or 0")
 
 
 async def run_iflow_episode(
@@ -88,20 +79,9 @@ async def run_iflow_episode(
     routes: bool = False,
     tell_tools: bool = False,
 ) -> Trajectory:
-    """Play one episode to its typed ending; see `rome.agent.loop.run_episode`.
+    """Play one episode to its typed ending; arguments are as in `rome.agent.loop.run_episode`.
 
-    Args:
-      engine: samples the answers.
-      env: any GEM environment; closed here.
-      chat: of the model.
-      limits: of tokens and time.
-      agent: what plays.
-      seed: of the episode.
-      temperature: of sampling.
-      group: recorded in the trajectory.
-      episode: recorded in the trajectory.
-      routes: whether to keep the experts of each token.
-      tell_tools: whether the model is told of tools and of the environment's system text.
+    `tell_tools` says whether the model is told of tools and of the environment's system text.
     """
     started = time.monotonic()
     played = PlayedEnv(env, limits.episode_seconds, limits.start_seconds)
@@ -109,50 +89,32 @@ async def run_iflow_episode(
         engine, chat, limits, seed=seed, temperature=temperature, routes=routes
     )
     instruction = ""
-    result = Turn("", ending="cancelled")
+    end = Turn("", ending="cancelled")
     try:
         instruction, _ = await played.start()
         played.hand_over()
         playing = _Episode(played, dialogue, chat, agent, is_told=tell_tools)
-        result = await playing.play(instruction)
+        end = await playing.play(instruction)
     except EnvironmentFault as error:
-        result = Turn("", ending="infra_sandbox", note=str(error))
+        end = Turn("", ending="infra_sandbox", note=str(error))
     finally:
         await dialogue.aclose()
         await plain.close_env(env)
-    return Trajectory(
-        task=played.name,
-        family=played.family,
-        chunks=dialogue.session.chunks,
-        reward=0.0 if result.ending.startswith("infra_") else played.reward,
-        ending=result.ending,
-        group=group,
-        episode=episode,
-        seed=seed,
-        instruction=instruction,
-        seconds=round(time.monotonic() - started, 4),
-        note=result.note,
-        success_reward=played.success_reward,
+    chunks = dialogue.session.chunks
+    return plain.record(
+        played, chunks, end, started, seed=seed, group=group, episode=episode, told=instruction
     )
 
 
 class _Episode:
-    """One episode: the agent, its sub-agents, and the environment that they share.
-
-    Args:
-      played: started.
-      dialogue: of the episode.
-      chat: of the model.
-      agent: what plays.
-      is_told: whether the model is told of tools and of the environment's system text.
-    """
+    """One episode: the agent, its sub-agents, and the environment that they share."""
 
     def __init__(
         self, played: PlayedEnv, dialogue: Dialogue, chat: Chat, agent: IFlowAgent, *, is_told: bool
     ) -> None:
         self._played = played
         self._dialogue = dialogue
-        self._opened = chat.opened
+        self._chat = chat
         self._agent = agent
         self._is_told = is_told
         self._turns = asyncio.Lock()  # an environment takes one turn at a time
@@ -162,14 +124,14 @@ class _Episode:
         self._tools = list(getattr(played.env, "tools", None) or ()) if is_told else []
 
     async def play(self, instruction: str) -> Turn:
-        """Let the agent play; return how the episode ended.
-
-        Raises:
-          EnvironmentFault: the environment failed.
-        """
+        """Let the agent play; return how the episode ended, EnvironmentFault if that failed."""
         system = str(getattr(self._played.env, "system", None) or "") if self._is_told else ""
         log = EventLog()
-        main = self._make_agent(log, system, self._own_tools(0), is_main=True)
+        tools = self._own_tools()
+        if TaskTool.name in self._agent.tools:
+            specs = {spec.name: spec for spec in self._agent.specs}
+            tools.append(TaskTool(specs, self._make_child))
+        main = self._make_agent(log, system, tools, is_main=True)
         try:
             finished = await main.run(instruction)
         finally:
@@ -191,7 +153,8 @@ class _Episode:
             if self._end is not None:  # a sub-agent beside this one ended the episode
                 return ToolResult("", ends_turn=True)
             try:
-                turn = await self._turn_of(message, self._dialogue.session.chunks[message.chunk])
+                session = self._dialogue.session
+                turn = await plain.take_turn(session, self._played, self._chat, message.chunk)
             except EnvironmentFault as error:
                 self._fault = error
                 raise
@@ -205,64 +168,37 @@ class _Episode:
             ends_turn=bool(turn.ending),
         )
 
-    async def _turn_of(self, message: AssistantMessage, chunk: Chunk) -> Turn:
-        session = self._dialogue.session
-        if session.is_truncated(message.chunk):
-            turns = len(session.chunks)
-            note = f"turn {turns} did not end within {len(chunk.action_ids)} tokens"
-            return await self._played.judge("truncated_tokens", note)
-        try:
-            turn = await self._played.step(self._opened + chunk.text)
-        except OutOfTime as error:
-            chunk.status = "timeout"
-            return await self._played.judge("timeout", str(error))
-        chunk.observation = turn.observation
-        chunk.status = turn.status
-        chunk.exit_code = turn.exit_code
-        chunk.network_denials = turn.network_denials
-        chunk.tool_call = turn.tool_call
-        return turn
-
     # -- the agents
 
     def _make_agent(
         self, log: EventLog, system: str, tools: Sequence[Tool], *, is_main: bool, kind: str = ""
     ) -> Agent:
-        settings = self._agent
-        context = None
-        if settings.compaction:
-            context = ContextManager(ContextSettings(threshold=settings.compaction))
+        share = self._agent.compaction
         return Agent(
             _EpisodeModel(self._dialogue, self),
             tools,
             log,
             cast(Workspace, _Place()),
             system=system,
-            context=context,
+            context=ContextManager(share) if share else None,
             environment=_Player(self, {tool.name for tool in tools}, is_main=is_main),
             limits=Limits(turns=self._agent.answers),
             agent=kind,
             parent="" if is_main else "main",
         )
 
-    def _own_tools(self, depth: int, *, with_task: bool = True) -> list[Tool]:
-        names = self._agent.tools
-        tools = [make() for name, make in OWN_TOOLS.items() if name in names]
-        if with_task and TaskTool.name in names:
-            specs = {spec.name: spec for spec in self._agent.specs}
-            tools.append(TaskTool(specs, self._make_child, depth=depth))
-        return tools
+    def _own_tools(self) -> list[Tool]:
+        return [make() for name, make in OWN_TOOLS.items() if name in self._agent.tools]
 
     def _make_child(self, birth: Birth) -> Agent:
         """Return a sub-agent; it has the environment's tools too."""
-        with_task = may_have_subagents(birth.spec, birth.depth)
-        tools = tools_for(birth.spec, self._own_tools(birth.depth, with_task=with_task))
+        tools = tools_for(birth.spec, self._own_tools())
         system = birth.spec.prompt if self._is_told else ""
         return self._make_agent(birth.log, system, tools, is_main=False, kind=birth.spec.name)
 
     # -- what their models are shown
 
-    def shown_tools(self, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def shown_tools(self, own: Schemas) -> list[dict[str, Any]]:
         """Return the schemas that the model is told: the environment's, and the agent's own."""
         return [*self._tools, *own] if self._is_told else []
 
@@ -272,11 +208,7 @@ class _Episode:
         return bool(answers) and len(self._dialogue.session.chunks) >= answers
 
     def refuse_at_the_end(self) -> None:
-        """Refuse a question to the model where nothing may follow any more.
-
-        Raises:
-          ModelError: the episode is over or spoiled, or its answers are used up.
-        """
+        """Raise ModelError where nothing may follow: all is over, spoiled or used up."""
         if self._end is not None or self._fault is not None or self.engine_fault:
             raise ModelError("the episode is over")
         if self._are_answers_used_up:
@@ -284,20 +216,13 @@ class _Episode:
 
 
 class _EpisodeModel(DialogueModel):
-    """The policy as a model of the agent: told of the environment's tools beside the agent's own.
-
-    Args:
-      dialogue: of the episode.
-      episode: says what it is told, and when it is over.
-    """
+    """The policy as the agent's model, told of the environment's tools beside its own."""
 
     def __init__(self, dialogue: Dialogue, episode: _Episode) -> None:
         super().__init__(dialogue)
         self._episode = episode
 
-    async def ask(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
-    ) -> AssistantMessage:
+    async def ask(self, messages: Messages, tools: Schemas, **how: Unpack[Ask]) -> AssistantMessage:
         """Answer a conversation; see `Model`."""
         self._episode.refuse_at_the_end()
         try:
@@ -307,9 +232,7 @@ class _EpisodeModel(DialogueModel):
             self._episode.engine_fault = self._episode.engine_fault or str(self.fault or "")
             raise
 
-    def count_tokens(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
-    ) -> int:
+    def count_tokens(self, messages: Messages, tools: Schemas = ()) -> int:
         """Return the tokens of a conversation."""
         return super().count_tokens(messages, self._episode.shown_tools(tools) if tools else ())
 
@@ -319,11 +242,6 @@ class _Player:
 
     The main agent's answers all go there, but those whose calls are all of its own tools. A
     sub-agent's go there where they make a call: its words are for its parent.
-
-    Args:
-      episode: takes them.
-      own: names of the agent's own tools.
-      is_main: whether it is the main agent.
     """
 
     def __init__(self, episode: _Episode, own: set[str], *, is_main: bool) -> None:

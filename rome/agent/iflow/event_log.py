@@ -18,24 +18,12 @@ class EventError(ValueError):
     """A line of a session file that is no event; the message names file and line."""
 
 
-class UnknownKind(EventError):
-    """An event of a kind that this version does not know; the message says what to do."""
-
-
 class EventLog:
-    """The events of one session, in memory and in its file.
-
-    Args:
-      path: of the file, which is created or gone on with; None keeps the events in memory only.
-
-    Attributes:
-      events: all stored events so far.
-      path: as given.
-    """
+    """The events of one session, in memory and in its file."""
 
     def __init__(self, path: pathlib.Path | None = None) -> None:
-        self.path = path
-        self.events: list[Event] = []
+        self.path = path  # which is created or gone on with; None keeps events in memory only
+        self.events: list[Event] = []  # all stored events so far
         self._listeners: list[Callable[[Event], None]] = []
         self._file: int | None = None
         if path is not None:
@@ -57,7 +45,7 @@ class EventLog:
         logged = dataclasses.replace(event, number=number, at=round(time.time(), 3))
         if event.is_stored:
             if self._file is not None:
-                self._write(self._file, _line(logged))
+                self._write(self._file, _line_of(logged))
             self.events.append(logged)
         for listener in list(self._listeners):
             listener(logged)
@@ -94,12 +82,20 @@ class EventLog:
             os.ftruncate(self._file, whole)
 
 
+def _line_of(event: Event) -> bytes:
+    """Return the line of an event, in UTF-8 whatever is in it."""
+    values = event.to_json()
+    try:
+        return f"{json.dumps(values, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # bytes that are no text, such as of a file in another encoding
+        return f"{json.dumps(values)}\n".encode()
+
+
 def read_events(path: pathlib.Path) -> Iterator[Event]:
     """Yield the events of a session file; a torn last line is left out.
 
     Raises:
-      UnknownKind: a newer iFlow wrote it.
-      EventError: a line in the middle is no event.
+      EventError: a line in the middle is no event that this version knows.
     """
     with open(path, "rb") as file:
         for place, line in enumerate(file, 1):
@@ -107,8 +103,6 @@ def read_events(path: pathlib.Path) -> Iterator[Event]:
                 return
             try:
                 yield from_json(json.loads(line))
-            except UnknownKind as error:
-                raise UnknownKind(f"{path}:{place}: {error}") from None
             except (ValueError, TypeError, KeyError) as error:
                 raise EventError(f"{path}:{place} is no event of a session: {error}") from error
 
@@ -117,32 +111,24 @@ def from_json(values: Mapping[str, Any]) -> Event:
     """Return the event that `Event.to_json` wrote; members that it does not know are passed over.
 
     Raises:
-      UnknownKind: this version does not know the kind.
-      EventError: there is no kind, or a member is missing or of another type.
+      EventError: this version does not know the kind.
+      TypeError: a member is missing.
     """
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if not isinstance(kind, str):
         raise EventError(f"it has no kind: {str(values)[:80]}")
-    cls = KINDS.get(kind)
-    if cls is None:
-        raise UnknownKind(
-            f"iFlow {VERSION} does not know events of the kind {kind!r}: a newer one wrote this"
-            " session; go on with it there, or begin a new one here"
+    if kind not in KINDS:
+        raise EventError(
+            f"iFlow {VERSION} does not know the kind {kind!r}: a newer one wrote this session;"
+            " go on with it there, or begin a new one here"
         )
+    cls = KINDS[kind]
     names = {field.name for field in dataclasses.fields(cls)}
     members = {name: value for name, value in values.items() if name in names}
     for name, read in _READERS.get(cls.kind, {}).items():
         if name in members:
             members[name] = read(members[name])
     return cls(**members)
-
-
-def _line(event: Event) -> bytes:
-    values = event.to_json()
-    try:
-        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate, which only an escape can spell
-        return json.dumps(values).encode() + b"\n"
 
 
 def _readers(cls: type[Event]) -> dict[str, Callable[[Any], Any]]:

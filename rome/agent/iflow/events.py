@@ -9,89 +9,53 @@ are events of their own, and `rome.agent.iflow.conversation` derives what holds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform, get_args
+
+from rome.agent.messages import Call as ToolCall
 
 Decision = Literal["allow", "deny", "stop"]
+Scope = Literal["once", "session", "project"]
+Status = Literal["ok", "error", "denied", "cancelled", "infrastructure"]
 Outcome = Literal["finished", "usage", "infrastructure", "limit", "aborted"]
-EXIT_CODES: Mapping[str, int] = {
-    "finished": 0,
-    "usage": 1,
-    "infrastructure": 2,
-    "limit": 3,
-    "aborted": 4,
-}
+EXIT_CODES: Mapping[str, int] = {outcome: code for code, outcome in enumerate(get_args(Outcome))}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """One event.
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class _Registered:
+    """Makes each class below it a dataclass with a kind: "tool_finished" of ToolFinished."""
 
-    Attributes:
-      number: of the event in its session, from 0; -1 until it is logged.
-      at: when it happened, in seconds since 1970; 0 until it is logged.
-      kind: its name in the file.
-      is_stored: whether it goes into the file. What is not, only informs interfaces.
-    """
+    kind: ClassVar[str] = ""  # its name in the file
 
-    number: int = -1
-    at: float = 0.0
-    kind: ClassVar[str] = ""
-    is_stored: ClassVar[bool] = True
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        cls.kind = re.sub(r"\B[A-Z]", r"_\g<0>", cls.__name__).lower()
+
+
+class Event(_Registered):
+    """One event."""
+
+    is_stored: ClassVar[bool] = True  # in the file; what is not, only informs interfaces
+    number: int = -1  # of the event in its session, from 0; -1 until it is logged
+    at: float = 0.0  # when it happened, in seconds since 1970; 0 until it is logged
 
     def to_json(self) -> dict[str, Any]:
         """Return the event as it stands in a session file."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
-KINDS: dict[str, type[Event]] = {}
 E = TypeVar("E", bound=Event)
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True)
-def event(kind: str, *, is_stored: bool = True) -> Callable[[type[E]], type[E]]:
-    """Return a decorator that makes a class an event of that kind."""
-
-    def decorate(cls: type[E]) -> type[E]:
-        made: type[E] = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        made.kind = kind
-        made.is_stored = is_stored
-        KINDS[kind] = made
-        return made
-
-    return decorate
-
-
-@dataclasses.dataclass(frozen=True)
-class ToolCall:
-    """A call that the model made.
-
-    Attributes:
-      id: unique in the session.
-      name: of the tool.
-      arguments: JSON text, as it was written.
-    """
-
-    id: str
-    name: str
-    arguments: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens and price of model calls.
+    """Tokens and price of model calls."""
 
-    Attributes:
-      prompt: tokens read, those from a cache included.
-      completion: tokens written.
-      cached: of `prompt`, read from a cache.
-      price: in the currency of the configured prices; 0 where there are none.
-    """
-
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
-    price: float = 0.0
+    prompt: int = 0  # tokens read, those from a cache included
+    completion: int = 0  # tokens written
+    cached: int = 0  # of `prompt`, read from a cache
+    price: float = 0.0  # in the currency of the configured prices; 0 where there are none
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -113,198 +77,121 @@ class TodoItem:
     status: Literal["pending", "in_progress", "done"] = "pending"
 
 
-# -- the session
-
-
-@event("session_started")
 class SessionStarted(Event):
-    """A session begins, or is taken up again by another process (`resumed`).
-
-    Attributes:
-      session: its id.
-      agent: type of a sub-agent; "" for the main agent.
-      parent: id of the session that started a sub-agent; "" for none.
-      directory: where it works.
-      model: name of the model.
-      mode: of approval.
-      system: the system text, whole.
-      tools: names of the tools.
-      schemas: of the tools, as the model is shown them.
-      version: of this project.
-      resumed: whether events of an earlier process come before.
-    """
+    """A session begins, or is taken up again by another process (`resumed`)."""
 
     session: str
     directory: str
     model: str
-    mode: str
-    system: str
-    tools: tuple[str, ...] = ()
-    schemas: tuple[dict[str, Any], ...] = ()
-    agent: str = ""
-    parent: str = ""
+    mode: str  # of approval
+    system: str  # the system text, whole
+    tools: tuple[str, ...] = ()  # names of the tools
+    schemas: tuple[dict[str, Any], ...] = ()  # of the tools, as the model is shown them
+    agent: str = ""  # type of a sub-agent; "" for the main agent
+    parent: str = ""  # id of the session that started a sub-agent; "" for none
     version: str = ""
-    resumed: bool = False
+    resumed: bool = False  # whether events of an earlier process come before
 
 
-@event("session_ended")
 class SessionEnded(Event):
     """The process ends the session in order; a killed one leaves no such event."""
 
     outcome: Outcome
 
 
-@event("mode_changed")
 class ModeChanged(Event):
     """The mode of approval is another one: plan, default, accept_edits or yolo."""
 
     mode: str
 
 
-@event("model_changed")
 class ModelChanged(Event):
     """Another model answers from now on."""
 
     model: str
 
 
-# -- turns
-
-
-@event("user_message")
 class UserMessage(Event):
-    """Text that the model reads as the user's.
-
-    Attributes:
-      text: of the message.
-      source: "user"; "steer" (sent while the agent worked); "hook", "reminder" and "notification"
-        (of the program: a hook's words, a file that changed outside, a job that ended).
-    """
+    """Text that the model reads as the user's."""
 
     text: str
+    # "user"; "steer" (sent while the agent worked); "hook", "reminder" and "notification" (of the
+    # program: a hook's words, a file that changed outside, a job that ended)
     source: Literal["user", "steer", "hook", "reminder", "notification"] = "user"
 
 
-@event("turn_started")
 class TurnStarted(Event):
     """The agent begins to work on what the user said; `turn` counts from 1."""
 
     turn: int
 
 
-@event("text_delta", is_stored=False)
 class TextDelta(Event):
     """A piece of an answer that is being written; `AssistantMessage` has the whole."""
 
+    is_stored: ClassVar[bool] = False
     text: str
     is_reasoning: bool = False
 
 
-@event("assistant_message")
 class AssistantMessage(Event):
-    """An answer of the model.
+    """An answer of the model."""
 
-    Attributes:
-      text: what it says.
-      reasoning: its thoughts.
-      tool_calls: its calls, in order.
-      finish: "stop", "tool_calls" or "length".
-      usage: of this answer.
-      chunk: number of its chunk where a session of tokens keeps it; -1 for none.
-      malformed: why a call in it could not be read; "" where all could.
-    """
-
-    text: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
+    text: str = ""  # what it says
+    reasoning: str = ""  # its thoughts
+    tool_calls: tuple[ToolCall, ...] = ()  # its calls, in order
     finish: Literal["stop", "tool_calls", "length"] = "stop"
-    usage: Usage = NO_USAGE
-    chunk: int = -1
-    malformed: str = ""
+    usage: Usage = NO_USAGE  # of this answer
+    chunk: int = -1  # its number where a session of tokens keeps it; -1 for none
+    malformed: str = ""  # why a call in it could not be read; "" where all could
 
 
-@event("tool_started")
 class ToolStarted(Event):
-    """A call is being run, after hooks and approval.
+    """A call is being run, after hooks and approval."""
 
-    Attributes:
-      call: as it is run; a hook may have changed its arguments.
-      summary: one line for people, such as "Edit src/main.py".
-    """
-
-    call: ToolCall
-    summary: str = ""
+    call: ToolCall  # as it is run; a hook may have changed its arguments
+    summary: str = ""  # one line for people, such as "Edit src/main.py"
 
 
-@event("tool_output", is_stored=False)
 class ToolOutput(Event):
     """A piece of the output of a call that still runs."""
 
+    is_stored: ClassVar[bool] = False
     call_id: str
     text: str
 
 
-@event("file_seen")
 class FileSeen(Event):
-    """The agent read or wrote a file; it may change it as long as the file is in this state.
+    """The agent read or wrote a file; it may change it as long as the file is in this state."""
 
-    Attributes:
-      path: absolute.
-      size: in bytes.
-      changed: time of its last change, in seconds.
-    """
-
-    path: str
-    size: int
-    changed: float
+    path: str  # absolute
+    size: int  # in bytes
+    changed: float  # time of its last change, in seconds
 
 
-@event("tool_finished")
 class ToolFinished(Event):
-    """A call has its result. Each call of an answer gets exactly one, whatever happens.
-
-    Attributes:
-      call_id: of the call.
-      output: what the model reads.
-      status: "ok", "error" (the tool failed or its arguments are bad), "denied" (policy, hook, user
-        or supervisor), "cancelled" or "infrastructure".
-      seconds: that it took.
-      exit_code: of a command; None for other tools.
-      file: that holds the whole output where `output` is shortened; "" where it is whole.
-      changed: files that it wrote.
-      diff: unified, of what it wrote; "" for none.
-      denials: tries of the network that the sandbox denied.
-    """
+    """A call has its result. Each call of an answer gets exactly one, whatever happens."""
 
     call_id: str
-    output: str
-    status: Literal["ok", "error", "denied", "cancelled", "infrastructure"] = "ok"
-    seconds: float = 0.0
-    exit_code: int | None = None
-    file: str = ""
-    changed: tuple[str, ...] = ()
-    diff: str = ""
-    denials: int = 0
+    output: str  # what the model reads
+    status: Status = "ok"  # "error": of the tool, or its arguments; "denied": by whomever
+    seconds: float = 0.0  # that it took
+    exit_code: int | None = None  # of a command; None for other tools
+    file: str = ""  # that holds the whole output where `output` is shortened; "" where it is whole
+    changed: tuple[str, ...] = ()  # files that it wrote
+    diff: str = ""  # unified, of what it wrote; "" for none
+    denials: int = 0  # tries of the network that the sandbox denied
 
 
-@event("turn_finished")
 class TurnFinished(Event):
-    """The agent stopped to work, and waits for the user.
+    """The agent stopped to work, and waits for the user."""
 
-    Attributes:
-      outcome: finished (it said its last word), limit, aborted or infrastructure.
-      reason: for people; "" where it finished.
-      usage: of the whole turn, sub-agents included.
-      seconds: that it took.
-    """
-
-    outcome: Outcome
-    reason: str = ""
-    usage: Usage = NO_USAGE
-    seconds: float = 0.0
+    outcome: Outcome  # finished (it said its last word), limit, aborted or infrastructure
+    reason: str = ""  # for people; "" where it finished
+    usage: Usage = NO_USAGE  # of the whole turn, sub-agents included
+    seconds: float = 0.0  # that it took
 
 
-@event("notice")
 class Notice(Event):
     """Something that people should know; the model does not read it."""
 
@@ -312,7 +199,6 @@ class Notice(Event):
     level: Literal["info", "warning", "error"] = "info"
 
 
-@event("retried")
 class Retried(Event):
     """The model did not answer and is asked again after `wait` seconds."""
 
@@ -321,50 +207,27 @@ class Retried(Event):
     wait: float
 
 
-# -- requests that an interface answers
-
-
-@event("approval_requested")
 class ApprovalRequested(Event):
-    """A call waits until somebody allows or denies it.
+    """A call waits until somebody allows or denies it."""
 
-    Attributes:
-      request: id, for the answer.
-      call: that waits.
-      reason: why it is asked: the rule, or the supervisor's verdict.
-      summary: one line for people.
-      diff: of the edit that it would make; "" for none.
-      rule: which "allow always" would add, such as "shell(git commit:*)"; "" for none.
-    """
-
-    request: str
-    call: ToolCall
-    reason: str = ""
-    summary: str = ""
-    diff: str = ""
-    rule: str = ""
+    request: str  # id, for the answer
+    call: ToolCall  # that waits
+    reason: str = ""  # why it is asked: the rule, or the supervisor's verdict
+    summary: str = ""  # one line for people
+    diff: str = ""  # of the edit that it would make; "" for none
+    rule: str = ""  # which "allow always" would add, such as "shell(git commit:*)"; "" for none
 
 
-@event("approval_answered")
 class ApprovalAnswered(Event):
-    """An approval has its answer.
-
-    Attributes:
-      request: id of the request.
-      decision: "allow", "deny" (the agent goes on) or "stop" (the turn ends).
-      scope: "once", or "session" or "project" for a rule that was added.
-      note: what the user says to the agent.
-      by: "user", "policy", "hook", "supervisor" or "timeout".
-    """
+    """An approval has its answer."""
 
     request: str
-    decision: Decision
-    scope: Literal["once", "session", "project"] = "once"
-    note: str = ""
-    by: str = "user"
+    decision: Decision  # the agent goes on after "deny"; the turn ends with "stop"
+    scope: Scope = "once"  # of the rule that was added; "once" for none
+    note: str = ""  # what the user says to the agent
+    by: str = "user"  # "user", "policy", "hook", "supervisor" or "timeout"
 
 
-@event("question_asked")
 class QuestionAsked(Event):
     """The agent asks the user; `choices` may be empty."""
 
@@ -373,7 +236,6 @@ class QuestionAsked(Event):
     choices: tuple[str, ...] = ()
 
 
-@event("question_answered")
 class QuestionAnswered(Event):
     """The user answered a question; "" where there is nobody to answer."""
 
@@ -381,17 +243,12 @@ class QuestionAnswered(Event):
     answer: str
 
 
-# -- state of the agent
-
-
-@event("todo_changed")
 class TodoChanged(Event):
     """The list of what is to do, whole."""
 
     items: tuple[TodoItem, ...]
 
 
-@event("output_moved")
 class OutputMoved(Event):
     """The output of an old call is replaced in the context by the name of a file that holds it."""
 
@@ -400,7 +257,6 @@ class OutputMoved(Event):
     tokens: int
 
 
-@event("compaction_started")
 class CompactionStarted(Event):
     """The context is about to be summarised; `trigger` is "threshold", "overflow" or "user"."""
 
@@ -408,50 +264,28 @@ class CompactionStarted(Event):
     tokens: int
 
 
-@event("context_compacted")
 class ContextCompacted(Event):
-    """From now on the context is `summary`, then the events from `kept_from` on.
+    """From now on the context is `summary`, then the events from `kept_from` on."""
 
-    Attributes:
-      summary: the first user message of the new context, whole.
-      kept_from: number of the first event that stays in the context as it is; the number of this
-        event where none does.
-      tokens_before: of the context.
-      tokens_after: of the new one, estimated.
-      fallback: why no model wrote the summary; "" where one did.
-      usage: of the model that was asked for it.
-      history: file that holds what left the context, whole; "" for none.
-    """
-
-    summary: str
-    kept_from: int
-    tokens_before: int
-    tokens_after: int
-    fallback: str = ""
-    usage: Usage = NO_USAGE
-    history: str = ""
+    summary: str  # the first user message of the new context, whole
+    kept_from: int  # number of the first event that stays as it is; of this one where none does
+    tokens_before: int  # of the context
+    tokens_after: int  # of the new one, estimated
+    fallback: str = ""  # why no model wrote the summary; "" where one did
+    usage: Usage = NO_USAGE  # of the model that was asked for it
+    history: str = ""  # file that holds what left the context, whole; "" for none
 
 
-@event("subagent_started")
 class SubagentStarted(Event):
-    """A sub-agent begins, or is taken up again.
+    """A sub-agent begins, or is taken up again."""
 
-    Attributes:
-      id: of it; with it, it can be taken up again.
-      agent: its type.
-      prompt: its task.
-      call_id: of the call that started it.
-      background: whether the agent goes on meanwhile.
-    """
-
-    id: str
-    agent: str
-    prompt: str
-    call_id: str = ""
-    background: bool = False
+    id: str  # of it; with it, it can be taken up again
+    agent: str  # its type
+    prompt: str  # its task
+    call_id: str = ""  # of the call that started it
+    background: bool = False  # whether the agent goes on meanwhile
 
 
-@event("subagent_finished")
 class SubagentFinished(Event):
     """A sub-agent ended; each one that started does, whatever happens."""
 
@@ -461,7 +295,6 @@ class SubagentFinished(Event):
     usage: Usage = NO_USAGE
 
 
-@event("job_started")
 class JobStarted(Event):
     """A command runs in the background."""
 
@@ -470,7 +303,6 @@ class JobStarted(Event):
     call_id: str = ""
 
 
-@event("job_finished")
 class JobFinished(Event):
     """A background command ended; `exit_code` is None where it was killed or lost."""
 
@@ -478,36 +310,26 @@ class JobFinished(Event):
     exit_code: int | None = None
 
 
-@event("skill_loaded")
 class SkillLoaded(Event):
     """The instructions of a skill are in the context."""
 
     name: str
 
 
-@event("checkpoint_taken")
 class CheckpointTaken(Event):
     """The files as they are can be restored by `checkpoint`."""
 
     checkpoint: str
 
 
-@event("rewound")
 class Rewound(Event):
-    """The session goes back.
+    """The session goes back."""
 
-    Attributes:
-      to: number of the event before which it goes on: a user's message.
-      conversation: whether the events since then leave the context.
-      files: whether the files are those of the checkpoint before it.
-    """
-
-    to: int
-    conversation: bool
-    files: bool
+    to: int  # number of the event before which it goes on: a user's message
+    conversation: bool  # whether the events since then leave the context
+    files: bool  # whether the files are those of the checkpoint before it
 
 
-@event("hook_ran")
 class HookRan(Event):
     """A hook of the user ran."""
 
@@ -518,39 +340,24 @@ class HookRan(Event):
     message: str = ""
 
 
-@event("supervisor_judged")
 class SupervisorJudged(Event):
-    """The supervisor judged a call.
+    """The supervisor judged a call."""
 
-    Attributes:
-      call_id: of the call; "" as long as it is not logged.
-      verdict: "pass", "pause" (ask) or "stop".
-      rule: that decided; "" for pass.
-      severity: from 0 to 3.
-      reason: for people.
-      cost: that training may subtract.
-    """
-
-    call_id: str = ""
+    call_id: str = ""  # of the call; "" as long as it is not logged
     verdict: Literal["pass", "pause", "stop"]
-    rule: str = ""
-    severity: int = 0
-    reason: str = ""
-    cost: float = 0.0
+    rule: str = ""  # that decided; "" for pass
+    severity: int = 0  # from 0 to 3
+    reason: str = ""  # for people
+    cost: float = 0.0  # that training may subtract
 
 
-@event("feedback_given")
 class FeedbackGiven(Event):
-    """The user judged an answer or a call.
+    """The user judged an answer or a call."""
 
-    Attributes:
-      target: number of the `AssistantMessage` that it is about.
-      verdict: "accept", "reject", "correct" or "rate".
-      rating: from 1 to 5; 0 for none.
-      text: a comment, or what would have been right (correct).
-    """
-
-    target: int
+    target: int  # number of the `AssistantMessage` that it is about
     verdict: Literal["accept", "reject", "correct", "rate"]
-    rating: int = 0
-    text: str = ""
+    rating: int = 0  # from 1 to 5; 0 for none
+    text: str = ""  # a comment, or what would have been right (correct)
+
+
+KINDS: Mapping[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__()}

@@ -28,7 +28,7 @@ from rome.agent.iflow.events import (
     SessionStarted,
     TurnStarted,
 )
-from rome.agent.messages import Call, Message
+from rome.agent.messages import Message
 from rome.data.trajectory import LAST, Trajectory, load_trajectory, to_atif
 from rome.data.tree import path_to
 from rome.files import write_atomically
@@ -50,15 +50,8 @@ def make_feedback(
 ) -> FeedbackGiven:
     """Return a judgement of an answer, to be logged.
 
-    Args:
-      log: of the session.
-      verdict: accept, reject, correct or rate.
-      target: number of the answer.
-      rating: from 1 to 5, where the verdict is to rate.
-      text: a comment, or what would have been right.
-
-    Raises:
-      FeedbackError: one of them is none; the message says which.
+    `target` is the answer's number, `rating` is from 1 to 5 where the verdict is to rate, and
+    `text` is a comment, or what would have been right. FeedbackError where one of them is none.
     """
     answers = [one.number for one in log.events if isinstance(one, AssistantMessage)]
     if type(target) is not int or target not in answers:
@@ -79,37 +72,22 @@ def make_feedback(
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """An answer that the user judged; of several judgements the last one holds.
-
-    Attributes:
-      session: its id.
-      answer: that was judged.
-      context: what the model was shown before it.
-      turn_start: place in `context` from which on its turn begins.
-      tools: schemas of the tools that the model was shown.
-      chunks: numbers of the chunks of the answers of its turn, its own last; -1 for none.
-      rating: from 1 to 5.
-      correction: what would have been right; "" for none.
-      comment: of the user.
-    """
+    """An answer that the user judged; of several judgements the last one holds."""
 
     session: str
-    answer: AssistantMessage
-    context: tuple[Message, ...]
-    turn_start: int
-    tools: tuple[dict[str, Any], ...]
+    answer: AssistantMessage  # that was judged
+    context: tuple[Message, ...]  # what the model was shown before it
+    turn_start: int  # place in `context` from which on its turn begins
+    tools: tuple[dict[str, Any], ...]  # schemas of the tools that the model was shown
+    # Numbers of the chunks of the answers of its turn, its own last; -1 for none
     chunks: tuple[int, ...]
-    rating: int
-    correction: str = ""
-    comment: str = ""
+    rating: int  # from 1 to 5
+    correction: str = ""  # what would have been right; "" for none
+    comment: str = ""  # of the user
 
 
 def judged_answers(events: Sequence[Event]) -> list[Judged]:
-    """Return the answers of a session that the user judged, in their order.
-
-    Raises:
-      FeedbackError: a judgement is about no answer.
-    """
+    """Return the answers of a session that the user judged, in their order."""
     given = {event.target: event for event in events if isinstance(event, FeedbackGiven)}
     conversation = Conversation()
     tools: tuple[dict[str, Any], ...] = ()
@@ -150,12 +128,7 @@ def judged_answers(events: Sequence[Event]) -> list[Judged]:
 def sft_rows(
     judged: Iterable[Judged], trajectory: Trajectory | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record for each answer that is worth learning, as `rome.data.formats` reads it.
-
-    Args:
-      judged: answers of one session.
-      trajectory: of that session, with its tokens; None where it has none.
-    """
+    """Yield a record for each answer that is worth learning, as `rome.data.formats` reads it."""
     for one in judged:
         if one.correction:
             yield _row(one, [Message("assistant", one.correction)], learns_turn=False)
@@ -170,16 +143,10 @@ def sft_rows(
 def preference_pairs(
     judged: Sequence[Judged], trajectory: Trajectory | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield pairs of a better and a worse answer to the same context.
-
-    Args:
-      judged: answers of one session.
-      trajectory: of that session, with its tokens; None where it has none.
-    """
+    """Yield pairs of a better and a worse answer to the same context."""
     for one in judged:
         if one.correction:
-            correction = Message("assistant", one.correction)
-            yield _pair(one, correction, None, _message(one.answer), one, trajectory)
+            yield _pair(None, one, trajectory)
     groups: dict[tuple[object, ...], list[Judged]] = {}
     for one in judged:
         groups.setdefault(tuple(message.key for message in one.context), []).append(one)
@@ -187,20 +154,14 @@ def preference_pairs(
         for first, second in itertools.combinations(group, 2):
             better, worse = (first, second) if first.rating > second.rating else (second, first)
             if better.rating > worse.rating:
-                chosen, rejected = _message(better.answer), _message(worse.answer)
-                yield _pair(better, chosen, better, rejected, worse, trajectory)
+                yield _pair(better, worse, trajectory)
 
 
 def export(sessions: Iterable[pathlib.Path], out: pathlib.Path, kind: str = "sft") -> int:
-    """Write the feedback of sessions as JSON Lines; return the number of records.
+    """Write the feedback of sessions as JSON Lines, a row of SFT or a pair each; return how many.
 
-    Args:
-      sessions: folders of sessions, or their files of events.
-      out: the file, which is replaced.
-      kind: "sft" or "preference".
-
-    Raises:
-      FeedbackError: a session cannot be read, or the kind is unknown.
+    Sessions are given by their folders, or their files of events. FeedbackError where one cannot be
+    read.
     """
     if kind not in KINDS:
         raise FeedbackError(f"kind {kind!r} unknown; known: {', '.join(KINDS)}")
@@ -251,19 +212,14 @@ def _tokens(one: Judged, trajectory: Trajectory, learned: Sequence[int]) -> dict
     )
 
 
-def _pair(
-    one: Judged,
-    chosen: Message,
-    better: Judged | None,
-    rejected: Message,
-    worse: Judged,
-    trajectory: Trajectory | None,
-) -> dict[str, Any]:
-    """Return one pair, with exact tokens of what was sampled where the session has them."""
+def _pair(better: Judged | None, worse: Judged, trajectory: Trajectory | None) -> dict[str, Any]:
+    """Return one pair, with exact tokens of what was sampled; None is the worse one corrected."""
+    one = better or worse
+    chosen = Message("assistant", worse.correction) if better is None else _message(better.answer)
     pair: dict[str, Any] = {
         "prompt": [write_message(message) for message in one.context],
         "chosen": [write_message(chosen)],
-        "rejected": [write_message(rejected)],
+        "rejected": [write_message(_message(worse.answer))],
         "tools": list(one.tools),
         "extra": _source(one),
     }
@@ -282,10 +238,8 @@ def _pair(
 def _chunk_of(one: Judged, trajectory: Trajectory) -> int:
     """Return the number of an answer's chunk."""
     if one.answer.chunk >= len(trajectory.chunks):
-        raise FeedbackError(
-            f"event {one.answer.number} has chunk {one.answer.chunk}, and {TRAJECTORY} has only"
-            f" {len(trajectory.chunks)}: it is of another session"
-        )
+        what = f"event {one.answer.number} has chunk {one.answer.chunk}"
+        raise FeedbackError(f"{what}, which is not in {TRAJECTORY}: it is of another session")
     return one.answer.chunk
 
 
@@ -299,5 +253,4 @@ def _source(one: Judged) -> dict[str, Any]:
 
 
 def _message(answer: AssistantMessage) -> Message:
-    calls = tuple(Call(call.id, call.name, call.arguments) for call in answer.tool_calls)
-    return Message("assistant", answer.text, answer.reasoning, calls)
+    return Message("assistant", answer.text, answer.reasoning, answer.tool_calls)

@@ -6,15 +6,8 @@ What it prints on standard output is one of
     json         one object: session, outcome, reason, result, turns, usage, seconds
     stream-json  each event of the session as it happens, one JSON object a line (`events`)
 
-With the input `stream-json`, standard input has one JSON object a line, until it ends:
-
-    {"kind": "user", "text": "..."}                        a turn, after the one before it
-    {"kind": "steer", "text": "..."}                       to the agent while it works
-    {"kind": "approval", "request": "...", "decision": "allow", "scope": "once", "note": ""}
-    {"kind": "answer", "request": "...", "answer": "..."}  to a question
-    {"kind": "cancel"}                                     ends the turn
-
-What a sub-agent or a command of the background brings while the agent is idle begins a turn too.
+Programs that answer approvals and ask for further turns drive a session over ACP or HTTP
+(`rome.agent.iflow.protocols`).
 """
 
 from __future__ import annotations
@@ -22,70 +15,68 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TextIO
 
 from rome.agent.iflow import events
 from rome.agent.iflow.events import EXIT_CODES, TurnFinished
 from rome.agent.iflow.interfaces import InterfaceSession
 
-Format = Literal["text", "json", "stream-json"]
-FORMATS: tuple[Format, ...] = ("text", "json", "stream-json")
-MAX_LINE = 64 << 20  # bytes of one line of the input
-
 
 async def run_headless(
     session: InterfaceSession,
     prompt: str,
     *,
-    output: Format = "text",
-    has_input: bool = False,
+    output: Literal["text", "json", "stream-json"] = "text",
     out: TextIO | None = None,
 ) -> int:
-    """Play the turns that the caller asks for, print what came of them, and end the session.
+    """Play one turn, print what came of it, close the session, and return the exit status.
 
-    SIGINT and SIGTERM end the turn and the session; what is there is printed all the same. So does
-    a reader of the output that goes away.
-
-    Args:
-      session: the agent; closed here.
-      prompt: the first turn; "" goes on with a turn that was not finished, or with the input alone.
-      output: what is printed.
-      has_input: whether standard input has further turns, as stream-json.
-      out: where to print; standard output where None.
-
-    Returns:
-      The exit status of `events.EXIT_CODES`.
+    A prompt of "" goes on with a turn that was not finished. SIGINT and SIGTERM end turn and
+    session; what is there is printed all the same. So does a reader that goes away. A second
+    signal, or one while the session is being closed, which hooks may delay, ends that at once.
     """
     agent = session.agent
-    stop = _Stop(agent.cancel)
+    stopped: list[str] = []  # why the program was told to end
+    is_closing = False
+    playing = asyncio.current_task()
+    assert playing is not None
+
+    def stop(reason: str) -> None:
+        stopped.append(reason)
+        agent.cancel(reason)
+
+    def on_signal(name: str) -> None:
+        if stopped or is_closing:
+            playing.cancel()
+        stop(f"{name} was received")
+
     printer = _Printer(out or sys.stdout, stop)
     if output == "stream-json":
-        agent.log.listen(lambda event: printer.print_json(event.to_json()))
+        agent.log.listen(lambda event: printer.print(json.dumps(event.to_json())))
     for notice in session.notices:
         agent.log.append(events.Notice(text=notice, level="warning"))
         print(f"iflow: {notice}", file=sys.stderr)
     finished = TurnFinished(outcome="finished")
-    with _signals(stop):
+    with _signals(on_signal):
         try:
-            if prompt or not has_input:
-                finished = await _play(session, prompt)
-            if has_input:
-                finished = await _follow_input(session, finished, stop)
+            finished = await agent.run(prompt)
+            problem = await session.keep()
+            if problem and finished.outcome == "finished":
+                finished = TurnFinished(outcome="infrastructure", reason=problem)
+            if output == "text":
+                printer.print(_last_answer(session))
+            elif output == "json":
+                printer.print(json.dumps(summary(session, finished)))
         finally:
+            is_closing = True
             await session.close(finished.outcome)
-    if output == "text":
-        printer.print(_last_answer(session))
-    elif output == "json":
-        printer.print_json(summary(session, finished))
-    if stop.reason and finished.outcome == "finished":  # what came of it may not be printed
-        finished = TurnFinished(outcome="aborted", reason=stop.reason)
+    if stopped and finished.outcome == "finished":  # what came of it may not be printed
+        finished = TurnFinished(outcome="aborted", reason=stopped[0])
     if finished.outcome != "finished":
         print(f"iflow: {finished.outcome}: {finished.reason}", file=sys.stderr)
     return EXIT_CODES[finished.outcome]
@@ -105,152 +96,13 @@ def summary(session: InterfaceSession, finished: TurnFinished) -> dict[str, Any]
     }
 
 
-async def _play(session: InterfaceSession, prompt: str) -> TurnFinished:
-    """Play one turn, and keep what it left outside of the events."""
-    finished = await session.agent.run(prompt)
-    problem = await session.keep()
-    if problem and finished.outcome == "finished":
-        return TurnFinished(outcome="infrastructure", reason=problem)
-    return finished
-
-
-class _Stop:
-    """Ends the turn and the session, when the program is told to end.
-
-    Attributes:
-      reason: why; "" as long as it was not called.
-    """
-
-    def __init__(self, cancel: Callable[[str], None]) -> None:
-        self.reason = ""
-        self.was_called = asyncio.Event()
-        self._cancel = cancel
-
-    def __call__(self, reason: str) -> None:
-        """End it."""
-        self.reason = self.reason or reason
-        self.was_called.set()
-        self._cancel(reason)
-
-
-async def _follow_input(
-    session: InterfaceSession, finished: TurnFinished, stop: _Stop
-) -> TurnFinished:
-    """Do what the lines of standard input say; return how the last turn ended."""
-    agent = session.agent
-    prompts: asyncio.Queue[str | None] = asyncio.Queue()
-    stop_listening = agent.log.listen(functools.partial(_wake, prompts))
-    tasks = [
-        asyncio.create_task(_read_input(session, prompts)),
-        asyncio.create_task(_end_when(stop, prompts)),
-    ]
-    try:
-        while not stop.reason and (prompt := await prompts.get()) is not None:
-            if not prompt and not agent.has_unread:
-                continue
-            finished = await _play(session, prompt)
-            if finished.outcome == "infrastructure":
-                return finished
-    finally:
-        stop_listening()
-        for task in tasks:
-            task.cancel()
-        agent.desk.leave()
-    return finished
-
-
-async def _end_when(stop: _Stop, prompts: asyncio.Queue[str | None]) -> None:
-    await stop.was_called.wait()
-    prompts.put_nowait(None)
-
-
-def _wake(prompts: asyncio.Queue[str | None], event: events.Event) -> None:
-    """Let the agent read what came of its background, in a turn of its own where it is idle."""
-    if isinstance(event, events.SubagentFinished | events.JobFinished):
-        asyncio.get_running_loop().call_soon(prompts.put_nowait, "")
-
-
-async def _read_input(session: InterfaceSession, prompts: asyncio.Queue[str | None]) -> None:
-    """Do what each line says; once there are no more, nothing that the agent asks is answered."""
-    agent = session.agent
-    try:
-        async for line in _lines():
-            try:
-                _take_line(session, prompts, line)
-            except (ValueError, LookupError, TypeError) as error:
-                agent.log.append(
-                    events.Notice(
-                        text=f"a line of the input was passed over: {error!r}", level="error"
-                    )
-                )
-    except (OSError, ValueError) as error:
-        agent.log.append(
-            events.Notice(text=f"the input cannot be read further: {error}", level="error")
-        )
-    finally:
-        agent.desk.leave()
-        prompts.put_nowait(None)
-
-
-def _take_line(session: InterfaceSession, prompts: asyncio.Queue[str | None], line: bytes) -> None:
-    """Do what a line of the input says.
-
-    Raises:
-      ValueError, LookupError, TypeError: it says nothing that is known.
-    """
-    agent = session.agent
-    given = json.loads(line)
-    kind = given["kind"]
-    if kind == "user":
-        prompts.put_nowait(str(given["text"]))
-    elif kind == "steer":
-        agent.steer(str(given["text"]))
-    elif kind == "approval":
-        agent.desk.respond(
-            given["request"],
-            given["decision"],
-            scope=given.get("scope", "once"),
-            note=given.get("note", ""),
-        )
-    elif kind == "answer":
-        agent.desk.respond(given["request"], answer=str(given["answer"]))
-    elif kind == "cancel":
-        agent.cancel()
-    else:
-        raise ValueError(f"kind {kind!r} unknown")
-
-
-async def _lines() -> AsyncIterator[bytes]:
-    """Yield the lines of standard input: a pipe, a terminal or a file.
-
-    Raises:
-      ValueError: one is longer than MAX_LINE.
-    """
-    reader = asyncio.StreamReader(limit=MAX_LINE)
-    loop = asyncio.get_running_loop()
-    # A thread reads, since the loop cannot wait for a file; it ends with the process.
-    threading.Thread(target=_feed, args=(reader, loop), daemon=True).start()
-    async for line in reader:
-        if line.strip():
-            yield line
-
-
-def _feed(reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
-    # Not through sys.stdin, whose lock a thread that waits would hold at the end of the process.
-    with contextlib.suppress(RuntimeError):  # the loop has ended
-        with contextlib.suppress(OSError):  # it is closed
-            while data := os.read(0, 1 << 16):
-                loop.call_soon_threadsafe(reader.feed_data, data)
-        loop.call_soon_threadsafe(reader.feed_eof)
-
-
 @contextlib.contextmanager
 def _signals(stop: Callable[[str], None]) -> Iterator[None]:
-    """Call `stop` at SIGINT and SIGTERM meanwhile."""
+    """Call `stop` with the signal's name at SIGINT and SIGTERM meanwhile."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
     for number in numbers:
-        loop.add_signal_handler(number, stop, f"{number.name} was received")
+        loop.add_signal_handler(number, stop, number.name)
     try:
         yield
     finally:
@@ -269,12 +121,7 @@ def _last_answer(session: InterfaceSession) -> str:
 
 
 class _Printer:
-    """Prints, until what reads the output goes away: then the session ends.
-
-    Args:
-      out: where to print.
-      stop: called then.
-    """
+    """Prints, until what reads the output goes away: then `stop` is called."""
 
     def __init__(self, out: TextIO, stop: Callable[[str], None]) -> None:
         self._out = out
@@ -293,10 +140,6 @@ class _Printer:
             self._is_open = False
             self._forget_the_rest()
             self._stop(f"the output cannot be written: {error}")
-
-    def print_json(self, values: dict[str, Any]) -> None:
-        """Print an object on one line."""
-        self.print(json.dumps(values))
 
     def _forget_the_rest(self) -> None:
         """Let what is still buffered go nowhere: at its end Python writes it once more."""

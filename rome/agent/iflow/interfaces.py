@@ -27,33 +27,25 @@ MODES: Mapping[str, str] = {
 
 @dataclasses.dataclass(kw_only=True)
 class InterfaceSession:
-    """An agent and what is around it.
+    """An agent and what is around it."""
 
-    Attributes:
-      agent: with its log, its workspace, and its desk, at which the interface answers.
-      close: ends the agent, its servers, its workspace and its model; given an outcome, says so.
-      keep: called after each turn; it keeps what the session would lose with its process. Returns
-        why that failed, which the log says too; "" where it did not.
-      make_model: makes a model by its name, which is closed with the session; ValueError where the
-        endpoint has none.
-      servers: of MCP; None for none.
-      commands: of the user and the project, by name.
-      skills: by name.
-      agents: types of sub-agents, by name.
-      models: names that the user may choose from; () where they are not known.
-      notices: for people: what was left out of settings and specs, and why.
-    """
-
-    agent: Agent
+    agent: Agent  # with its log, its workspace, and its desk, at which the interface answers
+    # Ends the agent, its servers, its workspace and its model; given an outcome, says so
     close: Callable[..., Awaitable[None]]
+    # Called after each turn; it keeps what the session would lose with its process. Returns why
+    # that failed, which the log says too; "" where it did not
     keep: Callable[[], Awaitable[str]]
+    # Makes a model by its name, which is closed with the session; ValueError where the endpoint has
+    # none
     make_model: Callable[[str], Awaitable[Model]]
-    servers: MCPServers | None = None
+    servers: MCPServers | None = None  # of MCP; None for none
+    # Of the user and the project, by name
     commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
-    skills: Mapping[str, Skill] = dataclasses.field(default_factory=dict)
+    skills: Mapping[str, Skill] = dataclasses.field(default_factory=dict)  # by name
+    # Types of sub-agents, by name
     agents: Mapping[str, AgentSpec] = dataclasses.field(default_factory=dict)
-    models: tuple[str, ...] = ()
-    notices: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()  # names that the user may choose from; () where they are not known
+    notices: tuple[str, ...] = ()  # for people: what was left out of settings and specs, and why
 
     @property
     def workspace(self) -> Workspace:

@@ -1,4 +1,4 @@
-"""What a compaction never loses: the keep-list of a session.
+"""What a compaction puts in place of the conversation: the keep-list, and words around a summary.
 
 A summary is a model's word, and models leave things out. So the new context begins with what the
 events say, word for word: the user's last request, the open items of the todo list, running jobs,
@@ -7,15 +7,29 @@ files that were changed, skills and sub-agents.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from rome.agent.iflow import events
-from rome.agent.iflow.conversation import Conversation
+from rome.agent.iflow.conversation import Conversation, Entry
 
 MAX_FILES = 200  # of each kind that are listed; the newest ones
 MAX_HISTORIES = 20
 MAX_PROMPT = 200  # characters of a sub-agent's task
+HEAD = (
+    "The conversation so far was too long and is replaced by this message. What follows is a"
+    " record, not a new request: go on with the work where it stands."
+)
+INSTRUCTION = (
+    "Your context is nearly full. Write a summary of the work so far, for yourself: it will replace"
+    " the conversation above. State the goal, what was done and found (names, paths, numbers,"
+    " decisions and errors exactly), what does not work, and the next step. The user's last"
+    " request, the todo list, jobs, files, skills and sub-agents are kept beside it; do not repeat"
+    " them. Answer with the summary only, without tool calls."
+)
+MAX_STEP_CHARACTERS = 300  # of one step in a summary that no model wrote
+SUMMARY = "## Summary of the work so far"
+STEPS = "## What was done since, as it stands in the record"
+NO_SUMMARY = "(No summary could be written: {reason}.)"
 _MARKS = {"pending": "[ ]", "in_progress": "[in progress]"}
 
 
@@ -29,96 +43,40 @@ def last_request(conversation: Conversation) -> str:
     return "\n\n".join(reversed(texts))
 
 
-@dataclasses.dataclass
-class KeepList:
-    """What the events say of files, skills and sub-agents; the conversation has the rest.
+def keep_list(conversation: Conversation, request: str, history: str = "") -> str:
+    """Return what is kept as text for the model; sections without content are left out.
 
-    A rewind of the conversation takes back skills. Files and sub-agents are as they are in the
-    world, and stay.
-
-    Attributes:
-      changed: paths of the files that were written, the newest last.
-      subagents: id -> how each sub-agent began, the newest last.
-      histories: files that hold what left the context, the newest last.
+    Args:
+      conversation: of the session.
+      request: the user's last one, as it is to stand here.
+      history: file with what leaves the context now; "" for none.
     """
-
-    changed: dict[str, None] = dataclasses.field(default_factory=dict)
-    subagents: dict[str, events.SubagentStarted] = dataclasses.field(default_factory=dict)
-    histories: list[str] = dataclasses.field(default_factory=list)
-    _skills: list[events.SkillLoaded] = dataclasses.field(default_factory=list)
-    _folded: int = 0
-
-    @property
-    def skills(self) -> list[str]:
-        """Return the names of the skills that were loaded, each once."""
-        return list(dict.fromkeys(loaded.name for loaded in self._skills))
-
-    def catch_up(self, happened: Sequence[events.Event]) -> None:
-        """Take the events of a session, given whole, that were not taken yet."""
-        for place in range(self._folded, len(happened)):
-            self._take(happened[place])
-        self._folded = len(happened)
-
-    def _take(self, event: events.Event) -> None:
-        if isinstance(event, events.ToolFinished):
-            for path in event.changed:
-                self.changed.pop(path, None)
-                self.changed[path] = None
-        elif isinstance(event, events.SkillLoaded):
-            self._skills.append(event)
-        elif isinstance(event, events.SubagentStarted):
-            self.subagents.pop(event.id, None)
-            self.subagents[event.id] = event
-        elif isinstance(event, events.ContextCompacted):
-            self.histories += [event.history] if event.history else []
-        elif isinstance(event, events.Rewound) and event.conversation:
-            while self._skills and self._skills[-1].number >= event.to:
-                self._skills.pop()
-
-    def render(
-        self,
-        conversation: Conversation,
-        *,
-        request: str | None = None,
-        history: str = "",
-    ) -> str:
-        """Return the keep-list as text for the model; sections without content are left out.
-
-        Args:
-          conversation: of the session.
-          request: stands for the user's last request; None: that request itself.
-          history: file with what leaves the context now; "" for none.
-        """
-        if request is None:
-            request = last_request(conversation)
-        todo = [
+    read = [path for path in conversation.read_files if path not in conversation.changed_files]
+    histories = [*conversation.histories, *([history] if history else [])]
+    sections = {
+        "The user's last request, word for word": [request],
+        "Open items of the todo list": [
             f"- {_MARKS[item.status]} {item.text}"
             for item in conversation.todo
             if item.status != "done"
-        ]
-        jobs = [f"- {job.job}: {job.command}" for job in conversation.jobs.values()]
-        subagents = [
+        ],
+        "Background jobs that run": [
+            f"- {job.job}: {job.command}" for job in conversation.jobs.values()
+        ],
+        "Files that were changed": _newest(list(conversation.changed_files)),
+        "Files that were only read": _newest(read),
+        "Skills in use": [f"- {name}" for name in conversation.skills],
+        "The conversation before, whole, in files: search them for what is missing here": [
+            f"- {path}" for path in histories[-MAX_HISTORIES:]
+        ],
+        "Sub-agents (go on with one by its id)": [
             _describe(started, is_working=started.id in conversation.subagents)
-            for started in self.subagents.values()
-        ]
-        histories = [*self.histories, *([history] if history else [])]
-        sections = {
-            "The user's last request, word for word": [request],
-            "Open items of the todo list": todo,
-            "Background jobs that run": jobs,
-            "Files that were changed": _newest(list(self.changed)),
-            "Files that were only read": _newest(
-                [path for path in conversation.read_files if path not in self.changed]
-            ),
-            "Skills in use": [f"- {name}" for name in self.skills],
-            "The conversation before, whole, in files: search them for what is missing here": [
-                f"- {path}" for path in histories[-MAX_HISTORIES:]
-            ],
-            "Sub-agents (go on with one by its id)": subagents,
-        }
-        return "\n\n".join(
-            f"## {title}\n" + "\n".join(lines) for title, lines in sections.items() if any(lines)
-        )
+            for started in conversation.known_subagents.values()
+        ],
+    }
+    return "\n\n".join(
+        f"## {title}\n" + "\n".join(lines) for title, lines in sections.items() if any(lines)
+    )
 
 
 def _describe(started: events.SubagentStarted, *, is_working: bool) -> str:
@@ -131,3 +89,68 @@ def _newest(paths: Sequence[str]) -> list[str]:
     left_out = len(paths) - MAX_FILES
     lines = [f"- {path}" for path in paths[-MAX_FILES:]]
     return [f"- ({left_out} older ones)", *lines] if left_out > 0 else lines
+
+
+def describe_steps(entries: Sequence[Entry], reason: str, characters: int) -> str:
+    """Return what was done as a list of about so many characters, the newest steps.
+
+    The last summary of a model, if there was one, comes first, and at most half of the whole.
+    """
+    step = min(MAX_STEP_CHARACTERS, characters // 6)
+    lines: list[str] = []
+    written = ""
+    for entry in entries:
+        message = entry.message
+        if entry.source == "summary":
+            written, lines = _parts_of(message.content)
+        elif message.role == "user":
+            lines.append(f"- asked: {_short(message.content, step)}")
+        elif message.role == "tool":
+            lines.append(f"  result: {_short(message.content, step // 2)}")
+        else:
+            if message.content:
+                lines.append(f"- said: {_short(message.content, step)}")
+            calls = [f"- called {c.name} {_short(c.arguments, step)}" for c in message.tool_calls]
+            lines += calls
+    written = written[: characters // 2]
+    shown = _last_lines(lines, characters - len(written))
+    return "\n".join(filter(None, [written, STEPS, NO_SUMMARY.format(reason=reason), *shown]))
+
+
+def transcript(entries: Sequence[Entry]) -> str:
+    """Return messages as a text that can be searched; outputs are whole, also those that moved."""
+    parts = []
+    for entry in entries:
+        message = entry.message
+        if entry.source == "summary":
+            continue
+        output = entry.finished.output if entry.finished is not None else message.content
+        calls = [f"[call {call.name} {call.arguments}]" for call in message.tool_calls]
+        role = message.role if message.role != "tool" else "result"
+        parts.append("\n".join([f"== {role}", *filter(None, [output, *calls])]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _parts_of(text: str) -> tuple[str, list[str]]:
+    """Return what a model wrote in an earlier summary, and the lines of steps in it."""
+    before, _, steps = text.partition(f"\n{STEPS}")
+    _, found, written = before.partition(f"\n{SUMMARY}")
+    lines = [line for line in steps.splitlines() if line.startswith(("- ", "  "))]
+    return (SUMMARY + written.rstrip() if found else ""), lines
+
+
+def _last_lines(lines: Sequence[str], characters: int) -> list[str]:
+    shown: list[str] = []
+    for line in reversed(lines):
+        characters -= len(line) + 1
+        if characters < 0:
+            break
+        shown.append(line)
+    if len(shown) < len(lines):
+        shown.append("- (earlier steps are left out)")
+    return shown[::-1]
+
+
+def _short(text: str, limit: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit]} ..."

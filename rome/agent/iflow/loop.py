@@ -34,7 +34,6 @@ class Agent(Parts):
 
     def __post_init__(self, offered: Sequence[Tool]) -> None:
         super().__post_init__(offered)
-        self._starting = asyncio.Lock()
         self._is_started = False
         self._work: asyncio.Task[Ending] | None = None
         self._stopped: asyncio.Future[Ending] | None = None  # set where the turn is to end
@@ -50,11 +49,8 @@ class Agent(Parts):
 
     async def start(self) -> None:
         """Begin the session, or take it up again; `run` does it where it was not done."""
-        async with self._starting:
-            if not self._is_started:
-                await self._start()
-
-    async def _start(self) -> None:
+        if self._is_started:
+            return
         is_resumed = bool(self.conversation.session)
         for lost in events_after_a_kill(self.conversation):
             self.log.append(lost)
@@ -80,14 +76,9 @@ class Agent(Parts):
         await self.run_hooks("SessionStart", {"source": matcher}, matcher=matcher)
 
     async def run(self, text: str = "") -> TurnFinished:
-        """Play one turn.
+        """Play one turn and return how it ended; "" goes on with what is there.
 
-        Args:
-          text: of the user; "" goes on with what is there, such as after a kill.
-
-        Returns:
-          How it ended. A limit, a cancellation and a model that does not answer are endings, not
-          errors.
+        A limit, a cancellation and a model that does not answer are endings, not errors.
 
         Raises:
           AgentError: a turn is being played already.
@@ -127,29 +118,15 @@ class Agent(Parts):
         """Tell the agent of something that the program noticed, such as a job that ended."""
         self.inbox.put(text, "notification")
 
-    def remind(self, text: str) -> None:
-        """Tell the model something that holds from now on, such as instructions of a folder."""
-        self.inbox.put(text, "reminder")
-
-    @property
-    def has_unread(self) -> bool:
-        """Return whether something waits for the model; `run("")` lets it read that."""
-        return bool(self.inbox)
-
     def cancel(self, reason: str = "the user cancelled the turn") -> None:
         """End the turn at once; the session stays as it is and may go on."""
         self._stop(Ending("aborted", reason))
 
     async def rewind(self, to: int, *, conversation: bool = True, files: bool = True) -> None:
-        """Go back to before a message of the user.
+        """Go back to before a message of the user, given by the number of its event.
 
-        Args:
-          to: number of its event.
-          conversation: whether what was said since then leaves the context.
-          files: whether the files become what they were then.
-
-        Raises:
-          AgentError: the agent works, there is no such message, or no checkpoints are kept.
+        The conversation since then leaves the context, and files become what they were, where asked
+        for. AgentError where the agent works, there is no such message, or no checkpoint is kept.
         """
         self._refuse_while_working("rewind it")
         if to not in [request.number for request in self.conversation.requests]:
@@ -163,17 +140,11 @@ class Agent(Parts):
         self.log.append(events.Rewound(to=to, conversation=conversation, files=files))
 
     async def compact(self, focus: str = "") -> None:
-        """Make the context shorter now.
-
-        Args:
-          focus: what the summary should keep above all.
-        """
+        """Make the context shorter now; `focus` is what a summary should keep above all."""
         self._refuse_while_working("compact its context")
         if self.context is None:
             raise AgentError("this session does not manage its context")
-        await self.context.compact(
-            self.conversation, self.model, self.schemas(), self.log, trigger="user", focus=focus
-        )
+        await self.context.compact(self, focus=focus)
 
     def set_mode(self, mode: str) -> None:
         """Change the mode of approval."""
@@ -189,12 +160,15 @@ class Agent(Parts):
         self.cancel("the session ends")
         if self._finished is not None:
             await asyncio.wait([self._finished], timeout=2 * CANCEL_SECONDS)
-        if self._is_started:
-            await self.run_hooks("SessionEnd", {"reason": outcome})
-            self.log.append(events.SessionEnded(outcome=outcome))
-        self._stop_listening()
-        if self.owns_workspace:
-            await self.workspace.aclose()
+        try:
+            if self._is_started:
+                await self.run_hooks("SessionEnd", {"reason": outcome})
+        finally:
+            if self._is_started:
+                self.log.append(events.SessionEnded(outcome=outcome))
+            self._stop_listening()
+            if self.owns_workspace:
+                await self.workspace.aclose()
 
     # -- one turn
 

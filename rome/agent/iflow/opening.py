@@ -7,14 +7,17 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import cast
 
 from rome.agent.iflow import events
 from rome.agent.iflow.approval.permissions import hides, is_wanted, make_policy
 from rome.agent.iflow.assemble import assemble, read_settings
+from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.interfaces import InterfaceSession
+from rome.agent.iflow.loop import Agent
+from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.options import Options
 from rome.agent.iflow.places.place import open_place
-from rome.agent.iflow.places.workspace import Workspace
 from rome.agent.iflow.protocols.mcp_server import ToolServer
 from rome.agent.iflow.protocols.mcp_tools import printable
 from rome.agent.iflow.sessions import OpenSession, SessionInfo, SessionStore
@@ -24,12 +27,7 @@ from rome.agent.iflow.tools.standard import standard_tools
 
 
 class SessionOpener:
-    """Opens sessions with the options of the command line.
-
-    Args:
-      options: for all sessions; the directory is each session's own.
-      home: of the user; None for that of this process.
-    """
+    """Opens sessions with the options of the command line, but for their directory."""
 
     def __init__(self, options: Options, home: pathlib.Path | None = None) -> None:
         self._options = options
@@ -42,21 +40,12 @@ class SessionOpener:
         resume: str = "",
         is_fork: bool = False,
         servers: Sequence[McpServer] = (),
-        wrap: Callable[[Workspace], Workspace] | None = None,
     ) -> InterfaceSession:
-        """Open a session whose desk is attended.
-
-        Args:
-          directory: where it works.
-          resume: id of a session to go on with; "" for a new one.
-          is_fork: whether a copy of that session goes on, and itself stays as it is.
-          servers: of MCP, besides those of the settings.
-          wrap: is given the workspace and returns the one that is to be used.
+        """Open a session whose desk is attended: a new one, one to resume, or a copy of that.
 
         Raises:
           ValueError: there is no such session, or settings or directory are wrong.
-          ModelError: the endpoint is not there.
-          WorkspaceError: the place where tools work is not there.
+          ModelError, WorkspaceError: the endpoint or the place is not there.
         """
         if not pathlib.Path(directory).is_dir():
             raise ValueError(f"{directory} is no directory")
@@ -65,15 +54,10 @@ class SessionOpener:
             opened = store.new()
         else:
             opened = store.fork(resume) if is_fork else store.open(resume)
-        return await self.open_stored(opened, directory, servers=servers, wrap=wrap)
+        return await self.open_stored(opened, directory, servers)
 
     async def open_stored(
-        self,
-        opened: OpenSession,
-        directory: str,
-        *,
-        servers: Sequence[McpServer] = (),
-        wrap: Callable[[Workspace], Workspace] | None = None,
+        self, opened: OpenSession, directory: str, servers: Sequence[McpServer] = ()
     ) -> InterfaceSession:
         """Put an agent together for a session that is open already; it is closed with it."""
         options = dataclasses.replace(
@@ -81,11 +65,7 @@ class SessionOpener:
             directory=pathlib.Path(directory),
             servers=(*self._options.servers, *servers),
         )
-        try:
-            session = await assemble(options, opened, is_attended=True, home=self._home, wrap=wrap)
-        except BaseException:
-            opened.close()
-            raise
+        session = await assemble(options, opened, is_attended=True, home=self._home)
         try:
             await session.agent.start()
         except BaseException:
@@ -109,13 +89,7 @@ def ask_trust(
 ) -> None:
     """Ask once whether the project's own programs and rules may hold, where it has some.
 
-    Args:
-      options: name the directory; `trust` is an answer already.
-      ask: shows a text and returns what the user types.
-      home: of the user; None for that of this process.
-
-    Raises:
-      SpecError: a file of settings is wrong.
+    `ask` shows a text and returns what the user types. SpecError where a file of settings is wrong.
     """
     settings, projects = read_settings(options, home)
     root = root_of(options.directory, home)
@@ -133,31 +107,30 @@ def ask_trust(
 async def tool_server(
     options: Options, home: pathlib.Path | None = None
 ) -> AsyncIterator[ToolServer]:
-    """Open the tools of a directory for a client of MCP, without a model and without a session.
-
-    Raises:
-      UsageError: a rule is wrong.
-      SpecError: a file of settings is wrong.
-      WorkspaceError: the place where tools work is not there.
-    """
-    project = options.directory.resolve()
+    """Open the tools of a directory for a client of MCP, without a model and without a session."""
     settings, projects = read_settings(options, home)
-    with tempfile.TemporaryDirectory(prefix="iflow-") as folder:
+    hidden = hides(options, settings)
+    with tempfile.TemporaryDirectory(prefix="iflow-") as name:
+        folder = pathlib.Path(name)
         place = await open_place(
             options.workspace,
-            project,
-            pathlib.Path(folder),
+            options.directory.resolve(),
+            folder,
             egress=options.egress,
-            hides=hides(options, settings),
+            hides=hidden,
         )
         try:
-            policy = make_policy(options, settings, place, pathlib.Path(folder), projects)
+            policy = make_policy(options, settings, place, folder, projects)
             tools = standard_tools(
                 has_web=options.has_web,
                 shell_seconds=settings.shell_timeout,
                 user_memory=home and home / ".iflow" / "IFLOW.md",
             )
-            wanted = {tool.name: tool for tool in tools if is_wanted(tool.name, options, settings)}
-            yield ToolServer(wanted, place, policy, folder)
+            wanted = [tool for tool in tools if is_wanted(tool.name, options, settings)]
+            no_model = cast(Model, None)
+            log = EventLog()
+            yield ToolServer(
+                Agent(no_model, wanted, log, place, policy=policy, session_folder=name)
+            )
         finally:
             await place.aclose()

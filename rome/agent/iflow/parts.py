@@ -11,10 +11,9 @@ from rome.agent.iflow.approval.policy import Policy
 from rome.agent.iflow.approval.supervisor import Supervisor
 from rome.agent.iflow.context import ContextManager
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.desk import Desk
+from rome.agent.iflow.desk import Desk, Inbox
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.events import AssistantMessage
-from rome.agent.iflow.inbox import Inbox
 from rome.agent.iflow.limits import Limits, Spent
 from rome.agent.iflow.models.model import Model
 from rome.agent.iflow.places.workspace import Workspace
@@ -29,72 +28,47 @@ class Environment(Protocol):
     async def answer(self, message: AssistantMessage) -> ToolResult | None:
         """Answer a whole answer of the model, its calls included, by one result.
 
-        Returns:
-          The result; `ends_turn` where the episode is over. None leaves the answer to the agent's
-          own tools.
+        It ends the turn where the episode is over. None leaves the answer to the agent's tools.
         """
 
 
 @dataclasses.dataclass(eq=False)
 class Parts:
-    """What an agent is made of.
+    """What an agent is made of; `offered` are the tools that it has at the beginning."""
 
-    Args:
-      offered: the tools that the model may call, at the beginning.
-
-    Attributes:
-      model: answers; it belongs to the caller, who closes it.
-      tools: by name; what is added or removed holds from the next answer on.
-      log: of the session; where it has events, the session goes on.
-      workspace: where tools work; it belongs to the caller, unless `owns_workspace`.
-      system: the system text; "" for none.
-      policy: rules of approval; the default allows everything.
-      hooks: of the user.
-      context: keeps the context within its limit; None leaves it as it is.
-      supervisor: judges each call; None for none.
-      has_checkpoints: whether the files can be rewound.
-      environment: a task that answers in the user's place; None for none.
-      limits: of one turn.
-      spent: counts what this agent and others use together; None counts this one alone.
-      desk: where approvals and questions wait; None makes one where nobody answers.
-      session: id; "" takes that of the log, or makes one.
-      session_folder: where tools keep whole outputs; "" for none.
-      agent: type of a sub-agent; "" for the main agent.
-      parent: id of the session that started it.
-      mode: of approval, where the session begins.
-      owns_workspace: whether the workspace is closed with the agent.
-      edge: how the next answer follows what was asked before; None leaves it to the model.
-      knows_plan_mode: whether the model was told that plan mode is on.
-      conversation: what holds now.
-      inbox: what waits for the model.
-    """
-
-    model: Model
+    model: Model  # answers; it belongs to the caller, who closes it
     offered: dataclasses.InitVar[Sequence[Tool]]
-    log: EventLog
-    workspace: Workspace
+    log: EventLog  # of the session; where it has events, the session goes on
+    workspace: Workspace  # where tools work; it belongs to the caller, unless `owns_workspace`
     _: dataclasses.KW_ONLY
-    system: str = ""
+    system: str = ""  # the system text; "" for none
+    # Rules of approval; the default allows everything
     policy: Policy = dataclasses.field(default_factory=lambda: Policy(mode="yolo"))
-    hooks: Hooks = dataclasses.field(default_factory=Hooks)
+    hooks: Hooks = dataclasses.field(default_factory=Hooks)  # of the user
+    # Keeps the context within its limit; None leaves it as it is
     context: ContextManager | None = None
-    supervisor: Supervisor | None = None
-    has_checkpoints: bool = False
+    supervisor: Supervisor | None = None  # judges each call; None for none
+    has_checkpoints: bool = False  # whether the files can be rewound
+    # A task that answers in the user's place; None for none
     environment: Environment | None = None
-    limits: Limits = dataclasses.field(default_factory=Limits)
+    limits: Limits = dataclasses.field(default_factory=Limits)  # of one turn
+    # Counts what this agent and others use together; None counts this one alone
     spent: Spent | None = None
+    # Where approvals and questions wait; None makes one where nobody answers
     desk: Desk = None  # type: ignore[assignment]  # made below where it is not given
-    session: str = ""
-    session_folder: str = ""
-    agent: str = ""
-    parent: str = ""
-    mode: str = ""
-    owns_workspace: bool = False
+    session: str = ""  # id; "" takes that of the log, or makes one
+    session_folder: str = ""  # where tools keep whole outputs; "" for none
+    agent: str = ""  # type of a sub-agent; "" for the main agent
+    parent: str = ""  # id of the session that started it
+    mode: str = ""  # of approval, where the session begins
+    owns_workspace: bool = False  # whether the workspace is closed with the agent
+    # How the next answer follows what was asked before; None leaves it to the model
     edge: Edge | None = None
-    knows_plan_mode: bool = False
+    knows_plan_mode: bool = False  # whether the model was told that plan mode is on
+    # By name; what is added or removed holds from the next answer on
     tools: dict[str, Tool] = dataclasses.field(init=False)
-    conversation: Conversation = dataclasses.field(init=False)
-    inbox: Inbox = dataclasses.field(init=False)
+    conversation: Conversation = dataclasses.field(init=False)  # what holds now
+    inbox: Inbox = dataclasses.field(init=False)  # what waits for the model
 
     def __post_init__(self, offered: Sequence[Tool]) -> None:
         self.tools = {tool.name: tool for tool in offered}

@@ -30,14 +30,7 @@ HOST = "The files and the shell are those of the user's own machine. Be careful 
 def system_text(
     *, directory: str, is_isolated: bool, instructions: str = "", skills: str = ""
 ) -> str:
-    """Return the system text of a main agent.
-
-    Args:
-      directory: where the tools work.
-      is_isolated: whether that is a sandbox.
-      instructions: of the user and the project.
-      skills: a description of those that may be loaded.
-    """
+    """Return the system text of a main agent, with the user's instructions and skills to load."""
     parts = [INTRODUCTION, surroundings(directory, is_isolated), skills, instructions]
     return "\n\n".join(part for part in parts if part)
 

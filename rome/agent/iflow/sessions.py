@@ -13,18 +13,19 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
+import itertools
 import os
 import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
 
 from rome.agent.iflow.event_log import EventError, EventLog, read_events
-from rome.agent.iflow.events import UserMessage
+from rome.agent.iflow.events import TurnFinished, TurnStarted, UserMessage
 
 EVENTS = "events.jsonl"
 LOCK = "lock"
+TURNS = (TurnStarted, TurnFinished)
 TITLE_EVENTS = 50  # that are read of a session for its title
 _ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -35,41 +36,34 @@ class SessionUnavailable(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SessionInfo:
-    """A session in a list.
-
-    Attributes:
-      id: of it.
-      directory: where it works.
-      title: the first line of the user's first message; "" where there is none.
-      changed: time of its last event, in seconds since 1970.
-      size: bytes of its events.
-    """
+    """A session in a list."""
 
     id: str
     directory: str
-    title: str
-    changed: float
-    size: int = 0
+    title: str  # the first line of the user's first message; "" where there is none
+    changed: float  # time of its last event, in seconds since 1970
+    size: int = 0  # bytes of its events
 
 
 class OpenSession:
-    """A session that this process has open.
-
-    Attributes:
-      id: of it.
-      folder: of it.
-      log: its events.
-    """
+    """A session that this process has open."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.id = folder.name
         self.folder = folder
         self._lock = _lock(folder)
         try:
-            self.log = EventLog(folder / EVENTS)
+            self.log = EventLog(folder / EVENTS)  # its events
         except BaseException:
             os.close(self._lock)
             raise
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Return whether no turn was begun, or the last one came to its end."""
+        turns = (one for one in reversed(self.log.events) if isinstance(one, TURNS))
+        last = next(turns, None)
+        return last is None or (isinstance(last, TurnFinished) and last.outcome == "finished")
 
     def close(self) -> None:
         """Close its files; another process may open it then. It may be closed twice."""
@@ -80,12 +74,7 @@ class OpenSession:
 
 
 class SessionStore:
-    """The sessions of a project.
-
-    Args:
-      project: its folder.
-      home: where sessions of all projects are; ~/.iflow/sessions where None.
-    """
+    """The sessions of a project, in ~/.iflow/sessions unless another home is given."""
 
     def __init__(self, project: pathlib.Path, home: pathlib.Path | None = None) -> None:
         home = home or pathlib.Path.home() / ".iflow" / "sessions"
@@ -101,28 +90,19 @@ class SessionStore:
 
         Raises:
           SessionUnavailable: there is none, more than one, or another process has it open.
-          EventError: its file is damaged.
+          EventError: its file is damaged; so for the methods below.
         """
         return OpenSession(self._find(id))
 
     def latest(self) -> OpenSession:
-        """Open the session that was changed last.
-
-        Raises:
-          SessionUnavailable: there is none, or another process has it open.
-          EventError: its file is damaged.
-        """
+        """Open the session that was changed last."""
         sessions = self.list()
         if not sessions:
             raise SessionUnavailable("this project has no session to continue; begin a new one")
         return OpenSession(self.folder / sessions[0].id)
 
     def fork(self, id: str) -> OpenSession:
-        """Begin a session with all that another one has; that one stays as it is.
-
-        Raises:
-          SessionUnavailable: there is none, or more than one that begins so.
-        """
+        """Begin a session with all that another one has; that one stays as it is."""
         source = self._find(id)
         folder = self._new_folder()
         # A process may be writing: a last line that is torn is cut when the copy is opened.
@@ -148,16 +128,12 @@ class SessionStore:
         if (self.folder / id / EVENTS).exists():
             return self.folder / id
         fitting = sorted(path.parent for path in self.folder.glob(f"{id}*/{EVENTS}"))
-        if len(fitting) == 1:
-            return fitting[0]
         if not fitting:
-            raise SessionUnavailable(
-                f"this project has no session {id!r}; --list_sessions shows those that it has"
-            )
-        names = ", ".join(path.name for path in fitting)
-        raise SessionUnavailable(
-            f"several sessions begin with {id!r}: {names}; give more of the id"
-        )
+            raise SessionUnavailable(f"no session {id!r} here; --list_sessions shows what is")
+        if len(fitting) > 1:
+            names = ", ".join(path.name for path in fitting)
+            raise SessionUnavailable(f"several sessions begin with {id!r}: {names}; give more")
+        return fitting[0]
 
     def _new_folder(self) -> pathlib.Path:
         while True:
@@ -175,10 +151,8 @@ def _lock(folder: pathlib.Path) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(file)
-        raise SessionUnavailable(
-            f"session {folder.name} is open in another process; end that one, or take a copy by"
-            f" --fork {folder.name}"
-        ) from None
+        text = f"session {folder.name} is open in another process; end it, or take a copy by --fork"
+        raise SessionUnavailable(text) from None
     return file
 
 
@@ -191,14 +165,7 @@ def _name_of(project: str) -> str:
 def _title(path: pathlib.Path) -> str:
     """Return the first line of the first message of the user; "" where there is none."""
     with contextlib.suppress(EventError):
-        for event in _first(path, TITLE_EVENTS):
+        for event in itertools.islice(read_events(path), TITLE_EVENTS):
             if isinstance(event, UserMessage) and event.source == "user":
                 return event.text.strip().partition("\n")[0][:80]
     return ""
-
-
-def _first(path: pathlib.Path, count: int) -> Iterator[object]:
-    for number, event in enumerate(read_events(path)):
-        if number == count:
-            return
-        yield event

@@ -25,16 +25,12 @@ CUT = "Your answer was cut at its limit of tokens. Go on from there, in smaller 
 
 
 class Turn:
-    """Plays one turn.
-
-    Args:
-      parts: of the agent.
-    """
+    """Plays one turn of the agent that has these parts."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._log = parts.log
-        self._guard = Guard(parts.limits)
+        self._guard = Guard()
         self._has_checkpoint = False  # or it was tried to take one
         self._blocks = 0  # times that hooks made the agent go on
         self._cuts = 0  # answers in a row that were cut at their limit
@@ -42,11 +38,7 @@ class Turn:
         self._runner = CallRunner(parts, self._take_checkpoint, self._notify_user)
 
     async def play(self, text: str) -> Ending:
-        """Play the turn to its end.
-
-        Args:
-          text: of the user; "" goes on with what is there.
-        """
+        """Play the turn to its end; a text of the user of "" goes on with what is there."""
         refusal = await self._begin(text)
         if refusal is not None:
             return refusal
@@ -88,20 +80,14 @@ class Turn:
     # -- asking
 
     async def _ask(self) -> AssistantMessage:
-        """Ask the model; where the context is too long for it, make that shorter and ask again.
-
-        Raises:
-          ModelError: there is no answer.
-        """
+        """Ask the model; where the context is too long for it, make that shorter and ask again."""
         parts = self._parts
         try:
             return await self._ask_once()
         except ModelError as error:
             if not error.is_context_full or parts.context is None:
                 raise
-        await parts.context.compact(
-            parts.conversation, parts.model, parts.schemas(), parts.log, trigger="overflow"
-        )
+        await parts.context.compact(parts, "overflow")
         return await self._ask_once()
 
     async def _ask_once(self) -> AssistantMessage:
@@ -109,15 +95,14 @@ class Turn:
         schemas = parts.schemas()
         messages: Sequence[Message] = parts.conversation.messages
         if parts.context is not None:
-            messages = await parts.context.prepare(
-                parts.conversation, parts.model, schemas, parts.log
-            )
-        answer = await parts.model.ask(messages, schemas, edge=parts.edge, on_text=self._show_text)
+            messages = await parts.context.prepare(parts)
+
+        def show(text: str, is_reasoning: bool) -> None:
+            self._log.append(events.TextDelta(text=text, is_reasoning=is_reasoning))
+
+        answer = await parts.model.ask(messages, schemas, edge=parts.edge, on_text=show)
         parts.edge = None
         return answer
-
-    def _show_text(self, text: str, is_reasoning: bool) -> None:
-        self._log.append(events.TextDelta(text=text, is_reasoning=is_reasoning))
 
     # -- acting
 

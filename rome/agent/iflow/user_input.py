@@ -27,11 +27,7 @@ class InputError(ValueError):
 
 
 async def expand(text: str, session: InterfaceSession) -> str:
-    """Return what a user wrote as the agent reads it.
-
-    Raises:
-      InputError: there is no such command, it lacks an argument, or it may not run what it wants.
-    """
+    """Return what a user wrote as the agent reads it; InputError where it means nothing."""
     if text.startswith("/") and len(text) > 1 and not text[1].isspace():
         name, _, words = text[1:].partition(" ")
         return await _expand_command(name, words.strip(), session)
@@ -51,6 +47,7 @@ async def _expand_command(name: str, words: str, session: InterfaceSession) -> s
                 return await _run(name, command, session)
 
             async def read(path: str) -> str:
+                _require_allowed(name, "read_file", {"path": path}, session)
                 return (await session.workspace.read(path, MAX_FILE)).decode(errors="replace")
 
             return await session.commands[name].expand(words, execute=execute, read=read)
@@ -65,16 +62,21 @@ async def _expand_command(name: str, words: str, session: InterfaceSession) -> s
 
 async def _run(name: str, command: str, session: InterfaceSession) -> str:
     """Run a line that stands in a command's text, if the rules allow it without asking."""
-    tool = session.agent.tools.get("shell")
-    if tool is None:
-        raise InputError(f"/{name} wants to run a command, and this session has no shell")
-    verdict = session.agent.policy.judge(tool, {"command": command}, session.workspace.directory)
+    _require_allowed(name, "shell", {"command": command}, session)
+    return (await session.workspace.execute(command, timeout=COMMAND_SECONDS)).output
+
+
+def _require_allowed(name: str, tool: str, call: dict[str, str], session: InterfaceSession) -> None:
+    """Raise InputError unless the rules allow what a command's text asks for without asking."""
+    found = session.agent.tools.get(tool)
+    if found is None:
+        raise InputError(f"/{name} wants to use {tool}, which this session does not have")
+    verdict = session.agent.policy.judge(found, call, session.workspace.directory)
     if verdict.decision != "allow":
         raise InputError(
-            f"/{name} wants to run {command!r}, which the rules do not allow ({verdict.reason});"
-            " add a rule that does, or run it yourself with !"
+            f"/{name} wants {found.summary(call)!r}, which the rules do not allow"
+            f" ({verdict.reason}); add a rule that does, or write it yourself, with ! or @"
         )
-    return (await session.workspace.execute(command, timeout=COMMAND_SECONDS)).output
 
 
 async def _with_files(text: str, session: InterfaceSession) -> str:

@@ -74,6 +74,22 @@ def test_the_verifier_judges_what_the_command_left():
     assert episode.note == "the agent asked nothing"
 
 
+class Watched(TerminalEnv):
+    """Judges harm too."""
+
+    async def astep(self, action):
+        *result, info = await super().astep(action)
+        return *result, info | {"safety": {"harm": 1.0}}
+
+
+def test_the_harm_that_the_environment_judges_is_recorded():
+    episode, _ = play(
+        CommandAgent("true"),
+        make_env=lambda doors: Watched(make_task("count", 3), SandboxConfig(doors=doors)),
+    )
+    assert episode.safety == {"harm": 1.0}
+
+
 def test_a_command_that_fails_says_so_and_is_judged():
     episode, _ = play(CommandAgent("echo why >&2; exit 3"))
     assert episode.ending == "failure" and episode.note == "the agent ended with status 3: why"

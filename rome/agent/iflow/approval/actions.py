@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import tree_sitter
+
 from rome.agent.iflow.approval.rules import absolute
-from rome.agent.iflow.approval.shell_programs import INTERPRETERS, base_name, commands_of
-from rome.agent.iflow.approval.shell_syntax import SimpleCommand
+from rome.agent.iflow.approval.shell_commands import SimpleCommand
+from rome.agent.iflow.approval.shell_nodes import all_below, text_of
+from rome.agent.iflow.approval.shell_programs import commands_of, is_interpreter
+from rome.agent.iflow.approval.shell_syntax import parse_tree
 from rome.agent.iflow.tools.base import Tool
 
 # Programs that reach the network by their nature.
@@ -25,52 +29,41 @@ _CHANGE_MODE = frozenset({"chmod", "chown", "chgrp", "setfacl", "chattr"})
 _URL = re.compile(
     r"\b(?:https?|ftp|wss?|git|ssh)://(?:[^/\s@'\"]*@)?([\w.-]+|\[[\da-fA-F:]+\])", re.I
 )
+_SOCKET = re.compile(r"/dev/(?:tcp|udp)/([\w.$-]+)")
 _GIT_OVER_NETWORK = ("push", "clone", "fetch", "pull", "ls-remote")
+_ASKS_ARGUMENT = re.compile(r"\[ (\"?)\$([1-9])\1 ==? ([\"']?)([\w./-]+)\3 \]")
+# After one of these, the script's arguments may be others.
+_CHANGES_ARGUMENTS = frozenset(
+    {"set", "shift", "eval", "source", ".", "alias", "command", "builtin", "exec", "trap"}
+)
 _SCRIPT = re.compile(r"#!.*\b(?:ba|da|z|k)?sh\b")
 
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """One call.
+    """One call."""
 
-    Attributes:
-      tool: name of the tool.
-      access: what the tool may touch.
-      commands: that it runs, or that a script which it writes would run.
-      doubts: parts of a command line that are not understood.
-      reads: absolute paths that it names without writing them.
-      writes: absolute paths that it writes, removes or changes.
-      hosts: of the network that it names; "?" where it reaches one that it does not name.
-      programs: absolute paths of files that it runs: scripts, and programs named with their folder.
-      text: all of its arguments.
-      is_written: whether the commands are only written to a script.
-    """
-
-    tool: str
-    access: str
+    tool: str  # name of the tool
+    access: str  # what the tool may touch
+    # Those that it runs, or that a script which it writes would run.
     commands: tuple[SimpleCommand, ...] = ()
-    doubts: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()  # parts of a command line that are not understood
+    reads: tuple[str, ...] = ()  # absolute paths that it names without writing them
+    writes: tuple[str, ...] = ()  # absolute paths that it writes, removes or changes
+    # Of the network, that it names; "?" where it reaches one that it does not name.
     hosts: tuple[str, ...] = ()
+    # Absolute paths of files that it runs: scripts, and programs named with their folder.
     programs: tuple[str, ...] = ()
-    text: str = ""
-    is_written: bool = False
+    text: str = ""  # all of its arguments
+    is_written: bool = False  # whether the commands are only written to a script
 
     def runs(self, *names: str) -> list[SimpleCommand]:
         """Return the commands whose program has one of these names, in any folder."""
-        return [command for command in self.commands if base_name(command) in names]
+        return [command for command in self.commands if command.program in names]
 
 
 def action_of(tool: Tool, arguments: Mapping[str, Any], root: str, home: str) -> Action:
-    """Return what a call would do.
-
-    Args:
-      tool: that is called.
-      arguments: of the call.
-      root: directory of the project, which relative paths are below.
-      home: of the user, where the tools work.
-    """
+    """Return what a call would do in a project's root, for a user with that home."""
     access = tool.access(arguments)
     text = "\n".join(_texts(arguments))
     hosts = tuple(_hosts_in(text))
@@ -100,7 +93,7 @@ def of_script(
     copies: dict[str, str] = {}  # path -> what it is a copy of
     directory = root
     for one in line.commands:
-        if base_name(one) == "cd" and len(one.words) == 2 and one.words[1].is_static:
+        if one.program == "cd" and len(one.words) == 2 and one.words[1].is_static:
             directory = absolute(one.words[1].text, directory, home)
         written = [absolute(path, directory, home) for path in _written_by(one)]
         named = [absolute(path, directory, home) for path in _named_by(one)]
@@ -109,7 +102,7 @@ def of_script(
         hosts += _hosts_of(one)
         run = [absolute(path, directory, home) for path in _programs_of(one)]
         programs += [*run, *(copies[path] for path in run if path in copies)]
-        if base_name(one) in _COPY and written and named:
+        if one.program in _COPY and written and named:
             copies[written[-1]] = copies.get(named[0], named[0])
         commands += _commands_written_by(one)
     return Action(
@@ -126,15 +119,10 @@ def of_script(
 
 
 def arguments_of(action: Action, program: str, root: str, home: str) -> tuple[str, ...] | None:
-    """Return the arguments that a call gives to a program of its own; None where that is unsure.
+    """Return the arguments that a call gives to a program that it runs; None where that is unsure.
 
-    It is sure where one command of the call, which changes no folder, names the program in full.
-
-    Args:
-      action: the call.
-      program: the absolute path of a file that it runs.
-      root: directory that the call begins in.
-      home: of the user.
+    It is sure where one command of the call, which changes no folder, names the program, whose path
+    is absolute, in full.
     """
     if action.runs("cd", "pushd", "exec", "cp", "mv", "ln", "xargs", "find"):
         return None
@@ -149,13 +137,58 @@ def arguments_of(action: Action, program: str, root: str, home: str) -> tuple[st
     return tuple(word.text for word in found[0])
 
 
+def without_dead_branches(script: str, arguments: Sequence[str]) -> str:
+    """Return a script of bash without the branches that its arguments rule out.
+
+    Only those are left out that are certain: at the script's top, of a plain comparison of an
+    argument with a fixed text, before anything that could change the arguments.
+    """
+    root = parse_tree(script)
+    if root is None or root.has_error:
+        return script
+    source = script.encode()
+    cuts = []
+    for node in root.children:
+        if _may_change_arguments(node):
+            break
+        if node.type == "if_statement" and _is_false(node, arguments):
+            cuts.append(_branch_of(node))
+    for start, end in reversed(cuts):
+        source = source[:start] + b"\n:\n" + source[end:]
+    return source.decode()
+
+
+def _may_change_arguments(node: tree_sitter.Node) -> bool:
+    return any(
+        one.type == "function_definition"
+        or (one.type == "command_name" and text_of(one) in _CHANGES_ARGUMENTS)
+        or (one.type == "command_name" and not re.fullmatch(r"[\w./-]+|:|\[", text_of(one)))
+        for one in all_below(node)
+    )
+
+
+def _is_false(node: tree_sitter.Node, arguments: Sequence[str]) -> bool:
+    condition = node.child_by_field_name("condition")
+    asked = _ASKS_ARGUMENT.fullmatch(text_of(condition)) if condition is not None else None
+    if asked is None:
+        return False
+    place = int(asked[2])
+    given = arguments[place - 1] if place <= len(arguments) else ""
+    return given != asked[4]
+
+
+def _branch_of(node: tree_sitter.Node) -> tuple[int, int]:
+    """Return where the branch behind `then` begins and ends."""
+    start = next(one.end_byte for one in node.children if one.type == "then")
+    ends = ("elif_clause", "else_clause", "fi")
+    return start, next(one.start_byte for one in node.children if one.type in ends)
+
+
 def _programs_of(command: SimpleCommand) -> list[str]:
     """Return the files that a command runs."""
-    name = base_name(command)
     found = [command.name] if "/" in command.name else []
-    if name.rstrip("0123456789.") in INTERPRETERS or name in ("source", "."):
-        plain = (word.text for word in command.words[1:] if not word.text.startswith("-"))
-        found += [next(plain, "")]
+    if is_interpreter(command) or command.program in ("source", "."):
+        found += command.plain[:1]
     return [path for path in found if path]
 
 
@@ -170,9 +203,7 @@ def _commands_written_by(command: SimpleCommand) -> tuple[SimpleCommand, ...]:
 def _written_by(command: SimpleCommand) -> list[str]:
     """Return the paths that a command writes, as far as its words say so."""
     written = [redirect.target.text for redirect in command.redirects if redirect.writes]
-    name = base_name(command)
-    plain = [word.text for word in command.words[1:] if not word.text.startswith("-")]
-    options = [word.text for word in command.words[1:] if word.text.startswith("-")]
+    name, plain, options = command.program, command.plain, command.options
     if name in _WRITE_ALL:
         written += plain
     elif name in _WRITE_LAST:
@@ -187,7 +218,7 @@ def _written_by(command: SimpleCommand) -> list[str]:
         for before, after in zip(command.texts, command.texts[1:], strict=False):
             if before in ("-o", "-O", "--output", "--output-document") and after[:1] != "-":
                 written.append(after)
-    elif name == "git" and any(verb in plain[:1] for verb in ("checkout", "restore", "rm")):
+    elif name == "git" and plain[:1] and plain[0] in ("checkout", "restore", "rm"):
         written += [text for text in plain[1:] if "/" in text or "." in text]
     return [path for path in written if path and not re.match(r"https?://", path)]
 
@@ -206,10 +237,10 @@ def _named_by(command: SimpleCommand) -> list[str]:
 
 def _hosts_of(command: SimpleCommand) -> list[str]:
     """Return the hosts that a command reaches; "?" for one that its words do not name."""
-    name = base_name(command)
+    name = command.program
     words = command.texts[1:]
     bodies = [one.target.text for one in command.redirects]
-    named = list(_hosts_in("\n".join([*words, *bodies])))
+    named = _hosts_in("\n".join([*words, *bodies]))
     if name == "git":
         return (named or ["?"]) if any(word in _GIT_OVER_NETWORK for word in words) else []
     if name == "getent":
@@ -225,16 +256,13 @@ def _hosts_of(command: SimpleCommand) -> list[str]:
                 word for word in words if re.fullmatch(r"[A-Za-z][\w.-]*|\d+(\.\d+){3}", word)
             ][:1]
         return named or ["?"]
-    is_program = name.rstrip("0123456789.") in INTERPRETERS
-    return named if is_program or "/dev/tcp/" in "\n".join([*words, *bodies]) else []
+    is_socket = "/dev/tcp/" in "\n".join([*words, *bodies])
+    return named if is_interpreter(command) or is_socket else []
 
 
-def _hosts_in(text: str) -> Iterable[str]:
-    """Yield the hosts of a text: those of URLs, of bash's sockets and of user@host:path."""
-    for match in _URL.finditer(text):
-        yield match[1].lower()
-    for match in re.finditer(r"/dev/(?:tcp|udp)/([\w.$-]+)", text):
-        yield match[1].lower()
+def _hosts_in(text: str) -> list[str]:
+    """Return the hosts of a text: those of URLs and of bash's sockets."""
+    return [host.lower() for host in (*_URL.findall(text), *_SOCKET.findall(text))]
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -247,8 +275,3 @@ def _texts(value: Any) -> Iterable[str]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from _texts(one)
-
-
-def is_below(path: str, folders: Iterable[str]) -> bool:
-    """Return whether a path is one of some folders, or below one."""
-    return any(path == one or path.startswith(f"{one.rstrip('/')}/") for one in folders)

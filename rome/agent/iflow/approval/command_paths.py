@@ -7,18 +7,21 @@ import posixpath
 import re
 
 from rome.agent.iflow.approval.rules import Rule, absolute
-from rome.agent.iflow.approval.shell_programs import base_name
-from rome.agent.iflow.approval.shell_syntax import SimpleCommand
+from rome.agent.iflow.approval.shell_commands import SimpleCommand
 
-_SPEAKERS = ("echo", "printf")  # their words are no paths
+# Their words are no paths of files that are read.
+SPEAKERS = ("echo", "printf", "test", "[", "exit", "return", "kill", "sleep", "export", "local")
 # Programs that read whatever lies below a folder -> options that make them do so; "" for always.
 _DEEP_READERS = {
     "grep": r"-\w*[rR]|--(dereference-)?recursive", "egrep": r"-\w*[rR]", "fgrep": r"-\w*[rR]",
     "rg": "", "ag": "", "ack": "", "tar": "", "rsync": "", "zip": r"-\w*r|--recurse",
-    "cp": r"-\w*[rRa]|--recursive|--archive", "scp": r"-\w*r", "diff": r"-\w*r|--recursive",
+    "cp": r"-\w*[rRa]|--recursive|--archive", "mv": "", "ln": "", "7z": "",
+    "scp": r"-\w*r", "diff": r"-\w*r|--recursive",
 }  # fmt: skip
 _SEARCHERS = ("grep", "egrep", "fgrep", "rg", "ag", "ack")  # their first word is none
 MAX_ALTERNATIVES = 64  # of one word with braces
+MAX_CLUSTER = 12  # characters of short options that stand before a value
+_SEPARATOR = re.compile("[=@:,;<]+")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
@@ -26,36 +29,31 @@ def paths_in(command: SimpleCommand) -> list[str]:
     """Return what of a command may be a path to read."""
     found = [one.target.text for one in command.redirects if one.operator == "<"]
     words = list(command.texts[1:])
-    if command.name in _SPEAKERS:
+    if command.name in SPEAKERS:
         words = []
     elif command.name in _SEARCHERS and not any(re.match(r"--|-\w*[ef]", word) for word in words):
-        plain = [word for word in words if not word.startswith("-")]
-        if plain:
-            words.remove(plain[0])  # what is looked for
+        for wanted in command.plain[:1]:
+            words.remove(wanted)  # what is looked for
     return found + [part for text in words for part in path_parts(text)]
 
 
 def read_below(command: SimpleCommand) -> list[str]:
-    """Return the folders all of whose files a command reads."""
-    options = _DEEP_READERS.get(base_name(command))
-    words = [text for text in command.texts[1:] if text.startswith("-")]
+    """Return the folders all of whose files a command reads, or puts in another place."""
+    if command.program == "git":
+        return ["."] if "grep" in command.plain[:2] else []
+    options = _DEEP_READERS.get(command.program)
+    words = command.options
     if options is None or not (options == "" or any(re.match(options, word) for word in words)):
         return []
-    plain = [text for text in command.texts[1:] if not text.startswith("-")]
-    is_search = base_name(command) in _SEARCHERS
-    if is_search and not any(re.match(r"--(regexp|file)|-\w*[ef]", word) for word in words):
-        plain = plain[1:]  # what is looked for
-    return plain or ["."]
+    is_search = command.program in _SEARCHERS
+    names_pattern = any(re.match(r"--(regexp|file)|-\w*[ef]", word) for word in words)
+    first = 1 if is_search and not names_pattern else 0  # what is looked for is no folder
+    last = -1 if command.program in ("mv", "ln", "cp") and len(command.plain) > 1 else None
+    return command.plain[first:last] or ["."]
 
 
 def may_lead_to(rule: Rule, pattern: str, root: str) -> bool:
-    """Return whether the names that the shell puts in place of a pattern may fit a rule.
-
-    Args:
-      rule: on files.
-      pattern: with its folder, as an absolute path.
-      root: directory of the project.
-    """
+    """Return whether names that the shell puts in place of an absolute pattern may fit a rule."""
     wanted = rule.pattern.removeprefix("./").rstrip("/")
     last = posixpath.basename(wanted.rstrip("/*"))
     if "/" not in wanted:
@@ -68,29 +66,30 @@ def may_lead_to(rule: Rule, pattern: str, root: str) -> bool:
     return all(map(fnmatch.fnmatchcase, parts[:fixed], given))
 
 
+def path_parts(text: str) -> list[str]:
+    """Return what of an argument may be a path: all of it, the value of an option, or a part."""
+    parts = []
+    for one in _alternatives(text):
+        if not one.startswith("-"):
+            parts.append(one)
+        elif not one.startswith("--"):
+            parts += [one[start:] for start in range(2, min(len(one), MAX_CLUSTER))]
+        parts.append(one.partition("=")[2])
+        pieces = _SEPARATOR.split(one)  # as in HEAD:.env, x=@.env;type=a
+        parts += pieces if len(pieces) > 1 else []
+    return [part for part in parts if part]
+
+
 def _alternatives(text: str) -> list[str]:
     """Return what the shell makes of braces, such as {a,b}."""
-    found = [text]
-    while len(found) < MAX_ALTERNATIVES:
-        place, match = next(
-            ((at, m) for at, one in enumerate(found) if (m := _BRACES.search(one))), (0, None)
-        )
+    waiting = [text]
+    done: list[str] = []
+    while waiting and len(waiting) + len(done) < MAX_ALTERNATIVES:
+        one = waiting.pop()
+        match = _BRACES.search(one)
         if match is None:
-            return found
-        before, after = found[place][: match.start()], found[place][match.end() :]
-        found[place : place + 1] = [f"{before}{one}{after}" for one in match[1].split(",")]
-    return ["/"]  # too many to be looked at: it may be any path
-
-
-def path_parts(text: str) -> list[str]:
-    """Return what of an argument may be a path: all of it, or the value of an option."""
-    return [part for one in _alternatives(text) for part in _plain_parts(one)]
-
-
-def _plain_parts(text: str) -> list[str]:
-    parts = [text]
-    if text.startswith("-"):
-        parts = [text[2:]] if not text.startswith("--") and len(text) > 2 else []
-    if "=" in text:
-        parts.append(text.partition("=")[2])
-    return [part for part in parts if part]
+            done.append(one)
+        else:
+            before, after = one[: match.start()], one[match.end() :]
+            waiting += [f"{before}{inner}{after}" for inner in match[1].split(",")]
+    return ["/"] if waiting else done  # too many to be looked at: it may be any path

@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from rome.agent.iflow.approval.policy import Policy
 from rome.agent.iflow.options import Options, UsageError
@@ -18,11 +19,7 @@ from rome.agent.iflow.specs.settings import Settings
 def is_wanted(name: str, options: Options, settings: Settings, *, is_own: bool = True) -> bool:
     """Return whether neither the options nor the settings leave a tool out.
 
-    Args:
-      name: of the tool.
-      options: of the user.
-      settings: with the tools that there are, and those that are not.
-      is_own: whether it is one of this project, and not of an MCP server.
+    A tool that is not this project's own is an MCP server's, which `core_tools` is not about.
     """
     if options.tools is not None:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in options.tools)
@@ -31,15 +28,8 @@ def is_wanted(name: str, options: Options, settings: Settings, *, is_own: bool =
 
 
 def hides(options: Options, settings: Settings) -> Callable[[str], bool]:
-    """Return what says of a file of the project whether a rule forbids to read it.
-
-    Raises:
-      UsageError: a rule is wrong.
-    """
-    try:
-        return Policy(root=str(options.directory.resolve()), deny=settings.deny).hides
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    """Return what says of a file of the project whether a rule forbids to read it."""
+    return _policy(root=str(options.directory.resolve()), deny=settings.deny).hides
 
 
 def make_policy(
@@ -49,14 +39,7 @@ def make_policy(
     folder: pathlib.Path,
     projects: Projects,
 ) -> Policy:
-    """Return the rules of approval of a session.
-
-    Args:
-      options: of the user.
-      settings: with rules.
-      workspace: where tools work.
-      folder: of the session, where whole outputs are kept.
-      projects: keeps the rules that the user adds.
+    """Return the rules of approval of a session, which has a folder for whole outputs.
 
     Raises:
       UsageError: a rule is wrong.
@@ -65,18 +48,22 @@ def make_policy(
     # What runs in a sandbox can harm only itself.
     mode = settings.mode or ("yolo" if workspace.is_isolated else "default")
     outputs = workspace.outputs if workspace.is_isolated else str(folder)
+    return _policy(
+        mode=options.mode or mode,
+        root=workspace.root,
+        allow=(*settings.allow, *projects.rules(project)),
+        ask=settings.ask,
+        deny=settings.deny,
+        directories=(outputs, *settings.additional_directories),
+        servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
+        follow=None if workspace.is_isolated else _follow,
+        keep_rule=functools.partial(projects.add_rule, project),
+    )
+
+
+def _policy(**given: Any) -> Policy:
     try:
-        return Policy(
-            mode=options.mode or mode,
-            root=workspace.root,
-            allow=(*settings.allow, *projects.rules(project)),
-            ask=settings.ask,
-            deny=settings.deny,
-            directories=(outputs, *settings.additional_directories),
-            servers=[one.name for one in settings.mcp_servers.values() if one.is_trusted],
-            follow=None if workspace.is_isolated else _follow,
-            keep_rule=functools.partial(projects.add_rule, project),
-        )
+        return Policy(**given)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -25,12 +25,16 @@ import functools
 import posixpath
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from rome.agent.iflow.approval.shell_programs import base_name
-from rome.agent.iflow.approval.shell_syntax import SimpleCommand, Word
+from rome.agent.iflow.approval.shell_commands import SimpleCommand, Word
 from rome.agent.iflow.specs.tool_names import tool_name
 
+# Programs whose first argument says what they do.
+SUBCOMMANDS = frozenset({
+    "git", "npm", "pnpm", "yarn", "cargo", "go", "make", "docker", "pip", "uv", "poetry", "kubectl",
+    "apt", "apt-get", "brew", "systemctl", "gh", "dotnet", "mvn", "gradle", "bundle", "rails",
+})  # fmt: skip
 # A rule for the first tool holds for all of them.
 FAMILIES = {
     "edit": ("edit", "multi_edit", "write_file"),
@@ -48,17 +52,11 @@ class Fit(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rule.
+    """One rule."""
 
-    Attributes:
-      tool: name of a tool, or a pattern of names.
-      pattern: of what the call does; "" for every call.
-      text: as it was written.
-    """
-
-    tool: str
-    pattern: str
-    text: str
+    tool: str  # name of a tool, or a pattern of names
+    pattern: str  # of what the call does; "" for every call
+    text: str  # as it was written
 
     def names(self, tool: str) -> bool:
         """Return whether the rule is about a tool."""
@@ -76,18 +74,29 @@ class Rule:
     def may_fit_command(self, command: SimpleCommand) -> Fit:
         """Return whether the rule may be about a command, as a rule that forbids must be judged.
 
-        The folder of a program and options before a subcommand do not hide it, and a word that is
-        not known may be any.
+        The folder of a program, capital letters (some file systems have none) and options before a
+        subcommand do not hide it, and a word that is not known may be any.
         """
         if not command.words:
             return Fit.NO
-        known = command.words[0]
-        program = base_name(command) if known.is_static else ""
-        words = [Word(program, known.is_static), *command.words[1:]]
-        return _search_words(self._words, words)
+        words = [Word(command.program.lower(), command.words[0].is_static), *command.words[1:]]
+        wanted = [word.lower() if not place else word for place, word in enumerate(self._words)]
+        return _search_words(wanted, words)
 
-    def fits_path(self, path: str, root: str) -> bool:
+    def may_fit_arguments(self, command: SimpleCommand) -> bool:
+        """Return whether arguments of a command are one that a rule that forbids is about.
+
+        Many programs run what their arguments say. That of a subcommand, as in `git rm`, is none.
+        """
+        skipped = 2 if command.program in SUBCOMMANDS else 1
+        words = [Word(word.text.rpartition("/")[2], word.is_certain) for word in command.words]
+        starts = (words[place:] for place in range(skipped, len(words)) if words[place].is_static)
+        return any(_search_words(self._words, rest) is not Fit.NO for rest in starts)
+
+    def fits_path(self, path: str, root: str, *, ignores_case: bool = False) -> bool:
         """Return whether the rule is about a file, given by its absolute path."""
+        if ignores_case:
+            return bool(_path_pattern(self.pattern.lower(), root.lower()).fullmatch(path.lower()))
         return bool(_path_pattern(self.pattern, root).fullmatch(path))
 
     def fits_host(self, host: str) -> bool:
@@ -123,11 +132,6 @@ def parse_rule(text: str) -> Rule:
     return Rule(name, "" if pattern in ("*", ":*") else pattern, text.strip())
 
 
-def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
-    """Return several rules, as `parse_rule` does."""
-    return tuple(parse_rule(text) for text in texts)
-
-
 def absolute(path: str, root: str, home: str) -> str:
     """Return an absolute path without `.` and `..`; links are not followed."""
     if path == "~" or path.startswith("~/"):
@@ -135,6 +139,11 @@ def absolute(path: str, root: str, home: str) -> str:
     elif path.startswith("~"):  # another user's home, which may be anywhere
         path = posixpath.join("/", posixpath.expanduser(path))
     return posixpath.normpath(posixpath.join(root, path)).replace("//", "/")
+
+
+def is_below(path: str, folders: Iterable[str]) -> bool:
+    """Return whether a path is one of some folders, or below one."""
+    return any(path == one or path.startswith(f"{one.rstrip('/')}/") for one in folders)
 
 
 def _match_words(pattern: Sequence[str], texts: Sequence[str]) -> bool:

@@ -8,39 +8,48 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from rome.agent.iflow.approval.shell_syntax import Line, SimpleCommand, Word, parse
+from rome.agent.iflow.approval.shell_commands import Line, SimpleCommand, Word
+from rome.agent.iflow.approval.shell_syntax import parse
 
 MAX_NESTING = 5  # of lines in lines, as in bash -c "bash -c ..."
-SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "fish"})
+SHELLS = frozenset({
+    "sh", "bash", "dash", "zsh", "ksh", "ash", "fish", "rbash", "mksh", "csh", "tcsh",
+})  # fmt: skip
 RIGHTS = frozenset({"sudo", "doas", "su", "runuser", "pkexec", "chroot", "unshare", "nsenter"})
-# Wrapper -> options that take a value. An option that is not known makes a problem.
-WRAPPERS: Mapping[str, tuple[str, ...]] = {
-    "env": ("-u", "--unset", "-C", "--chdir"),
-    "sudo": ("-u", "--user", "-g", "--group", "-h", "-p", "-C", "-D", "-R", "-T"),
-    "doas": ("-u", "-C"),
-    "nice": ("-n", "--adjustment"),
-    "ionice": ("-c", "-n", "--class", "--classdata"),
-    "nohup": (),
-    "setsid": (),
-    "time": ("-f", "-o"),
-    "timeout": ("-k", "-s", "--kill-after", "--signal"),
-    "stdbuf": ("-i", "-o", "-e"),
-    "xargs": ("-a", "-d", "-E", "-I", "-L", "-n", "-P", "-s", "--max-args", "--max-procs"),
-    "command": (),
-    "builtin": (),
-    "exec": ("-a",),
-    "busybox": (),
-    "toybox": (),
-    "strace": ("-o", "-e", "-p", "-s"),
-    "watch": ("-n", "-d"),
-    "parallel": ("-j", "-a"),
-    "flock": ("-w", "-E"),
-    "caffeinate": (),
+# Wrapper -> the options that it may have; those that take a value end in "=". Any other one is a
+# problem: it may take a value, write a file (`time -o`), or go to another folder (`env -C`).
+WRAPPERS: Mapping[str, str] = {
+    **dict.fromkeys(("nohup", "builtin", "busybox", "toybox"), ""),
+    "command": "-p",
+    "setsid": "-c -f -w --ctty --fork --wait",
+    "caffeinate": "-d -i -m -s -u -t= -w=",
+    "env": "-i -0 -v --ignore-environment --null --debug -u= --unset=",
+    "sudo": "-E -H -n -k -S -b -A -P -u= --user= -g= --group= -h= -p= -C= -R= -T=",
+    "doas": "-n -u= -C=",
+    "nice": "-n= --adjustment= -0 -1 -2 -3 -4 -5 -6 -7 -8 -9",
+    "ionice": "-t -c= -n= --class= --classdata=",
+    "time": "-p -v -q -f= --format=",
+    "timeout": "-v --verbose --foreground --preserve-status -k= -s= --kill-after= --signal=",
+    "stdbuf": "-i= -o= -e= --input= --output= --error=",
+    "xargs": "-0 -r -t -x -i -l --null --no-run-if-empty --verbose --exit --replace --max-lines"
+    " -d= -E= -I= -L= -n= -P= -s= --delimiter= --max-args= --max-procs= --max-chars=",
+    "exec": "-c -l -a=",
+    "strace": "-f -c -C -q -y -t -v -o= -e= -p= -s=",
+    "watch": "-d -t -b -e -g -c -x -n=",
+    "parallel": "-k -0 -j= -a=",
+    "flock": "-s -x -n -u -o -w= -E=",
 }
+# Wrappers that may give their words to a shell, or, as `strace -o "|rm x"`, their options.
+_MAY_USE_A_SHELL = ("watch", "parallel", "flock", "strace")
 _SKIPPED_FIRST = {"timeout": 1, "flock": 1}  # arguments before the command
-_FLAGS = re.compile(r"-[A-Za-z0-9]{1,4}|--[a-z-]+(=.*)?")
+_PROBLEMS: Mapping[str, Collection[str]] = {
+    "changes what a name means": ("alias", "enable", "hash", "shopt", "complete", "bind"),
+    "is not understood": ("coproc", "function", "select"),
+    "runs a file in this shell": ("source", "."),
+    "runs something with other rights": RIGHTS,
+}
 _FIND_RUNS = ("-exec", "-execdir", "-ok", "-okdir")
 # Interpreters that read a program from standard input where no file is named.
 INTERPRETERS = SHELLS | {"python", "python3", "perl", "ruby", "node", "php", "lua"}
@@ -58,9 +67,9 @@ def commands_of(text: str, nesting: int = 0) -> Line:
     return Line(tuple(found), tuple(dict.fromkeys(problems)))
 
 
-def base_name(command: SimpleCommand) -> str:
-    """Return the program without its folder; "" where it is not known."""
-    return command.name.rstrip("/").rpartition("/")[2]
+def is_interpreter(command: SimpleCommand) -> bool:
+    """Return whether a command is a shell or another program that runs programs, as python3.12."""
+    return command.program.rstrip("0123456789.") in INTERPRETERS
 
 
 def _inside(command: SimpleCommand, nesting: int) -> Line:
@@ -69,7 +78,7 @@ def _inside(command: SimpleCommand, nesting: int) -> Line:
         return Line((command,), ("commands nested too deeply",))
     if command.words and (not command.words[0].is_static or command.words[0].has_pattern):
         return Line((command,), ("a program whose name only the shell knows",))
-    name = base_name(command)
+    name = command.program
     if name in SHELLS:
         return _of_shell(command, nesting)
     if name in ("eval", "trap"):
@@ -77,17 +86,10 @@ def _inside(command: SimpleCommand, nesting: int) -> Line:
         return _of_script(command, " ".join(word.text for word in script), script, nesting)
     if name == "find":
         return _of_find(command, nesting)
-    if name in ("alias", "enable", "hash", "shopt", "complete", "bind"):
-        return Line((command,), (f"{name} changes what a name means",))
-    if name in ("coproc", "function", "select"):
-        return Line((command,), (f"{name} is not understood",))
-    if name in ("source", "."):
-        return Line((command,), (f"{name} runs a file in this shell",))
     if name in WRAPPERS:
         return _of_wrapper(command, name, nesting)
-    if name in RIGHTS:
-        return Line((command,), (f"{name} runs something with other rights",))
-    return Line((command,))
+    effect = next((effect for effect, names in _PROBLEMS.items() if name in names), "")
+    return Line((command,), (f"{name} {effect}",) if effect else ())
 
 
 def _of_script(command: SimpleCommand, script: str, words: Sequence[Word], nesting: int) -> Line:
@@ -156,7 +158,7 @@ def _of_wrapper(command: SimpleCommand, name: str, nesting: int) -> Line:
     assignments = list(command.assignments)
     problems = []
     skipped = _SKIPPED_FIRST.get(name, 0)
-    takes_value = WRAPPERS[name]
+    known = frozenset(WRAPPERS[name].split())
     while rest:
         text = rest[0].text
         if not rest[0].is_static:
@@ -164,17 +166,16 @@ def _of_wrapper(command: SimpleCommand, name: str, nesting: int) -> Line:
         if text == "--":
             rest.pop(0)
             break
-        if text in takes_value:
-            del rest[:2]
-        elif name == "env" and text.startswith(("-S", "--split")):
+        if name == "env" and text.startswith(("-S", "--split")):
             problems.append("env -S splits a text into a command")
             rest.pop(0)
         elif name == "command" and text in ("-v", "-V"):
             return Line((command,))
         elif text.startswith("-"):
-            if not _FLAGS.fullmatch(text):
+            count = _option_words(text, known)
+            if not count:
                 problems.append(f"an option of {name} that is not understood")
-            rest.pop(0)
+            del rest[: count or 1]
         elif name in ("env", "sudo", "time") and re.match(r"\w+=", text):
             variable, _, value = text.partition("=")
             assignments.append((variable, Word(value)))
@@ -188,17 +189,32 @@ def _of_wrapper(command: SimpleCommand, name: str, nesting: int) -> Line:
         is_query = name in ("env", "command", "exec", "time")
         return Line((command,), tuple(problems) if is_query else (f"{name} without a command",))
     if name in ("xargs", "parallel"):
-        rest.append(Word("", is_static=False))  # what it reads
+        rest.append(Word("*", is_static=False))  # what it reads
     made = dataclasses.replace(
         command,
         words=tuple(rest),
         assignments=tuple(assignments),
         runs_as=(*command.runs_as, name) if name in RIGHTS else command.runs_as,
     )
-    if name in ("watch", "parallel", "flock") and len(rest) >= 1:
+    if name in _MAY_USE_A_SHELL:
         problems.append(f"{name} may give its words to a shell")
     inner = _inside(made, nesting + 1)
     return Line(inner.commands, (*problems, *inner.problems))
+
+
+def _option_words(text: str, known: Collection[str]) -> int:
+    """Return how many words an option fills, its value included; 0 where it is not known."""
+    if text.startswith("--"):
+        name, has_value, _ = text.partition("=")
+        if f"{name}=" in known:
+            return 1 if has_value else 2
+        return int(text in known)
+    for place, letter in enumerate(text[1:], 2):  # short ones may stand together
+        if f"-{letter}=" in known:
+            return 1 if text[place:] else 2
+        if f"-{letter}" not in known:
+            return 0
+    return 1
 
 
 # -- commands that only read
@@ -231,14 +247,8 @@ READ_ONLY: Mapping[str, tuple[str, ...]] = {
     "command": (),
 }  # fmt: skip
 _GIT_WRITES = (
-    "--output",
-    "--ext-diff",
-    "--textconv",
-    "-O",
-    "--open-files-in-pager",
-    "--exec",
-    "--filters",
-)
+    "--output", "--ext-diff", "--textconv", "-O", "--open-files-in-pager", "--exec", "--filters",
+)  # fmt: skip
 GIT_READ_ONLY = frozenset({
     "status", "log", "diff", "show", "rev-parse", "ls-files", "ls-tree", "blame", "describe",
     "shortlog", "grep", "cat-file", "merge-base", "rev-list", "name-rev", "for-each-ref",
@@ -276,6 +286,10 @@ def is_read_only(command: SimpleCommand) -> bool:
         return len(arguments) >= 2 and _sed_prints(arguments)
     if name == "date" and any(re.fullmatch(r"\d{8,}(\.\d+)?", text) for text in arguments):
         return False  # it sets the clock
+    if name == "ps" and any(re.match(r"[^-]*e|-\w*E", text) for text in arguments):
+        return False  # it shows the variables of processes
+    if name == "jq" and any("env" in text.lower() for text in arguments):
+        return False  # it shows its own
     if name == "command":
         return arguments[:1] in (["-v"], ["-V"])
     if name not in READ_ONLY:

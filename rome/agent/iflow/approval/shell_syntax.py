@@ -11,10 +11,12 @@ import dataclasses
 import functools
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import tree_sitter
 import tree_sitter_bash
 
+from rome.agent.iflow.approval.shell_commands import Line, Redirect, SimpleCommand, Word
 from rome.agent.iflow.approval.shell_nodes import (
     EXPANSIONS,
     all_below,
@@ -28,8 +30,9 @@ from rome.agent.iflow.approval.shell_nodes import (
 
 MAX_LENGTH = 32_000  # characters of a line that is parsed
 MAX_PIPES = 1500  # in it: the parser's time grows with their square
-TOO_LONG = "too long to be judged"
+UNREADABLE = "too long to be judged, or no text"
 MAX_DEPTH = 200  # of the tree
+_EVALUATES = re.compile("-(eq|ne|lt|le|gt|ge|v|R)")  # its words, as arithmetic
 _GAP = re.compile(r"(?:[ \t\n]|\\\n)*")
 _RESERVED = frozenset({"{", "}", "if", "then", "fi", "do", "done", "esac", "else", "elif", "!"})
 _BEFORE_COMMENT = (b" ", b"\t", b"\n", b";", b"&", b"|", b"(", b")")
@@ -41,106 +44,18 @@ _HOLDERS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Word:
-    """A word of a command.
-
-    Attributes:
-      text: as the program gets it, patterns left as they are; as it is written where it is not
-        static.
-      is_static: whether the text is known before the shell runs.
-      has_pattern: whether the shell may put names of files in its place.
-      may_be_option: whether it begins with a pattern: `*` becomes an option where a file is named
-        like one.
-    """
-
-    text: str
-    is_static: bool = True
-    has_pattern: bool = False
-    may_be_option: bool = False
-
-    @property
-    def is_certain(self) -> bool:
-        """Return whether nothing about it depends on the running shell but names of files."""
-        return self.is_static and not self.may_be_option
-
-
-@dataclasses.dataclass(frozen=True)
-class Redirect:
-    """A redirection: its operator, such as ">>" or "<", and its file, or the text of `<<`."""
-
-    operator: str
-    target: Word
-
-    @property
-    def writes(self) -> bool:
-        """Return whether it writes a file; `2>&1` and /dev/null do not count."""
-        if ">" not in self.operator or self.target.text == "/dev/null":
-            return False
-        return not (self.operator.endswith("&") and re.fullmatch(r"\d+|-", self.target.text))
-
-
-@dataclasses.dataclass(frozen=True)
-class SimpleCommand:
-    """One command of a line.
-
-    Attributes:
-      words: the program and its arguments; () for assignments or redirections alone.
-      assignments: variables that it sets, with their values.
-      redirects: of its streams.
-      pipe: number of the pipeline that it stands in; -1 for none.
-      place: in that pipeline, from 0.
-      runs_as: wrappers around it that give it rights, such as sudo.
-    """
-
-    words: tuple[Word, ...] = ()
-    assignments: tuple[tuple[str, Word], ...] = ()
-    redirects: tuple[Redirect, ...] = ()
-    pipe: int = -1
-    place: int = 0
-    runs_as: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Return the program as it is written; "" where it is not known."""
-        return self.words[0].text if self.words and self.words[0].is_static else ""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Return the texts of the words."""
-        return tuple(word.text for word in self.words)
-
-    @property
-    def is_static(self) -> bool:
-        """Return whether all words and files are known."""
-        values = (*(value for _, value in self.assignments), *(r.target for r in self.redirects))
-        return all(word.is_certain for word in (*self.words, *values))
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A whole line: its commands, nested ones included, and what was not understood."""
-
-    commands: tuple[SimpleCommand, ...]
-    problems: tuple[str, ...] = ()
-
-
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Line:
     """Return the commands of a line; what is not understood is a problem, never an error."""
-    if len(text) > MAX_LENGTH or text.count("|") > MAX_PIPES:
-        return Line((), (TOO_LONG,))
+    root = parse_tree(text)
+    if root is None:
+        return Line((), (UNREADABLE,))
+    walker = _Walker(text.encode())
     odd = next((char for char in text if _is_odd(char)), "")
-    try:
-        source = text.encode()
-    except UnicodeEncodeError:
-        return Line((), ("half of a surrogate pair",))
-    tree = _parser().parse(source)
-    walker = _Walker(source)
     if odd:
         walker.problems.append(f"the character {odd!r}, which shells and people read differently")
-    walker.check_gaps(tree.root_node)
-    walker.statement(tree.root_node, -1, 0)
+    walker.check_gaps(root)
+    walker.statement(root, -1, 0)
     return Line(tuple(walker.commands), tuple(dict.fromkeys(walker.problems)))
 
 
@@ -150,7 +65,7 @@ def parse_tree(text: str) -> tree_sitter.Node | None:
         return None
     try:
         return _parser().parse(text.encode()).root_node
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # half of a surrogate pair
         return None
 
 
@@ -206,6 +121,8 @@ class _Walker:
             self._command(node, (), pipe, place)
         elif kind == "redirected_statement":
             self._redirected(node, pipe, place, depth)
+        elif kind.endswith("_redirect"):  # alone, as in $(<file)
+            self.commands.append(SimpleCommand(redirects=self._redirects([node], pipe, place)))
         elif kind == "pipeline":
             self._pipeline(node, depth)
         elif kind in ("declaration_command", "unset_command"):
@@ -276,11 +193,7 @@ class _Walker:
         self.commands.append(SimpleCommand(redirects=taken, pipe=pipe, place=place))
 
     def _command(
-        self,
-        node: tree_sitter.Node,
-        outer: list[tree_sitter.Node] | tuple[()],
-        pipe: int,
-        place: int,
+        self, node: tree_sitter.Node, outer: Sequence[tree_sitter.Node], pipe: int, place: int
     ) -> None:
         words, assignments, redirects = [], [], list(outer)
         for child in node.children:  # == is an argument, and not a named node
@@ -302,16 +215,12 @@ class _Walker:
             self.problems.append("a word of the shell in place of a program")
         if words and words[0].has_pattern:
             words[0] = dataclasses.replace(words[0], is_static=False)
-        made = SimpleCommand(
-            words=tuple(words),
-            assignments=self._assignments(assignments),
-            pipe=pipe,
-            place=place,
-        )
+        taken = self._assignments(assignments)
+        made = SimpleCommand(tuple(words), taken, pipe=pipe, place=place)
         number = len(self.commands)
         self.commands.append(made)  # before what its redirections hold, as pipelines follow them
-        taken = self._redirects(redirects, pipe, place)
-        self.commands[number] = dataclasses.replace(made, redirects=taken)
+        files = self._redirects(redirects, pipe, place)
+        self.commands[number] = dataclasses.replace(made, redirects=files)
 
     def _check_words(self, node: tree_sitter.Node) -> None:
         """Note words that touch each other: the shell reads them as one."""
@@ -341,9 +250,7 @@ class _Walker:
     def _test(self, node: tree_sitter.Node) -> None:
         """Take `[ ... ]` and `[[ ... ]]`; comparing numbers evaluates them, which can run code."""
         for part in all_below(node):
-            if part.type == "test_operator" and re.fullmatch(
-                r"-(eq|ne|lt|le|gt|ge|v|R)", text_of(part)
-            ):
+            if part.type == "test_operator" and _EVALUATES.fullmatch(text_of(part)):
                 self.problems.append("a test that evaluates arithmetic, which can run commands")
         self._nested(node)
         self.commands.append(SimpleCommand((Word("test"),)))
@@ -417,21 +324,15 @@ class _Walker:
         kind = node.type
         if kind == "concatenation":
             parts = [self._value(child) for child in node.children]
-            braces = any(
-                child.type in ("word", "{", "}") and text_of(child) in "{}"
-                for child in node.children
-            )
-            return (
-                "".join(text for text, _, _ in parts),
-                all(static for _, static, _ in parts),
-                braces or any(pattern for _, _, pattern in parts),
-            )
+            braces = [child for child in node.children if child.type in ("word", "{", "}")]
+            has_brace = any(text_of(child) in "{}" for child in braces)
+            text = "".join(part for part, _, _ in parts)
+            is_static = all(static for _, static, _ in parts)
+            return text, is_static, has_brace or any(pattern for _, _, pattern in parts)
         if kind in ("word", "number", "variable_name", "{", "}", "file_descriptor") or (
             not node.is_named
         ):
-            text = re.sub(
-                r"\\(\n|.)", lambda match: "" if match[1] == "\n" else match[1], raw, flags=re.S
-            )
+            text = re.sub(r"\\(.)", lambda match: match[1].strip("\n"), raw, flags=re.S)
             bare = re.sub(r"\\.", "", raw, flags=re.S)
             if re.search(r"\s", bare):
                 self.problems.append("a word with blanks")

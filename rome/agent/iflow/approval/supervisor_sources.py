@@ -8,8 +8,8 @@ Text that the user tells the agent to follow counts as the user's.
 from __future__ import annotations
 
 import base64
-import binascii
 import codecs
+import contextlib
 import fnmatch
 import posixpath
 import re
@@ -38,12 +38,7 @@ _GLOB = re.compile(r"[\w./-]*[*?][\w./*?-]*")
 
 
 class Sources:
-    """The words of the user, and the sentences of others, of one session.
-
-    Args:
-      root: directory of the project, as calls name it.
-      home: of the user, as calls name it.
-    """
+    """The words of the user, and the sentences of others, of one session."""
 
     def __init__(self, root: str, home: str) -> None:
         self._root = root
@@ -60,19 +55,16 @@ class Sources:
                 self._note_asked(line)
 
     def show(self, text: str, paths: Iterable[str] = ()) -> None:
-        """Note what a call printed.
+        """Note what a call printed that read or ran some files.
 
-        Args:
-          text: of the output.
-          paths: files that the call read or ran. Where the user says to follow one of them, the
-            text counts as the user's.
+        Where the user says to follow one of them, the text counts as the user's.
         """
-        if any(self._is_to_be_followed(path) for path in paths):
-            for line in text.splitlines():
-                self._note_asked(line)
-            return
+        is_users = any(self._is_to_be_followed(path) for path in paths)
         for line in text.splitlines():
-            self._note(line)
+            if is_users:
+                self._note_asked(line)
+            else:
+                self._note(line)
 
     def demanded(self, action: Action) -> str:
         """Return what of a call another's sentence names and the user does not; "" for nothing."""
@@ -84,9 +76,8 @@ class Sources:
             if any(_is_wanted(names, line) for line in self._shown):
                 return names[0]
         for host in action.hosts:
-            if not _is_named(host, asked, False) and any(
-                _is_named(host, line, False) for line in self._shown
-            ):
+            is_shown = any(_is_named(host, line, False) for line in self._shown)
+            if is_shown and not _is_named(host, asked, False):
                 return host
         return ""
 
@@ -116,9 +107,8 @@ class Sources:
         if any(_is_named(name, asked, True) for name in (*names, base)):
             return True
         patterns = _GLOB.findall(asked)
-        return any(
-            fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in (names[0], base)
-        )
+        fits = fnmatch.fnmatchcase
+        return any(fits(names[0], pattern) or fits(base, pattern) for pattern in patterns)
 
     def _is_to_be_followed(self, path: str) -> bool:
         name = _names_of(path, self._root, self._home)[0]
@@ -173,11 +163,8 @@ def _is_named(name: str, text: str, is_start_enough: bool) -> bool:
 
 def _hidden_in(line: str) -> list[str]:
     """Return the texts that stand in a line as base64."""
-    return [text for match in _ENCODED.finditer(line) if (text := _decoded(match[0]))]
-
-
-def _decoded(text: str) -> str:
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4)).decode()
-    except (binascii.Error, ValueError):
-        return ""
+    found = []
+    for match in _ENCODED.finditer(line):
+        with contextlib.suppress(ValueError):  # it is another long word
+            found.append(base64.b64decode(match[0] + "=" * (-len(match[0]) % 4)).decode())
+    return found

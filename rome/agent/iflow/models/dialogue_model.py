@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 from envs.gem import ToolCallError
 from envs.gem.tool_call import iterate_tool_calls
 from rome.agent.dialogue import Dialogue, DialogueError
-from rome.agent.iflow.events import AssistantMessage, ToolCall, Usage
-from rome.agent.iflow.models.model import Ask, ModelError
-from rome.agent.messages import Message
+from rome.agent.iflow.events import AssistantMessage, Usage
+from rome.agent.iflow.models.model import Ask, Messages, ModelError, Schemas
 from rome.engine.errors import EngineError
 
 
 class DialogueModel:
-    """A policy whose tokens are recorded.
+    """A policy whose tokens are recorded in a dialogue.
 
-    Args:
-      dialogue: of the episode; it belongs to the caller, who closes it. Several agents of one
-        episode, such as sub-agents, may share it.
-      name: of the policy.
-
-    Attributes:
-      name: as given.
-      context_tokens: of one context, answers included.
-      fault: the engine's, once one ended an answer; it says nothing about the agent.
+    That belongs to the caller, who closes it; several agents of one episode may share it.
     """
 
     def __init__(self, dialogue: Dialogue, name: str = "policy") -> None:
         self.name = name
-        self.context_tokens = dialogue.session.max_context
+        self.context_tokens = dialogue.session.max_context  # of one context, answers included
+        # The engine's, once one ended an answer; it says nothing about the agent
         self.fault: EngineError | None = None
         self._dialogue = dialogue
 
-    async def ask(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
-    ) -> AssistantMessage:
-        """Answer a conversation; each call samples, also one that repeats another.
-
-        Raises:
-          ModelError: there is no answer.
-        """
+    async def ask(self, messages: Messages, tools: Schemas, **how: Unpack[Ask]) -> AssistantMessage:
+        """Answer a conversation; each call samples, also one that repeats another."""
         try:
             reply = await self._dialogue.complete(
                 messages,
@@ -66,26 +51,21 @@ class DialogueModel:
         return AssistantMessage(
             text=reply.text,
             reasoning=reply.reasoning,
-            tool_calls=tuple(
-                ToolCall(call.id, call.name, call.arguments) for call in reply.tool_calls
-            ),
+            tool_calls=reply.tool_calls,
             finish=reply.finish_reason,
             usage=Usage(reply.prompt_tokens, reply.completion_tokens, chunk.cached_tokens),
             chunk=reply.chunk,
-            malformed=_why_malformed(chunk.text) if is_malformed else "",
+            malformed=why_malformed(chunk.text) if is_malformed else "",
         )
 
-    def count_tokens(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
-    ) -> int:
-        """Return how many tokens a conversation has, as the template writes it."""
+    def count_tokens(self, messages: Messages, tools: Schemas = ()) -> int:
         return self._dialogue.count_tokens(messages, tools)
 
     async def aclose(self) -> None:
         """Do nothing: the dialogue belongs to the episode."""
 
 
-def _why_malformed(text: str) -> str:
+def why_malformed(text: str) -> str:
     """Return why the calls of a turn cannot be read."""
     try:
         list(iterate_tool_calls(text))

@@ -14,15 +14,15 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
-from envs.gem import ToolCallError
-from envs.gem.tool_call import OPEN, iterate_tool_calls, read_turn
+from envs.gem.tool_call import format_tool_call
 from rome.agent.dialects.base import BadRequest
 from rome.agent.dialects.openai_chat import read_message, write_message
 from rome.agent.endpoint import Answer as Completion
 from rome.agent.endpoint import ChatEndpoint, EndpointError, OnRetry
 from rome.agent.iflow.events import AssistantMessage, ToolCall, Usage
-from rome.agent.iflow.models.model import Ask, ModelError
-from rome.agent.messages import Message, readable
+from rome.agent.iflow.models.dialogue_model import why_malformed
+from rome.agent.iflow.models.model import Ask, Messages, ModelError, Schemas
+from rome.agent.messages import Message, read_answer, readable
 from rome.agent.session import ContextFull
 
 DEFAULT_CONTEXT = 32_768  # tokens, where neither the settings nor the server say
@@ -70,21 +70,7 @@ class Prices:
 
 
 class EndpointModel:
-    """A model behind a URL.
-
-    Args:
-      endpoint: the client.
-      context_tokens: of one conversation; 0 takes what the server says (`connect`).
-      max_tokens: of one answer; None leaves it to the server.
-      temperature: of sampling; None leaves it to the server.
-      prices: of its tokens.
-      on_retry: called before a request is made again.
-
-    Attributes:
-      name: of the model; "" until `connect` has found it.
-      context_tokens: of one conversation.
-      offered: names of the server's models, once `connect` has asked for them.
-    """
+    """A model behind a URL; what is 0 or None is left to the server."""
 
     def __init__(
         self,
@@ -96,8 +82,9 @@ class EndpointModel:
         prices: Prices | None = None,
         on_retry: OnRetry | None = None,
     ) -> None:
-        self.name = endpoint.model
-        self.context_tokens = context_tokens or DEFAULT_CONTEXT
+        self.name = endpoint.model  # of the model; "" until `connect` has found it
+        self.context_tokens = context_tokens or DEFAULT_CONTEXT  # of one conversation
+        # Names of the server's models, once `connect` has asked for them
         self.offered: tuple[str, ...] = ()
         self.on_retry = on_retry
         self._endpoint = endpoint
@@ -112,17 +99,14 @@ class EndpointModel:
         """See whether the server is there, and take from it what the settings leave open.
 
         Raises:
-          ModelError: there is no server, it does not take the key, or it has several models and
-            none was chosen.
+          ModelError: there is no server, it refuses the key, or none of its models was chosen.
         """
         try:
             models = await self._endpoint.models()
         except EndpointError as error:
-            remedy = (
-                "check the API key"
-                if error.permanent
-                else "start it (python -m launch.serve), or give another --base_url"
-            )
+            remedy = "start it (python -m launch.serve), or give another --base_url"
+            if error.permanent:
+                remedy = "check the API key"
             raise ModelError(f"{error}; {remedy}") from error
         if not self.name:
             self.name = self._endpoint.model = _only_name(models, self._endpoint.url)
@@ -132,14 +116,7 @@ class EndpointModel:
             if model["id"] == self.name and isinstance(length, int) and self._asks_context:
                 self.context_tokens = length
 
-    async def ask(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
-    ) -> AssistantMessage:
-        """Answer a conversation.
-
-        Raises:
-          ModelError: there is no answer.
-        """
+    async def ask(self, messages: Messages, tools: Schemas, **how: Unpack[Ask]) -> AssistantMessage:
         limits = [limit for limit in (how.get("max_tokens"), self._max_tokens) if limit]
         while True:
             try:
@@ -153,9 +130,7 @@ class EndpointModel:
                 if not self._leave_out(error):
                     raise ModelError(str(error)) from error
 
-    def count_tokens(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
-    ) -> int:
+    def count_tokens(self, messages: Messages, tools: Schemas = ()) -> int:
         """Estimate the tokens of a conversation by its bytes."""
         size = len(json.dumps(list(tools), ensure_ascii=False)) if tools else 0
         tokens = 0
@@ -167,15 +142,14 @@ class EndpointModel:
         return tokens + size // BYTES_PER_TOKEN
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self._endpoint.close()
 
     # -- a request
 
     async def _request(
         self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
+        messages: Messages,
+        tools: Schemas,
         max_tokens: int,
         on_text: Callable[[str, bool], None] | None,
     ) -> Completion:
@@ -194,9 +168,7 @@ class EndpointModel:
             **settings,
         )
 
-    def _write(
-        self, messages: Sequence[Message], told: Sequence[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
+    def _write(self, messages: Messages, told: Schemas) -> list[dict[str, Any]]:
         """Return messages as the server takes them; `told` are tools to tell in the system text."""
         if "tools" in self._left_out:
             messages = _with_calls_as_text(messages, told)
@@ -229,42 +201,34 @@ class EndpointModel:
 
     # -- its answer
 
-    def _read(
-        self,
-        completion: Completion,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-    ) -> AssistantMessage:
+    def _read(self, completion: Completion, messages: Messages, tools: Schemas) -> AssistantMessage:
         """Return what the server said."""
+        usage = self._usage(completion.usage)
+        given = completion.choice["message"]
+        is_cut = completion.choice.get("finish_reason") == "length"
         try:
-            said = read_message(
-                {**completion.choice["message"], "role": "assistant"}, "the endpoint's answer"
-            )
+            said = read_message({**given, "role": "assistant"}, "the endpoint's answer")
         except BadRequest as error:  # such as a call without a name: the model may try again
-            content = completion.choice["message"].get("content")
+            content = given.get("content")
             text = content if isinstance(content, str) else ""
-            return AssistantMessage(
-                text=text, usage=self._usage(completion.usage), malformed=str(error)
-            )
-        calls = [ToolCall(call.id, call.name, call.arguments) for call in said.tool_calls]
-        text = said.content
-        reasoning = said.reasoning
+            return AssistantMessage(text=text, usage=usage, malformed=str(error))
         malformed = ""
-        if calls:
+        if said.tool_calls:
             self._makes_calls = True
         elif tools:
-            text, reasoning, calls, malformed = _read_text(text, reasoning)
-            if self._makes_calls and malformed:  # a server that reads calls leaves none in texts
-                text, malformed = said.content, ""
-        is_cut = completion.choice.get("finish_reason") == "length"
-        finish: Literal["stop", "tool_calls"] = "tool_calls" if calls else "stop"
+            read, is_malformed = read_answer(said.content, 0)
+            # A server that reads calls leaves none in texts: what looks like one is a text.
+            if not (is_malformed and self._makes_calls):
+                malformed = why_malformed(said.content) if is_malformed and not is_cut else ""
+                said = dataclasses.replace(read, reasoning=said.reasoning or read.reasoning)
+        finish: Literal["stop", "tool_calls"] = "tool_calls" if said.tool_calls else "stop"
         return AssistantMessage(
-            text=text,
-            reasoning=reasoning,
-            tool_calls=_with_own_ids(calls, messages),
+            text=said.content,
+            reasoning=said.reasoning,
+            tool_calls=_with_own_ids(said.tool_calls, messages),
             finish="length" if is_cut else finish,
-            usage=self._usage(completion.usage),
-            malformed=malformed if not is_cut else "",
+            usage=usage,
+            malformed=malformed,
         )
 
     def _usage(self, given: Mapping[str, Any]) -> Usage:
@@ -278,11 +242,7 @@ class EndpointModel:
 
 
 def _only_name(models: Sequence[Mapping[str, Any]], url: str) -> str:
-    """Return the name of the only model.
-
-    Raises:
-      ModelError: there is none, or more than one.
-    """
+    """Return the name of the only model; ModelError where there is none, or more than one."""
     names = [str(model["id"]) for model in models]
     if len(names) == 1:
         return names[0]
@@ -292,25 +252,7 @@ def _only_name(models: Sequence[Mapping[str, Any]], url: str) -> str:
     raise ModelError(f"{url} has {len(names)} models ({shown}); choose one by --model")
 
 
-def _read_text(text: str, reasoning: str) -> tuple[str, str, list[ToolCall], str]:
-    """Return what is said in a text, its thoughts, its calls, and why one cannot be read."""
-    turn = read_turn(text)
-    if turn.thoughts and not reasoning:
-        reasoning = turn.thoughts
-    try:
-        calls = [] if turn.is_thinking else [call for call, _ in iterate_tool_calls(text)]
-    except ToolCallError as error:
-        return turn.spoken.strip(), reasoning, [], str(error)
-    made = [
-        ToolCall("", call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls
-    ]
-    spoken = turn.spoken
-    if made:
-        spoken = spoken[: spoken.index(OPEN if OPEN in spoken else "<function=")]
-    return spoken.strip(), reasoning, made, ""
-
-
-def _with_own_ids(calls: Sequence[ToolCall], messages: Sequence[Message]) -> tuple[ToolCall, ...]:
+def _with_own_ids(calls: Sequence[ToolCall], messages: Messages) -> tuple[ToolCall, ...]:
     """Return calls with an id of their own each: some servers give none, or the same ones again."""
     taken = {call.id for message in messages for call in message.tool_calls} | {""}
     own = []
@@ -332,9 +274,7 @@ def _as_object(arguments: str) -> str:
     return json.dumps({"malformed_arguments": readable(arguments)})
 
 
-def _with_calls_as_text(
-    messages: Sequence[Message], tools: Sequence[dict[str, Any]]
-) -> list[Message]:
+def _with_calls_as_text(messages: Messages, tools: Schemas) -> list[Message]:
     """Return a conversation for a server without tool calls: tools, calls and results are texts."""
     rest = list(messages)
     system = rest.pop(0).content if rest and rest[0].role == "system" else ""
@@ -345,8 +285,7 @@ def _with_calls_as_text(
     for message in rest:
         if message.tool_calls:
             calls = [
-                f'{OPEN}\n{{"name": {json.dumps(call.name)}, "arguments":'
-                f" {_as_object(call.arguments)}}}\n</tool_call>"
+                format_tool_call(call.name, json.loads(_as_object(call.arguments)))
                 for call in message.tool_calls
             ]
             content = "\n".join(filter(None, [message.content, *calls]))

@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import secrets
-from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 from rome.agent.dialogue import Dialogue
 from rome.agent.iflow.events import AssistantMessage
 from rome.agent.iflow.models.dialogue_model import DialogueModel
-from rome.agent.iflow.models.model import Ask, ModelError
-from rome.agent.messages import Message
+from rome.agent.iflow.models.model import Ask, Messages, ModelError, Schemas
+from rome.agent.iflow.options import Options
 from rome.agent.session import Session
-from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
+from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
 from rome.engine.client import Engine
 from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat, Tokenizer
@@ -33,11 +32,7 @@ MAX_MESSAGES = 1 << 20  # of a session and its sub-agents
 class EngineModel(DialogueModel):
     """A policy on an engine that belongs to this model alone; `aclose` closes it.
 
-    Args:
-      engine: samples.
-      dialogue: keeps the tokens.
-      name: of the policy.
-      tokens: file where `keep` writes them; None keeps them in memory only.
+    `tokens` is the file where `keep` writes them; None keeps them in memory only.
     """
 
     def __init__(
@@ -48,27 +43,21 @@ class EngineModel(DialogueModel):
         self._tokens = tokens
         self._cut: set[tuple[str, str]] = set()  # text and thoughts of answers without their end
 
-    async def ask(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], **how: Unpack[Ask]
-    ) -> AssistantMessage:
+    async def ask(self, messages: Messages, tools: Schemas, **how: Unpack[Ask]) -> AssistantMessage:
         """Answer a conversation.
 
         An answer that was cut cannot be gone on from token by token. It is read again as a text
         that says so, which begins a branch.
-
-        Raises:
-          ModelError: there is no answer.
         """
-        shown = [self._ended(message) for message in messages]
+        shown = []
+        for message in messages:
+            if message.role == "assistant" and (message.content, message.reasoning) in self._cut:
+                message = dataclasses.replace(message, content=f"{message.content}\n{CUT}".strip())
+            shown.append(message)
         answer = await super().ask(shown, tools, **how)
         if answer.finish == "length":
             self._cut.add((answer.text, answer.reasoning))
         return answer
-
-    def _ended(self, message: Message) -> Message:
-        if message.role != "assistant" or (message.content, message.reasoning) not in self._cut:
-            return message
-        return dataclasses.replace(message, content=f"{message.content}\n{CUT}".strip())
 
     def keep(self) -> None:
         """Write the tokens of the session so far, as a trajectory that nothing trains on."""
@@ -86,82 +75,55 @@ class EngineModel(DialogueModel):
 
 
 async def connect_engine(
-    url: str,
-    *,
-    tokenizer: str = "",
-    api_key: str = "",
-    context_tokens: int = 0,
-    max_tokens: int = 0,
-    temperature: float | None = None,
-    tokens: pathlib.Path | None = None,
-    answered: int = 0,
+    options: Options, *, tokens: pathlib.Path | None = None, answered: int = 0
 ) -> EngineModel:
-    """Return the model of an engine.
+    """Return the model of the engine that the options name.
 
-    Args:
-      url: of the engine, without /v1.
-      tokenizer: folder with the model's tokenizer; "" takes the one that the engine names.
-      api_key: for the engine.
-      context_tokens: of a conversation; 0 takes what the engine says.
-      max_tokens: of one answer; 0 is DEFAULT_ANSWER.
-      temperature: of sampling; None is DEFAULT_TEMPERATURE.
-      tokens: file of the session's tokens. A session that is resumed goes on with it.
-      answered: chunks that the session's events speak of. Where the file has fewer, a kill lost
-        some, and the session keeps no tokens any more.
+    `tokens` is the file of the session's tokens; a session that is resumed goes on with it. Where
+    it has fewer chunks than the session's events speak of, `answered`, a kill lost some, and the
+    session keeps no tokens any more.
 
     Raises:
       ModelError: the engine is not there, or its tokenizer is not on this machine.
     """
-    engine = Engine(url, api_key=api_key or None)
+    url = options.engine
+    engine = Engine(url, api_key=options.api_key or None)
     try:
         info = await engine.model_info()
         server = await engine.server_info()
-        folder = tokenizer or str(info.get("tokenizer_path") or info.get("model_path") or "")
-        if not pathlib.Path(folder).is_dir():
-            raise ModelError(
-                f"the tokenizer of the engine at {url}, {folder!r}, is not on this machine; name a"
-                " folder that has it by --tokenizer"
-            )
-        loaded = Tokenizer.load(pathlib.Path(folder))
-        context = context_tokens or _context_of(info | server) or DEFAULT_CONTEXT
-        chunks, tokens = _chunks_of(tokens, answered)
+        folder = pathlib.Path(
+            options.tokenizer or str(info.get("tokenizer_path") or info.get("model_path"))
+        )
+        if not folder.is_dir():
+            raise ModelError(f"the tokenizer {folder} is not here; name its folder by --tokenizer")
+        chat = Chat(Tokenizer.load(folder))
+        context = options.context_tokens or _context_of(info | server) or DEFAULT_CONTEXT
+        chunks = load_trajectory(tokens).chunks if tokens and tokens.exists() else []
+        if tokens and len(chunks) < answered:  # those of sub-agents are among them
+            tokens.unlink(missing_ok=True)
+            chunks, tokens = [], None
         session = Session(
             engine,
-            loaded,
+            chat.tokenizer,
             seed=secrets.randbits(31),
             max_context=context,
-            max_new_tokens=max_tokens or min(DEFAULT_ANSWER, context // 2),
+            max_new_tokens=options.max_tokens or min(DEFAULT_ANSWER, context // 2),
             completion_seconds=COMPLETION_SECONDS,
-            temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+            temperature=DEFAULT_TEMPERATURE if options.temperature is None else options.temperature,
             kind="context",
             chunks=chunks,
         )
-        dialogue = Dialogue(session, Chat(loaded), max_nodes=MAX_MESSAGES)
         name = pathlib.Path(str(info.get("model_path") or folder)).name
+        dialogue = Dialogue(session, chat, max_nodes=MAX_MESSAGES)
         return EngineModel(engine, dialogue, name, tokens)
     except BaseException as error:
         await engine.close()
         if isinstance(error, EngineError):
-            raise ModelError(
-                f"there is no engine at {url}: {error}; start it (python -m launch.serve), or give"
-                " the /v1 URL of another server by --base_url"
-            ) from error
+            remedy = "start it (python -m launch.serve), or give another server by --base_url"
+            raise ModelError(f"there is no engine at {url}: {error}; {remedy}") from error
         if isinstance(error, (OSError, ValueError)):
             raise ModelError(f"the tokenizer of the engine at {url}: {error}") from error
         raise
-
-
-def _chunks_of(
-    tokens: pathlib.Path | None, answered: int
-) -> tuple[list[Chunk], pathlib.Path | None]:
-    """Return the chunks of a session so far, and where to keep them; None where some were lost."""
-    if tokens is None:
-        return [], None
-    chunks = load_trajectory(tokens).chunks if tokens.exists() else []
-    if len(chunks) >= answered:  # those of sub-agents are among them
-        return chunks, tokens
-    tokens.unlink(missing_ok=True)
-    return [], None
 
 
 def _context_of(info: dict[str, object]) -> int:

@@ -44,7 +44,7 @@ class ShadowRepository:
     What .gitignore names stays as it is, at a checkpoint and when one is restored. Repositories
     inside the folder have a shadow each; their git data stays as it is, and comes back where it was
     removed. Bytes, modes, symbolic links and files that git does not know come back; empty
-    directories do not.
+    directories do not. All raise WorkspaceError where git is missing or fails.
 
     Args:
       folder: for the shadow repositories.
@@ -59,40 +59,26 @@ class ShadowRepository:
         self._turn = threading.RLock()
 
     def take(self) -> str:
-        """Keep the files and return the checkpoint's name, a commit.
-
-        Raises:
-          WorkspaceError: git is missing or failed.
-        """
+        """Keep the files and return the checkpoint's name, a commit."""
         with self._turn:
-            return self._take()
+            self._prepare()
+            files = self._list("--cached", "--others", "--modified", "--deleted")
+            gone = {path for tag, path in files if tag == "R"} | self._behind_links(files)
+            new = {path for tag, path in files if tag in "?C" and not path.endswith("/")} - gone
+            self._update_index(sorted(gone), "--force-remove")
+            self._update_index(sorted(new), "--add", "--remove", "--replace")
+            modes = self._unusual_modes({path for _, path in files})
+            nested = {name: self._nested(name).take() for name in _repositories(files)}
+            for name in nested:
+                _keep_git(self._root / name / ".git", self._nested(name)._folder / GIT_DATA)
+            details = json.dumps({"modes": modes, "nested": nested})
+            tree = self._git("write-tree").strip()
+            return self._git("commit-tree", tree, given=details).strip()
 
     def restore(self, checkpoint: str) -> None:
-        """Bring the files back to a checkpoint; what is there now is kept as another one.
-
-        Raises:
-          WorkspaceError: there is no such checkpoint, or git failed.
-        """
+        """Bring the files back to a checkpoint; what is there now is kept as another one."""
         with self._turn:
             self._restore(checkpoint)
-
-    # -- steps of the above
-
-    def _take(self) -> str:
-        self._prepare()
-        files = self._list("--cached", "--others", "--modified", "--deleted")
-        gone = {path for tag, path in files if tag == "R"} | self._behind_links(files)
-        new = {path for tag, path in files if tag in "?C" and not path.endswith("/")} - gone
-        self._update_index(sorted(gone), "--force-remove")
-        self._update_index(sorted(new), "--add", "--remove", "--replace")
-        details: dict[str, Any] = {
-            "modes": self._unusual_modes({path for _, path in files}),
-            "nested": {name: self._nested(name).take() for name in _repositories(files)},
-        }
-        for name in details["nested"]:
-            _keep_git(self._root / name / ".git", self._nested(name)._folder / GIT_DATA)
-        tree = self._git("write-tree").strip()
-        return self._git("commit-tree", tree, given=json.dumps(details)).strip()
 
     def _restore(self, checkpoint: str) -> None:
         self._root.mkdir(parents=True, exist_ok=True)  # a repository below may be gone
@@ -147,10 +133,9 @@ class ShadowRepository:
         modes = {}
         for path in sorted(paths):
             with contextlib.suppress(OSError):
-                status = os.lstat(self._root / path)
-                mode = stat.S_IMODE(status.st_mode)
-                if stat.S_ISREG(status.st_mode) and mode not in _ORDINARY_MODES:
-                    modes[path] = mode
+                mode = os.lstat(self._root / path).st_mode
+                if stat.S_ISREG(mode) and stat.S_IMODE(mode) not in _ORDINARY_MODES:
+                    modes[path] = stat.S_IMODE(mode)
         return modes
 
     def _update_index(self, paths: Iterable[str], *options: str) -> None:
@@ -165,9 +150,8 @@ class ShadowRepository:
                 place = self._root / above
                 if place.is_symlink() or place.is_file():
                     place.unlink()
-            place = self._root / path
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
+            if (self._root / path).is_dir():
+                _clear(self._root / path)
 
     def _set_modes(self, wanted: Mapping[str, str], unusual: Mapping[str, int]) -> None:
         for path, kind in wanted.items():
@@ -240,14 +224,10 @@ def _keep_git(git: pathlib.Path, kept: pathlib.Path) -> None:
     """
     if not git.is_dir():  # a file, where it is a worktree or a submodule
         return
-    objects = kept / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
     for old in kept.iterdir():
-        if old.is_dir() and not old.is_symlink():
-            if old != objects:
-                shutil.rmtree(old)
-        else:
-            old.unlink()
+        if old.name != "objects":
+            _clear(old)
     try:
         # An object never changes, so those that were linked before are left as they are.
         shutil.copytree(git, kept, symlinks=True, copy_function=_link_or_copy, dirs_exist_ok=True)
@@ -260,6 +240,14 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
     elif not os.path.exists(target):
         os.link(source, target)
+
+
+def _clear(path: pathlib.Path) -> None:
+    """Remove a file, a link or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _repositories(files: Iterable[tuple[str, str]]) -> list[str]:

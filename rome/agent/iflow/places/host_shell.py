@@ -2,6 +2,10 @@
 
 The frame around each command is the one of a sandbox's sessions (`envs.rock.host.shell`): commands
 and the reports of their ends travel on pipes of their own, so no output can be taken for an end.
+
+What belongs to a shell is found by a variable that processes inherit: one may leave its group, its
+session and its parent, but its first environment stays readable. One that was started without the
+variable on purpose is not found.
 """
 
 from __future__ import annotations
@@ -10,12 +14,13 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import Mapping
+import signal
+import time
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from envs.rock.backend import MAX_COMMAND_BYTES
 from envs.rock.host import shell
-from rome.agent.iflow.places.host_processes import children_of, kill_processes, now_ticks
 from rome.agent.iflow.places.output import OutputKeeper
 
 # As bash finds them, and where it saves them out of reach of what commands start.
@@ -27,81 +32,68 @@ _LOOP = shell.loop(_SAVED_COMMANDS_FD, _SAVED_REPORTS_FD, f"{_COMMANDS_FD}<&- {_
 _HIGH_FD = 64  # above all of the above
 _PIPE_BYTES = 2 * MAX_COMMAND_BYTES
 _READ_BYTES = 1 << 16
+MAX_ROUNDS = 50  # of killing what appeared meanwhile
 GRACE_SECONDS = 1.0  # in which a shell whose command was killed must be ready again
 
 
 class Ended(NamedTuple):
-    """How a command ended.
+    """How a command ended."""
 
-    Attributes:
-      exit_code: None where it was ended at its time limit.
-      is_flooded: whether it was ended for the length of its output.
-      is_alive: whether the shell lives on.
-    """
-
-    exit_code: int | None
-    is_flooded: bool
-    is_alive: bool
+    exit_code: int | None  # None where it was ended at its time limit
+    is_flooded: bool  # whether it was ended for the length of its output
+    is_alive: bool  # whether the shell lives on
 
 
 class HostShell:
-    """One bash; `start` makes it.
+    """One bash, made by `start`."""
 
-    Args:
-      directory: where it begins.
-      environment: all its variables.
-      mark: NAME=VALUE of the environment by which its processes are found.
-    """
-
-    def __init__(self, directory: str, environment: Mapping[str, str], mark: str) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, descriptors: list[int], directory: str, mark: str
+    ) -> None:
+        for descriptor in descriptors:
+            os.set_blocking(descriptor, False)
+        self._descriptors = descriptors
+        self._commands, self._reports, self._output = descriptors
+        self._process = process
         self._directory = directory
-        self._environment = dict(environment)
         self._mark = mark
+        self._ended = asyncio.ensure_future(process.wait())
         self._frame = shell.Frame(_SAVED_REPORTS_FD)
         self._keeper: OutputKeeper | None = None
-        self._descriptors: list[int] = []
 
-    async def start(self) -> None:
-        """Start the process.
+    @classmethod
+    async def start(cls, directory: str, environment: Mapping[str, str], mark: str) -> HostShell:
+        """Start a bash; OSError where there is none, or no directory.
 
-        Raises:
-          OSError: there is no bash or no directory.
+        Its processes are found by a mark, which is NAME=VALUE of the environment.
         """
-        commands_read, self._commands = _pipe()
-        self._reports, reports_write = _pipe()
-        self._output, output_write = _pipe()
-        self._descriptors = [self._commands, self._reports, self._output]
-        fcntl.fcntl(self._commands, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        for descriptor in self._descriptors:
-            os.set_blocking(descriptor, False)
-        passed = (commands_read, reports_write)
+        commands_read, commands = _pipe()
+        reports, reports_write = _pipe()
+        output, output_write = _pipe()
+        fcntl.fcntl(commands, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        descriptors = [commands, reports, output]
         moves = f"exec {_COMMANDS_FD}<&{commands_read} {_REPORTS_FD}>&{reports_write}"
         closing = f"{commands_read}<&- {reports_write}>&-"
         start = f'{moves} {closing}; exec /bin/bash --noprofile --norc -c "$1" bash'
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                "/bin/bash",
-                "--noprofile",
-                "--norc",
-                "-c",
-                start,
-                "bash",
-                _LOOP,
+            process = await asyncio.create_subprocess_exec(
+                *("/bin/bash", "--noprofile", "--norc", "-c", start, "bash", _LOOP),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output_write,
                 stderr=output_write,
-                pass_fds=passed,
-                cwd=self._directory,
-                env=self._environment,
+                pass_fds=(commands_read, reports_write),
+                cwd=directory,
+                env=environment,
                 start_new_session=True,
             )
         except BaseException:
-            self._close_descriptors()
+            for descriptor in descriptors:
+                os.close(descriptor)
             raise
         finally:
-            for descriptor in (*passed, output_write):
+            for descriptor in (commands_read, reports_write, output_write):
                 os.close(descriptor)
-        self._ended = asyncio.ensure_future(self._process.wait())
+        return cls(process, descriptors, directory, mark)
 
     @property
     def is_alive(self) -> bool:
@@ -116,13 +108,7 @@ class HostShell:
         return self._directory
 
     async def run(self, command: bytes, timeout: float, keeper: OutputKeeper) -> Ended:
-        """Run a command; cancelling it ends what it started.
-
-        Args:
-          command: text for bash, at most MAX_COMMAND_BYTES.
-          timeout: seconds.
-          keeper: takes its output.
-        """
+        """Run a command of at most MAX_COMMAND_BYTES; cancelling it ends what it started."""
         loop = asyncio.get_running_loop()
         began = now_ticks()
         self._spared = [self._process.pid, *children_of(self._process.pid)]
@@ -150,15 +136,13 @@ class HostShell:
                 loop.remove_reader(self._reports)
                 loop.remove_reader(self._output)
                 self._drain()
-        is_alive = not self._ended.done()
+        code: int | None = None
         if is_flooded:
-            return Ended(137, True, is_alive)
-        if is_late:
-            return Ended(None, False, is_alive)
-        if self._report.done():
-            return Ended(self._report.result(), False, is_alive)
-        code = self._ended.result()
-        return Ended(code if code >= 0 else 128 - code, False, False)
+            code = 137
+        elif not is_late:
+            code = self._report.result() if self._report.done() else self._ended.result()
+            code = code if code >= 0 else 128 - code
+        return Ended(code, is_flooded, not self._ended.done())
 
     async def close(self) -> None:
         """End the shell and all that its commands started."""
@@ -223,3 +207,76 @@ def _pipe() -> tuple[int, int]:
         ends.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD))
         os.close(descriptor)
     return ends[0], ends[1]
+
+
+class Process(NamedTuple):
+    """A process: its parent, and its start in ticks since the machine's boot."""
+
+    pid: int
+    parent: int
+    began: int
+
+
+def now_ticks() -> int:
+    """Return the time in the unit of `Process.began`."""
+    seconds = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return int(seconds * os.sysconf("SC_CLK_TCK"))
+
+
+def find_processes(mark: str) -> dict[int, Process]:
+    """Return the running processes whose environment has `mark`, NAME=VALUE, by pid."""
+    wanted = mark.encode()
+    found = {}
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        # It may have ended meanwhile, or be another user's.
+        with contextlib.suppress(OSError, ValueError):
+            with open(f"/proc/{name}/environ", "rb") as file:
+                if wanted not in file.read().split(b"\0"):
+                    continue
+            with open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+            if fields[0] != b"Z":
+                found[int(name)] = Process(int(name), int(fields[1]), int(fields[19]))
+    return found
+
+
+def children_of(pid: int) -> set[int]:
+    """Return the direct children of a process with one thread."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
+        return {int(word) for word in file.read().split()}
+    return set()
+
+
+def kill_processes(mark: str, *, since: int = 0, spared: Collection[int] = ()) -> None:
+    """Kill the processes with a mark.
+
+    Args:
+      mark: NAME=VALUE of their environment.
+      since: only those that began then or later, and that no earlier one but the shell started.
+      spared: pids to leave alone, the shell's first. What the others started is spared too.
+    """
+    shell = next(iter(spared), 0)
+    for _ in range(MAX_ROUNDS):
+        processes = find_processes(mark)
+        chosen = [pid for pid in processes if _is_new(processes, pid, since, shell, spared)]
+        if not chosen:
+            return
+        for pid in chosen:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def _is_new(
+    processes: dict[int, Process], pid: int, since: int, shell: int, spared: Collection[int]
+) -> bool:
+    """Return whether a process began late enough, and each process above it, up to the shell."""
+    if pid == shell:
+        return False
+    while pid in processes and pid != shell:
+        if processes[pid].began < since or pid in spared:
+            return False
+        pid = processes[pid].parent
+    return True

@@ -17,23 +17,25 @@ import secrets
 import stat as stat_module
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from envs.rock.backend import MAX_COMMAND_BYTES
 from rome.agent.iflow.places.checkpoint import ShadowRepository
-from rome.agent.iflow.places.host_processes import kill_processes
-from rome.agent.iflow.places.host_shell import HostShell
-from rome.agent.iflow.places.jobs import BackgroundJob
+from rome.agent.iflow.places.host_shell import HostShell, kill_processes
 from rome.agent.iflow.places.output import MAX_OUTPUT_BYTES, OutputKeeper
 from rome.agent.iflow.places.workspace import (
     SHELL_ENDED,
+    BackgroundJob,
     CommandOutput,
+    OnOutput,
+    Workspace,
     WorkspaceError,
     require_path,
 )
 
 _READ_BYTES = 1 << 16
+FLOODED = f"ended: it wrote more than {MAX_OUTPUT_BYTES >> 20} MiB"
 # Takes the output of a job, which is not to fill the disk and must not wait for a reader.
 _KEEP_BEGINNING = (
     f"trap '' XFSZ; ulimit -f {MAX_OUTPUT_BYTES >> 10}; cat 2> /dev/null; exec cat > /dev/null"
@@ -48,8 +50,8 @@ _ENVIRONMENT = {
 }
 
 
-class HostWorkspace:
-    """A folder of this machine; see `Workspace`.
+class HostWorkspace(Workspace):
+    """A folder of this machine; its files are where they were, so there is nothing to keep.
 
     Args:
       root: the folder.
@@ -82,17 +84,11 @@ class HostWorkspace:
 
     @property
     def directory(self) -> str:
-        """Return where the shell is now."""
         return self._shell.directory if self._shell else self.root
 
     async def execute(
-        self,
-        command: str,
-        *,
-        timeout: float,
-        on_output: Callable[[bytes], None] | None = None,
+        self, command: str, *, timeout: float, on_output: OnOutput | None = None
     ) -> CommandOutput:
-        """Run a command in the persistent shell; see `Workspace.execute`."""
         text = encode_command(command)
         keeper = OutputKeeper(self._next_file(), on_output)
         began = time.monotonic()
@@ -107,14 +103,12 @@ class HostWorkspace:
                 if not shell.is_alive and shell is self._shell:
                     await asyncio.shield(self._leave_shell())
         output, file = keeper.finish()
-        note = "" if ended.is_alive else SHELL_ENDED
-        if ended.is_flooded:
-            note = f"{flood_note()}; {note}" if note else flood_note()
+        said = {FLOODED: ended.is_flooded, SHELL_ENDED: not ended.is_alive}
+        note = "; ".join(text for text, is_so in said.items() if is_so)
         seconds = time.monotonic() - began
         return CommandOutput(output, ended.exit_code, seconds, file=file, note=note)
 
     async def spawn(self, command: str) -> BackgroundJob:
-        """Start a command in the background; see `Workspace.spawn`."""
         text = encode_command(command)
         identity = str(next(self._job_numbers))
         path = f"{self.outputs}/job-{identity}.txt"
@@ -153,7 +147,6 @@ class HostWorkspace:
         return job
 
     async def run(self, command: str, *, timeout: float) -> str:
-        """Run a command of its own, in the project's directory; see `Workspace.run`."""
         process = await _start_bash(
             encode_command(command),
             stdout=asyncio.subprocess.PIPE,
@@ -168,7 +161,7 @@ class HostWorkspace:
                 while piece := await process.stdout.read(_READ_BYTES):
                     data += piece
                     if len(data) > MAX_OUTPUT_BYTES:
-                        raise WorkspaceError(f"{command[:80]}: {flood_note()}")
+                        raise WorkspaceError(f"{command[:80]}: {FLOODED}")
         except TimeoutError as error:
             raise WorkspaceError(f"{command[:80]} took more than {timeout:g} seconds") from error
         finally:
@@ -180,23 +173,19 @@ class HostWorkspace:
     # -- files
 
     async def read(self, path: str, limit: int = 4 << 20) -> bytes:
-        """Return a file's content; see `Workspace.read`."""
         return await asyncio.to_thread(self._read, path, limit)
 
     async def write(self, path: str, content: bytes) -> None:
-        """Write a file whole; see `Workspace.write`."""
         await asyncio.to_thread(self._write, path, content)
 
     async def stat(self, path: str) -> tuple[int, float] | None:
-        """Return the size and the time of change of a file; see `Workspace.stat`."""
         with _told(path):
             try:
                 status = os.stat(self._resolve(path))
             except (FileNotFoundError, NotADirectoryError):
                 return None
             _require_regular(path, status)
-            return status.st_size, status.st_mtime
-        raise AssertionError("unreachable")
+        return status.st_size, status.st_mtime
 
     async def snapshot(self) -> str:
         """Keep the files as they are; see `ShadowRepository`."""
@@ -207,7 +196,6 @@ class HostWorkspace:
         await asyncio.to_thread(self._repository.restore, snapshot)
 
     def beside(self) -> HostWorkspace:
-        """Return the same place with a shell of its own; see `Workspace.beside`."""
         other = copy.copy(self)
         other._shell = None
         other._is_first = False
@@ -215,10 +203,9 @@ class HostWorkspace:
         return other
 
     async def keep(self) -> None:
-        """Do nothing: the files are where they were."""
+        pass
 
     async def aclose(self) -> None:
-        """End the shell and all jobs."""
         await self._leave_shell()
         if not self._is_first:
             return
@@ -235,14 +222,12 @@ class HostWorkspace:
         return inherited | _ENVIRONMENT | {name: value}
 
     async def _start_shell(self) -> HostShell:
-        environment = self._environment()
         mark = f"{self._mark}-{secrets.token_hex(8)}"
-        shell = HostShell(self.root, environment | {"IFLOW_SHELL": mark}, f"IFLOW_SHELL={mark}")
+        environment = self._environment() | {"IFLOW_SHELL": mark}
         try:
-            await shell.start()
+            return await HostShell.start(self.root, environment, f"IFLOW_SHELL={mark}")
         except OSError as error:
             raise WorkspaceError(f"no bash could be started in {self.root}: {error}") from error
-        return shell
 
     async def _leave_shell(self) -> None:
         shell = self._shell
@@ -255,11 +240,7 @@ class HostWorkspace:
         return pathlib.Path(self.outputs, f"{time.time_ns():x}-{self._number}.txt")
 
     def _resolve(self, path: str) -> str:
-        """Return the real path of a named one.
-
-        Raises:
-          WorkspaceError: it is named inside the project, and a link leads out of it.
-        """
+        """Return the real path of a named one, which no link leads out of the project."""
         require_path(path)
         named = os.path.normpath(os.path.join(self.root, os.path.expanduser(path)))
         real = os.path.realpath(named)
@@ -285,18 +266,18 @@ class HostWorkspace:
         with _told(path):
             target = pathlib.Path(self._resolve(path))
             target.parent.mkdir(parents=True, exist_ok=True)
-            mode = None
-            if target.exists():
-                status = target.stat()
+            mode = 0o666 & ~_umask()
+            status = target.stat() if target.exists() else None
+            if status is not None:
                 _require_regular(path, status)
                 mode = stat_module.S_IMODE(status.st_mode)
-            else:
-                mode = 0o666 & ~_umask()
             # A kill in the middle leaves the file as it was.
             descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".iflow-")
             try:
                 with open(descriptor, "wb") as file:
                     file.write(content)
+                if status is not None and os.geteuid() == 0:  # who may give a file away
+                    os.chown(temporary, status.st_uid, status.st_gid)
                 os.chmod(temporary, mode)
                 os.replace(temporary, target)
             except BaseException:
@@ -313,11 +294,7 @@ async def _start_bash(text: bytes | str, **options: Any) -> asyncio.subprocess.P
 
 
 def encode_command(command: str) -> bytes:
-    """Return a command as bash gets it.
-
-    Raises:
-      WorkspaceError: it has a NUL character or is too long.
-    """
+    """Return a command as bash gets it; WorkspaceError for one that it cannot get."""
     text = command.encode(errors="replace")
     if b"\0" in text:
         raise WorkspaceError("the command has a NUL character, which no program can be given")
@@ -327,11 +304,6 @@ def encode_command(command: str) -> bytes:
             " with write_file and use it"
         )
     return text
-
-
-def flood_note() -> str:
-    """Return what is said of a command that was ended for the length of its output."""
-    return f"ended: it wrote more than {MAX_OUTPUT_BYTES >> 20} MiB"
 
 
 @contextlib.contextmanager

@@ -25,20 +25,12 @@ _OVERWRITTEN = re.compile(r"[^\n\r]*\r(?=[^\n\r])")
 
 
 class OutputKeeper:
-    """The output of one command.
-
-    Args:
-      path: of the file that takes the whole, once it is too long for memory.
-      on_output: called with each piece as it comes.
-
-    Attributes:
-      total: bytes written so far.
-    """
+    """The output of one command; a file takes the whole, once it is too long for memory."""
 
     def __init__(
         self, path: pathlib.Path, on_output: Callable[[bytes], None] | None = None
     ) -> None:
-        self.total = 0
+        self.total = 0  # bytes written so far
         self._on_output = on_output
         self._path = path
         self._file: IO[bytes] | None = None
@@ -71,17 +63,16 @@ class OutputKeeper:
 
     def finish(self) -> tuple[str, str]:
         """Return what the model reads, and the file that holds the whole; "" for none."""
+        file = str(self._path)
         if self._file is not None:
             self._file.close()
-            head = decode(bytes(self._head))
-            tail = decode(bytes(self._tail))
-            return join(head, tail, self.total, str(self._path)), str(self._path)
-        text = decode(bytes(self._head + self._tail))
+            return join(decode(self._head), decode(self._tail), self.total, file), file
+        text = decode(self._head + self._tail)
         if not is_long(text):
             return text, ""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_bytes(self._head + self._tail)
-        return join(text, text, self.total, str(self._path)), str(self._path)
+        return join(text, text, self.total, file), file
 
 
 class LiveOutput:
@@ -89,9 +80,6 @@ class LiveOutput:
 
     Of what comes faster only the end is told: the whole is in the command's result. One that is
     over at once tells nothing.
-
-    Args:
-      tell: called with text.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -114,13 +102,13 @@ class LiveOutput:
 
     def _flush(self) -> None:
         self._timer = None
-        text = self._decoder.decode(bytes(self._waiting))
+        text = self._decoder.decode(self._waiting)
         self._waiting.clear()
         if text:
             self._tell(text)
 
 
-def decode(data: bytes) -> str:
+def decode(data: bytes | bytearray) -> str:
     """Return output as the model reads it: without colours, and lines as they stood last."""
     text = data.decode(errors="replace")
     if "\x1b" in text:
@@ -146,13 +134,6 @@ def shorten(text: str, characters: int, file: str = "") -> str:
 
 
 def join(head: str, tail: str, total: int, file: str) -> str:
-    """Return the head of one text, a line on what is left out, and the tail of another.
-
-    Args:
-      head: begins the output.
-      tail: ends it.
-      total: bytes of the whole.
-      file: that holds it.
-    """
+    """Return the head of one text, a line on what is left out of `total` bytes, and a tail."""
     line = f"\n[... left out: the output has {total} bytes; the whole is in {file} ...]\n"
     return head[:HEAD_CHARACTERS] + line + tail[-TAIL_CHARACTERS:]

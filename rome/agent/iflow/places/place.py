@@ -6,9 +6,11 @@ import contextlib
 import os
 import pathlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError
+from rome.agent.iflow.places.host_workspace import HostWorkspace
+from rome.agent.iflow.places.sandbox_workspace import SandboxWorkspace
 from rome.agent.iflow.places.workspace import Workspace, WorkspaceError
 
 Kind = Literal["sandbox", "host"]
@@ -17,6 +19,17 @@ FILES = "workspace.tar"  # in the session's folder: what the last turn in a sand
 PIECE = 1 << 20
 HIDDEN = ".iflow-hidden"  # in the sandbox, for a moment: the names of what is left out
 REMOVE_SECONDS = 60.0
+# Wide enough for building and testing a project.
+_WIDE: dict[str, Any] = {
+    "label": "iflow",
+    "memory_mb": 4096,
+    "disk_mb": 2048,
+    "inodes": 200_000,
+    "pids": 512,
+    "cpus": float(os.cpu_count() or 1),
+    "open_files": 1024,
+    "max_output_bytes": 4 << 20,
+}
 
 
 async def open_place(
@@ -32,22 +45,18 @@ async def open_place(
     Args:
       kind: "host" works in `directory` itself, "sandbox" in a copy of it.
       directory: of the project.
-      session_folder: where whole outputs are kept, and the files of a sandbox between two turns; a
-        session that is resumed goes on with these.
+      session_folder: for whole outputs, and for the files of a sandbox between two turns.
       egress: what a sandbox may reach, as `envs.rock.SandboxConfig` has it.
       hides: says of a file of the project that it must not be read: a sandbox does not get it.
 
     Raises:
       WorkspaceError: the directory is not there, or the sandbox did not start.
     """
-    from rome.agent.iflow.places.host_workspace import HostWorkspace
-    from rome.agent.iflow.places.sandbox_workspace import SandboxWorkspace
-
     if kind == "host":
         return HostWorkspace(str(directory), str(session_folder))
     if not directory.is_dir():
         raise WorkspaceError(f"{directory} is no directory; name one to work in")
-    sandbox = Sandbox(_config(egress))
+    sandbox = Sandbox(SandboxConfig(egress=tuple(egress), **_WIDE))
     files = session_folder / FILES
     try:
         await sandbox.start()
@@ -76,9 +85,8 @@ async def _leave_out(
         folders[:] = [name for name in folders if name not in found]
         hidden += [os.path.relpath(os.path.join(above, name), directory) for name in found]
     if hidden:
-        await sandbox.write_file(
-            HIDDEN, b"".join(os.fsencode(f"./{one}") + b"\0" for one in hidden)
-        )
+        listed = "".join(f"./{one}\0" for one in hidden)
+        await sandbox.write_file(HIDDEN, os.fsencode(listed))
         done = await sandbox.execute(f"xargs -0 rm -rf < {HIDDEN} && rm {HIDDEN}", REMOVE_SECONDS)
         if done.exit_code != 0:
             raise SandboxError(f"files that must not be read are still there: {done.stderr[:300]}")
@@ -88,18 +96,3 @@ async def _pieces(path: pathlib.Path) -> AsyncIterator[bytes]:
     with open(path, "rb") as file:
         while piece := file.read(PIECE):
             yield piece
-
-
-def _config(egress: Sequence[str]) -> SandboxConfig:
-    """Return a sandbox that is wide enough for building and testing a project."""
-    return SandboxConfig(
-        label="iflow",
-        egress=tuple(egress),
-        memory_mb=4096,
-        disk_mb=2048,
-        inodes=200_000,
-        pids=512,
-        cpus=float(os.cpu_count() or 1),
-        open_files=1024,
-        max_output_bytes=4 << 20,
-    )

@@ -11,15 +11,17 @@ import pathlib
 import posixpath
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from envs.rock import AgentFault, CommandResult, Sandbox, SandboxError, SandboxFileError
 from envs.rock.backend import CANNOT_EXECUTE, Session, Snapshot
-from rome.agent.iflow.places.jobs import BackgroundJob
 from rome.agent.iflow.places.output import decode, is_long, join
 from rome.agent.iflow.places.workspace import (
     SHELL_ENDED,
+    BackgroundJob,
     CommandOutput,
+    OnOutput,
+    Workspace,
     WorkspaceError,
     require_path,
 )
@@ -30,6 +32,7 @@ MAX_SNAPSHOTS = 200
 FILE_SECONDS = 60.0  # for a command that serves a file tool
 # Ends a command about what is no regular file.
 _CHECK = "[ -d {target} ] && exit 98; [ ! -e {target} ] || [ -f {target} ] || exit 97;"
+_MEANINGS = {98: "is a directory", 97: "is no regular file"}
 _LIMITS = ("memory", "pids", "disk", "killed")
 # Kills what has a variable of that value, wherever it has gone.
 _KILL = (
@@ -38,7 +41,7 @@ _KILL = (
 )
 
 
-class SandboxWorkspace:
+class SandboxWorkspace(Workspace):
     """A running sandbox; see `Workspace`.
 
     Args:
@@ -55,7 +58,7 @@ class SandboxWorkspace:
         self, sandbox: Sandbox, root: str = "", *, kept: pathlib.Path | None = None
     ) -> None:
         self.root = root or sandbox.workspace
-        self.directory = self.root
+        self._directory = self.root
         # The landlock tier has no file system of its own, so no /tmp.
         above = posixpath.dirname(sandbox.workspace) if sandbox.tier == "landlock" else ""
         self.outputs = f"{above}/tmp/iflow/outputs"
@@ -75,14 +78,13 @@ class SandboxWorkspace:
 
     # -- commands
 
+    @property
+    def directory(self) -> str:
+        return self._directory
+
     async def execute(
-        self,
-        command: str,
-        *,
-        timeout: float,
-        on_output: Callable[[bytes], None] | None = None,
+        self, command: str, *, timeout: float, on_output: OnOutput | None = None
     ) -> CommandOutput:
-        """Run a command in the persistent shell; see `Workspace.execute`."""
         began = time.monotonic()
         with _told("the shell"):
             async with self._turn:
@@ -111,12 +113,11 @@ class SandboxWorkspace:
             return await self._to_output(result, time.monotonic() - began, note)
 
     async def spawn(self, command: str) -> BackgroundJob:
-        """Start a command in the background; see `Workspace.spawn`."""
         identity = str(next(self._job_numbers))
         file = f"{self.outputs}/job-{identity}.txt"
         # The file may be read before the job has begun.
         await self._must_run(f"mkdir -p {self.outputs}; : > {file}", file)
-        start = f"exec >{file} 2>&1; cd {shlex.quote(self.directory)}\n"
+        start = f"exec >{file} 2>&1; cd {shlex.quote(self._directory)}\n"
         with _told("a background job"):
             # The semicolon ends the number: the 1 of 12 is another job.
             variables = {"IFLOW_JOB": f"{identity};"}
@@ -151,7 +152,6 @@ class SandboxWorkspace:
         return made
 
     async def run(self, command: str, *, timeout: float) -> str:
-        """Run a command of its own, in the project's directory; see `Workspace.run`."""
         result = await self._run(command, timeout)
         if result.timed_out:
             raise WorkspaceError(f"{command[:80]} took more than {timeout:g} seconds")
@@ -160,7 +160,6 @@ class SandboxWorkspace:
     # -- files
 
     async def read(self, path: str, limit: int = 4 << 20) -> bytes:
-        """Return a file's content; see `Workspace.read`."""
         status = await self.stat(path)
         if status is None:
             raise WorkspaceError(f"{path}: no such file or directory")
@@ -178,7 +177,6 @@ class SandboxWorkspace:
                 await self._run(f"rm -f -- {shlex.quote(copy)}")
 
     async def write(self, path: str, content: bytes) -> None:
-        """Write a file whole; see `Workspace.write`."""
         target = shlex.quote(self._absolute(path))
         copy = self._temporary()
         with _told(path):
@@ -192,7 +190,6 @@ class SandboxWorkspace:
         await self._must_run(command, path)
 
     async def stat(self, path: str) -> tuple[int, float] | None:
-        """Return the size and the time of change of a file; see `Workspace.stat`."""
         target = shlex.quote(self._absolute(path))
         result = await self._run(
             f"[ -e {target} ] || exit 99; {_CHECK.format(target=target)}"
@@ -240,16 +237,14 @@ class SandboxWorkspace:
                     await self._sandbox.restore(kept)
 
     def beside(self) -> SandboxWorkspace:
-        """Return the same place with a shell of its own; see `Workspace.beside`."""
         other = copy.copy(self)
-        other.directory = self.root
+        other._directory = self.root
         other._session = None
         other._is_first = False
         other._turn = asyncio.Lock()
         return other
 
     async def keep(self) -> None:
-        """Copy the files to this machine; see `Workspace.keep`."""
         if self._kept is None:
             return
         new = self._kept.with_suffix(".new")
@@ -286,7 +281,7 @@ class SandboxWorkspace:
             self._restores_seen = self._restores[0]
             self._session = None
         if self._session is None:
-            self.directory = self.root
+            self._directory = self.root
             session = await self._sandbox.create_session()
             try:
                 # One stream, in which errors stand where they came.
@@ -314,12 +309,12 @@ class SandboxWorkspace:
             await self._leave_shell()
             return
         lines = found.stdout.splitlines()[::-1]  # traces of the shell may stand around it
-        self.directory = next((line for line in lines if line.startswith("/")), self.root)
+        self._directory = next((line for line in lines if line.startswith("/")), self.root)
 
     async def _leave_shell(self) -> None:
         session = self._session
         self._session = None
-        self.directory = self.root
+        self._directory = self.root
         if session is not None:
             await session.close()
 
@@ -376,10 +371,8 @@ class SandboxWorkspace:
 
 def _require_success(result: CommandResult, path: str) -> None:
     """Raise WorkspaceError for a command about a file that failed."""
-    if result.exit_code == 98:
-        raise WorkspaceError(f"{path} is a directory")
-    if result.exit_code == 97:
-        raise WorkspaceError(f"{path} is no regular file")
+    if result.exit_code in _MEANINGS:
+        raise WorkspaceError(f"{path} {_MEANINGS[result.exit_code]}")
     if result.exit_code != 0:
         said = result.stderr.strip().rpartition(": ")[2][:200]
         raise WorkspaceError(f"{path}: {said.lower() or f'status {result.exit_code}'}")
@@ -394,8 +387,6 @@ def _told(what: str) -> Iterator[None]:
     """Turn errors of the sandbox into those of a workspace."""
     try:
         yield
-    except SandboxError as error:
-        by_agent = isinstance(error, AgentFault)
+    except (SandboxError, ValueError) as error:  # a command may be too long, or have a NUL
+        by_agent = isinstance(error, AgentFault | ValueError)
         raise WorkspaceError(f"{what}: {error}", is_infrastructure=not by_agent) from error
-    except ValueError as error:  # a command that is too long, or has a NUL
-        raise WorkspaceError(f"{what}: {error}") from error

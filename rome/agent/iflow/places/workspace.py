@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from rome.agent.iflow.places.jobs import BackgroundJob
+from rome.agent.iflow.places.output import decode
 
+# Is called with each piece of a running command's output, for people who watch.
+OnOutput = Callable[[bytes], None]
+# Returns the size of the output's file, and its end from a place on, at most so many bytes.
+ReadEnd = Callable[[int, int], Awaitable[tuple[int, bytes]]]
 # The note of a command that ended its shell.
 SHELL_ENDED = "the shell ended; the next command finds a new one, in the project's directory"
 
@@ -21,25 +26,79 @@ class WorkspaceError(RuntimeError):
         self.is_infrastructure = is_infrastructure
 
 
-@dataclasses.dataclass(frozen=True)
-class CommandOutput:
-    """The result of a command.
+class BackgroundJob:
+    """A background command.
 
-    Attributes:
-      output: standard output and error, as they came; head and tail where it was too long.
-      exit_code: None where it was ended at its time limit.
-      seconds: that it took.
-      denials: tries of the network that were denied.
-      file: that holds the whole output; "" where `output` is whole. `Workspace.read` opens it.
-      note: what else happened, for the model: "the shell ended ..."; "" for nothing.
+    Args:
+      id: of it.
+      command: that was started, for people.
+      path: of the file with its output, where the tools work.
+      end: waits for its end and returns its status; None where that is not known.
+      kill: ends it and all that it started.
+      read_end: reads the file.
     """
 
-    output: str
-    exit_code: int | None
-    seconds: float = 0.0
-    denials: int = 0
+    def __init__(
+        self,
+        id: str,
+        command: str,
+        path: str,
+        *,
+        end: Awaitable[int | None],
+        kill: Callable[[], Awaitable[None]],
+        read_end: ReadEnd,
+    ) -> None:
+        self.id = id
+        self.command = command
+        self.path = path
+        self._ended = asyncio.ensure_future(end)
+        self._kill = kill
+        self._read_end = read_end
+        self._place = 0  # up to which the file was read
+        self._was_killed = False
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether it still runs."""
+        return not self._ended.done()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return its status; None while it runs, or where it was killed."""
+        return None if self._was_killed or self.is_running else self._ended.result()
+
+    async def read(self, limit: int = 30_000) -> str:
+        """Return the output since the last reading, at most so many characters of its end."""
+        before = self._place
+        self._place, data = await self._read_end(before, 4 * limit)
+        text = decode(data)
+        if self._place - before > len(data) or len(text) > limit:
+            return f"[... more output before; the whole is in {self.path} ...]\n{text[-limit:]}"
+        return text
+
+    async def wait(self) -> int | None:
+        """Wait for its end and return its `exit_code`."""
+        await asyncio.shield(self._ended)
+        return self.exit_code
+
+    async def kill(self) -> None:
+        """End it and all that it started."""
+        self._was_killed = self._was_killed or self.is_running
+        await self._kill()
+        await self._ended
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandOutput:
+    """The result of a command."""
+
+    output: str  # standard output and error, as they came; head and tail where it was too long
+    exit_code: int | None  # None where it was ended at its time limit
+    seconds: float = 0.0  # that it took
+    denials: int = 0  # tries of the network that were denied
+    # With the whole output, for `Workspace.read`; "" where `output` is whole.
     file: str = ""
-    note: str = ""
+    note: str = ""  # what else happened, for the model: "the shell ended ..."; "" for nothing
 
 
 class Workspace(Protocol):
@@ -62,11 +121,7 @@ class Workspace(Protocol):
         """Return where the shell was after its last command."""
 
     async def execute(
-        self,
-        command: str,
-        *,
-        timeout: float,
-        on_output: Callable[[bytes], None] | None = None,
+        self, command: str, *, timeout: float, on_output: OnOutput | None = None
     ) -> CommandOutput:
         """Run a command in the persistent shell, with empty input.
 
@@ -76,7 +131,7 @@ class Workspace(Protocol):
         Args:
           command: text for bash.
           timeout: seconds, after which it is ended with all that it started.
-          on_output: called with each piece of the output as it comes, for people who watch.
+          on_output: called with each piece of the output as it comes.
         """
 
     async def spawn(self, command: str) -> BackgroundJob:

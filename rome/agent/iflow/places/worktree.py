@@ -19,32 +19,19 @@ class WorktreeError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Worktree:
-    """A worktree.
+    """A worktree."""
 
-    Attributes:
-      path: of its files.
-      branch: that is checked out there.
-      base: commit that it began with.
-      is_new: whether it was made just now.
-    """
-
-    path: pathlib.Path
-    branch: str
-    base: str
-    is_new: bool
+    path: pathlib.Path  # of its files
+    branch: str  # that is checked out there
+    base: str  # commit that it began with
+    is_new: bool  # whether it was made just now
 
 
 def open_worktree(directory: str, name: str) -> Worktree:
     """Return the worktree of that name of a repository; it is made where there is none.
 
-    It begins with what is committed: changes that are not stay where they are.
-
-    Args:
-      directory: in the repository, or in one of its worktrees.
-      name: of letters, digits, dots, dashes and underscores.
-
-    Raises:
-      WorktreeError: the name is none, or git failed.
+    It begins with what is committed: changes that are not stay where they are. The directory may
+    lie in the repository, or in one of its worktrees.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith(".lock"):
         raise WorktreeError(
@@ -71,14 +58,10 @@ def close_worktree(worktree: Worktree) -> bool:
     """Remove a worktree in which nothing was done, its branch too; return whether it was removed.
 
     One with changes, files that git does not know, or commits of its own stays.
-
-    Raises:
-      WorktreeError: git failed.
     """
     path = str(worktree.path)
-    if _git(path, "status", "--porcelain", "--ignored") or _git(path, "rev-parse", "HEAD") != (
-        worktree.base
-    ):
+    is_changed = bool(_git(path, "status", "--porcelain", "--ignored"))
+    if is_changed or _git(path, "rev-parse", "HEAD") != worktree.base:
         return False
     repository = str(_common_folder(path).parent)
     _git(repository, "worktree", "remove", path)

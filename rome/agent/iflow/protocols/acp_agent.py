@@ -18,12 +18,8 @@ from rome.agent.iflow.desk import UnknownRequest
 from rome.agent.iflow.events import Event
 from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.opening import SessionOpener
-from rome.agent.iflow.places.workspace import Workspace
-from rome.agent.iflow.protocols.acp_editor import EditorWorkspace, offers_files
 from rome.agent.iflow.protocols.acp_forms import (
-    ALLOW,
-    ALWAYS,
-    STOP,
+    DECISIONS,
     block_text,
     commands,
     invalid,
@@ -41,32 +37,21 @@ STOP_REASONS = {"finished": "end_turn", "limit": "max_turn_requests", "aborted":
 
 @dataclasses.dataclass
 class Held:
-    """A session that the client has open.
+    """A session that the client has open."""
 
-    Attributes:
-      session: with its agent.
-      translator: of its events.
-      updates: that wait to be sent, in order.
-      tasks: the sender, and requests to the client that wait for an answer.
-    """
-
-    session: InterfaceSession
-    translator: Translator
-    updates: asyncio.Queue[Any]
+    session: InterfaceSession  # with its agent
+    translator: Translator  # of its events
+    updates: asyncio.Queue[Any]  # that wait to be sent, in order
+    # The sender, and requests to the client that wait for an answer
     tasks: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
 
 
 class ProtocolAgent:
-    """Answers a client; the methods are those of `acp.interfaces.Agent`.
-
-    Args:
-      opener: opens sessions.
-    """
+    """Answers a client; the methods are those of `acp.interfaces.Agent`."""
 
     def __init__(self, opener: SessionOpener) -> None:
         self._opener = opener
         self._client: Any = None
-        self._can = protocol.ClientCapabilities()
         self._held: dict[str, Held] = {}
 
     def on_connect(self, conn: Any) -> None:
@@ -80,8 +65,7 @@ class ProtocolAgent:
         client_info: protocol.Implementation | None = None,
         **kwargs: Any,
     ) -> protocol.InitializeResponse:
-        """Say what this agent can do, and note what the client can."""
-        self._can = client_capabilities or self._can
+        """Say what this agent can do."""
         return protocol.InitializeResponse(
             protocol_version=min(protocol_version, acp.PROTOCOL_VERSION),
             agent_info=protocol.Implementation(name="iflow", title="iFlow", version=VERSION),
@@ -209,13 +193,6 @@ class ProtocolAgent:
         """End the turn that is being played."""
         self._find(session_id).session.agent.cancel()
 
-    async def ext_method(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        """Refuse: there are no methods besides the protocol's."""
-        raise RequestError.method_not_found(method)
-
-    async def ext_notification(self, method: str, params: dict[str, Any]) -> None:
-        """Pass over what the protocol does not know."""
-
     async def aclose(self) -> None:
         """End all sessions."""
         held = list(self._held.values())
@@ -239,25 +216,13 @@ class ProtocolAgent:
             await self.close_session(resume)
         try:
             session = await self._opener.open(
-                cwd,
-                resume=resume,
-                is_fork=is_fork,
-                servers=[server(one) for one in servers or ()],
-                wrap=self._with_editor,
+                cwd, resume=resume, is_fork=is_fork, servers=[server(one) for one in servers or ()]
             )
         except SessionUnavailable as error:
             raise RequestError.resource_not_found(resume) from error
         except ValueError as error:
             raise invalid(str(error)) from error
-        if isinstance(session.workspace, EditorWorkspace):
-            session.workspace.session = session.agent.session
         return self._hold(session, is_replayed)
-
-    def _with_editor(self, workspace: Workspace) -> Workspace:
-        """Return the workspace with the editor's files, where it offers them."""
-        if workspace.is_isolated or not offers_files(self._can):
-            return workspace
-        return EditorWorkspace(workspace, self._client)
 
     def _hold(self, session: InterfaceSession, is_replayed: bool) -> Held:
         updates: asyncio.Queue[Any] = asyncio.Queue()
@@ -302,32 +267,23 @@ class ProtocolAgent:
 
     async def _ask_permission(self, held: Held, event: events.ApprovalRequested) -> None:
         """Let the client decide on a call; a client that fails to denies it."""
-        agent = held.session.agent
         held.updates.put_nowait(held.translator.announce(event.call, event.summary, event.diff))
         await held.updates.join()
-        content: list[Any] = (
-            [acp.tool_content(acp.text_block(event.reason))] if event.reason else []
-        )
-        content += diff_contents(event.diff, held.session.workspace.root)
+        content: list[Any] = diff_contents(event.diff, held.session.workspace.root)
+        if event.reason:
+            content.insert(0, acp.tool_content(acp.text_block(event.reason)))
         call = protocol.ToolCallUpdate(
             tool_call_id=event.call.id, title=event.summary or event.call.name, content=content
         )
         chosen = await self._choose(held, call, permissions(event.rule))
+        decision, scope = DECISIONS.get(chosen, ("deny", "once"))
         with contextlib.suppress(UnknownRequest):  # the turn was cancelled meanwhile
-            if chosen == ALWAYS:
-                agent.desk.respond(event.request, "allow", scope="session")
-            elif chosen == ALLOW:
-                agent.desk.respond(event.request, "allow")
-            else:
-                agent.desk.respond(event.request, "stop" if chosen == STOP else "deny")
+            held.session.agent.desk.respond(event.request, decision, scope=scope)
 
     async def _ask_question(self, held: Held, event: events.QuestionAsked) -> None:
-        """Let the client answer: by a form where it has one, else by one of the choices."""
+        """Let the client choose an answer, as a permission; without choices there is none."""
         answer = ""
-        forms = self._can.elicitation is not None and self._can.elicitation.form is not None
-        if forms:
-            answer = await self._fill_form(held, event)
-        elif event.choices:
+        if event.choices:
             call = protocol.ToolCallUpdate(tool_call_id=event.request, title=event.question)
             options = [
                 protocol.PermissionOption(option_id=choice, name=choice, kind="allow_once")
@@ -336,25 +292,6 @@ class ProtocolAgent:
             answer = await self._choose(held, call, options)
         with contextlib.suppress(UnknownRequest):
             held.session.agent.desk.respond(event.request, answer=answer)
-
-    async def _fill_form(self, held: Held, event: events.QuestionAsked) -> str:
-        answer = protocol.ElicitationStringPropertySchema(
-            type="string", title="Answer", description=" | ".join(event.choices) or None
-        )
-        form = protocol.ElicitationFormSessionMode(
-            session_id=held.session.agent.session,
-            requested_schema=protocol.ElicitationSchema(
-                type="object", properties={"answer": answer}, required=["answer"]
-            ),
-        )
-        try:
-            filled = await self._client.create_elicitation(event.question, form)
-        except (ConnectionError, RequestError):
-            return ""
-        if not isinstance(filled, protocol.AcceptElicitationResponse) or not filled.content:
-            return ""
-        value = filled.content.get("answer")
-        return str(getattr(value, "root", value) or "")
 
     async def _choose(
         self, held: Held, call: protocol.ToolCallUpdate, options: list[protocol.PermissionOption]

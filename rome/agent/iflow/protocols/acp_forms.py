@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from acp import RequestError
 from acp import schema as protocol
 
+from rome.agent.iflow.events import Decision, Scope
 from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.specs.settings_values import McpServer
 
-ALLOW, ALWAYS, DENY, STOP = "allow", "always", "deny", "stop"
+# What a client may answer to an approval: id of the option -> what it decides, and for how long
+DECISIONS: Mapping[str, tuple[Decision, Scope]] = {
+    "allow": ("allow", "once"),
+    "always": ("allow", "session"),
+    "deny": ("deny", "once"),
+    "stop": ("stop", "once"),
+}
 
 
 def settings_of(session: InterfaceSession) -> dict[str, Any]:
@@ -31,8 +39,6 @@ def settings_of(session: InterfaceSession) -> dict[str, Any]:
         options=options,
     )
     mode = session.agent.conversation.mode
-    if not session.agent.conversation.session:
-        mode = session.agent.policy.mode
     return {
         "modes": protocol.SessionModeState(current_mode_id=mode, available_modes=modes),
         "config_options": [choice],
@@ -42,12 +48,12 @@ def settings_of(session: InterfaceSession) -> dict[str, Any]:
 def permissions(rule: str) -> list[protocol.PermissionOption]:
     """Return what a client may answer to an approval."""
     option = protocol.PermissionOption
-    always = [option(option_id=ALWAYS, name=f"Always allow {rule}", kind="allow_always")]
+    always = [option(option_id="always", name=f"Always allow {rule}", kind="allow_always")]
     return [
-        option(option_id=ALLOW, name="Allow", kind="allow_once"),
+        option(option_id="allow", name="Allow", kind="allow_once"),
         *(always if rule else []),
-        option(option_id=DENY, name="Deny", kind="reject_once"),
-        option(option_id=STOP, name="Deny and stop", kind="reject_once"),
+        option(option_id="deny", name="Deny", kind="reject_once"),
+        option(option_id="stop", name="Deny and stop", kind="reject_once"),
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,6 @@ from rome.agent.iflow.events import Event
 from rome.agent.iflow.interfaces import InterfaceSession
 
 MAX_SHOWN = 20_000  # characters of an output that an editor is sent
-OUTPUT_SECONDS = 0.3  # between two updates of a running call
 STATUS = {"pending": "pending", "in_progress": "in_progress", "done": "completed"}
 KINDS = {
     "read": "read",
@@ -27,24 +25,24 @@ KINDS = {
     "none": "think",
     "unknown": "other",
 }
-SEARCHES = ("glob", "search", "list_directory")
+KINDS_OF_TOOLS = {
+    "glob": "search",
+    "search": "search",
+    "list_directory": "search",
+    "exit_plan_mode": "switch_mode",
+}
 
 
 class Translator:
-    """Turns events into updates, in their order.
-
-    Args:
-      session: whose events they are.
-      send: is given each update.
-    """
+    """Turns the events of a session into updates, in their order, and sends them."""
 
     def __init__(self, session: InterfaceSession, send: Callable[[Any], None]) -> None:
         self._session = session
         self._send = send
         self._is_streamed = False  # the answer that comes was sent in pieces
-        self._started: dict[str, str] = {}  # id of a call -> its title
+        self._calls: dict[str, events.ToolCall] = {}  # without a result, by id
+        self._announced: set[str] = set()  # ids of calls that the editor shows
         self._outputs: dict[str, str] = {}
-        self._sent_at = 0.0
         self._has_title = False
 
     def take(self, event: Event) -> None:
@@ -60,56 +58,62 @@ class Translator:
 
     def announce(self, call: events.ToolCall, summary: str, diff: str = "") -> Any:
         """Return the update that shows a call before it runs, once."""
-        self._started[call.id] = summary or call.name
+        self._announced.add(call.id)
+        root = self._session.workspace.root
+        tool = self._session.agent.tools.get(call.name)
+        arguments = _arguments(call)
+        kind = "other"
+        paths: tuple[str, ...] = ()
+        if tool is not None and isinstance(arguments, dict):
+            kind = KINDS_OF_TOOLS.get(call.name) or KINDS[tool.access(arguments)]
+            paths = tool.paths(arguments)
         return acp.start_tool_call(
             call.id,
             summary or call.name,
-            kind=self._kind(call),  # type: ignore[arg-type]
+            kind=kind,  # type: ignore[arg-type]
             status="pending",
-            content=diff_contents(diff, self._session.workspace.root) or None,
-            locations=self._locations(call) or None,
-            raw_input=_arguments(call),
+            content=diff_contents(diff, root) or None,
+            locations=[ToolCallLocation(path=absolute(path, root)) for path in paths] or None,
+            raw_input=arguments,
         )
 
     def _updates(self, event: Event) -> Iterator[Any]:
-        if isinstance(event, events.TextDelta):
-            self._is_streamed = True
-            if event.is_reasoning:
-                yield acp.update_agent_thought_text(event.text)
-            else:
-                yield acp.update_agent_message_text(event.text)
-        elif isinstance(event, events.AssistantMessage):
-            yield from self._answer(event)
-        elif isinstance(event, events.ToolStarted):
-            if event.call.id not in self._started:
-                yield self.announce(event.call, event.summary)
-            yield acp.update_tool_call(event.call.id, status="in_progress")
-        elif isinstance(event, events.ToolOutput):
-            yield from self._output(event)
-        elif isinstance(event, events.ToolFinished):
-            yield from self._finish(event)
-        elif isinstance(event, events.TodoChanged):
-            entries = [
-                acp.plan_entry(item.text, status=STATUS[item.status])  # type: ignore[arg-type]
-                for item in event.items
-            ]
-            yield acp.update_plan(entries)
-        elif isinstance(event, events.ModeChanged):
-            yield helpers.update_current_mode(event.mode)
-        elif isinstance(event, events.UserMessage) and event.source == "user":
-            if not self._has_title:
+        match event:
+            case events.TextDelta():
+                self._is_streamed = True
+                yield _said(event.text, event.is_reasoning)
+            case events.AssistantMessage():
+                yield from self._answer(event)
+            case events.ToolStarted():
+                if event.call.id not in self._announced:
+                    yield self.announce(event.call, event.summary)
+                yield acp.update_tool_call(event.call.id, status="in_progress")
+            case events.ToolOutput() if event.call_id in self._announced:
+                text = self._outputs.get(event.call_id, "") + event.text
+                self._outputs[event.call_id] = text[-MAX_SHOWN:]
+                yield acp.update_tool_call(event.call_id, content=[_text(text[-MAX_SHOWN:])])
+            case events.ToolFinished() if event.call_id in self._calls:
+                yield from self._finish(event)
+            case events.TodoChanged():
+                entries = [
+                    acp.plan_entry(item.text, status=STATUS[item.status])  # type: ignore[arg-type]
+                    for item in event.items
+                ]
+                yield acp.update_plan(entries)
+            case events.ModeChanged():
+                yield helpers.update_current_mode(event.mode)
+            case events.UserMessage(source="user") if not self._has_title:
                 self._has_title = True
                 title = " ".join(event.text.split())[:80]
                 yield SessionInfoUpdate(session_update="session_info_update", title=title)
-        elif isinstance(event, events.Notice) and event.level != "info":
-            yield acp.update_agent_thought_text(f"[{event.level}] {event.text}\n")
+            case events.Notice() if event.level != "info":
+                yield acp.update_agent_thought_text(f"[{event.level}] {event.text}\n")
 
     def _answer(self, event: events.AssistantMessage) -> Iterator[Any]:
-        if not self._is_streamed:
-            if event.reasoning:
-                yield acp.update_agent_thought_text(event.reasoning)
-            if event.text:
-                yield acp.update_agent_message_text(event.text)
+        self._calls.update({call.id: call for call in event.tool_calls})
+        for text, is_reasoning in ((event.reasoning, True), (event.text, False)):
+            if text and not self._is_streamed:
+                yield _said(text, is_reasoning)
         self._is_streamed = False
         conversation = self._session.agent.conversation
         price = conversation.usage.price
@@ -120,53 +124,22 @@ class Translator:
             cost=Cost(amount=price, currency="USD") if price else None,
         )
 
-    def _output(self, event: events.ToolOutput) -> Iterator[Any]:
-        """Send the output so far of a running call, not more often than an editor can show it."""
-        text = self._outputs.get(event.call_id, "") + event.text
-        self._outputs[event.call_id] = text[-MAX_SHOWN:]
-        now = time.monotonic()
-        if now < self._sent_at + OUTPUT_SECONDS or event.call_id not in self._started:
-            return
-        self._sent_at = now
-        yield acp.update_tool_call(event.call_id, content=[_text(self._outputs[event.call_id])])
-
     def _finish(self, event: events.ToolFinished) -> Iterator[Any]:
-        if not event.call_id:
-            return
-        self._outputs.pop(event.call_id, None)
-        if self._started.pop(event.call_id, None) is None:  # refused before it ran
-            call = _call_of(self._session, event.call_id)
-            if call is None:
-                return
+        call = self._calls.pop(event.call_id)
+        self._outputs.pop(call.id, None)
+        if call.id not in self._announced:  # refused before it ran
             yield self.announce(call, call.name)
-            del self._started[event.call_id]
+        self._announced.discard(call.id)
         raw: dict[str, Any] = {"status": event.status}
         if event.exit_code is not None:
             raw["exitCode"] = event.exit_code
         diffs = diff_contents(event.diff, self._session.workspace.root)
         yield acp.update_tool_call(
-            event.call_id,
+            call.id,
             status="completed" if event.status == "ok" else "failed",
             content=diffs or [_text(event.output[:MAX_SHOWN])],
             raw_output=raw,
         )
-
-    def _kind(self, call: events.ToolCall) -> str:
-        tool = self._session.agent.tools.get(call.name)
-        if call.name in SEARCHES:
-            return "search"
-        if call.name == "exit_plan_mode":
-            return "switch_mode"
-        arguments = _arguments(call)
-        return KINDS[tool.access(arguments)] if tool and isinstance(arguments, dict) else "other"
-
-    def _locations(self, call: events.ToolCall) -> list[ToolCallLocation]:
-        tool = self._session.agent.tools.get(call.name)
-        arguments = _arguments(call)
-        if tool is None or not isinstance(arguments, dict):
-            return []
-        root = self._session.workspace.root
-        return [ToolCallLocation(path=absolute(path, root)) for path in tool.paths(arguments)]
 
 
 def absolute(path: str, root: str) -> str:
@@ -175,12 +148,7 @@ def absolute(path: str, root: str) -> str:
 
 
 def diff_contents(diff: str, root: str) -> list[Any]:
-    """Return the unified diff of a file as the protocol has it: old and new text of each hunk.
-
-    Args:
-      diff: as tools make it: two lines of the file's name, then hunks; "" for none.
-      root: directory of the project; the protocol's paths are absolute.
-    """
+    """Return a unified diff of tools as the protocol has it: old and new text of each hunk."""
     head, *hunks = re.split(r"^@@.*@@\n", diff, flags=re.MULTILINE)
     if not hunks:
         return []
@@ -211,11 +179,7 @@ def _arguments(call: events.ToolCall) -> Any:
         return call.arguments
 
 
-def _call_of(session: InterfaceSession, call_id: str) -> events.ToolCall | None:
-    """Return a call by its id, looked for from the end."""
-    for event in reversed(session.agent.log.events):
-        if isinstance(event, events.AssistantMessage):
-            for call in event.tool_calls:
-                if call.id == call_id:
-                    return call
-    return None
+def _said(text: str, is_reasoning: bool) -> Any:
+    if is_reasoning:
+        return acp.update_agent_thought_text(text)
+    return acp.update_agent_message_text(text)

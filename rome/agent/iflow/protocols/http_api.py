@@ -19,32 +19,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import secrets
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from aiohttp import web
 
 from rome.agent.iflow.desk import UnknownRequest
-from rome.agent.iflow.events import Event
+from rome.agent.iflow.events import Decision, Event, Scope
 from rome.agent.iflow.feedback import make_feedback
 from rome.agent.iflow.interfaces import MODES, InterfaceSession
 from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.user_input import InputError, expand
 
-MAX_WAITING = 10_000  # events that a slow reader may be behind; then its stream ends
-PING_SECONDS = 15.0  # after which a silent stream is sent a comment
-
 
 class SessionApi:
-    """Answers requests about one session.
-
-    Args:
-      session: that is open.
-      token: that requests must carry.
-    """
+    """Answers requests about one open session that carry its token."""
 
     def __init__(self, session: InterfaceSession, token: str) -> None:
         self._session = session
@@ -56,16 +49,8 @@ class SessionApi:
         app = web.Application(middlewares=[self._check], client_max_size=4 << 20)
         app.router.add_get("/events", self._events)
         app.router.add_get("/state", self._state)
-        posts: Mapping[str, Callable[[dict[str, Any]], Awaitable[None]]] = {
-            "prompt": self._prompt,
-            "cancel": self._cancel,
-            "approve": self._approve,
-            "answer": self._answer,
-            "mode": self._mode,
-            "feedback": self._feedback,
-        }
-        for name, do in posts.items():
-            app.router.add_post(f"/{name}", _posted(do))
+        for action in ("prompt", "cancel", "approve", "answer", "mode", "feedback"):
+            app.router.add_post(f"/{action}", functools.partial(self._post, action))
         return app
 
     @web.middleware
@@ -82,30 +67,16 @@ class SessionApi:
         except ValueError:
             return web.json_response({"error": "after is the number of an event"}, status=400)
         log = self._session.agent.log
-        waiting: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def hear(event: Event) -> None:
-            if waiting.qsize() == MAX_WAITING:
-                waiting.put_nowait(None)
-            elif waiting.qsize() < MAX_WAITING:
-                waiting.put_nowait(event)
-
+        waiting: asyncio.Queue[Event] = asyncio.Queue()
         for event in log.events[after + 1 :]:
             waiting.put_nowait(event)
-        stop = log.listen(hear)
+        stop = log.listen(waiting.put_nowait)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         response = web.StreamResponse(headers=headers)
         try:
             await response.prepare(request)
             while True:
-                try:
-                    next_event = await asyncio.wait_for(waiting.get(), PING_SECONDS)
-                except TimeoutError:
-                    await response.write(b": still here\n\n")
-                    continue
-                if next_event is None:
-                    return response
-                await response.write(_server_sent(next_event))
+                await response.write(_server_sent(await waiting.get()))
         except ConnectionError:
             return response
         finally:
@@ -128,55 +99,55 @@ class SessionApi:
             }
         )
 
-    async def _prompt(self, given: dict[str, Any]) -> None:
-        text = await expand(_text(given, "text"), self._session)
-        if self._turn is None or self._turn.done():
-            self._turn = asyncio.create_task(self._play(text))
-        else:
-            self._session.agent.steer(text)
+    async def _post(self, action: str, request: web.Request) -> web.Response:
+        """Do what a posted object asks for, and answer its errors."""
+        try:
+            given = json.loads(await request.text() or "{}")
+            if not isinstance(given, dict):
+                raise InputError("the body must be a JSON object")
+            await self._do(action, given)
+        except (UnknownRequest, AgentError) as error:
+            return web.json_response({"error": str(error)}, status=409)
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return web.json_response({})
+
+    async def _do(self, action: str, given: dict[str, Any]) -> None:
+        agent = self._session.agent
+        match action:
+            case "prompt":
+                text = await expand(_text(given, "text"), self._session)
+                if self._turn is None or self._turn.done():
+                    self._turn = asyncio.create_task(self._play(text))
+                else:
+                    agent.steer(text)
+            case "cancel":
+                agent.cancel()
+            case "approve":
+                decision: Any = _one_of(given, "decision", get_args(Decision))
+                scope: Any = _one_of({"scope": "once", **given}, "scope", get_args(Scope))
+                note = str(given.get("note", ""))
+                agent.desk.respond(_text(given, "request"), decision, scope=scope, note=note)
+            case "answer":
+                agent.desk.respond(_text(given, "request"), answer=_text(given, "answer"))
+            case "mode":
+                agent.set_mode(_one_of(given, "mode", tuple(MODES)))
+            case "feedback":
+                values = {name: given[name] for name in ("rating", "text") if name in given}
+                verdict = given.get("verdict", "")
+                judged = make_feedback(agent.log, verdict, target=given.get("target"), **values)
+                agent.log.append(judged)
 
     async def _play(self, text: str) -> None:
         await self._session.agent.run(text)
         await self._session.keep()
 
-    async def _cancel(self, given: dict[str, Any]) -> None:
-        self._session.agent.cancel()
-
-    async def _approve(self, given: dict[str, Any]) -> None:
-        decision = _one_of(given, "decision", ("allow", "deny", "stop"))
-        scope = _one_of({"scope": "once", **given}, "scope", ("once", "session", "project"))
-        self._session.agent.desk.respond(
-            _text(given, "request"),
-            decision,  # type: ignore[arg-type]
-            scope=scope,  # type: ignore[arg-type]
-            note=str(given.get("note", "")),
-        )
-
-    async def _answer(self, given: dict[str, Any]) -> None:
-        answer = _text(given, "answer")
-        self._session.agent.desk.respond(_text(given, "request"), answer=answer)
-
-    async def _mode(self, given: dict[str, Any]) -> None:
-        self._session.agent.set_mode(_one_of(given, "mode", tuple(MODES)))
-
-    async def _feedback(self, given: dict[str, Any]) -> None:
-        log = self._session.agent.log
-        values = {name: given[name] for name in ("rating", "text") if name in given}
-        target = given.get("target")
-        log.append(make_feedback(log, given.get("verdict", ""), target=target, **values))
-
 
 async def serve(session: InterfaceSession, *, host: str, port: int, token: str = "") -> None:
     """Serve a session until the task is cancelled; the session is closed at the end.
 
-    Args:
-      session: that is open.
-      host: address to listen at.
-      port: to listen at; 0 takes a free one. The address is printed to standard error.
-      token: that requests must carry; "" makes one and prints it.
-
-    Raises:
-      OSError: the port is taken.
+    The address is printed to standard error; port 0 takes a free one, and a token of "" is made and
+    printed too. OSError where the port is taken.
     """
     token = token or secrets.token_urlsafe(24)
     app = SessionApi(session, token).application()
@@ -191,24 +162,6 @@ async def serve(session: InterfaceSession, *, host: str, port: int, token: str =
         await session.close()
         with contextlib.suppress(asyncio.CancelledError):
             await runner.cleanup()
-
-
-def _posted(do: Callable[[dict[str, Any]], Awaitable[None]]) -> Any:
-    """Return a handler that gives `do` the object that was posted, and answers its errors."""
-
-    async def handle(request: web.Request) -> web.Response:
-        try:
-            given = json.loads(await request.text() or "{}")
-            if not isinstance(given, dict):
-                raise InputError("the body must be a JSON object")
-            await do(given)
-        except (UnknownRequest, AgentError) as error:
-            return web.json_response({"error": str(error)}, status=409)
-        except ValueError as error:
-            return web.json_response({"error": str(error)}, status=400)
-        return web.json_response({})
-
-    return handle
 
 
 def _server_sent(event: Event) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import pathlib
 import re
 import shlex
@@ -38,24 +39,20 @@ REQUEST_SECONDS = 60.0  # for a resource or a prompt
 RELIST_SECONDS = 60.0  # after which a server is asked again for its tools before a call
 MAX_TOOLS = 200  # of one server: more fill the context before the task begins
 Answered = TypeVar("Answered")
+# The package logs what a server breaks, whole with a traceback. Without a handler of its program's,
+# that would be written over the terminal.
+logging.getLogger("mcp").addHandler(logging.NullHandler())
 MENTION = re.compile(r"(?<!\S)@([\w.-]+):(\S+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt of a server, for a slash command `/server:name`.
+    """A prompt of a server, for a slash command `/server:name`."""
 
-    Attributes:
-      server: that has it.
-      name: as the server calls it.
-      description: for people.
-      arguments: their names, in order; those that it needs end in "*".
-    """
-
-    server: str
-    name: str
-    description: str
-    arguments: tuple[str, ...]
+    server: str  # that has it
+    name: str  # as the server calls it
+    description: str  # for people
+    arguments: tuple[str, ...]  # their names, in order; those that it needs end in "*"
 
     @property
     def command(self) -> str:
@@ -94,33 +91,33 @@ class ResourceTool(Tool):
 class MCPServers:
     """The servers of a session.
 
-    Args:
-      configs: of the servers, as the settings have them.
-      notify: tells people of failures and changes.
-      folder: receives what servers write to their standard errors; None drops it.
-      approved: file of the approved tools' digests, which spans sessions; None for this one only.
+    `notify` tells people of failures and changes. What servers write to their standard errors goes
+    to files in `folder`. `approved` is the file of the approved tools' digests, for all sessions.
+    `wanted` says of a tool's name whether the session has it.
     """
 
     def __init__(
         self,
         configs: Iterable[McpServer],
         notify: Callable[[Notice], Any],
-        folder: pathlib.Path | None = None,
+        folder: pathlib.Path,
         approved: pathlib.Path | None = None,
+        wanted: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self.servers: dict[str, Server] = {}
         self._notify = notify
+        self._wanted = wanted
         self._approved_file = approved
         self._approved = self._read_digests()
-        self._is_saved = True
+        self._saved = json.dumps(self._approved)
         self._errors: list[IO[str]] = []
         for config in configs:
             self.servers[config.name] = self._server(config, folder)
 
-    def _server(self, config: McpServer, folder: pathlib.Path | None) -> Server:
+    def _server(self, config: McpServer, folder: pathlib.Path) -> Server:
         name = config.name
-        path = pathlib.Path("/dev/null") if folder is None else folder / f"mcp-{safe(name)}.log"
-        errors = open(path, "a")  # noqa: SIM115 - open for as long as the server
+        # It stays open as long as the server runs.
+        errors = open(folder / f"mcp-{safe(name)}.log", "a")  # noqa: SIM115
         self._errors.append(errors)
         how: dict[str, Any] = {"url": config.url, "headers": config.headers}
         if config.command:
@@ -140,11 +137,7 @@ class MCPServers:
         await asyncio.gather(*(self._start(server) for server in self.servers.values()))
 
     async def restart(self, name: str) -> None:
-        """Open one server again, such as one that failed; its new tools are in `tools`.
-
-        Raises:
-          KeyError: there is none of that name.
-        """
+        """Open one server again, such as one that failed; its new tools are in `tools`."""
         server = self.servers[name]
         await server.connection.close()
         server.connection.forget_failure()
@@ -158,7 +151,7 @@ class MCPServers:
         except MCPServerError as error:
             server.state = "failed"
             server.reason = str(error)
-            self._notify(Notice(text=f"{error}; its tools are missing", level="warning"))
+            self._warn(f"{error}; its tools are missing")
             return
         server.state = "ready"
         server.reason = ""
@@ -170,14 +163,16 @@ class MCPServers:
         server.listed_at = time.monotonic()
         server.tools = {}
         if len(listed) > MAX_TOOLS:
-            text = f"MCP server {server.name} lists {len(listed)} tools; {MAX_TOOLS} are offered"
-            self._notify(Notice(text=text, level="warning"))
+            self._warn(
+                f"MCP server {server.name} lists {len(listed)} tools; {MAX_TOOLS} are offered"
+            )
         taken = {tool.name for tool in self.tools}
         for described in listed[:MAX_TOOLS]:
             full_name = tool_name(server.name, described["name"])
             if full_name in taken:
-                text = f"MCP tool {full_name} is there twice; that of {server.name} is left out"
-                self._notify(Notice(text=text, level="warning"))
+                self._warn(
+                    f"MCP tool {full_name} is there twice; that of {server.name} is left out"
+                )
                 continue
             taken.add(full_name)
             tool = ServerTool(self.check, server, full_name, described)
@@ -189,18 +184,17 @@ class MCPServers:
         """Withhold a tool that is not as it was approved; a tool seen first is approved."""
         digest = digest_of(described)
         known = self._approved.setdefault(tool.server.name, {})
-        if tool.own_name not in known or tool.server.is_trusted:
-            if known.get(tool.own_name) != digest:
-                known[tool.own_name] = digest
-                self._is_saved = False
+        if tool.server.is_trusted:
+            known[tool.own_name] = digest
+        if known.setdefault(tool.own_name, digest) == digest:
             tool.show(described)
-        elif known[tool.own_name] == digest:
-            if tool.is_withheld:
-                tool.show(described)
         elif not tool.is_withheld:
             tool.withhold()
-            text = f"MCP server {tool.server.name} changed its tool {tool.own_name}: withheld"
-            self._notify(Notice(text=f"{text} until you agree", level="warning"))
+            what = f"MCP server {tool.server.name} changed its tool {tool.own_name}"
+            self._warn(f"{what}: withheld until you agree")
+
+    def _warn(self, text: str) -> None:
+        self._notify(Notice(text=text, level="warning"))
 
     def _hear_change(self, server: Server) -> None:
         server.listed_at = -RELIST_SECONDS  # the next call asks for the list
@@ -231,7 +225,6 @@ class MCPServers:
                 " and the user has not agreed to the new one; do the task without it"
             )
         self._approved[server.name][tool.own_name] = digest_of(described)
-        self._is_saved = False
         self._save()
         tool.show(described)
 
@@ -243,18 +236,18 @@ class MCPServers:
             found = json.loads(self._approved_file.read_text())
             return {server: dict(tools) for server, tools in found.items()}
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            text = (
+            self._warn(
                 f"{self._approved_file} cannot be read ({error}): whether MCP servers changed their"
                 " tools since the last session is not known"
             )
-            self._notify(Notice(text=text, level="warning"))
             return {}
 
     def _save(self) -> None:
-        if self._approved_file is not None and not self._is_saved:
-            self._is_saved = True
+        text = json.dumps(self._approved)
+        if self._approved_file is not None and text != self._saved:
+            self._saved = text
             self._approved_file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._approved_file, json.dumps(self._approved, indent=1).encode())
+            write_atomically(self._approved_file, text.encode())
 
     @property
     def tools(self) -> list[Tool]:
@@ -263,7 +256,7 @@ class MCPServers:
         found: list[Tool] = [tool for server in ready for tool in server.tools.values()]
         if any(server.resources for server in ready):
             found.append(ResourceTool(self))
-        return found
+        return [tool for tool in found if self._wanted(tool.name)]
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -281,14 +274,9 @@ class MCPServers:
         ]
 
     async def prompt(self, command: str, words: str) -> str:
-        """Return the text of a prompt.
+        """Return the text of the prompt `server:name`; ToolError where there is none.
 
-        Args:
-          command: `server:name`.
-          words: its arguments in order, quoted as in a shell; the last one takes the rest.
-
-        Raises:
-          ToolError: there is no such prompt, an argument is missing, or the server failed.
+        Its arguments stand in order, quoted as in a shell; the last one takes the rest.
         """
         prompt = next((one for one in self.prompts if one.command == command), None)
         if prompt is None:
@@ -304,28 +292,27 @@ class MCPServers:
 
     async def list_resources(self, server: str = "") -> str:
         """Return one line for each resource of one server, or of all; ToolError without any."""
-        names = (
-            [server] if server else [name for name, one in self.servers.items() if one.resources]
-        )
         lines = []
-        for name in names:
-            listed = await _deadlined(self._ready(name).connection.resources(), name)
-            lines += [_resource_line(name, resource) for resource in listed]
+        for name in [server] if server else self._with_resources():
+            for one in await _deadlined(self._ready(name).connection.resources(), name):
+                said = printable(one.get("description") or one.get("name") or "")
+                lines.append(f"{name}: {one['uri']}  {said.replace(chr(10), ' ')[:200]}")
         return "\n".join(lines) or "no resources"
+
+    def _with_resources(self) -> list[str]:
+        return [name for name, one in self.servers.items() if one.resources]
 
     async def read_resource(self, server: str, uri: str) -> str:
         """Return the text of a resource; ToolError where it cannot be read."""
-        with_resources = [name for name, one in self.servers.items() if one.resources]
-        if not server and len(with_resources) == 1:
-            server = with_resources[0]
+        if not server and len(self._with_resources()) == 1:
+            server = self._with_resources()[0]
         return await _deadlined(self._ready(server).connection.read_resource(uri), server)
 
     def _ready(self, name: str) -> Server:
-        server = self.servers.get(name)
-        if server is None:
-            raise ToolError(
-                f"no MCP server {name!r}; there are {', '.join(self.servers) or 'none'}"
-            )
+        if name not in self.servers:
+            known = ", ".join(self.servers) or "none"
+            raise ToolError(f"no MCP server {name!r}; there are {known}")
+        server = self.servers[name]
         if server.state != "ready":
             raise ToolError(f"MCP server {name} is not there: {server.reason}")
         return server
@@ -384,8 +371,3 @@ def _split(words: str, count: int) -> list[str]:
     if len(values) > count > 0:
         values = [*values[: count - 1], " ".join(values[count - 1 :])]
     return values
-
-
-def _resource_line(server: str, resource: Mapping[str, Any]) -> str:
-    said = printable(resource.get("description") or resource.get("name") or "").replace("\n", " ")
-    return f"{server}: {resource['uri']}  {said[:200]}"

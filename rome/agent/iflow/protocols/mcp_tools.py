@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from envs.gem.tools.mcp_connection import MCPConnection, MCPServerError
 from rome.agent.iflow.places import output
-from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult
+from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, takes
 
 MAX_NAME = 64  # characters of a tool's name that endpoints take
 MAX_DESCRIPTION = 8_000
@@ -29,47 +29,26 @@ State = Literal["ready", "failed"]
 
 @dataclasses.dataclass
 class Server:
-    """One server of a session.
+    """One server of a session."""
 
-    Attributes:
-      name: in the settings.
-      connection: to it.
-      seconds: for a call.
-      is_trusted: its calls and its changes are not asked about.
-      state: whether it can be used.
-      reason: why it cannot be; "" where it can.
-      tools: that it offers, by its own names for them.
-      resources: how many it lists.
-      prompts: that it lists.
-      listed_at: when its tools were last asked for, on the monotonic clock.
-    """
-
-    name: str
-    connection: MCPConnection
-    seconds: float = 60.0
-    is_trusted: bool = False
-    state: State = "failed"
-    reason: str = "not started"
+    name: str  # in the settings
+    connection: MCPConnection  # to it
+    seconds: float = 60.0  # for a call
+    is_trusted: bool = False  # its calls and its changes are not asked about
+    state: State = "failed"  # whether it can be used
+    reason: str = "not started"  # why it cannot be; "" where it can
+    # That it offers, by its own names for them
     tools: dict[str, ServerTool] = dataclasses.field(default_factory=dict)
-    resources: int = 0
-    prompts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    listed_at: float = 0.0
+    resources: int = 0  # how many it lists
+    prompts: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # that it lists
+    listed_at: float = 0.0  # when its tools were last asked for, on the monotonic clock
 
 
 class ServerTool(Tool):
-    """A tool of a server.
+    """A tool of a server, as that describes it: name, description and parameters.
 
-    Args:
-      check: called before each call; raises ToolError unless the tool is as it was approved.
-      server: that it belongs to.
-      full_name: under which the model calls it.
-      described: {"name", "description", "parameters"} as the server lists it.
+    `check` is called before each call; it raises ToolError unless the tool is as it was approved.
     """
-
-    # Each tool has its own; the base has them for a class.
-    name: str  # type: ignore[misc]
-    description: str  # type: ignore[misc]
-    parameters: Mapping[str, Any]  # type: ignore[misc]
 
     def __init__(
         self,
@@ -94,11 +73,10 @@ class ServerTool(Tool):
     def withhold(self) -> None:
         """Offer the tool without what its server says of it now, until the user agrees."""
         self.description = WITHHELD
-        self.parameters = {"type": "object", "properties": {}, "additionalProperties": True}
+        self.parameters = takes() | {"additionalProperties": True}
         self.is_withheld = True
 
     def access(self, arguments: Mapping[str, Any]) -> Access:
-        """Return "unknown": what a server does with a call is not known; "none" where trusted."""
         return "none" if self.server.is_trusted else "unknown"
 
     def paths(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -106,7 +84,6 @@ class ServerTool(Tool):
         return ()
 
     def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return the server's and the tool's name, and the arguments."""
         shown = json.dumps(arguments, ensure_ascii=False, default=str)
         return f"{self.server.name}: {self.own_name} {shown}"[:200]
 
@@ -164,6 +141,6 @@ def shorten(text: str, folder: str) -> tuple[str, str]:
 def _object_schema(schema: Any) -> dict[str, Any]:
     """Return a tool's schema as one of an object, which a server may not have written."""
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        return {"type": "object", "properties": {}, "additionalProperties": True}
+        return takes() | {"additionalProperties": True}
     properties = schema.get("properties")
     return {**schema, "type": "object", "properties": properties or {}}

@@ -5,36 +5,22 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
-from rome.agent.iflow.specs.spec_files import (
-    Place,
-    SpecError,
-    list_of,
-    load_named,
-    read_text,
-    split_front_matter,
-    text_in,
-)
+from rome.agent.iflow.specs.spec_files import Place, SpecError, list_of, load_named, text_in
 from rome.agent.iflow.specs.tool_names import tool_name
 
 
 @dataclasses.dataclass(frozen=True)
 class AgentSpec:
-    """A kind of sub-agent.
+    """A kind of sub-agent."""
 
-    Attributes:
-      name: by which the task tool calls it.
-      when: what it is for, as the model is told.
-      prompt: its system text.
-      tools: names of the tools that it has; None for those of its parent.
-      model: that answers; "" for that of its parent.
-    """
-
-    name: str
-    when: str
-    prompt: str
+    name: str  # by which the task tool calls it
+    when: str  # what it is for, as the model is told
+    prompt: str  # its system text
+    # Names of the tools that it has; None for those of its parent.
     tools: tuple[str, ...] | None = None
-    model: str = ""
+    model: str = ""  # that answers; "" for that of its parent
 
 
 GENERAL = AgentSpec(
@@ -54,34 +40,26 @@ def load_agent_specs(where: Iterable[Place]) -> tuple[dict[str, AgentSpec], list
     return {GENERAL.name: GENERAL} | specs, problems
 
 
-def _read_agent_spec(path: pathlib.Path, place: Place) -> AgentSpec:
-    """Return the sub-agent that a file describes.
-
-    Raises:
-      SpecError: it does not say what it is for, or has no prompt.
-    """
-    table, body = split_front_matter(read_text(path, place.boundary), path)
-    name = text_in(table, "name", "agentType") or path.stem
+def _read_agent_spec(
+    path: pathlib.Path, place: Place, table: dict[str, Any], body: str
+) -> AgentSpec:
     when = text_in(table, "description", "whenToUse", "when")
     prompt = "\n\n".join(part for part in (text_in(table, "systemPrompt"), body.strip()) if part)
     if not when:
         raise SpecError(f"{path} has no description (or whenToUse) that says what the agent is for")
     if not prompt:
         raise SpecError(f"{path} has no text below its table; write what the agent should do")
+    tools = [
+        tool_name(name.split("(")[0])
+        for name in list_of(table.get("tools", table.get("allowedTools")))
+    ]
+    servers = [f"{server}__*" for server in list_of(table.get("allowedMcps"))]
+    has_all = "*" in tools or not tools
     model = text_in(table, "model")
     return AgentSpec(
-        name=name,
+        name=text_in(table, "name", "agentType") or path.stem,
         when=when,
         prompt=prompt,
-        tools=_tools(table.get("tools", table.get("allowedTools")), table.get("allowedMcps")),
+        tools=None if has_all else tuple(dict.fromkeys([*tools, *servers])),
         model="" if model == "inherit" else model,
     )
-
-
-def _tools(tools: object, servers: object) -> tuple[str, ...] | None:
-    """Return the tools of a sub-agent; those of an MCP server are `server__*`."""
-    names = [tool_name(name.split("(")[0]) for name in list_of(tools)]
-    if "*" in names or not names:
-        return None
-    names += [f"{server}__*" for server in list_of(servers)]
-    return tuple(dict.fromkeys(names))

@@ -42,33 +42,21 @@ HookDecision = Literal["", "block", "allow", "ask"]
 
 @dataclasses.dataclass(frozen=True)
 class HookOutcome:
-    """What a hook says, or the hooks of an event together.
+    """What a hook says, or the hooks of an event together."""
 
-    Attributes:
-      decision: the strictest of theirs; "" where none has one.
-      message: reasons, for the model.
-      context: text that the model should read.
-      arguments: of the call, changed by the last hook that changed them; None for no change.
-      stop: whether the turn ends.
-      ran: all that ran, in the order of the settings; the exit status is -1 for those that did not
-        end in time or could not be started.
-    """
-
-    decision: HookDecision = ""
-    message: str = ""
-    context: str = ""
+    decision: HookDecision = ""  # the strictest of theirs; "" where none has one
+    message: str = ""  # reasons, for the model
+    context: str = ""  # text that the model should read
+    # Of the call, as the last hook that changed them wants them; None for no change.
     arguments: dict[str, Any] | None = None
-    stop: bool = False
+    stop: bool = False  # whether the turn ends
+    # All that ran, in the order of the settings; the exit status is -1 for those that did not end
+    # in time or could not be started.
     ran: tuple[HookRan, ...] = ()
 
 
 class Hooks:
-    """Runs the hooks of a session.
-
-    Args:
-      commands: of the settings; those of a project that is not trusted are not among them.
-      directory: of this machine, where they run.
-    """
+    """Runs the hooks of a session, in a directory of this machine."""
 
     def __init__(self, commands: Sequence[HookCommand] = (), directory: str = ".") -> None:
         self._commands = tuple(commands)
@@ -216,11 +204,7 @@ def _said(
 ) -> HookOutcome:
     """Return the outcome of one hook, with its event."""
     ran = HookRan(
-        event=hook.event,
-        command=hook.command,
-        exit_code=code,
-        decision=decision,
-        message=message,
+        event=hook.event, command=hook.command, exit_code=code, decision=decision, message=message
     )
     return HookOutcome(decision, message, ran=(ran,), **rest)  # type: ignore[arg-type]
 

@@ -1,8 +1,7 @@
 """Instructions for the agent: AGENTS.md, IFLOW.md and CLAUDE.md, of the user and of each folder.
 
 Those of the user and of the folders from the project's root to where the agent works stand in the
-system text. Those of a folder below are shown when a file there is touched. `@path/file.md` in a
-text takes in another file.
+system text. Those of a folder below are shown when a file there is touched.
 """
 
 from __future__ import annotations
@@ -14,12 +13,7 @@ from collections.abc import Iterable, Sequence
 from rome.agent.iflow.specs.spec_files import Place, SpecError, read_text
 
 FILE_NAMES = ("AGENTS.md", "IFLOW.md", "CLAUDE.md")
-MAX_DEPTH = 5  # of imports in imports
 MAX_CHARACTERS = 100_000  # of all instructions together
-# Code is left alone; an @ after a letter is an address.
-_IMPORT = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|(?<![\w@/.`])@((?:~/|/|\.{1,2}/)?\w[\w./-]*)", re.S
-)
 _HEADING = "Instructions of {}:"
 _HEADINGS = re.compile(r"^Instructions of (.+):$", re.MULTILINE)
 
@@ -30,8 +24,8 @@ class Instructions:
     Args:
       root: of the project; no file of it may lead out of it.
       directory: where the agent works, in the root.
-      user: the user's folders, of `spec_files.places`.
-      names: of files; in one folder the first ones stand first.
+      user: folders of `spec_files.places`, of which the user's count.
+      names: of files, in the order in which they stand.
 
     Attributes:
       problems: what was wrong with files, for people.
@@ -55,9 +49,9 @@ class Instructions:
 
     def opening(self) -> str:
         """Return the part of the system text with the instructions; "" where there are none."""
-        parts = [self._of_folder(folder, None) for folder in self._user]
-        parts += [self._of_folder(folder, self.root) for folder in self._down_to(self.directory)]
-        return "\n\n".join(part for part in parts if part)
+        of_user = self._of_folders(self._user, None)
+        of_project = self._of_folders(self._down_to(self.directory), self.root)
+        return "\n\n".join(part for part in (of_user, of_project) if part)
 
     def of_file(self, path: str) -> str:
         """Return instructions of the folders of a touched file; "" where there are no new ones.
@@ -67,8 +61,7 @@ class Instructions:
         folder = (self.directory / path).resolve().parent
         if not folder.is_relative_to(self.root):
             return ""
-        parts = [self._of_folder(below, self.root) for below in self._down_to(folder)]
-        return "\n\n".join(part for part in parts if part)
+        return self._of_folders(self._down_to(folder), self.root)
 
     def resume(self, reminders: Iterable[str]) -> None:
         """Count what earlier reminders of a session hold as shown."""
@@ -82,8 +75,9 @@ class Instructions:
         below = folder.relative_to(self.root).parts
         return [self.root.joinpath(*below[:depth]) for depth in range(len(below) + 1)]
 
-    def _of_folder(self, folder: pathlib.Path, boundary: pathlib.Path | None) -> str:
-        parts = [self._of_path(folder / name, boundary) for name in self._names]
+    def _of_folders(self, folders: list[pathlib.Path], boundary: pathlib.Path | None) -> str:
+        paths = [folder / name for folder in folders for name in self._names]
+        parts = [self._of_path(path, boundary) for path in paths]
         return "\n\n".join(part for part in parts if part)
 
     def _of_path(self, path: pathlib.Path, boundary: pathlib.Path | None) -> str:
@@ -92,7 +86,7 @@ class Instructions:
             return ""
         self._shown.add(path)
         try:
-            text = self._read(path, boundary, ()).strip()
+            text = read_text(path, boundary).strip()
         except SpecError as error:
             self.problems.append(str(error))
             return ""
@@ -106,31 +100,3 @@ class Instructions:
         self._texts.add(text)
         self._left -= len(text)
         return f"{_HEADING.format(path)}\n{text}"
-
-    def _read(
-        self, path: pathlib.Path, boundary: pathlib.Path | None, above: tuple[pathlib.Path, ...]
-    ) -> str:
-        """Return the text of a file with its imports in place."""
-        above = (*above, path.resolve())
-
-        def replace(match: re.Match[str]) -> str:
-            name = match[1]
-            if name is None:
-                return match[0]
-            stem = name.rstrip(".")
-            target = (path.parent / pathlib.Path(stem).expanduser()).resolve()
-            if not target.is_file():
-                if stem.endswith(".md"):
-                    self.problems.append(f"{path} takes in @{stem}, which is not there")
-                return match[0]
-            try:
-                if target in above:
-                    raise SpecError(f"{path} takes in @{stem}, which takes it in")
-                if len(above) > MAX_DEPTH:
-                    raise SpecError(f"{path} takes in @{stem}: imports go at most {MAX_DEPTH} deep")
-                return self._read(target, boundary, above).strip() + name[len(stem) :]
-            except SpecError as error:
-                self.problems.append(str(error))
-                return match[0]
-
-        return _IMPORT.sub(replace, read_text(path, boundary))

@@ -17,11 +17,7 @@ from rome.files import write_atomically
 
 
 class Projects:
-    """The user's record of projects.
-
-    Args:
-      path: of its file; ~/.iflow/projects.json where None.
-    """
+    """The user's record of projects, in ~/.iflow/projects.json unless another path is given."""
 
     def __init__(self, path: pathlib.Path | None = None) -> None:
         self.path = path or pathlib.Path.home() / ".iflow" / "projects.json"
@@ -36,7 +32,7 @@ class Projects:
         )
 
     def is_decided(self, project: pathlib.Path) -> bool:
-        """Return whether the user said that a project is to be trusted, or not to be."""
+        """Return whether the user said whether a project is to be trusted."""
         return "trusted" in self._read().get(str(project.resolve()), {}) or self.is_trusted(project)
 
     def trust(self, project: pathlib.Path, trusted: bool = True) -> None:

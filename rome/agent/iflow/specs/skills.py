@@ -10,43 +10,26 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Iterable
+from typing import Any
 
-from rome.agent.iflow.specs.spec_files import (
-    Place,
-    SpecError,
-    load_named,
-    read_text,
-    split_front_matter,
-    text_in,
-)
+from rome.agent.iflow.specs.spec_files import Place, SpecError, load_named, read_document, text_in
 
 MAX_DESCRIPTION = 1024  # characters, as agentskills.io has it
 
 
 @dataclasses.dataclass(frozen=True)
 class Skill:
-    """A skill.
+    """A skill."""
 
-    Attributes:
-      name: by which the model asks for it.
-      description: what it does and when it is of use.
-      folder: with SKILL.md and the files that it names.
-      boundary: directory that its files may not lead out of; None for anywhere.
-    """
-
-    name: str
-    description: str
-    folder: pathlib.Path
+    name: str  # by which the model asks for it
+    description: str  # what it does and when it is of use
+    folder: pathlib.Path  # with SKILL.md and the files that it names
+    # Directory that its files may not lead out of; None for anywhere.
     boundary: pathlib.Path | None = None
 
     def read(self) -> str:
-        """Return its instructions, and where the files lie that they name.
-
-        Raises:
-          SpecError: its file is gone or was broken meanwhile.
-        """
-        path = self.folder / "SKILL.md"
-        _, body = split_front_matter(read_text(path, self.boundary), path)
+        """Return its instructions, and where the files lie that they name; SpecError for none."""
+        _, body = read_document(self.folder / "SKILL.md", self.boundary)
         return f"# Skill {self.name}\nPaths below are relative to {self.folder}.\n\n{body}"
 
 
@@ -55,13 +38,7 @@ def load_skills(where: Iterable[Place]) -> tuple[dict[str, Skill], list[str]]:
     return load_named(where, "skills/*/SKILL.md", _read_skill)
 
 
-def _read_skill(path: pathlib.Path, place: Place) -> Skill:
-    """Return the skill that a SKILL.md describes.
-
-    Raises:
-      SpecError: its name or its description is missing or wrong.
-    """
-    table, _ = split_front_matter(read_text(path, place.boundary), path)
+def _read_skill(path: pathlib.Path, place: Place, table: dict[str, Any], body: str) -> Skill:
     name = text_in(table, "name") or path.parent.name
     description = " ".join(text_in(table, "description").split())
     if not re.fullmatch(r"[\w.-]{1,64}", name):
@@ -74,7 +51,5 @@ def _read_skill(path: pathlib.Path, place: Place) -> Skill:
 def describe_skills(skills: Iterable[Skill]) -> str:
     """Return the lines of the system text that list skills; "" for none."""
     lines = [f"- {skill.name}: {skill.description}" for skill in skills]
-    if not lines:
-        return ""
     head = "Skills: before work that one of them is for, load it with the tool `skill`."
-    return "\n".join([head, *lines])
+    return "\n".join([head, *lines]) if lines else ""

@@ -13,24 +13,14 @@ import dataclasses
 import pathlib
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import yaml
 
 DIALECTS = (".claude", ".agents", ".iflow")  # the later, the more it counts
 MAX_FILE_BYTES = 256 << 10
 
-Scope = Literal["user", "project", "system"]
-
-
-class HasName(Protocol):
-    """What a file describes."""
-
-    @property
-    def name(self) -> str: ...
-
-
-Named = TypeVar("Named", bound=HasName)
+Scope = Literal["user", "project"]
 
 
 class SpecError(ValueError):
@@ -39,16 +29,11 @@ class SpecError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A folder of one program, such as ~/.claude.
+    """A folder of one program, such as ~/.claude."""
 
-    Attributes:
-      folder: of the files.
-      scope: whose it is.
-      boundary: directory that no file of it may lead out of by a link; None for the user's own.
-    """
-
-    folder: pathlib.Path
-    scope: Scope
+    folder: pathlib.Path  # of the files
+    scope: Scope  # whose it is
+    # Directory that no file of it may lead out of by a link; None for the user's own.
     boundary: pathlib.Path | None = None
 
     @property
@@ -75,9 +60,7 @@ def root_of(directory: pathlib.Path, home: pathlib.Path | None = None) -> pathli
 def places(directory: pathlib.Path, home: pathlib.Path | None = None) -> list[Place]:
     """Return the folders that settings and specs are read from; later ones count more.
 
-    Args:
-      directory: where the agent works; what its project's root has counts less.
-      home: of the user; None for that of this process.
+    What the project's root has counts less than what the directory has where the agent works.
     """
     home = pathlib.Path.home() if home is None else home
     found = [Place(home / dialect, "user") for dialect in DIALECTS]
@@ -89,11 +72,7 @@ def places(directory: pathlib.Path, home: pathlib.Path | None = None) -> list[Pl
 
 
 def read_text(path: pathlib.Path, boundary: pathlib.Path | None = None) -> str:
-    """Return the text of a file.
-
-    Args:
-      path: of the file.
-      boundary: directory that it must lie in after links are followed; None for anywhere.
+    """Return the text of a file, which lies below the boundary after links are followed.
 
     Raises:
       SpecError: it is no regular file, too long, no UTF-8, unreadable or outside the boundary.
@@ -115,14 +94,16 @@ def read_text(path: pathlib.Path, boundary: pathlib.Path | None = None) -> str:
 
 
 def load_named(
-    where: Iterable[Place], pattern: str, read: Callable[[pathlib.Path, Place], Named]
-) -> tuple[dict[str, Named], list[str]]:
-    """Return what files describe, by name, and what was wrong with files.
+    where: Iterable[Place],
+    pattern: str,
+    read: Callable[[pathlib.Path, Place, dict[str, Any], str], Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what files describe, by its `name`, and what was wrong with files.
 
     Args:
       where: folders to read; a later one replaces what an earlier one has under the same name.
       pattern: of the files in such a folder.
-      read: returns what a file describes; raises SpecError.
+      read: returns what a file describes, given its path, place, table and text; raises SpecError.
     """
     found = {}
     problems = []
@@ -131,12 +112,19 @@ def load_named(
             if not path.is_file():
                 continue
             try:
-                made = read(path, place)
+                made = read(path, place, *read_document(path, place.boundary))
             except SpecError as error:
                 problems.append(str(error))
             else:
                 found[made.name] = made
     return found, problems
+
+
+def read_document(
+    path: pathlib.Path, boundary: pathlib.Path | None = None
+) -> tuple[dict[str, Any], str]:
+    """Return the table and the text of a Markdown file; SpecError where it is broken."""
+    return split_front_matter(read_text(path, boundary), path)
 
 
 def split_front_matter(text: str, path: pathlib.Path) -> tuple[dict[str, Any], str]:

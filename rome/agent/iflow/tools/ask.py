@@ -25,9 +25,8 @@ class AskUserTool(Tool):
     parameters = takes("question", question=of("string"), choices=of("array", items=of("string")))
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Ask it."""
         choices = arguments.get("choices", [])
-        if not all(isinstance(choice, str) for choice in choices) or len(choices) > MAX_CHOICES:
+        if len(choices) > MAX_CHOICES:
             raise ToolError(f"choices must be at most {MAX_CHOICES} texts")
         answer = await context.asker.question(arguments["question"], choices)
         if not answer:
@@ -48,7 +47,6 @@ class ExitPlanModeTool(Tool):
     parameters = takes("plan", plan=of("string", "The plan, in Markdown."))
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Ask for the user's agreement."""
         if context.mode != "plan":
             raise ToolError(f"the mode is {context.mode}, not plan; go on with the work")
         plan = arguments["plan"].strip()

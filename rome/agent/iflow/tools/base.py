@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from rome.agent.iflow.desk import Desk
-from rome.agent.iflow.events import TodoItem, ToolCall, ToolFinished
+from rome.agent.iflow.events import Status, TodoItem, ToolCall, ToolFinished
 from rome.agent.iflow.places.workspace import Workspace
 
 # What a call may touch, for approval: nothing outside the session, files to read, files to write,
@@ -23,10 +23,10 @@ class ToolError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
-    """The result of a call; the attributes are those of `events.ToolFinished`."""
+    """The result of a call; the members are those of `events.ToolFinished`."""
 
     output: str
-    status: Literal["ok", "error", "denied", "cancelled", "infrastructure"] = "ok"
+    status: Status = "ok"
     exit_code: int | None = None
     file: str = ""
     changed: tuple[str, ...] = ()
@@ -43,48 +43,45 @@ class ToolResult:
 
 @dataclasses.dataclass
 class ToolContext:
-    """What a running call may use.
+    """What a running call may use."""
 
-    Attributes:
-      call: that runs.
-      workspace: where it works.
-      emit: appends an event to the session.
-      asker: asks the user.
-      session_folder: of this machine, where whole outputs and the like are kept.
-      todo: the list of what is to do, as it is now.
-      mode: of approval, as it is now.
-      read_files: path -> (size, time of change) of each file as the agent last saw it; tools that
-        read or write a file note it here.
-      is_denied: whether a rule forbids to read a file, for tools that find files themselves.
-    """
-
-    call: ToolCall
+    call: ToolCall  # that runs
     workspace: Workspace
-    emit: Callable[[Any], Any]
-    asker: Desk
-    session_folder: str
-    todo: tuple[TodoItem, ...] = ()
-    mode: str = "default"
+    emit: Callable[[Any], Any]  # appends an event to the session
+    asker: Desk  # asks the user
+    session_folder: str  # of this machine, where whole outputs and the like are kept
+    todo: tuple[TodoItem, ...] = ()  # the list of what is to do, as it is now
+    mode: str = "default"  # of approval, as it is now
+    # path -> (size, time of change) of each file as the agent last saw it; tools that read or write
+    # a file note it here
     read_files: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    # Whether a rule forbids to read a file, for tools that find files themselves
     is_denied: Callable[[str], bool] = lambda path: False
 
 
+def takes(*required: str, **members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an object: the names that it must have, and each member's."""
+    schema: dict[str, Any] = {"type": "object", "properties": members}
+    return schema | {"required": list(required)} if required else schema
+
+
+def of(type: str, description: str = "", **rest: Any) -> dict[str, Any]:
+    """Return the schema of one argument: its type, and what it means."""
+    said = {"description": description} if description else {}
+    return {"type": type, **said, **rest}
+
+
 class Tool:
-    """A tool that the model may call, to derive from.
+    """A tool that the model may call, to derive from."""
 
-    Attributes:
-      name: as the model calls it.
-      description: for the model.
-      parameters: JSON schema of its arguments, an object.
-      is_parallel: whether calls of it may run beside others: it changes nothing that they read.
-      accesses: what a call may touch, unless `access` says more.
-    """
-
-    name: ClassVar[str] = ""
-    description: ClassVar[str] = ""
-    parameters: ClassVar[Mapping[str, Any]] = {"type": "object", "properties": {}}
-    is_parallel: ClassVar[bool] = False
-    accesses: ClassVar[Access] = "none"
+    name: str = ""  # as the model calls it
+    description: str = ""  # for the model
+    # JSON schema of its arguments, an object
+    parameters: Mapping[str, Any] = takes()
+    # Whether calls of it may run beside others: it changes nothing that they read
+    is_parallel: bool = False
+    accesses: Access = "none"  # what a call may touch, unless `access` says more
+    shown: tuple[str, ...] = ("path",)  # arguments that tell people what a call does
 
     def access(self, arguments: Mapping[str, Any]) -> Access:
         """Return what a call with these arguments may touch, at most."""
@@ -97,7 +94,9 @@ class Tool:
 
     def summary(self, arguments: Mapping[str, Any]) -> str:
         """Return one line for people: what such a call does."""
-        return " ".join([self.name, *self.paths(arguments)])
+        return " ".join(
+            [self.name, *(str(arguments[key]) for key in self.shown if key in arguments)]
+        )
 
     async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
         """Return the diff that such a call would make; "" where it makes none."""
@@ -113,23 +112,6 @@ class Tool:
         raise NotImplementedError(f"{type(self).__name__} does not run")
 
 
-def takes(*required: str, **members: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a tool's arguments.
-
-    Args:
-      *required: names of those that a call must have.
-      **members: the schema of each.
-    """
-    schema: dict[str, Any] = {"type": "object", "properties": members}
-    return schema | {"required": list(required)} if required else schema
-
-
-def of(type: str, description: str = "", **rest: Any) -> dict[str, Any]:
-    """Return the schema of one argument: its type, and what it means."""
-    said = {"description": description} if description else {}
-    return {"type": type, **said, **rest}
-
-
 def schema_of(tool: Tool) -> dict[str, Any]:
     """Return the schema of a tool as chat templates and OpenAI's API have it."""
     function = {
@@ -141,14 +123,10 @@ def schema_of(tool: Tool) -> dict[str, Any]:
 
 
 def read_arguments(tool: Tool, text: str) -> dict[str, Any]:
-    """Return the arguments of a call, checked against the tool's schema.
+    """Return the arguments of a call, JSON text, checked against the tool's schema.
 
     Unknown members are refused, missing ones named, and a number or a boolean written as text is
     read as what the schema asks for: models often write them so.
-
-    Args:
-      tool: with the schema.
-      text: JSON, as the model wrote it; empty counts as {}.
 
     Raises:
       ToolError: they do not fit; the message says what the tool takes.
@@ -159,20 +137,12 @@ def read_arguments(tool: Tool, text: str) -> dict[str, Any]:
         raise ToolError(f"the arguments of {tool.name} are no JSON: {error}") from error
     if not isinstance(given, dict):
         raise ToolError(f"the arguments of {tool.name} must be an object, not {text[:80]}")
-    properties = tool.parameters.get("properties", {})
-    unknown = sorted(set(given) - set(properties))
+    names = tool.parameters.get("properties", {})
+    unknown = sorted(set(given) - set(names))
     if unknown and not tool.parameters.get("additionalProperties", False):
-        raise ToolError(
-            f"{tool.name} takes no {', '.join(unknown)}; it takes"
-            f" {', '.join(properties) or 'no arguments'}"
-        )
-    missing = [name for name in tool.parameters.get("required", ()) if name not in given]
-    if missing:
-        raise ToolError(f"{tool.name} needs {', '.join(missing)}")
-    return {
-        name: _read(tool.name, name, value, properties.get(name, {}))
-        for name, value in given.items()
-    }
+        known = ", ".join(names) or "no arguments"
+        raise ToolError(f"{tool.name} takes no {', '.join(unknown)}; it takes {known}")
+    return _read_members(tool.name, given, tool.parameters)
 
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -185,22 +155,42 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
-def _read(tool: str, name: str, value: Any, schema: Mapping[str, Any]) -> Any:
-    """Return one argument as its schema has it."""
+def _read_members(what: str, given: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object as its schema has it; `what` it is, for the model."""
+    missing = [name for name in schema.get("required", ()) if name not in given]
+    if missing:
+        raise ToolError(f"{what} needs {', '.join(missing)}")
+    members = schema.get("properties", {})
+    return {
+        name: _read(f"{name} of {what}", value, members.get(name, {}))
+        for name, value in given.items()
+    }
+
+
+def _read(what: str, value: Any, schema: Mapping[str, Any]) -> Any:
+    """Return one argument, or a part of it, as its schema has it."""
     wanted = str(schema.get("type"))
     if wanted not in _TYPES:
         return value
     if isinstance(value, str) and wanted != "string":
         with contextlib.suppress(ValueError):
             value = json.loads(value.lower() if wanted == "boolean" else value)
-    if wanted in ("integer", "number") and isinstance(value, bool):
-        raise ToolError(f"{name} of {tool} must be of type {wanted}, not {json.dumps(value)}")
     if wanted == "integer" and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, _TYPES[wanted]):
+    is_number_wanted = wanted in ("integer", "number")
+    if not isinstance(value, _TYPES[wanted]) or (is_number_wanted and isinstance(value, bool)):
         shown = json.dumps(value, ensure_ascii=False)[:80]
-        raise ToolError(f"{name} of {tool} must be of type {wanted}, not {shown}")
+        raise ToolError(f"{what} must be of type {wanted}, not {shown}")
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if (low is not None and value < low) or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"between {low or 0} and {high}"
+        raise ToolError(f"{what} must be {limit}, not {value}")
     choices = schema.get("enum")
     if choices is not None and value not in choices:
-        raise ToolError(f"{name} of {tool} must be one of {', '.join(map(str, choices))}")
+        raise ToolError(f"{what} must be one of {', '.join(map(str, choices))}")
+    if isinstance(value, dict):
+        return _read_members(what, value, schema)
+    if isinstance(value, list):
+        each = schema.get("items", {})
+        return [_read(f"item {n} of {what}", one, each) for n, one in enumerate(value, 1)]
     return value

@@ -1,33 +1,85 @@
-"""Changes parts of a file: one by one, or several that are made together or not at all."""
+"""Changes files: whole, or parts of one that are replaced together or not at all."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 from rome.agent.iflow.tools.matching import apply_edit
-from rome.agent.iflow.tools.text import Text, key_of, read_text, unified_diff, write_text
+from rome.agent.iflow.tools.text import Text, key_of, note_file, read_text, unified_diff
 
 MAX_REMEMBERED = 100  # failed edits
-_PATH = of("string", "File, relative to the project or absolute.")
-_OLD = of("string", "Text to replace, exactly as it stands in the file.")
-_NEW = of("string", "Text that takes its place.")
-_ALL = of("boolean", "Replace it wherever it stands; default false.")
+PATH = of("string", "File, relative to the project or absolute.")
+_EDIT = {
+    "old_string": of("string", "Text to replace, exactly as it stands in the file."),
+    "new_string": of("string", "Text that takes its place."),
+    "replace_all": of("boolean", "Replace it wherever it stands; default false."),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What an edit would make of a file; `before` is None for a new one."""
+class Plan:
+    """What a call would make of a file; `before` is None for a new one."""
 
     before: Text | None
     after: Text
-    notes: tuple[str, ...]
+    said: str  # to the model, once it is done
+
+    def diff(self, path: str) -> str:
+        """Return what changes, as a unified diff."""
+        return unified_diff(path, self.before.text if self.before else "", self.after.text)
 
 
-class EditTool(Tool):
+class ChangeTool(Tool):
+    """A tool that changes one file, to derive from."""
+
+    accesses = "write"
+
+    async def plan(self, arguments: Mapping[str, Any], context: ToolContext) -> Plan:
+        """Return what a call would make of its file; ToolError where it cannot be made."""
+        raise NotImplementedError(f"{type(self).__name__} plans nothing")
+
+    async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
+        try:
+            plan = await self.plan(arguments, context)
+        except (ToolError, WorkspaceError):
+            return ""
+        return plan.diff(arguments["path"])
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        path = arguments["path"]
+        plan = await self.plan(arguments, context)
+        await context.workspace.write(path, plan.after.encode())
+        note_file(context, path, await context.workspace.stat(path))
+        return ToolResult(plan.said, changed=(path,), diff=plan.diff(path))
+
+
+class WriteFileTool(ChangeTool):
+    """Writes a file whole."""
+
+    name = "write_file"
+    description = (
+        "Write a text file whole; folders above it are made. A file that is there must have been"
+        " read before."
+    )
+    parameters = takes(
+        "path", "content", path=PATH, content=of("string", "The whole text of the file.")
+    )
+
+    async def plan(self, arguments: Mapping[str, Any], context: ToolContext) -> Plan:
+        path = arguments["path"]
+        before = await read_text(context, path)
+        after = (before or Text("")).with_text(arguments["content"])
+        after.encode()  # raises where the file's encoding cannot have it
+        lines = len(after.text.removesuffix("\n").split("\n")) if after.text else 0
+        done = "created" if before is None else "written"
+        return Plan(before, after, f"{path} was {done}: {lines} lines")
+
+
+class EditTool(ChangeTool):
     """Replaces a piece of text."""
 
     name = "edit"
@@ -35,14 +87,7 @@ class EditTool(Tool):
         "Replace a piece of text in a file that was read before. old_string must stand in the file"
         " exactly once, or set replace_all. An empty old_string creates a new file."
     )
-    parameters = takes(
-        *("path", "old_string", "new_string"),
-        path=_PATH,
-        old_string=_OLD,
-        new_string=_NEW,
-        replace_all=_ALL,
-    )
-    accesses: ClassVar[Access] = "write"
+    parameters = takes("path", "old_string", "new_string", path=PATH, **_EDIT)
 
     def __init__(self) -> None:
         # What failed, and the state of the file then.
@@ -52,21 +97,12 @@ class EditTool(Tool):
         """Return the replacements of a call, in order."""
         return [arguments]
 
-    async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
-        """Return the diff that a call would make; "" where it would fail."""
-        try:
-            plan = await self._plan(arguments, context)
-        except (ToolError, WorkspaceError):
-            return ""
-        return _diff(arguments["path"], plan)
-
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Make the change."""
         path = arguments["path"]
         identity = (key_of(context.workspace, path), repr(self.edits(arguments)))
         status = await context.workspace.stat(path)
         try:
-            plan = await self._plan(arguments, context)
+            return await super().run(arguments, context)
         except ToolError as error:
             if identity in self._failed and self._failed[identity] == status:
                 raise ToolError(
@@ -78,45 +114,31 @@ class EditTool(Tool):
                 del self._failed[next(iter(self._failed))]
             self._failed[identity] = status
             raise
-        await write_text(context, path, plan.after)
-        count = len(self.edits(arguments))
-        done = f"{path} was {'created' if plan.before is None else 'changed'}"
-        if count > 1:
-            done += f" by {count} edits"
-        output = "; ".join([done, *plan.notes])
-        return ToolResult(output, changed=(path,), diff=_diff(path, plan))
 
-    async def _plan(self, arguments: Mapping[str, Any], context: ToolContext) -> _Plan:
-        """Return what the edits make of the file.
-
-        Raises:
-          ToolError: one of them cannot be made.
-        """
+    async def plan(self, arguments: Mapping[str, Any], context: ToolContext) -> Plan:
         path = arguments["path"]
         edits = self.edits(arguments)
         if not edits:
             raise ToolError("edits is empty; give at least one")
         before = await read_text(context, path)
         if before is None and edits[0]["old_string"]:
-            raise ToolError(
-                f"there is no file {path}; an empty old_string creates it, list_directory and glob"
-                " show what is there"
-            )
+            raise ToolError(f"there is no file {path}; an empty old_string creates it")
         content = before
-        notes = []
+        said = [f"{path} was {'created' if before is None else 'changed'}"]
+        if len(edits) > 1:
+            said[0] += f" by {len(edits)} edits"
         for number, edit in enumerate(edits, 1):
             try:
                 content, note = _apply(content, edit)
             except ToolError as error:
                 if len(edits) == 1:
                     raise
-                raise ToolError(
-                    f"edit {number} of {len(edits)} cannot be made, so none was: {error}"
-                ) from error
+                text = f"edit {number} of {len(edits)} cannot be made, so none was: {error}"
+                raise ToolError(text) from error
             if note:
-                notes.append(note if len(edits) == 1 else f"edit {number} {note}")
+                said.append(note if len(edits) == 1 else f"edit {number} {note}")
         assert content is not None
-        return _Plan(before, content, tuple(notes))
+        return Plan(before, content, "; ".join(said))
 
 
 class MultiEditTool(EditTool):
@@ -130,27 +152,11 @@ class MultiEditTool(EditTool):
     parameters = takes(
         "path",
         "edits",
-        path=_PATH,
-        edits=of(
-            "array",
-            items=takes(
-                "old_string", "new_string", old_string=_OLD, new_string=_NEW, replace_all=_ALL
-            ),
-        ),
+        path=PATH,
+        edits=of("array", items=takes("old_string", "new_string", **_EDIT)),
     )
 
     def edits(self, arguments: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Return the replacements of a call, in order.
-
-        Raises:
-          ToolError: one of them is none.
-        """
-        for number, edit in enumerate(arguments["edits"], 1):
-            names = ("old_string", "new_string")
-            if not isinstance(edit, dict) or not all(isinstance(edit.get(n), str) for n in names):
-                raise ToolError(f"edit {number} needs old_string and new_string, both text")
-            if not isinstance(edit.get("replace_all", False), bool):
-                raise ToolError(f"replace_all of edit {number} must be true or false")
         edits: Sequence[Mapping[str, Any]] = arguments["edits"]
         return edits
 
@@ -168,7 +174,3 @@ def _apply(content: Text | None, edit: Mapping[str, Any]) -> tuple[Text, str]:
     replace_all = edit.get("replace_all", False)
     text, note = apply_edit(content.text, given_old, given_new, replace_all=replace_all)
     return content.with_text(text), note
-
-
-def _diff(path: str, plan: _Plan) -> str:
-    return unified_diff(path, plan.before.text if plan.before else "", plan.after.text)

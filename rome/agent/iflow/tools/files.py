@@ -1,32 +1,23 @@
-"""Reads and writes whole files, and lists folders."""
+"""Reads files, and lists folders."""
 
 from __future__ import annotations
 
 import posixpath
 import shlex
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from rome.agent.iflow.places.workspace import WorkspaceError
-from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
-from rome.agent.iflow.tools.text import (
-    MAX_FILE_BYTES,
-    Text,
-    decode_text,
-    key_of,
-    note_file,
-    read_text,
-    unified_diff,
-    write_text,
-)
-from rome.agent.iflow.tools.walking import list_entries
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.edit import PATH
+from rome.agent.iflow.tools.text import MAX_FILE_BYTES, decode_text, key_of, note_file
+from rome.agent.iflow.tools.walking import look
 
 DEFAULT_LINES = 2000
 MAX_LINE = 2000  # characters that are shown
 MAX_CHARACTERS = 60_000  # of one answer
 MAX_ENTRIES = 500
 SECONDS = 30.0
-_PATH = of("string", "File, relative to the project or absolute.")
 
 
 class ReadFileTool(Tool):
@@ -39,20 +30,17 @@ class ReadFileTool(Tool):
     )
     parameters = takes(
         "path",
-        path=_PATH,
-        offset=of("integer", "First line, from 1; default 1."),
-        limit=of("integer", f"Number of lines; default {DEFAULT_LINES}."),
+        path=PATH,
+        offset=of("integer", "First line; default 1.", minimum=1),
+        limit=of("integer", f"Number of lines; default {DEFAULT_LINES}.", minimum=1),
     )
     is_parallel = True
-    accesses: ClassVar[Access] = "read"
+    accesses = "read"
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Read the file."""
         path = arguments["path"]
         offset = arguments.get("offset", 1)
         limit = arguments.get("limit", DEFAULT_LINES)
-        if offset < 1 or limit < 1:
-            raise ToolError("offset and limit must be at least 1")
         status = await context.workspace.stat(path)
         if status is None:
             raise ToolError(await _describe_missing(context, path))
@@ -61,7 +49,7 @@ class ReadFileTool(Tool):
         else:
             data = await context.workspace.read(path, MAX_FILE_BYTES)
             output = _show(path, decode_text(data, path).text, offset, limit)
-        await note_file(context, path)
+        note_file(context, path, status)  # as it was before: it may have changed while it was read
         return ToolResult(output)
 
     async def _read_part(
@@ -80,46 +68,6 @@ class ReadFileTool(Tool):
         return f"{shown}\n[{path} has {size} bytes; continue with offset {following}, or search it]"
 
 
-class WriteFileTool(Tool):
-    """Writes a file whole."""
-
-    name = "write_file"
-    description = (
-        "Write a text file whole; folders above it are made. A file that is there must have been"
-        " read before."
-    )
-    parameters = takes(
-        "path", "content", path=_PATH, content=of("string", "The whole text of the file.")
-    )
-    accesses: ClassVar[Access] = "write"
-
-    async def preview(self, arguments: Mapping[str, Any], context: ToolContext) -> str:
-        """Return the diff that a call would make; "" where it would fail."""
-        try:
-            before, after = await self._plan(arguments, context)
-        except (ToolError, WorkspaceError):
-            return ""
-        return unified_diff(arguments["path"], before.text if before else "", after.text)
-
-    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Write the file."""
-        path = arguments["path"]
-        before, after = await self._plan(arguments, context)
-        await write_text(context, path, after)
-        lines = after.text.count("\n") + (not after.text.endswith("\n") and after.text != "")
-        done = "created" if before is None else "written"
-        diff = unified_diff(path, before.text if before else "", after.text)
-        return ToolResult(f"{path} was {done}: {lines} lines", changed=(path,), diff=diff)
-
-    async def _plan(
-        self, arguments: Mapping[str, Any], context: ToolContext
-    ) -> tuple[Text | None, Text]:
-        before = await read_text(context, arguments["path"])
-        after = (before or Text("")).with_text(arguments["content"])
-        after.encode()  # raises where the file's encoding cannot have it
-        return before, after
-
-
 class ListDirectoryTool(Tool):
     """Lists a folder."""
 
@@ -127,12 +75,11 @@ class ListDirectoryTool(Tool):
     description = "List a folder: names, folders with a slash, and sizes of files in bytes."
     parameters = takes(path=of("string", "Folder; default the project's."))
     is_parallel = True
-    accesses: ClassVar[Access] = "read"
+    accesses = "read"
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """List the folder."""
         path = arguments.get("path") or "."
-        entries = await list_entries(context.workspace, path)
+        entries = await look(context.workspace, "list", path)
         lines = [
             f"{entry['name']}/" if entry["kind"] == "folder" else f"{entry['name']} {entry['size']}"
             for entry in entries[:MAX_ENTRIES]
@@ -173,7 +120,7 @@ async def _describe_missing(context: ToolContext, path: str) -> str:
     """Return that there is no such file, and what lies where it was looked for."""
     folder, name = posixpath.split(path)
     try:
-        entries = await list_entries(context.workspace, folder or ".")
+        entries = await look(context.workspace, "list", folder or ".")
     except (ToolError, WorkspaceError):
         return f"there is no file {path}, nor its folder"
     like = [e["name"] for e in entries if e["name"].lower() == name.lower()]

@@ -63,12 +63,7 @@ def apply_edit(text: str, old: str, new: str, *, replace_all: bool = False) -> t
 
 
 def _find_exact(text: str, old: str, new: str) -> list[Match]:
-    matches = []
-    place = text.find(old)
-    while place >= 0:
-        matches.append(Match(place, place + len(old), new))
-        place = text.find(old, place + len(old))
-    return matches
+    return [Match(*found.span(), new) for found in re.finditer(re.escape(old), text)]
 
 
 def _find_loosely(text: str, old: str, new: str) -> list[Match]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
-from rome.agent.iflow.tools.text import (
-    MAX_FILE_BYTES,
-    Text,
-    decode_text,
-    note_file,
-    unified_diff,
-)
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.text import MAX_FILE_BYTES, Text, decode_text, note_file, unified_diff
+from rome.files import write_atomically
 
 HEADING = "## Memories"
 MAX_CHARACTERS = 2000  # of one fact
@@ -22,11 +16,7 @@ PROJECT_FILES = ("AGENTS.md", "IFLOW.md", "CLAUDE.md")
 
 
 class SaveMemoryTool(Tool):
-    """Adds a fact to the user's or to the project's instructions.
-
-    Args:
-      user_file: with the instructions of the user; on this machine, wherever the tools work.
-    """
+    """Adds a fact to the user's instructions, on this machine, or to the project's."""
 
     name = "save_memory"
     description = (
@@ -38,7 +28,8 @@ class SaveMemoryTool(Tool):
         fact=of("string", "One sentence that stands alone."),
         scope=of("string", enum=["user", "project"]),
     )
-    accesses: ClassVar[Access] = "write"
+    accesses = "write"
+    shown = ("scope", "fact")
 
     def __init__(self, user_file: pathlib.Path | None = None) -> None:
         self._user_file = user_file or pathlib.Path.home() / ".iflow" / "IFLOW.md"
@@ -48,12 +39,7 @@ class SaveMemoryTool(Tool):
         is_user = arguments.get("scope", "user") == "user"
         return (str(self._user_file),) if is_user else PROJECT_FILES
 
-    def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
-        return f"remember ({arguments.get('scope', 'user')}): {arguments.get('fact', '')}"
-
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Add the fact."""
         fact = " ".join(arguments["fact"].split())
         if not fact or len(fact) > MAX_CHARACTERS:
             raise ToolError(f"a fact has 1 to {MAX_CHARACTERS} characters, not {len(fact)}")
@@ -68,9 +54,7 @@ class SaveMemoryTool(Tool):
             path.parent.mkdir(parents=True, exist_ok=True)
             before = path.read_bytes() if path.exists() else b""
             after = add_fact(decode_text(before, str(path)), fact)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_bytes(after.encode())
-            os.replace(temporary, path.resolve())
+            write_atomically(path.resolve(), after.encode())
         except OSError as error:
             raise ToolError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -85,26 +69,20 @@ class SaveMemoryTool(Tool):
                 break
         after = add_fact(before, fact)
         await workspace.write(path, after.encode())
-        await note_file(context, path)
+        note_file(context, path, await workspace.stat(path))
         diff = unified_diff(path, before.text, after.text)
         return ToolResult(f"remembered in {path}", changed=(path,), diff=diff)
 
 
 def add_fact(content: Text, fact: str) -> Text:
-    """Return a file of instructions with one more fact under the heading of memories."""
-    lines = content.text.rstrip("\n").split("\n") if content.text.strip() else []
+    """Return a file of instructions with one more fact, the first under the heading of memories."""
     entry = f"- {fact}"
-    if entry in lines:
+    if entry in content.text.split("\n"):
         return content
-    if HEADING not in lines:
-        lines += [*([""] if lines else []), HEADING, ""]
-    place = lines.index(HEADING) + 1
-    while place < len(lines) and not lines[place].startswith("#"):
-        place += 1
-    while not lines[place - 1].strip() and lines[place - 1] != HEADING:
-        place -= 1
-    if lines[place - 1] == HEADING:
-        lines.insert(place, "")
-        place += 1
-    lines.insert(place, entry)
-    return content.with_text("\n".join(lines).rstrip("\n") + "\n")
+    text = content.text.rstrip("\n") + "\n"
+    before, heading, facts = text.partition(f"{HEADING}\n")
+    if not heading:
+        before = f"{before.rstrip()}\n\n".lstrip()
+    facts = facts.lstrip("\n")
+    gap = "\n" if facts.startswith("#") else ""
+    return content.with_text(f"{before}{HEADING}\n\n{entry}\n{gap}{facts}")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
-from rome.agent.iflow.tools.walking import find_files, find_lines
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.walking import look
 
 MAX_FILES = 500
 MAX_MATCHES = 200
 MAX_CHARACTERS = 30_000
 MAX_LINE = 300
-MAX_CONTEXT = 20
 _PATH = of("string", "Folder or file to look in; default the project.")
 
 
@@ -27,22 +26,18 @@ class GlobTool(Tool):
     )
     parameters = takes("pattern", pattern=of("string"), path=_PATH)
     is_parallel = True
-    accesses: ClassVar[Access] = "read"
-
-    def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
-        return " ".join(["glob", str(arguments.get("pattern")), *self.paths(arguments)])
+    accesses = "read"
+    shown = ("pattern", "path")
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Find the files."""
         path = arguments.get("path") or "."
         pattern = arguments["pattern"]
         root = context.workspace.root
         if posixpath.isabs(pattern) and pattern.startswith(f"{root}/"):
             pattern = pattern[len(root) + 1 :]
-        names = await find_files(context.workspace, path, pattern, MAX_FILES + 1)
-        lines = [_shown(path, name) for name in names[:MAX_FILES]]
-        if len(names) > MAX_FILES:
+        found = await look(context.workspace, "glob", path, glob=pattern, limit=MAX_FILES + 1)
+        lines = [posixpath.normpath(posixpath.join(path, one["name"])) for one in found[:MAX_FILES]]
+        if len(found) > MAX_FILES:
             lines.append(f"[more than {MAX_FILES} files; narrow the pattern or the path]")
         return ToolResult("\n".join(lines) or f"no file fits {pattern}")
 
@@ -61,32 +56,26 @@ class SearchTool(Tool):
         path=_PATH,
         glob=of("string", "Only files that fit, such as *.py."),
         ignore_case=of("boolean"),
-        context=of("integer", "Lines to show around each match."),
+        context=of("integer", "Lines to show around each match.", minimum=0, maximum=20),
         files_only=of("boolean", "Show only the names of files."),
     )
     is_parallel = True
-    accesses: ClassVar[Access] = "read"
-
-    def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
-        return " ".join(["search", repr(arguments.get("pattern")), *self.paths(arguments)])
+    accesses = "read"
+    shown = ("pattern", "path")
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Search the files."""
-        around = arguments.get("context", 0)
-        if not 0 <= around <= MAX_CONTEXT:
-            raise ToolError(f"context must be between 0 and {MAX_CONTEXT}, not {around}")
         pattern = arguments["pattern"]
         if "\n" in pattern:
             raise ToolError("the pattern has a new line; lines are searched one by one")
         path = arguments.get("path") or "."
-        found = await find_lines(
+        found = await look(
             context.workspace,
+            "search",
             path,
             pattern=pattern,
             glob=arguments.get("glob", ""),
             ignore_case=arguments.get("ignore_case", False),
-            context=around,
+            context=arguments.get("context", 0),
             limit=10_000 if arguments.get("files_only") else MAX_MATCHES + 1,
         )
         root = context.workspace.root
@@ -116,7 +105,3 @@ def _bounded(lines: list[str], is_cut: bool, limit: int) -> str:
         text = text[:MAX_CHARACTERS].rpartition("\n")[0]
         is_cut = True
     return f"{text}\n[more; narrow the pattern, the glob or the path]" if is_cut else text
-
-
-def _shown(path: str, name: str) -> str:
-    return posixpath.normpath(posixpath.join(path, name))

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from rome.agent.iflow.events import JobFinished, JobStarted, ToolOutput
-from rome.agent.iflow.places.jobs import BackgroundJob
 from rome.agent.iflow.places.output import LiveOutput
-from rome.agent.iflow.places.workspace import CommandOutput
-from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.places.workspace import BackgroundJob, CommandOutput
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 DEFAULT_SECONDS = 120.0
 MAX_SECONDS = 600.0
-MAX_WAIT = 60.0
 _JOB = of("string", "Id of the job.")
 
 
 class ShellTool(Tool):
-    """Runs a command.
-
-    Args:
-      seconds: limit of a command that names none.
-      max_seconds: longest limit that a command may name.
-    """
+    """Runs a command, for `seconds` where the call names no limit."""
 
     name = "shell"
     description = (
@@ -34,7 +26,7 @@ class ShellTool(Tool):
         " no input, and a command that takes long is ended: name a `timeout`, or let it run in the"
         " background."
     )
-    accesses: ClassVar[Access] = "execute"
+    accesses = "execute"
     parameters = takes(
         "command",
         command=of("string", "Text for bash."),
@@ -48,7 +40,6 @@ class ShellTool(Tool):
         self._watching: set[asyncio.Task[None]] = set()
 
     def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
         command = str(arguments.get("command", "")).strip()
         first, _, rest = command.partition("\n")
         return f"$ {first}{' ...' if rest else ''}{' &' if arguments.get('background') else ''}"
@@ -58,7 +49,6 @@ class ShellTool(Tool):
         return ()
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Run the command."""
         command = arguments["command"]
         if not command.strip():
             raise ToolError("the command is empty")
@@ -70,16 +60,14 @@ class ShellTool(Tool):
                 f"timeout must be above 0 and at most {self._max_seconds:g} seconds, not"
                 f" {seconds:g}; run what takes longer with background: true"
             )
-        live = LiveOutput(functools.partial(_tell, context))
+        id = context.call.id
+        live = LiveOutput(lambda text: context.emit(ToolOutput(call_id=id, text=text)))
         try:
             done = await context.workspace.execute(command, timeout=seconds, on_output=live.write)
         finally:
             live.close()
         return ToolResult(
-            describe(done, seconds),
-            exit_code=done.exit_code,
-            file=done.file,
-            denials=done.denials,
+            describe(done, seconds), exit_code=done.exit_code, file=done.file, denials=done.denials
         )
 
     async def _start_job(self, command: str, context: ToolContext) -> ToolResult:
@@ -102,16 +90,13 @@ class ShellOutputTool(Tool):
     parameters = takes(
         "job",
         job=_JOB,
-        wait=of("number", f"Wait up to so many seconds for its end; at most {MAX_WAIT:g}."),
+        wait=of("number", "Wait up to so many seconds for its end.", minimum=0, maximum=60),
     )
     is_parallel = True
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Read the output."""
         job = _job(arguments, context)
         wait = arguments.get("wait", 0.0)
-        if not 0 <= wait <= MAX_WAIT:
-            raise ToolError(f"wait must be between 0 and {MAX_WAIT:g} seconds, not {wait:g}")
         if wait:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(job.wait(), wait)
@@ -128,7 +113,6 @@ class ShellKillTool(Tool):
     parameters = takes("job", job=_JOB)
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """End the job."""
         job = _job(arguments, context)
         if not job.is_running:
             return ToolResult(f"job {job.id} {describe_status(job)} already")
@@ -144,7 +128,6 @@ class ShellListTool(Tool):
     is_parallel = True
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """List them."""
         lines = [
             f"{job.id} ({describe_status(job)}): {job.command.strip().partition(chr(10))[0][:200]}"
             for job in context.workspace.jobs.values()
@@ -177,14 +160,9 @@ def _job(arguments: Mapping[str, Any], context: ToolContext) -> BackgroundJob:
     jobs = context.workspace.jobs
     job = jobs.get(arguments["job"])
     if job is None:
-        raise ToolError(
-            f"there is no job {arguments['job']!r}; there are {', '.join(jobs) or 'none'}"
-        )
+        known = ", ".join(jobs) or "none"
+        raise ToolError(f"there is no job {arguments['job']!r}; there are {known}")
     return job
-
-
-def _tell(context: ToolContext, text: str) -> None:
-    context.emit(ToolOutput(call_id=context.call.id, text=text))
 
 
 async def _watch(job: BackgroundJob, context: ToolContext) -> None:

@@ -17,25 +17,17 @@ MAX_BYTES = 2 << 20  # of a skill's files together
 
 
 class SkillTool(Tool):
-    """Loads a skill.
-
-    Args:
-      skills: by name.
-    """
+    """Loads a skill of those that are given by name."""
 
     name = "skill"
     description = "Load the instructions of a skill before work that it is for."
     parameters = takes("name", name=of("string"))
+    shown = ("name",)
 
     def __init__(self, skills: Mapping[str, Skill]) -> None:
         self._skills = skills
 
-    def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
-        return f"skill {arguments.get('name', '')}"
-
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Load it, and copy its files to where the tools work."""
         name = arguments["name"]
         skill = self._skills.get(name)
         if skill is None:
@@ -54,11 +46,7 @@ class SkillTool(Tool):
 
 
 async def _copy(folder: pathlib.Path, target: str, workspace: Workspace) -> None:
-    """Copy a skill's files; links, which may lead anywhere, are left out.
-
-    Raises:
-      ToolError: there are too many, or they are too long.
-    """
+    """Copy a skill's files; links, which may lead anywhere, are left out."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     size = sum(path.stat().st_size for path in paths)
     if len(paths) > MAX_FILES or size > MAX_BYTES:

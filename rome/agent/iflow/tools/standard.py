@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from rome.agent.iflow.specs.skills import Skill
 from rome.agent.iflow.tools.ask import AskUserTool, ExitPlanModeTool
 from rome.agent.iflow.tools.base import Tool
-from rome.agent.iflow.tools.edit import EditTool, MultiEditTool
-from rome.agent.iflow.tools.files import ListDirectoryTool, ReadFileTool, WriteFileTool
+from rome.agent.iflow.tools.edit import EditTool, MultiEditTool, WriteFileTool
+from rome.agent.iflow.tools.files import ListDirectoryTool, ReadFileTool
 from rome.agent.iflow.tools.memory import SaveMemoryTool
 from rome.agent.iflow.tools.search import GlobTool, SearchTool
 from rome.agent.iflow.tools.shell import (
@@ -33,11 +33,8 @@ def standard_tools(
 ) -> list[Tool]:
     """Return new tools for one agent; a sub-agent gets its own.
 
-    Args:
-      skills: by name; without any there is no tool for them.
-      shell_seconds: limit of a command that names none; 0 for the tool's own.
-      user_memory: file that keeps what is remembered of the user; None for ~/.iflow/IFLOW.md.
-      has_web: whether pages of the web can be fetched, from this machine.
+    `shell_seconds` of 0 leaves the limit of a command to the tool; `user_memory` is the file of
+    facts, ~/.iflow/IFLOW.md where None; `has_web` lets it fetch pages, from this machine.
     """
     tools: list[Tool] = [
         ShellTool(shell_seconds or DEFAULT_SECONDS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import difflib
+import mimetypes
 import os
 import posixpath
 import re
@@ -20,42 +21,22 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_KINDS = (
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF8", "a GIF image"),
-    (b"%PDF", "a PDF document"),
-    (b"PK\x03\x04", "a zip archive"),
-    (b"\x1f\x8b", "gzip data"),
-    (b"\x7fELF", "a program"),
-    (b"SQLite format 3", "an SQLite database"),
-)
 _CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _LOOKED_AT = 8192  # bytes, to tell text from other data
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """The content of a text file.
+    """The content of a text file."""
 
-    Attributes:
-      text: lines end with a new line character, unless the file mixes ends of lines.
-      encoding: of the file: utf-8, utf-16-le, utf-16-be, or latin-1 for what is none of these.
-      bom: the mark that the file begins with; empty for none.
-      newline: the end of a line in the file.
-    """
-
-    text: str
+    text: str  # lines end with a new line character, unless the file mixes ends of lines
+    # Of the file: utf-8, utf-16-le, utf-16-be, or latin-1 for what is none of these
     encoding: str = "utf-8"
-    bom: bytes = b""
-    newline: str = "\n"
+    bom: bytes = b""  # the mark that the file begins with; empty for none
+    newline: str = "\n"  # the end of a line in the file
 
     def encode(self) -> bytes:
-        """Return the bytes of the file.
-
-        Raises:
-          ToolError: the file's encoding has no such character.
-        """
+        """Return the bytes of the file; ToolError where its encoding lacks a character."""
         text = self.text
         if self.newline != "\n":
             text = text.replace("\n", self.newline)
@@ -63,10 +44,8 @@ class Text:
             return self.bom + text.encode(self.encoding)
         except UnicodeEncodeError as error:
             character = error.object[error.start]
-            raise ToolError(
-                f"the file is encoded as {self.encoding}, which has no {character!r}; write that"
-                " character in another way, or convert the file with the shell first"
-            ) from error
+            what = f"the file is encoded as {self.encoding}, which has no {character!r}"
+            raise ToolError(f"{what}; write it in another way, or convert it first") from error
 
     def with_text(self, text: str) -> Text:
         """Return the file with other text, in the same encoding and with the same ends of lines."""
@@ -76,22 +55,23 @@ class Text:
 
 
 def decode_text(data: bytes, path: str) -> Text:
-    """Return the content of a text file.
-
-    Raises:
-      ToolError: it is no text; the message says what it seems to be.
-    """
-    for bom, encoding in _BOMS:
-        if data.startswith(bom):
-            return _split(data[len(bom) :], encoding, bom, path)
+    """Return the content of a text file; ToolError for other data, by what it seems to be."""
+    bom, encoding = next((one for one in _BOMS if data.startswith(one[0])), (b"", "utf-8"))
     start = data[:_LOOKED_AT]
     controls = len(_CONTROL.findall(start))
-    if b"\0" in data or controls > len(start) // 20:
-        raise ToolError(f"{path} is {_kind(data)} of {len(data)} bytes, and no text")
+    if not bom and (b"\0" in data or controls > len(start) // 20):
+        kind = mimetypes.guess_type(path)[0] or "binary data"
+        raise ToolError(f"{path} is {kind} of {len(data)} bytes, and no text")
     try:
-        return _split(data, "utf-8", b"", path)
-    except ToolError:
-        return _split(data, "latin-1", b"", path)
+        text = data[len(bom) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        if bom:
+            raise ToolError(f"{path} is no text in {encoding}: {error.reason}") from error
+        encoding = "latin-1"  # which has a character for every byte
+        text = data.decode(encoding)
+    if "\r\n" in text and text.count("\r\n") == text.count("\n"):
+        return Text(text.replace("\r\n", "\n"), encoding, bom, "\r\n")
+    return Text(text, encoding, bom)
 
 
 def key_of(workspace: Workspace, path: str) -> str:
@@ -101,9 +81,8 @@ def key_of(workspace: Workspace, path: str) -> str:
     return posixpath.normpath(posixpath.join(workspace.root, path))
 
 
-async def note_file(context: ToolContext, path: str) -> None:
-    """Note a file as the agent sees it now."""
-    status = await context.workspace.stat(path)
+def note_file(context: ToolContext, path: str, status: tuple[int, float] | None) -> None:
+    """Note a file as the agent has seen it: its size, and the time of its last change."""
     if status is not None:
         key = key_of(context.workspace, path)
         context.read_files[key] = status
@@ -125,12 +104,6 @@ async def read_text(context: ToolContext, path: str) -> Text | None:
     if known != status:
         raise ToolError(f"{path} has changed since it was read; read it again, then change it")
     return decode_text(await context.workspace.read(path, MAX_FILE_BYTES), path)
-
-
-async def write_text(context: ToolContext, path: str, content: Text) -> None:
-    """Write a file and note it as seen."""
-    await context.workspace.write(path, content.encode())
-    await note_file(context, path)
 
 
 def unified_diff(path: str, before: str, after: str) -> str:
@@ -167,17 +140,3 @@ def _equal(one: list[str], other: list[str]) -> int:
         if left != right:
             return number
     return min(len(one), len(other))
-
-
-def _split(data: bytes, encoding: str, bom: bytes, path: str) -> Text:
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ToolError(f"{path} is no text in {encoding}: {error.reason}") from error
-    if "\r\n" in text and text.count("\r\n") == text.count("\n"):
-        return Text(text.replace("\r\n", "\n"), encoding, bom, "\r\n")
-    return Text(text, encoding, bom)
-
-
-def _kind(data: bytes) -> str:
-    return next((kind for start, kind in _KINDS if data.startswith(start)), "binary data")

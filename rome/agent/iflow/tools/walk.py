@@ -10,12 +10,13 @@ What .gitignore names is passed over, as git does it, so is what .iflowignore at
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
 import stat
 import sys
-from typing import Any, Iterator, NamedTuple, Pattern  # noqa: UP035
+from typing import Any, Iterator, NamedTuple  # noqa: UP035
 
 MAX_SEARCHED = 32 << 20  # bytes of a file
 MAX_LINE = 500  # characters that are printed
@@ -25,64 +26,32 @@ class Rule(NamedTuple):
     """A line of an ignore file: about paths below `folder`; `ignores` is False after a "!"."""
 
     folder: str
-    pattern: Pattern[str]
+    pattern: list[str]
     ignores: bool
     is_for_folders: bool
 
 
-def translate(glob: str) -> str:
-    """Return the regular expression of a pattern of .gitignore, about a relative path."""
-    anchored = "/" in glob
-    glob = glob.lstrip("/")
-    out = "" if anchored else "(?:.*/)?"
-    place = 0
-    while place < len(glob):
-        rest = glob[place:]
-        at_start = place == 0 or glob[place - 1] == "/"
-        bracket = re.match(r"\[[!^]?\]?(?:\[:\w+:\]|\\.|[^\]\\])*\]", rest)
-        if at_start and rest.startswith("**/"):
-            out += "(?:.*/)?"
-            place += 3
-        elif at_start and rest == "**":
-            out += ".*" if place == 0 else ".+"
-            place += 2
-        elif rest.startswith("*"):
-            out += "[^/]*"
-            place += len(rest) - len(rest.lstrip("*"))
-        elif rest.startswith("?"):
-            out += "[^/]"
-            place += 1
-        elif bracket:
-            out += bracket_expression(bracket.group())
-            place += bracket.end()
-        else:
-            if rest.startswith("\\") and len(rest) > 1:
-                place += 1
-            out += re.escape(glob[place])
-            place += 1
-    return out
-
-
-def bracket_expression(text: str) -> str:
-    """Return the regular expression of a set of characters, which never has a slash."""
-    inner = text[1:-1]
-    negated = inner[:1] in ("!", "^")
-    if negated:
-        inner = inner[1:]
-    for name, members in (("digit", "0-9"), ("alpha", "a-zA-Z"), ("alnum", "a-zA-Z0-9")):
-        inner = inner.replace("[:" + name + ":]", members)
-    inner = inner.replace("[", "\\[").replace("]", "\\]").replace("&&", "&\\&")
-    if inner.startswith("^"):
-        inner = "\\" + inner
-    return "(?!/)[" + ("^" if negated else "") + inner + "]"
-
-
-def compile_glob(glob: str) -> Pattern[str] | None:
-    """Return a compiled pattern; None for one that means nothing."""
-    try:
-        return re.compile("(?s:" + translate(glob) + r")\Z")
-    except re.error:
+def split_glob(glob: str) -> list[str] | None:
+    """Return a pattern of .gitignore as one for each part of a path; None for a wrong one."""
+    if (len(glob) - len(glob.rstrip("\\"))) % 2:
         return None
+    glob = re.sub(r"\\([*?[])", r"[\1]", glob).replace("[^", "[!")
+    parts = re.sub(r"\\(.)", r"\1", glob).lstrip("/").split("/")
+    return parts if "/" in glob else ["**", *parts]
+
+
+def fits(path: list[str], glob: list[str]) -> bool:
+    """Return whether the parts of a path fit a pattern; ** stands for any of them."""
+    if not glob:
+        return not path
+    rest = glob[1:]
+    if glob[0] != "**":
+        return bool(path) and fnmatch.fnmatchcase(path[0], glob[0]) and fits(path[1:], rest)
+    if not rest:
+        return bool(path)
+    if "**" not in rest:
+        return len(path) >= len(rest) and fits(path[-len(rest) :], rest)
+    return any(fits(path[place:], rest) for place in range(len(path)))
 
 
 def expand_braces(glob: str) -> list[str]:
@@ -103,17 +72,14 @@ def read_rules(folder: str, relative: str) -> list[Rule]:
     if not relative:
         names = [".git/info/exclude", ".gitignore", ".iflowignore"]
     for name in names:
+        path = os.path.join(folder, name)
         try:
-            with open(
-                os.path.join(folder, name), encoding="utf-8", errors="surrogateescape"
-            ) as file:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 lines = file.read(1 << 20).split("\n")
         except (OSError, ValueError):
             continue
-        for line in lines:
-            rule = parse_rule(line.rstrip("\r"), relative)
-            if rule is not None:
-                rules.append(rule)
+        found = [parse_rule(line.rstrip("\r"), relative) for line in lines]
+        rules += [rule for rule in found if rule is not None]
     return rules
 
 
@@ -128,7 +94,7 @@ def parse_rule(line: str, folder: str) -> Rule | None:
     is_for_folders = line.endswith("/")
     if is_for_folders:
         line = line[:-1]
-    pattern = compile_glob(line) if line else None
+    pattern = split_glob(line) if line else None
     return None if pattern is None else Rule(folder, pattern, ignores, is_for_folders)
 
 
@@ -138,7 +104,7 @@ def is_ignored(rules: list[Rule], relative: str, is_folder: bool) -> bool:
         if rule.is_for_folders and not is_folder:
             continue
         inner = relative[len(rule.folder) + 1 :] if rule.folder else relative
-        if rule.pattern.match(inner):
+        if fits(inner.split("/"), rule.pattern):
             return rule.ignores
     return False
 
@@ -146,21 +112,16 @@ def is_ignored(rules: list[Rule], relative: str, is_folder: bool) -> bool:
 def walk(root: str, start: str) -> Iterator[str]:
     """Yield the files below a folder, relative to it, in order of their paths.
 
-    Args:
-      root: of the project, from which on ignore files count.
-      start: a folder; outside the project its own ignore files count only.
+    Ignore files count from the project's root on; outside of it, from the folder on.
     """
     inside = start == root or start.startswith(root.rstrip("/") + "/")
     base = root if inside else start
+    relative = "" if start == base else os.path.relpath(start, base)
     rules: list[Rule] = []
-    relative = ""
-    if start != base:
-        rules += read_rules(base, "")
-        parts = os.path.relpath(start, base).split("/")
-        for part in parts[:-1]:
-            relative = relative + "/" + part if relative else part
-            rules += read_rules(os.path.join(base, relative), relative)
-        relative = "/".join(parts)
+    above = ""
+    for part in relative.split("/") if relative else ():
+        rules += read_rules(os.path.join(base, above), above)
+        above = above + "/" + part if above else part
     yield from walk_below(base, relative, rules, len(relative) + 1 if relative else 0)
 
 
@@ -169,26 +130,19 @@ def walk_below(base: str, relative: str, rules: list[Rule], cut: int) -> Iterato
     rules = rules + read_rules(folder, relative)
     try:
         with os.scandir(folder) as found:
-            # As paths sort, a folder comes where its name with a slash does.
-            entries = sorted((e.name + "/" * is_folder(e), e) for e in found)
+            # As paths sort, a folder comes where its name with a slash does; a link is no folder.
+            names = sorted(e.name + "/" * e.is_dir(follow_symlinks=False) for e in found)
     except OSError:
         return
-    for name, entry in entries:
-        path = relative + "/" + entry.name if relative else entry.name
-        if entry.name == ".git" or is_ignored(rules, path, name.endswith("/")):
+    for name in names:
+        is_folder = name.endswith("/")
+        path = os.path.join(relative, name.rstrip("/"))
+        if name in (".git", ".git/") or is_ignored(rules, path, is_folder):
             continue
-        if name.endswith("/"):
+        if is_folder:
             yield from walk_below(base, path, rules, cut)
         else:
             yield path[cut:]
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder itself; a link to one is none."""
-    try:
-        return entry.is_dir(follow_symlinks=False)
-    except OSError:
-        return False
 
 
 def list_folder(path: str) -> None:
@@ -259,14 +213,16 @@ def main(text: str) -> None:
     if request["op"] == "list":
         list_folder(path)
         return
-    globs = [compile_glob(one) for one in expand_braces(request.get("glob") or "**")]
+    globs = [split_glob(one) for one in expand_braces(request.get("glob") or "**")]
     if not os.path.isdir(path):
         os.stat(path)
         found = [(path, os.path.basename(path))]
     else:
         names = walk(request["root"], path)
         found = ((os.path.join(path, name), name) for name in names)  # type: ignore[assignment]
-    fitting = ((place, name) for place, name in found if any(g and g.match(name) for g in globs))
+    fitting = (
+        (place, name) for place, name in found if any(g and fits(name.split("/"), g) for g in globs)
+    )
     if request["op"] == "search":
         search(request, (place for place, _ in fitting))
         return

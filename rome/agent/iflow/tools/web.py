@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from rome.agent.iflow.places.output import is_long, join
-from rome.agent.iflow.tools.base import Access, Tool, ToolContext, ToolError, ToolResult, of, takes
+from rome.agent.iflow.tools.base import Tool, ToolContext, ToolError, ToolResult, of, takes
 
 SECONDS = 30.0
 MAX_BYTES = 2 << 20
@@ -31,27 +31,19 @@ _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 
 
 class WebFetchTool(Tool):
-    """Fetches a page.
-
-    Args:
-      allows_private: whether addresses inside a network may be reached.
-    """
+    """Fetches a page; `allows_private` lets it reach addresses inside a network."""
 
     name = "web_fetch"
     description = "Fetch a page of the web by its address, and read it as text."
     parameters = takes("url", url=of("string", "http:// or https://"))
     is_parallel = True
-    accesses: ClassVar[Access] = "network"
+    accesses = "network"
+    shown = ("url",)
 
     def __init__(self, *, allows_private: bool = False) -> None:
         self._allows_private = allows_private
 
-    def summary(self, arguments: Mapping[str, Any]) -> str:
-        """Return one line for people."""
-        return f"fetch {arguments.get('url', '')}"
-
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        """Fetch the page."""
         resolver: AbstractResolver = ThreadedResolver()
         if not self._allows_private:
             resolver = _PublicResolver(resolver)
@@ -80,11 +72,7 @@ class WebFetchTool(Tool):
         return ToolResult(text, "ok" if status < 400 else "error", file=file)
 
     async def _follow(self, session: aiohttp.ClientSession, url: str) -> tuple[int, str, bytes]:
-        """Return status, type and content of a page, redirects followed.
-
-        Raises:
-          ToolError: an address may not be reached, or there are too many redirects.
-        """
+        """Return status, type and content of a page, redirects followed."""
         for _ in range(MAX_REDIRECTS + 1):
             self._check(url)
             async with session.get(url, allow_redirects=False) as response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import pathlib
 import sys
@@ -20,7 +21,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.patch_stdout import patch_stdout
 
 MAX_LISTED = 40  # files that a completion offers
-KEPT_SECONDS = 5.0  # for which the list holds
+KEPT_SECONDS = 5.0  # for which the list of files holds
 MAX_FILES = 5_000
 NOT_LISTED = ("node_modules", "__pycache__", "venv")
 
@@ -43,8 +44,8 @@ class Controls(Protocol):
     def command_names(self) -> Iterable[tuple[str, str]]:
         """Yield each slash command and what it does."""
 
-    def files(self, prefix: str) -> Iterable[str]:
-        """Yield paths and resources that begin so."""
+    def files(self, letters: str) -> Iterable[str]:
+        """Yield the project's files that hold these letters, the best first."""
 
 
 class Keyboard(Protocol):
@@ -69,13 +70,8 @@ class Keyboard(Protocol):
         """Let `read` return ""."""
 
 
-class RichKeyboard:
-    """A line with history, completion and a status below it.
-
-    Args:
-      controls: of the terminal.
-      history: file of earlier lines; None keeps them in memory only.
-    """
+class RichKeyboard(Keyboard):
+    """A line with history (in a file, where one is given), completion and a status below it."""
 
     is_interactive = True
 
@@ -98,7 +94,6 @@ class RichKeyboard:
         self._draft = ""
 
     async def read(self, *, is_answer: bool) -> str | None:
-        """Return the next line, which may hold line breaks; None at the end."""
         draft = ""
         if not is_answer:
             draft, self._draft = self._draft, ""
@@ -107,20 +102,14 @@ class RichKeyboard:
         except (EOFError, KeyboardInterrupt):
             return None
 
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Print above the line."""
-        with patch_stdout(raw=True):
-            yield
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        return patch_stdout(raw=True)
 
     def refresh(self) -> None:
-        """Show prompt and status anew."""
-        app = self._session.app
-        if app.is_running:
-            app.invalidate()
+        if self._session.app.is_running:
+            self._session.app.invalidate()
 
     def wake(self) -> None:
-        """End the reading; what is typed so far comes back with the next one."""
         app = self._session.app
         if app.is_running and not app.is_done:
             self._draft = self._session.default_buffer.text or self._draft
@@ -157,12 +146,8 @@ class RichKeyboard:
         return bindings
 
 
-class PlainKeyboard:
-    """Lines of standard input, for pipes and for terminals that can do nothing else.
-
-    Args:
-      controls: of the terminal.
-    """
+class PlainKeyboard(Keyboard):
+    """Lines of standard input, for pipes and for terminals that can do nothing else."""
 
     def __init__(self, controls: Controls) -> None:
         self._controls = controls
@@ -173,7 +158,6 @@ class PlainKeyboard:
         self.is_interactive = sys.stdin.isatty()
 
     async def read(self, *, is_answer: bool) -> str | None:
-        """Return the next line; None at the end of the input."""
         if not self._is_open:
             self._open()
         self.refresh()
@@ -181,77 +165,36 @@ class PlainKeyboard:
         self._shown_prompt = ""
         return line
 
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Print as it comes."""
-        yield
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def refresh(self) -> None:
-        """Print the prompt where it is another one."""
         prompt = self._controls.prompt().split("\n")[-1]
         if self.is_interactive and prompt != self._shown_prompt:
             self._shown_prompt = prompt
             print(prompt, end="", flush=True)
 
     def wake(self) -> None:
-        """Let `read` return ""."""
         self._lines.put_nowait("")
 
     def _open(self) -> None:
         self._is_open = True
-        loop = asyncio.get_running_loop()
         try:
-            loop.add_reader(sys.stdin.fileno(), self._take)
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._take)
         except PermissionError:  # a regular file, which epoll does not watch: it is there whole
-            for line in sys.stdin.read().splitlines():
+            for line in (*sys.stdin.read().splitlines(), None):
                 self._lines.put_nowait(line)
-            self._lines.put_nowait(None)
 
     def _take(self) -> None:
         data = os.read(sys.stdin.fileno(), 1 << 16)
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if not data and self._rest:
+            lines.append(self._rest)
         for line in lines:
             self._lines.put_nowait(line.decode(errors="replace").rstrip("\r"))
         if not data:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-            if self._rest:
-                self._lines.put_nowait(self._rest.decode(errors="replace"))
             self._lines.put_nowait(None)
-
-
-class ProjectFiles:
-    """Lists files, and keeps the list for a moment.
-
-    Args:
-      directory: of the project.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._paths: list[str] = []
-        self._listed_at = -KEPT_SECONDS
-
-    def fitting(self, letters: str) -> list[str]:
-        """Return the paths that hold some letters; first those that begin with them."""
-        if time.monotonic() > self._listed_at + KEPT_SECONDS:
-            self._paths = self._list()
-            self._listed_at = time.monotonic()
-        found = [path for path in self._paths if letters in path]
-        return sorted(found, key=lambda path: not path.startswith(letters))
-
-    def _list(self) -> list[str]:
-        """Return the project's files; hidden folders and those of programs are left out."""
-        found: list[str] = []
-        for folder, folders, names in os.walk(self._directory):
-            folders[:] = sorted(
-                name for name in folders if name[0] != "." and name not in NOT_LISTED
-            )
-            below = os.path.relpath(folder, self._directory)
-            for name in sorted(names):
-                found.append(name if below == "." else f"{below}/{name}")
-            if len(found) > MAX_FILES:
-                break
-        return found[:MAX_FILES]
 
 
 class _Completer(Completer):
@@ -261,7 +204,6 @@ class _Completer(Completer):
         self._controls = controls
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-        """Yield what fits before the cursor."""
         before = document.text_before_cursor
         if before.startswith("/") and " " not in before:
             for name, what in self._controls.command_names():
@@ -270,10 +212,27 @@ class _Completer(Completer):
             return
         word = before.split()[-1] if before and not before[-1].isspace() else ""
         if word.startswith("@"):
-            for number, path in enumerate(self._controls.files(word[1:])):
-                if number == MAX_LISTED:
-                    return
+            for path in list(self._controls.files(word[1:]))[:MAX_LISTED]:
                 yield Completion(f"@{path}", -len(word))
+
+
+def files_with(letters: str, directory: str) -> list[str]:
+    """Return the files below a directory that hold some letters; first those that begin so."""
+    known = _files_below(directory, int(time.monotonic() / KEPT_SECONDS))
+    found = [path for path in known if letters in path]
+    return sorted(found, key=lambda path: not path.startswith(letters))
+
+
+@functools.lru_cache(maxsize=1)
+def _files_below(directory: str, moment: int) -> list[str]:
+    """Return the files at a moment; hidden folders and those of programs are left out."""
+    found: list[str] = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in NOT_LISTED)
+        found += [os.path.relpath(os.path.join(folder, name), directory) for name in sorted(names)]
+        if len(found) > MAX_FILES:
+            break
+    return found[:MAX_FILES]
 
 
 def is_rich_terminal() -> bool:

@@ -19,36 +19,27 @@ OUTPUT_LINES = 6  # that are shown of a call's output
 USER_LINES = 12  # of a message of the user
 HEAD_LINES = 2  # of these, from its beginning
 DIFF_LINES = 60
+# Of a todo list, in a terminal that has such signs and in one that has not.
 MARKS = {"pending": "☐", "in_progress": "▶", "done": "☑"}
 PLAIN_MARKS = {"pending": "[ ]", "in_progress": "[>]", "done": "[x]"}
 STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
 
 
 # Kind of event -> how it is shown on one line.
-LINES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "retried": (
-        "yellow",
-        lambda it: f"the model did not answer ({it.reason}); again in {it.wait:.0f} s",
-    ),
-    "mode_changed": ("dim", lambda it: f"mode: {it.mode}"),
-    "model_changed": ("dim", lambda it: f"model: {it.model}"),
-    "compaction_started": (
-        "dim",
-        lambda it: f"the context of {it.tokens} tokens is being summarised",
-    ),
-    "subagent_started": (
-        "dim",
-        lambda it: f"sub-agent {it.agent} {it.id}: {_one_line(it.prompt)}",
-    ),
-    "subagent_finished": ("dim", lambda it: f"sub-agent {it.id}: {it.outcome}"),
-    "job_started": ("dim", lambda it: f"job {it.job}: {it.command}"),
-    "job_finished": ("dim", lambda it: f"job {it.job} ended with status {it.exit_code}"),
-    "skill_loaded": ("dim", lambda it: f"skill {it.name}"),
-    "supervisor_judged": ("yellow", lambda it: f"supervisor: {it.verdict}: {it.reason}"),
-    "feedback_given": ("dim", lambda it: f"feedback: {it.verdict}"),
+LINES: Mapping[str, Callable[[Any], str]] = {
+    "retried": lambda it: f"the model did not answer ({it.reason}); again in {it.wait:.0f} s",
+    "mode_changed": lambda it: f"mode: {it.mode}",
+    "model_changed": lambda it: f"model: {it.model}",
+    "compaction_started": lambda it: f"the context of {it.tokens} tokens is being summarised",
+    "subagent_started": lambda it: f"sub-agent {it.agent} {it.id}: {_one_line(it.prompt)}",
+    "subagent_finished": lambda it: f"sub-agent {it.id}: {it.outcome}",
+    "job_started": lambda it: f"job {it.job}: {it.command}",
+    "job_finished": lambda it: f"job {it.job} ended with status {it.exit_code}",
+    "skill_loaded": lambda it: f"skill {it.name}",
+    "supervisor_judged": lambda it: f"supervisor: {it.verdict}: {it.reason}",
+    "feedback_given": lambda it: f"feedback: {it.verdict}",
 }
-
-
+YELLOW = ("retried", "supervisor_judged")
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 
 
@@ -65,14 +56,10 @@ class _LeftMarkdown(Markdown):
 
 
 class MarkdownBlocks:
-    """Cuts a text that comes in pieces into blocks, at blank lines outside of fenced code.
-
-    Attributes:
-      rest: the block that is not whole yet.
-    """
+    """Cuts a text that comes in pieces into blocks, at blank lines outside of fenced code."""
 
     def __init__(self) -> None:
-        self.rest = ""
+        self.rest = ""  # the block that is not whole yet
 
     def feed(self, text: str) -> list[str]:
         """Take a piece; return the blocks that are whole with it."""
@@ -107,21 +94,13 @@ class Screen:
 
     What a model, a tool or a file wrote is shown without control characters: it can neither move
     the cursor nor change the title of the window.
-
-    Args:
-      console: to print on.
-
-    Attributes:
-      is_plain: whether only plain text is printed.
-      tail: the end of an answer whose block is not whole yet; an interface may show it live.
-      doing: what runs now, on one line; "" for nothing.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.is_plain = not console.is_terminal or console.is_dumb_terminal
-        self.tail = ""
-        self.doing = ""
+        self.tail = ""  # of an answer whose block is not whole yet; an interface may show it live
+        self.doing = ""  # what runs now, on one line
         self._blocks = MarkdownBlocks()
         self._is_streamed = False
         self._summaries: dict[str, str] = {}  # of the calls that run
@@ -135,8 +114,7 @@ class Screen:
         if show is not None:
             show(event)
         elif event.kind in LINES:
-            style, line = LINES[event.kind]
-            self.say(line(event), style)
+            self.say(LINES[event.kind](event), "yellow" if event.kind in YELLOW else "dim")
 
     def say(self, text: str, style: str = "dim") -> None:
         """Print one line of the program's own."""
@@ -200,7 +178,8 @@ class Screen:
         self._summaries[event.call.id] = summary
         self._has_todo = False
         self.doing = _one_line(summary)
-        self.console.print(Text(f"{self._mark('●', '*')} {_one_line(summary)}", style="bold"))
+        mark = "*" if self.is_plain else "●"
+        self.console.print(Text(f"{mark} {_one_line(summary)}", style="bold"))
 
     def _on_tool_output(self, event: events.ToolOutput) -> None:
         """Note the newest line of a call that runs; the whole is shown at its end."""
@@ -231,9 +210,7 @@ class Screen:
 
     def _on_approval_requested(self, event: events.ApprovalRequested) -> None:
         summary = event.summary or f"{event.call.name} {event.call.arguments}"
-        self.console.print(
-            Text(f"{self._mark('?', '?')} {printable(summary)}", style="bold yellow")
-        )
+        self.console.print(Text(f"? {printable(summary)}", style="bold yellow"))
         if event.diff:
             self._shown_diffs.add(event.call.id)
             self.print_diff(event.diff)
@@ -277,9 +254,6 @@ class Screen:
     def _on_rewound(self, event: events.Rewound) -> None:
         parts = [name for name in ("conversation", "files") if getattr(event, name)]
         self.say(f"went back: {' and '.join(parts)}")
-
-    def _mark(self, rich: str, plain: str) -> str:
-        return plain if self.is_plain else rich
 
 
 def _one_line(text: str) -> str:

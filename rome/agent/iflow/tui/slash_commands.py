@@ -30,9 +30,7 @@ def action(name: str, help: str) -> Callable[[Any], Any]:
 
 @action("help", "shows this")
 async def _help(terminal: Terminal, words: str) -> None:
-    rows = [(f"/{name}", one.help) for name, one in ACTIONS.items()]
-    own = [name for name, _ in terminal.command_names() if name not in ACTIONS]
-    rows += [(f"/{name}", what) for name, what in terminal.command_names() if name in own]
+    rows = [(f"/{name}", what) for name, what in terminal.command_names()]
     rows += [
         ("!command", "runs a command in the agent's workspace"),
         ("@path, @server:uri", "brings in a file, or a resource of an MCP server"),
@@ -81,10 +79,7 @@ async def _compact(terminal: Terminal, words: str) -> None:
 async def _rewind(terminal: Terminal, words: str) -> None:
     requests = terminal.session.agent.conversation.requests
     if not words:
-        rows = [
-            (str(number), request.text.strip().partition("\n")[0])
-            for number, request in enumerate(requests, 1)
-        ]
+        rows = [(str(number), one.text.strip()) for number, one in enumerate(requests, 1)]
         _print_rows(terminal, rows or [("", "nothing was said yet")])
         return
     number, _, what = words.partition(" ")
@@ -93,10 +88,8 @@ async def _rewind(terminal: Terminal, words: str) -> None:
         raise ActionError(f"no message {number!r}; /rewind lists {len(requests)}")
     if what not in ("conversation", "files", "both"):
         raise ActionError(f"rewind conversation, files or both, not {what!r}")
-    to = requests[int(number) - 1].number
-    is_both = what == "both"
     await terminal.session.agent.rewind(
-        to, conversation=is_both or what == "conversation", files=is_both or what == "files"
+        requests[int(number) - 1].number, conversation=what != "files", files=what != "conversation"
     )
 
 
@@ -175,20 +168,24 @@ async def _mcp(terminal: Terminal, words: str) -> None:
         tools.update({tool.name: tool for tool in servers.tools})
     rows = []
     for server in servers.servers.values():
-        withheld = sum(tool.is_withheld for tool in server.tools.values())
         said = f"{server.state}, {len(server.tools)} tools, {server.resources} resources"
         said += f", {len(server.prompts)} prompts"
-        said += f", {withheld} withheld until you agree to their change" if withheld else ""
+        if withheld := sum(tool.is_withheld for tool in server.tools.values()):
+            said += f", {withheld} withheld until you agree to their change"
         rows.append((server.name, f"{said} {server.reason}"))
     _print_rows(terminal, rows)
 
 
 @action("memory", "shows what the agent is told at the beginning; words after it are remembered")
 async def _memory(terminal: Terminal, words: str) -> None:
-    if words:
-        await _say(terminal, f"Remember this with save_memory, and do nothing else: {words}")
+    if not words:
+        terminal.screen.console.print(Text(printable(terminal.session.agent.conversation.system)))
         return
-    terminal.screen.console.print(Text(printable(terminal.session.agent.conversation.system)))
+    text = f"Remember this with save_memory, and do nothing else: {words}"
+    if terminal.is_working:
+        terminal.session.agent.steer(text)
+    else:
+        terminal.start(terminal.play(text))
 
 
 @action("cost", "shows tokens, price and context")
@@ -223,13 +220,6 @@ async def _feedback(terminal: Terminal, words: str) -> None:
 @action("quit", "ends the program; the session can be resumed")
 async def _quit(terminal: Terminal, words: str) -> None:
     terminal.quit()
-
-
-async def _say(terminal: Terminal, text: str) -> None:
-    if terminal.is_working:
-        terminal.session.agent.steer(text)
-    else:
-        terminal.start(terminal.play(text))
 
 
 def _print_rows(terminal: Terminal, rows: list[tuple[str, str]]) -> None:

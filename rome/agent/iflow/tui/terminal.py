@@ -9,7 +9,7 @@ import pathlib
 import signal
 import textwrap
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -21,13 +21,7 @@ from rome.agent.iflow.loop import AgentError
 from rome.agent.iflow.opening import SessionOpener
 from rome.agent.iflow.places.workspace import WorkspaceError
 from rome.agent.iflow.protocols.mcp_tools import printable
-from rome.agent.iflow.tui.keyboard import (
-    Keyboard,
-    PlainKeyboard,
-    ProjectFiles,
-    RichKeyboard,
-    is_rich_terminal,
-)
+from rome.agent.iflow.tui import keyboard
 from rome.agent.iflow.tui.screen import Screen
 from rome.agent.iflow.user_input import expand
 
@@ -37,6 +31,7 @@ SHELL_SECONDS = 600.0  # for a command of the user
 REPLAYED = 6  # answers that are shown of a session that goes on
 TICK_SECONDS = 0.25
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+BUSY = "the agent is working; cancel its turn (Ctrl-C) first"
 HINT = "y yes, n no (n WORDS tells the agent why), s stop"
 
 
@@ -67,15 +62,6 @@ class Terminal:
       directory: of the project.
       actions: the slash commands, by name.
       history: file of earlier lines; None for none.
-      console: to print on; None makes one for standard output.
-
-    Attributes:
-      opener: as given.
-      session: that is open now.
-      directory: as given.
-      actions: as given.
-      screen: shows events.
-      queue: messages for the time after this turn.
     """
 
     def __init__(
@@ -86,56 +72,57 @@ class Terminal:
         actions: Mapping[str, Action],
         *,
         history: pathlib.Path | None = None,
-        console: Console | None = None,
     ) -> None:
         self.opener = opener
         self.session = session
         self.directory = directory
         self.actions = actions
-        is_rich = is_rich_terminal()
-        self.screen = Screen(console or Console(highlight=False, force_terminal=is_rich or None))
-        self.queue: collections.deque[str] = collections.deque()
+        is_rich = keyboard.is_rich_terminal()
+        self.screen = Screen(Console(highlight=False, force_terminal=is_rich or None))
+        self.queue: collections.deque[str] = collections.deque()  # for the time after this turn
         self._pending: dict[str, Request] = {}
         self._work: asyncio.Task[None] | None = None
         self._began = 0.0
         self._interrupted = -QUIT_SECONDS
         self._is_done = False
-        self._files = ProjectFiles(directory)
-        self.keyboard: Keyboard = RichKeyboard(self, history) if is_rich else PlainKeyboard(self)
+        self.keyboard: keyboard.Keyboard = keyboard.PlainKeyboard(self)
+        if is_rich:
+            self.keyboard = keyboard.RichKeyboard(self, history)
         self._stop_listening = session.agent.log.listen(self._take_event)
 
     async def run(self, first: str = "") -> int:
-        """Talk with the user until the end; return the exit status.
-
-        Args:
-          first: what the user says first; "" for nothing.
-        """
+        """Talk with the user, who may say something first, and return the exit status."""
         agent = self.session.agent
         agent.desk.is_attended = self.keyboard.is_interactive
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._on_signal)
         with self.keyboard.shown():
             self._welcome()
-            if first:
-                await self._take_line(first)
-            while not self._is_done:
-                if not self.keyboard.is_interactive and self._work is not None:
-                    await asyncio.wait([self._work])
-                line = await self.keyboard.read(is_answer=bool(self._pending))
-                if line is None:
-                    break
-                await self._take_line(line)
-            await self.close_session()
+            try:
+                await self._talk(first)
+            finally:
+                await self.close_session()
         return 0
+
+    async def _talk(self, line: str | None) -> None:
+        """Take one line after the other, until the user ends it; the first may be ""."""
+        if line:
+            await self._take_line(line)
+        while not self._is_done:
+            if not self.keyboard.is_interactive and self._work is not None:
+                await asyncio.wait([self._work])
+            line = await self.keyboard.read(is_answer=bool(self._pending))
+            if line is None:
+                break
+            await self._take_line(line)
 
     async def open(self, **choice: Any) -> None:
         """Go over to another session: a new one, or `resume` with its id.
 
         Raises:
-          ActionError: the agent works.
-          ValueError: there is no such session.
+          ValueError: there is no such session, or the agent works.
         """
         if self.is_working:
-            raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
+            raise ActionError(BUSY)
         if choice.get("resume") == self.session.agent.session:
             raise ActionError("this is that session")
         session = await self.opener.open(self.directory, **choice)
@@ -190,19 +177,15 @@ class Terminal:
             self.start(self.play(text))
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something while the user may go on typing.
-
-        Raises:
-          ActionError: something is being done already.
-        """
+        """Do something while the user may go on typing; ActionError where something is done."""
         if self._work is not None:
             work.close()
-            raise ActionError("the agent is working; cancel its turn (Ctrl-C) first")
+            raise ActionError(BUSY)
         self._began = time.monotonic()
         self._work = asyncio.ensure_future(self._do(work))
 
     async def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something, then what waits for its end."""
+        """Do something, then the next message that waits for its end."""
         ticking = asyncio.ensure_future(self._tick())
         try:
             await work
@@ -228,7 +211,7 @@ class Terminal:
         """Play a turn, and turns for what the agent should know by then."""
         agent = self.session.agent
         finished = await agent.run(await expand(text, self.session))
-        while finished.outcome == "finished" and agent.has_unread:
+        while finished.outcome == "finished" and agent.inbox:
             finished = await agent.run("")
         await self.session.keep()
 
@@ -253,11 +236,8 @@ class Terminal:
         if isinstance(request, events.QuestionAsked):
             if not text:
                 return
-            place = int(text) - 1 if text.isdecimal() else -1
-            is_choice = 0 <= place < len(request.choices)
-            agent.desk.respond(
-                request.request, answer=request.choices[place] if is_choice else text
-            )
+            choices = {str(number): one for number, one in enumerate(request.choices, 1)}
+            agent.desk.respond(request.request, answer=choices.get(text, text))
             return
         word, _, note = text.partition(" ")
         word = word.lower()
@@ -293,17 +273,13 @@ class Terminal:
             if isinstance(event, events.ApprovalRequested) and self.keyboard.is_interactive:
                 self.screen.say(self._hint(event), "yellow")
             self.keyboard.wake()
-            self._ring()
+            if not self.screen.is_plain:  # a user who looks elsewhere hears of it
+                self.screen.console.bell()
         elif isinstance(event, events.ApprovalAnswered | events.QuestionAnswered):
             was_shown = self._pending.pop(event.request, None) is not None
             if was_shown and not self._pending:
                 self.keyboard.wake()
         self.keyboard.refresh()
-
-    def _ring(self) -> None:
-        """Let the terminal tell a user who looks elsewhere."""
-        if not self.screen.is_plain:
-            self.screen.console.bell()
 
     # -- controls, for the keyboard
 
@@ -319,25 +295,23 @@ class Terminal:
             seconds = time.monotonic() - self._began
             mark = SPINNER[int(seconds * 8) % len(SPINNER)]
             doing = self.screen.doing or "working"
-            lines.append(self._cut(f"{mark} {seconds:.0f} s, Ctrl-C cancels: {doing}"))
+            line = f"{mark} {seconds:.0f} s, Ctrl-C cancels: {doing}"
+            is_long = len(line) > self._width
+            lines.append(f"{line[: self._width - 1]}…" if is_long else line)
         lines.append("> ")
         return "\n".join(lines)
 
     def _tail(self) -> list[str]:
         """Return the end of the answer that is being written, in lines that fit into the window."""
         end = printable(self.screen.tail).rstrip("\n")[-TAIL_LINES * 400 :]
-        lines = [
-            part for line in end.split("\n") for part in textwrap.wrap(line, self._width) or [""]
-        ]
-        return lines[-TAIL_LINES:] if end else []
+        lines: list[str] = []
+        for line in end.splitlines():
+            lines += textwrap.wrap(line, self._width) or [""]
+        return lines[-TAIL_LINES:]
 
     @property
     def _width(self) -> int:
         return max(20, self.screen.console.width) - 1
-
-    def _cut(self, line: str) -> str:
-        """Return the beginning of a line that fits into the window."""
-        return line if len(line) <= self._width else f"{line[: self._width - 1]}…"
 
     def status(self) -> str:
         """Return mode, model, context and price on one line; the most needed first."""
@@ -347,14 +321,13 @@ class Terminal:
         parts = [conversation.mode, f"context {share:.0%}"]
         if conversation.usage.price:
             parts.append(f"cost {conversation.usage.price:.4g}")
-        if self.queue:
-            parts.append(f"{len(self.queue)} later")
-        if conversation.jobs:
-            parts.append(f"{len(conversation.jobs)} jobs")
-        if conversation.subagents:
-            parts.append(f"{len(conversation.subagents)} sub-agents")
-        parts.append(agent.model.name)
-        return " · ".join(parts)[: max(20, self.screen.console.width)]
+        waiting = {
+            "later": self.queue,
+            "jobs": conversation.jobs,
+            "sub-agents": conversation.subagents,
+        }
+        parts += [f"{len(some)} {what}" for what, some in waiting.items() if some]
+        return " · ".join([*parts, agent.model.name])[: max(20, self.screen.console.width)]
 
     def interrupt(self) -> bool:
         """Take a Ctrl-C: it cancels what is being done; two without an effect end the program."""
@@ -391,30 +364,22 @@ class Terminal:
         for prompt in self.session.servers.prompts if self.session.servers is not None else ():
             yield prompt.command, prompt.description
 
-    def files(self, prefix: str) -> Iterable[str]:
+    def files(self, letters: str) -> Iterable[str]:
         """Return what a mention may mean: the project's files that hold these letters."""
-        return self._files.fitting(prefix)
+        return keyboard.files_with(letters, self.directory)
 
     def _welcome(self) -> None:
         agent = self.session.agent
         self.screen.say(f"iFlow in {self.session.workspace.root}, model {agent.model.name}", "bold")
         self.screen.say("/help shows the commands; Ctrl-C cancels, twice it ends")
-        said = [event for event in agent.log.events if isinstance(event, _SAID)]
-        for one in said[-REPLAYED:]:
-            self.screen.take(one)
-        for event in _since_last_turn(agent.log.events):
-            if isinstance(event, events.Notice):
-                self.screen.take(event)
-
-
-_SAID = events.AssistantMessage | events.UserMessage
-
-
-def _since_last_turn(stored: Sequence[Event]) -> list[Event]:
-    """Return the events that came while the session was opened."""
-    ends = [
-        place
-        for place, event in enumerate(stored)
-        if isinstance(event, events.TurnFinished | events.SessionEnded)
-    ]
-    return list(stored[ends[-1] + 1 :] if ends else stored)
+        said: list[Event] = []
+        notices: list[Event] = []  # since the session was opened
+        for event in agent.log.events:
+            if isinstance(event, events.AssistantMessage | events.UserMessage):
+                said.append(event)
+            elif isinstance(event, events.Notice):
+                notices.append(event)
+            elif isinstance(event, events.TurnFinished | events.SessionEnded):
+                notices.clear()
+        for event in said[-REPLAYED:] + notices:
+            self.screen.take(event)

@@ -30,6 +30,12 @@ def calls(
     )
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait until a condition holds that other tasks bring about; the caller bounds the wait."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
 class ScriptedModel:
     """Says what its script says, one step an answer; the last step goes on for ever."""
 
@@ -132,8 +138,10 @@ class Stubborn(Tool):
     """A tool that ignores that it is cancelled."""
 
     name: ClassVar[str] = "stubborn"
+    running = False
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        self.running = True
         for _ in range(12):
             try:
                 await asyncio.sleep(0.1)
@@ -209,13 +217,14 @@ class Shortener:
     def __init__(self) -> None:
         self.triggers: list[str] = []
 
-    async def prepare(self, conversation, model, schemas, log) -> list[Message]:
-        return conversation.messages
+    async def prepare(self, agent) -> list[Message]:
+        return agent.conversation.messages
 
-    async def compact(self, conversation, model, schemas, log, *, trigger="user", focus="") -> None:
+    async def compact(self, agent, trigger="user", *, focus="") -> None:
         from rome.agent.iflow.events import ContextCompacted
 
         self.triggers.append(trigger)
+        log = agent.log
         log.append(
             ContextCompacted(
                 summary="all of it", kept_from=len(log.events), tokens_before=9, tokens_after=1

@@ -257,7 +257,7 @@ class FolderOpener:
         self.folder = pathlib.Path(folder)
         self.more = more
 
-    async def open(self, directory, *, resume="", is_fork=False, servers=(), wrap=None):
+    async def open(self, directory, *, resume="", is_fork=False, servers=()):
         if not os.path.isdir(directory):
             raise ValueError(f"no directory {directory}")
         session = resume or secrets.token_hex(4)
@@ -270,8 +270,6 @@ class FolderOpener:
             path = self.folder / session / "events.jsonl"
         log = EventLog(path)
         workspace = Directory(directory)
-        if wrap is not None:
-            workspace = wrap(workspace)
         connected = MCPServers(servers, log.append, path.parent)
         await connected.start()
         tools = [Write(), Shell(), Todo(), Ask(), *connected.tools]

@@ -26,9 +26,6 @@ class Editor:
         self.updates = []
         self.permissions = []
         self.choice = "allow"
-        self.buffers = {}  # path -> text that is not saved
-        self.written = {}
-        self.answer = "blue"
         self.seen = asyncio.Event()
 
     def on_connect(self, conn):
@@ -46,18 +43,6 @@ class Editor:
             outcome = schema.AllowedOutcome(outcome="selected", option_id=self.choice)
         return schema.RequestPermissionResponse(outcome=outcome)
 
-    async def create_elicitation(self, message, mode, **kwargs):
-        return schema.AcceptElicitationResponse(action="accept", content={"answer": self.answer})
-
-    async def read_text_file(self, session_id, path, **kwargs):
-        if path not in self.buffers:
-            raise acp.RequestError.resource_not_found(path)
-        return schema.ReadTextFileResponse(content=self.buffers[path])
-
-    async def write_text_file(self, session_id, path, content, **kwargs):
-        self.written[path] = content
-        return schema.WriteTextFileResponse()
-
     def of(self, kind):
         """Return the updates of a kind."""
         return [one for _, one in self.updates if one.session_update == kind]
@@ -68,7 +53,7 @@ class Editor:
 
 
 @contextlib.asynccontextmanager
-async def connected(folder, **can):
+async def connected(folder):
     editor = Editor()
     arguments = ("-m", "tests.rome.agent.iflow.opened", "acp", str(folder / "sessions"))
     async with acp.spawn_agent_process(
@@ -79,17 +64,14 @@ async def connected(folder, **can):
         env=dict(os.environ),
         use_unstable_protocol=True,
     ) as (agent, _):
-        capabilities = schema.ClientCapabilities(**can)
-        answer = await agent.initialize(
-            protocol_version=acp.PROTOCOL_VERSION, client_capabilities=capabilities
-        )
+        answer = await agent.initialize(protocol_version=acp.PROTOCOL_VERSION)
         assert answer.agent_capabilities.load_session
         yield editor, agent
 
 
-def play(body, folder, **can):
+def play(body, folder):
     async def run():
-        async with asyncio.timeout(60), connected(folder, **can) as (editor, agent):
+        async with asyncio.timeout(60), connected(folder) as (editor, agent):
             await body(editor, agent)
 
     asyncio.run(run())
@@ -250,8 +232,8 @@ def test_sessions_are_listed_loaded_resumed_and_forked(tmp_path):
 
 
 @pytest.mark.slow
-def test_questions_files_of_the_editor_and_servers_of_the_client(tmp_path):
-    (tmp_path / "a.txt").write_text("saved")
+def test_servers_of_the_client_and_files_that_are_mentioned(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
     manners = tmp_path / "manners.json"
     manners.write_text('{"tools": [{"name": "echo", "inputSchema": {"type": "object"}}]}')
     server = schema.McpServerStdio(
@@ -259,30 +241,21 @@ def test_questions_files_of_the_editor_and_servers_of_the_client(tmp_path):
     )
 
     async def body(editor, agent):
-        path = str(tmp_path / "a.txt")
-        editor.buffers[path] = "not saved yet\n"
         session = (await agent.new_session(cwd=str(tmp_path), mcp_servers=[server])).session_id
-        write = 'call write_file {"path": "a.txt", "content": "new\\n"}'
-        question = 'call ask_user {"question": "Which colour?", "choices": ["red", "blue"]}'
-        await say(agent, session, write, question, "call own__echo", "say done @a.txt")
-        diff = editor.permissions[0][0].content[1]
-        assert (diff.old_text, diff.new_text) == ("not saved yet\n", "new\n")
-        assert editor.written == {path: "new\n"} and (tmp_path / "a.txt").read_text() == "saved"
+        await say(agent, session, "call own__echo", "say done @a.txt")
         said = [
             one.content[0].content.text
             for one in editor.of("tool_call_update")
             if one.content and one.content[0].type == "content"
         ]
-        assert "the user says blue" in said and "echo: {}" in said
+        assert "echo: {}" in said
         assert "done @a.txt" in editor.text
 
-    forms = schema.ElicitationCapabilities(form=schema.ElicitationFormCapabilities())
-    files = schema.FileSystemCapabilities(read_text_file=True, write_text_file=True)
-    play(body, tmp_path, fs=files, elicitation=forms)
+    play(body, tmp_path)
 
 
 @pytest.mark.slow
-def test_without_forms_a_question_with_choices_is_a_permission(tmp_path):
+def test_a_question_with_choices_is_a_permission(tmp_path):
     async def body(editor, agent):
         session = (await agent.new_session(cwd=str(tmp_path), mcp_servers=[])).session_id
         editor.choice = "red"

@@ -459,8 +459,10 @@ def test_steering_reaches_the_model_between_two_calls(whole):
         while not assembled.agent.conversation.open_calls:
             await asyncio.sleep(0.02)
         assembled.agent.steer("in French, please")
+        whole.write("said", "")
 
-    played = whole.play([call("shell", command="sleep 0.4"), "voila"], during=steer)
+    wait = call("shell", command="until [ -e said ]; do sleep 0.05; done")
+    played = whole.play([wait, "voila"], during=steer)
     assert contents(played.requests[1], "user")[-1] == "in French, please"
 
 

@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rome.agent.iflow import context
 from rome.agent.iflow import events as ev
-from rome.agent.iflow.context import ContextManager, ContextSettings
+from rome.agent.iflow.context import ContextManager
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.events import AssistantMessage
-from rome.agent.iflow.keep import KeepList
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.model import ModelError
+from rome.agent.iflow.specs.hooks import Hooks
 from tests.rome.agent.iflow.doubles import Folder, Note, ScriptedModel, calls
 
 SHELL = {"type": "function", "function": {"name": "shell", "parameters": {"type": "object"}}}
@@ -54,17 +55,25 @@ class Counting:
 class Session:
     """A log and the conversation that folds it."""
 
-    def __init__(self, model=None, store=True, **options):
+    def __init__(self, model=None, store=True, workspace=None, hooks=None):
         self.log = EventLog()
         self.conversation = Conversation()
         self.log.listen(self.conversation.add)
         self.model = model or Counting()
         self.files = {}
-        self.context = ContextManager(store=self.keep if store else None, **options)
+        self.workspace = workspace
+        self.hooks = hooks or Hooks()
+        self.context = ContextManager(store=self.keep if store else None)
         self.add(
             ev.SessionStarted(session="s", directory="/", model="m", mode="yolo", system="You act.")
         )
         self.calls = 0
+
+    def schemas(self):
+        return [SHELL]
+
+    async def run_hooks(self, event, payload, *, matcher):
+        return await self.hooks.run(event, payload, matcher=matcher)
 
     async def keep(self, name, text):
         self.files[f"/outputs/{name}"] = text
@@ -88,14 +97,10 @@ class Session:
             self.add(ev.ToolFinished(call_id=call.id, output=output, changed=tuple(changed)))
 
     def prepare(self):
-        return asyncio.run(self.context.prepare(self.conversation, self.model, [SHELL], self.log))
+        return asyncio.run(self.context.prepare(self))
 
     def compact(self, trigger="user", **options):
-        asyncio.run(
-            self.context.compact(
-                self.conversation, self.model, [SHELL], self.log, trigger, **options
-            )
-        )
+        asyncio.run(self.context.compact(self, trigger, **options))
 
     def of(self, kind):
         return [event for event in self.log.events if isinstance(event, kind)]
@@ -184,9 +189,9 @@ def test_a_summary_keeps_the_newest_messages_and_the_requests_word_for_word():
         (9.0, "no answer within"),
     ],
 )
-def test_a_summary_that_fails_is_replaced_by_a_list_of_what_was_done(answer, reason):
-    settings = ContextSettings(summary_seconds=0.05)
-    session = Session(Counting(answers=[answer]), store=False, settings=settings)
+def test_a_summary_that_fails_is_replaced_by_a_list_of_what_was_done(answer, reason, monkeypatch):
+    monkeypatch.setattr(context, "SUMMARY_SECONDS", 0.05)
+    session = Session(Counting(answers=[answer]), store=False)
     session.say("find the key")
     session.act(words(400), text="I look into the drawer")
     session.act(words(500), text="I look under the mat")
@@ -220,9 +225,10 @@ def test_it_fires_once_a_crossing_and_not_again_where_nothing_can_be_gained():
     assert "characters left out" in request, "a request that fills the context is shortened"
 
 
-def test_an_estimate_that_was_a_little_too_high_does_not_make_it_fire_again():
+def test_an_estimate_that_was_a_little_too_high_does_not_make_it_fire_again(monkeypatch):
+    monkeypatch.setattr(context, "TARGET", 0.3)
+    monkeypatch.setattr(context, "RECENT", 0.1)
     session = Session(store=False)
-    session.context.settings = ContextSettings(target=0.3, recent=0.1)
     session.say("go")
     fired = []
     for step in range(40):
@@ -240,8 +246,7 @@ def test_an_agent_whose_server_refuses_the_conversation_goes_on_with_a_shorter_o
         calls(("note", {"text": "x" * 4000})), refused, "They noted it; the key is 17.", "done"
     )
     log = EventLog()
-    context = ContextManager()
-    agent = Agent(model, [Note()], log, Folder(), context=context)
+    agent = Agent(model, [Note()], log, Folder(), context=ContextManager())
     finished = asyncio.run(agent.run("note it"))
     assert finished.outcome == "finished"
     (compacted,) = [event for event in log.events if isinstance(event, ev.ContextCompacted)]
@@ -253,7 +258,7 @@ def test_an_agent_whose_server_refuses_the_conversation_goes_on_with_a_shorter_o
 def test_a_server_that_refuses_all_ends_the_turn_at_its_limit():
     model = ScriptedModel(ModelError("too long", is_context_full=True))
     agent = Agent(model, [], EventLog(), Folder(), context=ContextManager())
-    finished = asyncio.run(asyncio.wait_for(agent.run("go"), 5))
+    finished = asyncio.run(asyncio.wait_for(agent.run("go"), 60))
     assert (finished.outcome, finished.reason) == ("limit", "too long")
 
 
@@ -295,7 +300,7 @@ def test_hooks_run_around_a_compaction_and_may_prevent_it():
 
     for decision, happened in (("", 1), ("block", 0)):
         hooks = Hooks(decision)
-        session = Session(store=False, run_hooks=hooks.run)
+        session = Session(store=False, hooks=hooks)
         session.say("go")
         session.act(words(900))
         session.prepare()
@@ -343,10 +348,8 @@ def test_files_that_changed_outside_are_told_once():
 
 
 def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="that rise"):
-        ContextSettings(recent=0.7)
     with pytest.raises(ValueError, match="no share"):
-        ContextSettings(threshold=80)
+        ContextManager(80)
 
 
 ACTIONS = st.lists(
@@ -429,16 +432,16 @@ def check_kept(session, messages):
     if not any(entry.source == "summary" for entry in state.entries):
         return
     compacted = next(e.number for e in reversed(state.entries) if e.source == "summary")
-    keep = KeepList()
-    keep.catch_up(session.log.events)
     facts = [job.command for job in state.jobs.values() if job.number < compacted]
     todo = [e for e in session.of(ev.TodoChanged) if e.items == state.todo]
     if todo and todo[-1].number < compacted:
         facts += [item.text for item in state.todo if item.status != "done"]
     facts += [
-        e.name for e in session.of(ev.SkillLoaded) if e.number < compacted and e.name in keep.skills
+        e.name
+        for e in session.of(ev.SkillLoaded)
+        if e.number < compacted and e.name in state.skills
     ]
-    facts += [one.id for one in keep.subagents.values() if one.number < compacted]
+    facts += [one.id for one in state.known_subagents.values() if one.number < compacted]
     changes = [e for e in session.of(ev.ToolFinished) if e.number < compacted]
     facts += [p for e in changes for p in e.changed]
     for fact in facts:

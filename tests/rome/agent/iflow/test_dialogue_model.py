@@ -53,7 +53,7 @@ def play(*texts, max_context=4000, max_new_tokens=400, requests=("do it",), **op
     async def steps():
         return [await agent.run(text) for text in requests]
 
-    endings = asyncio.run(asyncio.wait_for(steps(), 20))
+    endings = asyncio.run(asyncio.wait_for(steps(), 60))
     return agent, session, endings, engine, model
 
 

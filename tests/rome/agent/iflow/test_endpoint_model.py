@@ -34,7 +34,7 @@ def ask(answers, messages=HELLO, tools=(TOOL,), times=1, stream=True, **options)
             await model.aclose()
 
     with ScriptedEndpoint(answers) as server:
-        said = asyncio.run(asyncio.wait_for(steps(server.url), 30))
+        said = asyncio.run(asyncio.wait_for(steps(server.url), 60))
         return said, server, pieces
 
 
@@ -179,7 +179,7 @@ def connect(url, model=""):
         finally:
             await found.aclose()
 
-    return asyncio.run(asyncio.wait_for(steps(), 30))
+    return asyncio.run(asyncio.wait_for(steps(), 60))
 
 
 def test_the_only_model_of_a_server_is_taken():
@@ -273,5 +273,5 @@ def test_a_listener_that_fails_is_no_fault_of_the_connection():
 
     with ScriptedEndpoint(["a", "b", "c"]) as server:
         with pytest.raises(BrokenPipeError):
-            asyncio.run(asyncio.wait_for(steps(server.url), 30))
+            asyncio.run(asyncio.wait_for(steps(server.url), 60))
         assert len(server.requests) == 1

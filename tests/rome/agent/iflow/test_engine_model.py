@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_an_engine_that_is_not_there_is_one_clear_line():
     with pytest.raises(
         ModelError, match=r"there is no engine at http://127.0.0.1:1: .*launch.serve"
     ):
-        asyncio.run(connect_engine("http://127.0.0.1:1"))
+        asyncio.run(connect_engine(Options(pathlib.Path(), engine="http://127.0.0.1:1")))
 
 
 @pytest.mark.slow

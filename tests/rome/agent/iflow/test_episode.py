@@ -183,6 +183,23 @@ def test_both_end_alike_at_each_limit(engine, env, limits):
     assert records[0] == records[1]
 
 
+class Watched(EchoEnv):
+    """Reports harm in the turns that say blue, and judges the whole at the end."""
+
+    async def astep(self, action):
+        observation, reward, terminated, truncated, info = await super().astep(action)
+        info["safety_events"] = ["mining"] if "blue" in action else []
+        info["safety"] = {"harm": 1.0}
+        return observation, reward, terminated, truncated, info
+
+
+def test_both_record_the_harm_that_the_environment_reports():
+    for player in (play, play_plain):
+        trajectory = player(Scripted("red", "blue", "done"), Watched("copy/1"))
+        assert [chunk.events for chunk in trajectory.chunks] == [[], ["mining"], []]
+        assert trajectory.safety == {"harm": 1.0}
+
+
 class Failing(EchoEnv):
     def __init__(self, fault):
         super().__init__("copy/1")
@@ -324,26 +341,21 @@ def test_sub_agents_work_beside_each_other_and_share_the_turns_of_the_environmen
     check_trained_once(trajectory)
 
 
-def test_sub_agents_end_at_the_second_level():
-    depth = 0
+def test_sub_agents_have_none_themselves():
+    told = []
 
     def say(context, number):
-        nonlocal depth
         if "You dig" in context:
-            depth += '"name": "task"' in context
-            return "no deeper" if number > 8 else task("dig on")
+            told.append('"name": "task"' in context)
+            return "no deeper"
         return "done" if "tool_response" in context else task("dig")
 
     spec = AgentSpec("digger", "digs", "You dig.")
     agent = IFlowAgent(tools=("task",), specs=(spec,), answers=30)
     trajectory = play(Speaking(say), Told("copy/1"), agent, tell_tools=True)
     edges = [chunk.edge for chunk in trajectory.chunks]
-    assert edges.count("subagent") >= 2 and trajectory.ending == "success"
-    parents = resolve_parents([chunk.parent for chunk in trajectory.chunks])
-    roots = [n for n, parent in enumerate(parents) if parent == ROOT and edges[n] == "subagent"]
-    assert all(
-        '"task"' in CHAT.tokenizer.decode(trajectory.chunks[n].prompt_ids) for n in roots[:1]
-    )
+    assert edges.count("subagent") == 1 and trajectory.ending == "success"
+    assert told == [False]
 
 
 @pytest.mark.parametrize("where", ["main", "sub-agent", "summary"])

@@ -169,7 +169,7 @@ def test_tokens_of_another_session_are_refused():
     session = Session()
     session.ask("x")
     session.judge(session.say("a", chunk=7), "accept")
-    with pytest.raises(FeedbackError, match=r"has chunk 7, and trajectory.json has only 3"):
+    with pytest.raises(FeedbackError, match=r"has chunk 7, which is not in trajectory.json"):
         list(sft_rows(session.judged, trajectory()))
 
 

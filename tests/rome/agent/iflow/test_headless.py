@@ -2,19 +2,16 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 
 from tests.paths import ROOT
-from tests.rome.agent.iflow.scripted import Fail, Say, ScriptedEndpoint, call
+from tests.rome.agent.iflow.scripted import Fail, Say, ScriptedEndpoint
 
 pytestmark = pytest.mark.slow
 SECONDS = 60
-HELLO = '{"kind": "user", "text": "hello"}\n'
-FLAGS = ("--input_format=stream-json", "--output_format=stream-json")
 
 
 @pytest.fixture
@@ -41,43 +38,6 @@ def start(tmp_path):
     for program in started:
         program.kill()
         program.wait()
-
-
-def kinds(output):
-    return [json.loads(line)["kind"] for line in output.splitlines()]
-
-
-def read_until(program, kind):
-    for line in program.stdout:
-        if json.loads(line)["kind"] == kind:
-            return
-    raise AssertionError(f"it ended without {kind}: {program.stderr.read()}")
-
-
-def test_turns_may_come_from_a_file(start, tmp_path):
-    (tmp_path / "input").write_text(HELLO * 2)
-    with ScriptedEndpoint(["one", "two"]) as endpoint, (tmp_path / "input").open() as file:
-        output, errors = start(endpoint, *FLAGS, stdin=file).communicate(timeout=SECONDS)
-        assert kinds(output).count("turn_finished") == 2, errors
-
-
-def test_nothing_waits_for_an_input_that_has_ended(start):
-    with ScriptedEndpoint([call("shell", command="touch x"), "I may not."]) as endpoint:
-        program = start(endpoint, *FLAGS, "--mode=default", stdin=subprocess.PIPE)
-        output, errors = program.communicate(HELLO, timeout=SECONDS)
-        assert program.returncode == 0, errors
-        assert kinds(output).count("approval_answered") == 1
-
-
-def test_a_signal_ends_a_session_that_waits_for_input(start):
-    with ScriptedEndpoint(["hi"]) as endpoint:
-        program = start(endpoint, *FLAGS, stdin=subprocess.PIPE)
-        program.stdin.write(HELLO)
-        program.stdin.flush()
-        read_until(program, "turn_finished")
-        program.send_signal(signal.SIGTERM)
-        assert program.wait(SECONDS) == 4
-        assert "SIGTERM" in program.stderr.read()
 
 
 @pytest.mark.parametrize("form", ["text", "stream-json"])

@@ -189,7 +189,7 @@ def test_its_tools_over_mcp(home, tmp_path):
             read = await place.call(servers, "own__read_file", path="a.txt")
             assert "two" in read.output
             written = await place.call(servers, "own__write_file", path="b.txt", content="b")
-            assert written.status == "error" and "not allowed here" in written.output
+            assert written.status == "error" and "nobody is here to approve it" in written.output
 
     asyncio.run(play())
     assert not (home.project / "b.txt").exists()

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import json
 import pathlib
+import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,6 +14,7 @@ from rome.agent.iflow.protocols.mcp_client import MCPServers
 from rome.agent.iflow.protocols.mcp_tools import MAX_NAME, WITHHELD, tool_name
 from rome.agent.iflow.specs.settings_values import McpServer
 from rome.agent.iflow.tools.base import ToolContext, ToolError, read_arguments, schema_of
+from tests.paths import ROOT
 
 SERVER = pathlib.Path(__file__).with_name("mcp_test_server.py")
 pytest.importorskip("mcp")
@@ -40,7 +41,7 @@ class Place:
 
     def config(self, name="test", **more):
         arguments = (str(SERVER), str(self.manners))
-        return McpServer(name, command=sys.executable, args=arguments, **{"timeout": 5.0, **more})
+        return McpServer(name, command=sys.executable, args=arguments, **{"timeout": 60.0, **more})
 
     async def question(self, question, choices=()):
         self.questions.append(question)
@@ -91,7 +92,7 @@ def test_tools_of_a_server_are_offered_under_its_name_and_called(place):
 def test_a_dead_a_hanging_and_a_missing_server_cost_their_own_tools_only(place):
     place.set(tools=[tool(name) for name in ("echo", "fail", "die", "hang", "long", "picture")])
     configs = [
-        place.config("good", timeout=1.5),
+        place.config("good"),
         McpServer("dead", command="false"),
         McpServer("hangs", command="sleep", args=("3600",), timeout=0.3),
         McpServer("missing", command="/no/such/program"),
@@ -99,9 +100,7 @@ def test_a_dead_a_hanging_and_a_missing_server_cost_their_own_tools_only(place):
     ]
 
     async def play():
-        started = time.monotonic()
         async with place.servers(configs) as servers:
-            assert time.monotonic() - started < 10
             assert {one.name.partition("__")[0] for one in servers.tools} == {"good"}
             for name in ("dead", "hangs", "missing", "far"):
                 assert servers.servers[name].state == "failed" and f"'{name}'" in place.told()
@@ -113,8 +112,11 @@ def test_a_dead_a_hanging_and_a_missing_server_cost_their_own_tools_only(place):
             assert (
                 await place.call(servers, "good__picture")
             ).output == "[image, image/png, 3 bytes]"
+            good = servers.servers["good"]
+            good.seconds = 1.5  # for this call only: the others take as long as the machine does
             with pytest.raises(ToolError, match=r"did not answer within 1\.5 s"):
                 await place.call(servers, "good__hang")
+            good.seconds = 60.0
             with pytest.raises(ToolError, match="Connection closed"):
                 await place.call(servers, "good__die")
             assert "echo" in (await place.call(servers, "good__echo")).output  # another process
@@ -232,6 +234,22 @@ def test_a_failed_server_can_be_started_again(place):
             place.set(tools=[tool("echo")])
             await servers.restart("test")
             assert [one.name for one in servers.tools] == ["test__echo"]
+
+    asyncio.run(play())
+
+
+def test_what_a_server_breaks_is_not_written_over_the_terminal(place):
+    program = f"import {MCPServers.__module__}, logging; logging.getLogger('mcp.x').error('broken')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_tool_that_is_not_wanted_does_not_come_back_with_a_restart(place):
+    async def play():
+        place.set(tools=[tool("echo"), tool("other")])
+        async with place.servers(wanted=lambda name: name != "test__echo") as servers:
+            await servers.restart("test")
+            assert [tool.name for tool in servers.tools] == ["test__other"]
 
     asyncio.run(play())
 

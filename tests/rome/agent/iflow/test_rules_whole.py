@@ -6,6 +6,7 @@ import pytest
 
 from rome.agent.iflow import events
 from rome.agent.iflow.feedback import judged_answers, sft_rows
+from rome.agent.iflow.user_input import InputError, expand
 from rome.data.formats.detect import read_record
 from tests.rome.agent.iflow.scripted import Say, call
 from tests.rome.agent.iflow.whole import Whole
@@ -131,3 +132,33 @@ def test_hooks_run_in_the_project_where_tools_work_in_a_sandbox(whole):
     whole.write("here", "")
     played = whole.play([shell("echo hi"), "ok"], workspace="sandbox")
     assert played.statuses == ["denied"]
+
+
+def test_files_that_a_commands_text_names_are_read_under_the_rules(whole):
+    whole.write(".iflow/settings.json", {"permissions": {"deny": ["Read(.env)"]}})
+    named = {"leak": "../outside", "hidden": ".env", "fine": "a.txt"}
+    for name, path in named.items():
+        whole.write(f".claude/commands/{name}.md", f"Look at @{path}")
+        whole.write(path, "what is in it")
+    told = {}
+
+    async def use(opened):
+        for name in named:
+            try:
+                told[name] = await expand(f"/{name}", opened)
+            except InputError as error:
+                told[name] = str(error)
+
+    whole.play([], use, mode="default")
+    assert "outside the project" in told["leak"] and "Read(.env)" in told["hidden"]
+    assert [name for name, text in told.items() if "what is in it" in text] == ["fine"]
+
+
+def test_sub_agents_have_the_model_that_the_user_chose(whole):
+    async def change(opened):
+        model = await opened.make_model("scripted")
+        model.name = model._endpoint.model = "another"
+        opened.agent.set_model(model)
+
+    played = whole.play([call("task", prompt="work"), "sub", "done"], change, "go")
+    assert [request["model"] for request in played.requests] == ["another"] * 3

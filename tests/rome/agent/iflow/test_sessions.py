@@ -1,5 +1,6 @@
 """Sessions are found, listed, forked and gone on with; long ones stay quick."""
 
+import json
 import pathlib
 import resource
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
-from rome.agent.iflow.event_log import EventError, EventLog, UnknownKind
+from rome.agent.iflow.event_log import EventError, EventLog
 from rome.agent.iflow.sessions import SessionStore, SessionUnavailable
 from tests.paths import ROOT
 
@@ -88,7 +89,7 @@ def test_a_session_is_open_in_one_process_and_free_after_a_kill(store):
         "from rome.agent.iflow.sessions import OpenSession\n"
         "held = OpenSession(pathlib.Path(sys.argv[1]))\n"
         "print('open', flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     command = [sys.executable, "-c", program, str(store.folder / id)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
@@ -96,7 +97,7 @@ def test_a_session_is_open_in_one_process_and_free_after_a_kill(store):
         with pytest.raises(SessionUnavailable, match="another process"):
             store.open(id)
         process.kill()
-        process.wait(10)
+        process.wait(60)
     store.open(id).close()
 
 
@@ -122,6 +123,16 @@ def test_a_line_that_is_no_event_is_named(store, line):
     with pytest.raises(EventError, match=r"events.jsonl:2 is no event"):
         store.open(id)
     assert [one.title for one in store.list()] == ["a"]
+
+
+def test_the_file_is_utf_8_whatever_was_said(store):
+    session = store.new()
+    said = "caf\udce9 \ud83d \u00e9"  # as from a file in latin-1, and half of a pair
+    session.log.append(events.UserMessage(text=said))
+    session.close()
+    lines = (session.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["text"] == said
+    assert store.open(session.id).log.events[-1].text == said
 
 
 def test_a_full_disk_keeps_whole_lines_only(store):
@@ -170,21 +181,20 @@ def seconds_to_open(path: pathlib.Path) -> float:
     return time.process_time() - began
 
 
-def test_a_session_of_10000_events_is_linear_in_size_and_opens_at_once(tmp_path):
+def test_a_session_of_10000_events_is_linear_in_size_and_in_the_time_to_open(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     long_session(small, 1_000)
     long_session(large, 10_000)
     ratio = large.stat().st_size / small.stat().st_size
     assert 9 < ratio < 11
-    assert seconds_to_open(large) < 1
+    # Ten times as long were it linear, a hundred times were it a square.
+    assert seconds_to_open(large) < 40 * max(seconds_to_open(small) for _ in range(3))
 
 
 def test_a_session_of_a_newer_version_is_refused_and_says_so(store):
     session = begin(store, "hello")
     with open(store.folder / session / "events.jsonl", "a") as file:
         file.write('{"kind": "telepathy", "number": 1, "at": 0}\n')
-    with pytest.raises(
-        UnknownKind, match="kind 'telepathy': a newer one wrote this session; go on"
-    ):
+    with pytest.raises(EventError, match="kind 'telepathy': a newer one wrote this session; go on"):
         store.open(session)
     assert [one.id for one in store.list()] == [session]

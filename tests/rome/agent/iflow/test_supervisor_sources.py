@@ -6,8 +6,7 @@ import codecs
 
 import pytest
 
-from rome.agent.iflow.approval.actions import of_script
-from rome.agent.iflow.approval.shell_branches import without_dead_branches
+from rome.agent.iflow.approval.actions import of_script, without_dead_branches
 from rome.agent.iflow.approval.supervisor import Supervisor
 from rome.agent.iflow.approval.supervisor_rules import Bounds
 from rome.agent.iflow.approval.supervisor_sources import Sources

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.agent.iflow.tools.base import ToolError
-from rome.agent.iflow.tools.edit import EditTool, MultiEditTool
-from rome.agent.iflow.tools.files import ListDirectoryTool, ReadFileTool, WriteFileTool
+from rome.agent.iflow.tools.edit import EditTool, MultiEditTool, WriteFileTool
+from rome.agent.iflow.tools.files import ListDirectoryTool, ReadFileTool
 from rome.agent.iflow.tools.matching import apply_edit
 from rome.agent.iflow.tools.text import decode_text, unified_diff
 from tests.rome.agent.iflow.places import KINDS, Hand, work
@@ -56,7 +56,7 @@ def test_what_is_no_text_is_named(kind, tmp_path):
         await workspace.write("b", bytes(range(256)))
         await workspace.execute("mkdir d; mkfifo f; echo x > Read.me", timeout=9)
         for path, words in {
-            "p.png": "a PNG image of 10 bytes",
+            "p.png": "image/png of 10 bytes",
             "b": "binary data of 256 bytes",
             "d": "is a directory",
             "f": "no regular file",
@@ -113,6 +113,25 @@ def test_a_file_is_read_before_it_is_changed_and_again_after_others_did(kind, tm
     work(kind, tmp_path, body)
 
 
+def test_a_file_that_changes_while_it_is_read_is_read_again_before_it_is_changed(tmp_path):
+    async def body(workspace):
+        await workspace.write("a", b"one\n")
+        read = workspace.read
+
+        async def read_and_change(path, limit=0):
+            data = await read(path, limit)
+            await workspace.write("a", b"another\n")
+            return data
+
+        workspace.read = read_and_change
+        hand = Hand(workspace)
+        assert "one" in (await hand.use(READ, path="a")).output
+        said = await hand.use(WRITE, path="a", content="x")
+        assert "has changed since" in said.output and await read("a") == b"another\n"
+
+    work("host", tmp_path, body)
+
+
 def test_a_preview_shows_what_would_be_done_and_does_nothing(kind, tmp_path):
     async def body(workspace):
         hand = Hand(workspace)
@@ -144,9 +163,9 @@ def test_edits_are_made_together_or_not_at_all(kind, tmp_path):
         assert await workspace.read("a") == b"one\ntwo\n3\n"
         for edits, words in (
             ([], "edits is empty"),
-            ([{"old_string": "1"}], "edit 1 needs old_string and new_string"),
-            (["x"], "edit 1 needs"),
-            ([good | {"replace_all": "no"}], "replace_all of edit 1"),
+            ([{"old_string": "1"}], "item 1 of edits of multi_edit needs new_string"),
+            (["x"], "item 1 of edits of multi_edit must be of type object"),
+            ([good | {"replace_all": "no"}], "replace_all of item 1"),
         ):
             assert words in (await hand.use(tool, path="a", edits=edits)).output
 
@@ -319,4 +338,4 @@ def test_a_long_file_does_not_take_long():
     began = time.process_time()
     with pytest.raises(ToolError, match="nearest text is:\n   124\t"):
         apply_edit(text, "123 = value_12x", "x")
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 10  # it is 0.2; a comparison of all lines takes minutes

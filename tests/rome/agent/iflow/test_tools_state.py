@@ -31,7 +31,11 @@ def use(tmp_path, tool, answers=(), state=None, **arguments):
 
 
 def test_the_list_is_replaced_and_shown(tmp_path):
-    items = [{"text": "a\n b", "status": "completed"}, {"text": "c", "status": "in_progress"}, "d"]
+    items = [
+        {"text": "a\n b", "status": "done"},
+        {"text": "c", "status": "in_progress"},
+        {"text": "d"},
+    ]
     result, hand = use(tmp_path, TodoTool(), items=items)
     expected = (TodoItem("a b", "done"), TodoItem("c", "in_progress"), TodoItem("d"))
     assert hand.events == [TodoChanged(items=expected)]
@@ -45,9 +49,12 @@ def test_the_list_is_replaced_and_shown(tmp_path):
 @pytest.mark.parametrize(
     "item, words",
     [
-        ({"text": " "}, "item 1 needs a text"),
-        (7, "item 1 needs a text"),
-        ({"text": "a", "status": "started"}, "status of item 1 must be pending"),
+        ({"text": " "}, "each item needs a text"),
+        (7, "item 1 of items of todo must be of type object, not 7"),
+        (
+            {"text": "a", "status": "started"},
+            "status of item 1 of items of todo must be one of pending",
+        ),
     ],
 )
 def test_an_item_that_is_none_changes_nothing(tmp_path, item, words):
@@ -64,7 +71,7 @@ def test_a_question_has_its_answer_or_none(tmp_path):
     silent, _ = use(tmp_path, AskUserTool(), question="Which?")
     assert "There is no answer. Decide by yourself" in silent.output
     wrong, _ = use(tmp_path, AskUserTool(), question="?", choices=[1])
-    assert "must be at most 8 texts" in wrong.output
+    assert "item 1 of choices of ask_user must be of type string" in wrong.output
 
 
 @pytest.mark.parametrize(
@@ -97,13 +104,13 @@ def test_facts_are_remembered_once_under_their_heading(tmp_path):
     for _ in range(2):
         use(tmp_path, tool, fact="Tabs,\nnot spaces.")
     use(tmp_path, tool, fact="Second.", scope="user")
-    assert user_file.read_text() == "## Memories\n\n- Tabs, not spaces.\n- Second.\n"
+    assert user_file.read_text() == "## Memories\n\n- Second.\n- Tabs, not spaces.\n"
     text = Text(
         "# P\r\n\r\n## Memories\r\n\r\n- a\r\n\r\n## Other\r\nb".replace("\r\n", "\n"),
         newline="\r\n",
     )
     assert add_fact(text, "c").encode() == (
-        b"# P\r\n\r\n## Memories\r\n\r\n- a\r\n- c\r\n\r\n## Other\r\nb\r\n"
+        b"# P\r\n\r\n## Memories\r\n\r\n- c\r\n- a\r\n\r\n## Other\r\nb\r\n"
     )
     assert tool.paths({"fact": "x"}) == (str(user_file),)
 
