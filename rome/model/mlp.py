@@ -15,13 +15,20 @@ from jax.sharding import PartitionSpec
 from rome.model.config import ModelConfig
 from rome.model.ops.gathered import BY_TOKEN, WIDE, gather
 from rome.model.ops.low_rank import adapted, with_served
+from rome.model.ops.native import products_native
 from rome.model.sharding import is_split
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
+    """down(silu(gate(x)) * up(x)), without biases.
+
+    Attributes:
+      config: the model.
+      is_native: whether C++ computes the products, without a gradient (`rome.model.ops.native`).
+    """
 
     config: ModelConfig
+    is_native: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
@@ -33,10 +40,15 @@ class MLP(nn.Module):
         down_FD = self._matrix("down", (F, D), x_BTD.dtype)
         if is_split() and not self.is_initializing():
             return _on_mesh(x_BTD, gate_DF, up_DF, down_FD)
-        gate_BTF = with_served(self, "gate", x_BTD, x_BTD @ gate_DF)
-        up_BTF = with_served(self, "up", x_BTD, x_BTD @ up_DF)
+        gate_BTF = self._multiply("gate", x_BTD, gate_DF)
+        up_BTF = self._multiply("up", x_BTD, up_DF)
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return with_served(self, "down", hidden_BTF, hidden_BTF @ down_FD)
+        return self._multiply("down", hidden_BTF, down_FD)
+
+    def _multiply(self, name: str, x_BTI: Array, w_IO: Array) -> Array:
+        by_row = self.is_native
+        product_BTO = products_native(x_BTI[0], w_IO)[0][None] if by_row else x_BTI @ w_IO
+        return with_served(self, name, x_BTI, product_BTO, by_row)
 
     def _matrix(self, name: str, shape: tuple[int, int], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)

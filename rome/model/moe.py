@@ -19,6 +19,7 @@ from rome.model.ops.experts import NO_EXPERT, WITHOUT_GRADIENT, experts_within
 from rome.model.ops.experts_for_engine import experts_for_engine
 from rome.model.ops.experts_on_mesh import experts_on_mesh
 from rome.model.ops.low_rank import adapted, served_experts
+from rome.model.ops.native import product_of_rows
 from rome.model.ops.row_sums import softmax_of_rows
 from rome.model.sharding import is_on_engine_mesh, is_split
 
@@ -195,8 +196,10 @@ class MoE(nn.Module):
         weights = self._expert_weights(D, x_BTD.dtype)
 
         x_ND = x_BTD.reshape(B * T, D)
-        logits_NE = jnp.matmul(
-            x_ND.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest"
+        logits_NE = product_of_rows(
+            x_ND.astype(jnp.float32),
+            router_DE.astype(jnp.float32),
+            is_native=self.experts == "native" and not is_on_engine_mesh(),
         )
         forced_Nk = None if forced_BTk is None else forced_BTk.reshape(B * T, k)
         by_row = self.experts in WITHOUT_GRADIENT

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -41,10 +42,12 @@ from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.ops.embedding import embed
 from rome.model.ops.gathered import from_heads, to_heads
 from rome.model.ops.low_rank import adapted, with_served
+from rome.model.ops.native import norm_native, products_native
 from rome.model.ops.paged import NO_POSITION, LayerPages, Pages, paged_attention
 from rome.model.ops.rotary import rotary_angles, rotate
 from rome.model.ops.rounding import round_straight_through
 from rome.model.ops.row_sums import sum_of_rows
+from rome.model.sharding import is_on_engine_mesh
 from rome.model.stacking import Params, unstack_layers
 
 BLOCK_INPUT = "block_input"  # name of a block's input for remat policies
@@ -87,15 +90,19 @@ class RMSNorm(nn.Module):
     Attributes:
       epsilon: added to the mean square.
       by_row: sum each row in an order of its own, as an engine must (`rome.model.ops.row_sums`).
+      is_native: whether C++ does so, without a gradient.
     """
 
     epsilon: float
     by_row: bool = False
+    is_native: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise x; the result has x's dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        if self.is_native:
+            return norm_native(x, scale, self.epsilon)
         x32 = x.astype(jnp.float32)
         squares = jnp.square(x32)
         if self.by_row:
@@ -135,10 +142,11 @@ class Attention(nn.Module):
         v_KH = self._bias("v_bias", (K, H), dtype)
         o_D = self._bias("o_bias", (D,), dtype)
 
-        norm = functools.partial(RMSNorm, config.rms_norm_eps, pages is not None)
-        q_BTNH = norm(name="q_norm")(self._to_heads("q", x_BTD, q_DNH) + q_NH)
-        k_BTKH = norm(name="k_norm")(self._to_heads("k", x_BTD, k_DKH) + k_KH)
-        v_BTKH = self._to_heads("v", x_BTD, v_DKH) + v_KH
+        norm = _norm_of(config, self.form, pages)
+        q_BTNH, k_BTKH, v_BTKH = self._to_heads(x_BTD, q=q_DNH, k=k_DKH, v=v_DKH)
+        q_BTNH = norm(name="q_norm")(q_BTNH + q_NH)
+        k_BTKH = norm(name="k_norm")(k_BTKH + k_KH)
+        v_BTKH = v_BTKH + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
         new_pages = None
@@ -151,11 +159,30 @@ class Attention(nn.Module):
             )
             out_BTNH = out_TNH[None]
         out_BTNH = checkpoint_name(out_BTNH, SAVED_OUTPUT)
-        out_BTD = with_served(self, "o", out_BTNH, from_heads(out_BTNH, o_NHD))
-        return out_BTD + o_D, new_pages
+        return self._from_heads(out_BTNH, o_NHD) + o_D, new_pages
 
-    def _to_heads(self, name: str, x_BTD: Array, w_DNH: Array) -> Array:
-        return with_served(self, name, x_BTD, to_heads(x_BTD, w_DNH))
+    def _to_heads(self, x_BTD: Array, **matrices: Array) -> list[Array]:
+        is_native = _is_native(self.form)
+        if is_native:
+            flat = [w_DNH.reshape(len(w_DNH), -1) for w_DNH in matrices.values()]
+            outs = products_native(x_BTD[0], *flat)
+        else:
+            outs = [to_heads(x_BTD, w_DNH) for w_DNH in matrices.values()]
+        heads = []
+        for (name, w_DNH), out in zip(matrices.items(), outs, strict=True):
+            out_BTNH = out.reshape(*x_BTD.shape[:2], *w_DNH.shape[1:])
+            heads.append(with_served(self, name, x_BTD, out_BTNH, is_native))
+        return heads
+
+    def _from_heads(self, x_BTNH: Array, o_NHD: Array) -> Array:
+        is_native = _is_native(self.form)
+        if is_native:
+            T = x_BTNH.shape[1]
+            o_ID = o_NHD.reshape(-1, o_NHD.shape[-1])
+            out_BTD = products_native(x_BTNH.reshape(T, -1), o_ID)[0][None]
+        else:
+            out_BTD = from_heads(x_BTNH, o_NHD)
+        return with_served(self, "o", x_BTNH, out_BTD, is_native)
 
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -165,6 +192,19 @@ class Attention(nn.Module):
         if not self.config.attention_bias:
             return 0
         return self.param(name, nn.initializers.zeros, shape).astype(dtype)
+
+
+def _norm_of(
+    config: ModelConfig, attention_form: str, pages: LayerPages | Pages | None
+) -> Callable[..., RMSNorm]:
+    """Return what makes the norms of a layer."""
+    is_paged = pages is not None
+    return functools.partial(RMSNorm, config.rms_norm_eps, is_paged, _is_native(attention_form))
+
+
+def _is_native(attention_form: str) -> bool:
+    """Return whether C++ computes an engine's layers; a mesh splits the products of XLA alone."""
+    return attention_form == "native" and not is_on_engine_mesh()
 
 
 def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, form: str) -> Array:
@@ -201,16 +241,16 @@ class Block(nn.Module):
     ) -> tuple[Array, tuple[Array | None, Array, LayerRouter]]:
         """Return scan's form: the carry x_BTD, then what is stacked over layers."""
         config = self.config
-        epsilon = config.rms_norm_eps
+        norm = _norm_of(config, self.attention_form, pages)
         x_BTD = checkpoint_name(sharding.constrain(x_BTD, "batch", "time", None), BLOCK_INPUT)
         attention_layer = Attention(config, self.attention_form, name="attention")
-        normed_BTD = RMSNorm(epsilon, pages is not None, name="attention_norm")(x_BTD)
+        normed_BTD = norm(name="attention_norm")(x_BTD)
         attended_BTD, new_pages = attention_layer(normed_BTD, places, pages)
         x_BTD = x_BTD + attended_BTD
-        normed_BTD = RMSNorm(epsilon, pages is not None, name="moe_norm")(x_BTD)
+        normed_BTD = norm(name="moe_norm")(x_BTD)
         if self.dense:
             ids_BTk = jnp.full((*x_BTD.shape[:2], config.experts_per_token), -1, jnp.int32)
-            out_BTD = MLP(config, name="mlp")(normed_BTD)
+            out_BTD = MLP(config, _is_native(self.attention_form), name="mlp")(normed_BTD)
             return x_BTD + out_BTD, (new_pages, ids_BTk, LayerRouter.zeros(config.num_experts))
         moe = MoE(config, self.experts, self.exchange, name="moe")
         out_BTD, ids_BTk, router = moe(normed_BTD, places.segments_BT != 0, forced_BTk)
@@ -269,12 +309,15 @@ class Qwen3(nn.Module):
             # Made here, applied by users of the hidden states: training never builds [B, T, V].
             self._matrix("head", "kernel", (config.hidden_size, config.vocab_size))
         x_BTD = embed(embedding_VD, tokens_BT, config.dtype)
-        cos_BT1h, sin_BT1h = rotary_angles(positions_BT, config)
+        angles = rotary_angles(positions_BT, config)
+        if pages is not None:  # or each layer's rotations compute them again
+            angles = jax.lax.optimization_barrier(angles)
+        cos_BT1h, sin_BT1h = angles
         places = Places(cos_BT1h, sin_BT1h, positions_BT, segments_BT, ends_BT)
         run = self._scanned if self.scan else self._unrolled
         x_BTD, (new_pages, routes_LBTK, router_L) = run(x_BTD, places, pages, routes_LBTK)
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
-        hidden_BTD = RMSNorm(config.rms_norm_eps, pages is not None, name="norm")(x_BTD)
+        hidden_BTD = _norm_of(config, self.attention_form, pages)(name="norm")(x_BTD)
         tokens = jnp.sum(segments_BT != 0).astype(jnp.float32)
         return Output(hidden_BTD, new_pages, routes_LBTK, RouterStats(*router_L, tokens))
 

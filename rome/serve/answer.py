@@ -84,7 +84,26 @@ def make_text(
     params = request.sampling
     if not params.no_stop_trim:
         if request.text_end is not None:
-            return decode(ids, tokenizer)[: request.text_end]
-        if finish.get("type") == "stop":
+            return _before_stop(request.text_end, ids, tokenizer, params.skip_special_tokens)
+        if finish.get("type") == "stop" and finish.get("matched") is not None:
             ids = ids[:-1]
     return decode(ids, tokenizer, skip_special=params.skip_special_tokens)
+
+
+def _before_stop(end: int, ids: list[int], tokenizer: TextCodec, skip_special: bool) -> str:
+    """Return the text before a stop string.
+
+    Args:
+      end: where the stop string begins, in the text with all special tokens.
+      ids: of the answer so far.
+      tokenizer: of the model.
+      skip_special: whether special tokens before the stop string are left out.
+    """
+    text = decode(ids, tokenizer)[:end]
+    if not skip_special or decode(ids, tokenizer, skip_special=True).startswith(text):
+        return text
+    for count in range(len(ids), -1, -1):
+        kept = decode(ids[:count], tokenizer)
+        if text.startswith(kept):  # the token after these has the stop string's first character
+            break
+    return decode(ids[:count], tokenizer, skip_special=True) + text[len(kept) :]

@@ -143,6 +143,8 @@ class Batcher:
         request.pages = []
         request.prompt_logprobs = []
         request.root = None
+        if not request.output_ids:  # begun in vain before, or retracted: it is counted anew
+            request.cached_tokens = 0
         if request.score_from is not None:  # computed in full: a cached page has no logits
             return
         # Pages of requests without routes have none to give to a request that wants them.
@@ -223,8 +225,8 @@ class Batcher:
         """Return whether a dispatch of `steps` steps may be followed before it is read.
 
         So it is where the same rows are likely to be the best next ones: nothing else waits, they
-        have the pages, they fill the program, and no stop string may have ended one of them.
-        Gives them the pages.
+        have the pages, they fill the program, no stop string may have ended one of them, and no
+        penalty depends on what is still to be read. Gives them the pages.
         """
         running = [request for request in requests if request in self.running]
         going = [one for one in running if one.computed + steps < one.last_position]
@@ -232,7 +234,7 @@ class Batcher:
             return False
         if not going or self._choose_size(going, ()) != size:
             return False
-        if any(request.sampling.stop for request in going):
+        if any(one.sampling.stop or one.sampling.has_penalties for one in going):
             return False
         self.give_pages(going, 2 * steps)
         P = self._shapes.page_tokens

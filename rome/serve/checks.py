@@ -8,6 +8,7 @@ from typing import Any
 from rome.serve.device import MEMORY_TAGS
 
 MAX_INTEGER = 2**63 - 1
+MAX_DIGITS = 19  # of a number that is spelled out
 
 
 class BadRequest(ValueError):
@@ -58,7 +59,7 @@ def parse_row_count(given: Any) -> int:
     Raises:
       BadRequest: it is no number of rows.
     """
-    if isinstance(given, str) and given.isdecimal():
+    if isinstance(given, str) and given.isdecimal() and len(given) < MAX_DIGITS:
         given = int(given)
     if type(given) is not int or given < 0:
         raise BadRequest(f"truncate_size must be a number of rows, got {given!r}")

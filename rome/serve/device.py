@@ -19,28 +19,13 @@ from jax.sharding import Mesh
 
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import choose_serving_kernels
-from rome.model.ops.paged import make_pages, page_sharding
+from rome.model.ops.paged import make_pages, page_sharding, whole_sharding
 from rome.model.params import engine_mesh_of
 from rome.model.qwen3 import Params
 from rome.serve.adapters import AdapterRoom, AdapterTable
-from rome.serve.decoding import (
-    Front,
-    Rows,
-    Steps,
-    empty_rows,
-    make_decoder,
-    make_rows,
-    set_limits,
-)
-from rome.serve.programs import (
-    Call,
-    PageArrays,
-    Result,
-    Shapes,
-    empty_call,
-    make_program,
-    set_sampling,
-)
+from rome.serve.adjusting import Adjustments, empty_adjustments, make_adjustments
+from rome.serve.decoding import Front, Program, Steps, empty_front, make_program
+from rome.serve.programs import Call, PageArrays, Shapes, empty_call, set_sampling, set_stops
 from rome.serve.request import Request
 
 MEMORY_TAGS = ("weights", "kv_cache")
@@ -60,22 +45,27 @@ class Piece(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """Decode steps that the device takes, or has taken.
+    """A call, and steps of decoding after it, that the device takes or has taken.
 
     Attributes:
-      requests: one for each row.
-      size: of the program.
-      rows: its inputs.
+      batch: what the call computes; piece by piece in the order of rows. For a dispatch that goes
+        on from another: what that one computed first.
+      size: of the call.
+      call: its inputs.
       front: where the rows stand after it, on the device.
-      steps: what it draws, on the device.
+      steps: what it computes, on the device.
+      goes_on: whether it began where another ended.
+      prompt_tokens: that the call computes.
       started: time.monotonic() of the dispatch.
     """
 
-    requests: list[Request]
+    batch: list[Piece]
     size: int
-    rows: Rows
+    call: Call
     front: Front
     steps: Steps
+    goes_on: bool
+    prompt_tokens: int
     started: float
 
 
@@ -111,7 +101,10 @@ class Device:
         self.stats: collections.defaultdict[str, float] = collections.defaultdict(int)
         self._load = load
         self._pages: PageArrays | None = None
-        self._idle_since = 0.0  # end of the last call or dispatch
+        # By size of a call: no row is begun, and none asks for anything.
+        self._fronts: dict[int, Front] = {}
+        self._unadjusted: dict[int, Adjustments] = {}
+        self._idle_since = 0.0  # end of the last dispatch
 
     @property
     def place(self) -> Mesh | jax.Device:
@@ -124,21 +117,30 @@ class Device:
         self.mesh = engine_mesh_of(self.params)
         self.adapters.prepare(self.config, self.mesh)
         self._pages = self._make_pages()
-        tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
-        kernels = choose_serving_kernels(jax.default_backend(), self.config, tensor)
-        self._program = make_program(self.config, kernels, page_sharding(self.place))
-        steps = self.shapes.decode_steps
-        sharding = page_sharding(self.place)
-        self._decoder = make_decoder(self._program, self.config, steps, sharding)
+        self._program = self._make_program()
+        everywhere = whole_sharding(self.place)
         started = time.monotonic()
         for size in self.shapes.call_sizes:
-            self._run_program(empty_call(self.shapes, size), wants_routes=False)
-            if steps > 1:
-                rows, front = empty_rows(self.shapes, size)
-                for _ in range(2):  # from the host's numbers, then from where the last one stood
-                    front, taken = self._run_decoder(rows, front)
-                jax.block_until_ready(taken)
+            rows = self.shapes.rows(size)
+            self._fronts[size] = empty_front(rows, everywhere)
+            unadjusted = empty_adjustments(rows, self.shapes.max_context, self.config.vocab_size)
+            self._unadjusted[size] = jax.device_put(unadjusted, everywhere)
+            call = empty_call(self.shapes, size, self._unadjusted[size])
+            _, steps = self._run(call, self._fronts[size])
+            jax.block_until_ready(steps)
         logging.info("compiled in %.1f s", time.monotonic() - started)
+
+    def _make_program(self) -> Program:
+        tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
+        kernels = choose_serving_kernels(jax.default_backend(), self.config, tensor)
+        place = self.place
+        return make_program(
+            self.config,
+            kernels,
+            self.shapes.decode_steps,
+            page_sharding(place),
+            whole_sharding(place),
+        )
 
     def take_weights(self, why: str) -> Params | None:
         """Return the weights, for others to take their place one by one; None if there are none.
@@ -156,76 +158,75 @@ class Device:
         self.missing.pop("weights", None)
         self.params = params
 
-    def run(self, batch: Sequence[Piece], size: int) -> Result:
-        """Compute pieces of at most `size` tokens together, at most `shapes.rows(size)` of them.
+    def begin(self, batch: list[Piece], size: int, steps: int = 1) -> Dispatch:
+        """Begin to compute pieces of at most `size` tokens together.
 
-        The tokens that are drawn are in the order of the pieces that draw.
+        Args:
+          batch: at most `shapes.rows(size)` pieces. Tokens are drawn in the order of those that
+            draw.
+          size: of the call.
+          steps: above 1 only for requests that all decode: up to so many tokens are drawn for each,
+            as far as its pages go.
         """
-        call = make_call(batch, self.shapes, size)
-        started = time.monotonic()
-        wants_routes = any(piece.request.return_routes for piece in batch)
-        result = self._run_program(call, wants_routes)
-        tokens = int(call.starts_R[-1])
-        self._count(
-            calls=1,
-            call_tokens=tokens,
-            call_room=size,
-            prefill_tokens=tokens - sum(piece.request.is_decoding for piece in batch),
-            call_ms=1000 * (time.monotonic() - started),
-        )
-        return result
+        call = make_call(batch, self.shapes, size, self._adjustments(batch, size), steps)
+        prompts = sum(piece.length for piece in batch if not piece.request.is_decoding)
+        return self._dispatch(batch, size, call, self._fronts[size], prompts)
 
-    def _run_program(self, call: Call, wants_routes: bool) -> Result:
-        assert self.params is not None and self._pages is not None
-        with self._on_mesh():
-            self._pages, result = self._program(
-                self.params, self.adapters.arrays, self._pages, call
-            )
-        if not wants_routes:
-            result = result._replace(routes_LTk=None)  # stays on the device
-        return jax.tree.map(np.asarray, result)
+    def _adjustments(self, batch: Sequence[Piece], size: int) -> Adjustments:
+        requests = [piece.request for piece in batch if piece.draws]
+        empty = self._unadjusted[size]
+        if not any(request.adjusts_logits for request in requests):
+            return empty
+        return make_adjustments(requests, empty, whole_sharding(self.place))
 
-    def decode(self, requests: list[Request], size: int) -> Dispatch:
-        """Begin up to `decode_steps` steps of requests that decode, at most `shapes.rows(size)`.
-
-        Each needs a page for the position that it computes next; it goes on as far as its pages do.
-        """
-        rows, front = make_rows(requests, self.shapes, size)
-        return self._dispatch(requests, size, rows, front)
-
-    def decode_on(self, last: Dispatch) -> Dispatch:
+    def go_on(self, last: Dispatch) -> Dispatch:
         """Begin further steps of the rows of a dispatch from where it ends, before it is read."""
-        return self._dispatch(last.requests, last.size, last.rows, last.front)
+        requests = [piece.request for piece in last.batch]
+        call = set_limits(last.call, requests, self.shapes)
+        return self._dispatch(last.batch, last.size, call, last.front, 0, goes_on=True)
 
-    def _dispatch(self, requests: list[Request], size: int, rows: Rows, front: Front) -> Dispatch:
+    def _dispatch(
+        self,
+        batch: list[Piece],
+        size: int,
+        call: Call,
+        front: Front,
+        prompt_tokens: int,
+        goes_on: bool = False,
+    ) -> Dispatch:
         started = time.monotonic()
-        rows = set_limits(rows, requests, self.shapes)
-        front, steps = self._run_decoder(rows, front)
-        return Dispatch(requests, size, rows, front, steps, started)
+        front, steps = self._run(call, front)
+        return Dispatch(batch, size, call, front, steps, goes_on, prompt_tokens, started)
 
     def read(self, dispatch: Dispatch) -> Steps:
-        """Wait for what a dispatch has drawn. `routes_NLRk` stays where no request wants it."""
+        """Wait for what a dispatch has computed. Routes stay where no request wants them."""
         steps = dispatch.steps
-        token_NR, logprob_NR, count_R = jax.device_get(steps[:3])
-        routes_NLRk = steps.routes_NLRk
-        if any(request.return_routes for request in dispatch.requests):
-            routes_NLRk = np.asarray(routes_NLRk)
-        started = max(dispatch.started, self._idle_since)
+        host = Steps(*jax.device_get(steps[:-1]), steps.routes_NLTk)
+        if any(piece.request.return_routes for piece in dispatch.batch):
+            host = host._replace(routes_NLTk=np.asarray(steps.routes_NLTk))
+        began = max(dispatch.started, self._idle_since)
         self._idle_since = time.monotonic()
+        tokens = int(host.count_R.sum())  # of a call that others follow: one of each row
+        calls = int(host.count_R.max())
+        if not dispatch.goes_on:
+            draws = int(dispatch.call.draws)
+            tokens += int(dispatch.call.starts_R[-1]) - draws
+            calls = max(calls, 1)
         self._count(
-            dispatches=1,
-            calls=int(count_R.max()),
-            call_tokens=int(count_R.sum()),
-            call_room=int(count_R.max()) * len(count_R),
-            call_ms=1000 * (self._idle_since - started),
+            dispatches=int(dispatch.call.steps > 1),
+            calls=calls,
+            call_tokens=tokens,
+            call_room=calls * dispatch.size,
+            prefill_tokens=dispatch.prompt_tokens,
+            call_ms=1000 * (self._idle_since - began),
         )
-        return Steps(token_NR, logprob_NR, count_R, routes_NLRk)
+        return host
 
-    def _run_decoder(self, rows: Rows, front: Front) -> tuple[Front, Steps]:
+    def _run(self, call: Call, front: Front) -> tuple[Front, Steps]:
         assert self.params is not None and self._pages is not None
         with self._on_mesh():
-            self._pages, front, steps = self._decoder(
-                self.params, self.adapters.arrays, self._pages, rows, front
+            self._pages, front, steps = self._program(
+                self.params, self.adapters.arrays, self._pages, call, front
             )
         return front, steps
 
@@ -284,9 +285,11 @@ def _bytes_each(array: jax.Array) -> int:
 # -------------------------------------------------------------------------------------------------
 
 
-def make_call(batch: Sequence[Piece], shapes: Shapes, size: int) -> Call:
-    """Return the inputs of a call of `size` tokens for these pieces."""
-    call = empty_call(shapes, size)
+def make_call(
+    batch: Sequence[Piece], shapes: Shapes, size: int, adjustments: Adjustments, steps: int = 1
+) -> Call:
+    """Return the inputs of a call of `size` tokens for these pieces, and of steps after it."""
+    call = empty_call(shapes, size, adjustments)
     at = 0
     draws = 0
     scores = False
@@ -300,7 +303,6 @@ def make_call(batch: Sequence[Piece], shapes: Shapes, size: int) -> Call:
         call.target_T[at : at + len(targets)] = targets
         call.position_T[own] = np.arange(start, end)
         call.row_T[own] = row
-        call.table_RM[row, : len(request.pages)] = request.pages
         call.lengths_R[row] = end
         call.starts_R[row] = at
         if request.adapter is not None:
@@ -310,6 +312,26 @@ def make_call(batch: Sequence[Piece], shapes: Shapes, size: int) -> Call:
         if piece.draws:
             call.last_R[draws] = at - 1
             set_sampling(call.sampling, draws, request.sampling)
+            set_stops(call, draws, request.sampling)
             draws += 1
     call.starts_R[len(batch) :] = at
-    return call._replace(draws=np.asarray(draws, np.int32), scores=np.asarray(scores))
+    call = call._replace(
+        draws=np.asarray(draws, np.int32),
+        scores=np.asarray(scores),
+        steps=np.asarray(steps, np.int32),
+    )
+    return set_limits(call, [piece.request for piece in batch], shapes)
+
+
+def set_limits(call: Call, requests: Sequence[Request], shapes: Shapes) -> Call:
+    """Return the inputs with the pages that requests have now.
+
+    The arrays are new: a dispatch that runs may still read the old ones. Requests that have ended
+    have no pages, and their rows no positions.
+    """
+    table_RM = np.zeros_like(call.table_RM)
+    limit_R = np.zeros_like(call.limit_R)
+    for row, request in enumerate(requests):
+        table_RM[row, : len(request.pages)] = request.pages
+        limit_R[row] = min(len(request.pages) * shapes.page_tokens, request.last_position)
+    return call._replace(table_RM=table_RM, limit_R=limit_R)

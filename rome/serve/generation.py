@@ -17,7 +17,7 @@ from aiohttp import web
 from rome.serve.answer import make_answer
 from rome.serve.checks import BadRequest
 from rome.serve.metrics import Totals
-from rome.serve.protocol import Bounds, parse_generate
+from rome.serve.protocol import Bounds, asks_for_grammar, parse_generate
 from rome.serve.request import Request, TextCodec
 from rome.serve.scheduler import Scheduler
 from rome.serve.wire import Busy, error, error_body, open_stream, read_body, send_event
@@ -44,7 +44,7 @@ class Generation:
 
     async def generate(self, http: web.Request) -> web.StreamResponse:
         """Answer /generate: one request or a batch, at once or as a stream."""
-        requests, is_batch = parse_generate(await read_body(http), self._bounds, self._tokenizer)
+        requests, is_batch = await self.parse(await read_body(http))
         if requests[0].stream:
             return await self._stream(http, requests, is_batch)
         await self.finish(requests)
@@ -53,6 +53,16 @@ class Generation:
             return error(failed["status_code"], failed["message"])
         answers = [self._answer(request) for request in requests]
         return web.json_response(answers if is_batch else answers[0])
+
+    async def parse(self, body: Any) -> tuple[list[Request], bool]:
+        """Do as `parse_generate`, beside other requests where it may take long.
+
+        Raises:
+          BadRequest: the body cannot be served.
+        """
+        if asks_for_grammar(body):
+            return await asyncio.to_thread(parse_generate, body, self._bounds, self._tokenizer)
+        return parse_generate(body, self._bounds, self._tokenizer)
 
     async def finish(self, requests: Sequence[Request]) -> None:
         """Run requests to their ends.

@@ -16,16 +16,44 @@ from envs.gem.tool_call import OPEN, ToolCallError, iterate_tool_calls
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.serve.answer import make_text
 from rome.serve.checks import BadRequest, check_flag, check_integer, check_text
+from rome.serve.grammar import KINDS
 from rome.serve.request import Request
+from rome.serve.required_calls import required_name
 from rome.serve.stopping import decode
 
 DEFAULT_MAX_TOKENS = 16  # of a text completion; a chat goes on to the end of the context
 ROLES = ("system", "developer", "user", "assistant", "tool")
 BROKEN_CHARACTER = "\ufffd"
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos")
-_SAMPLING_TOO = ("skip_special_tokens", "no_stop_trim")
+# As /generate takes them.
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+    "no_stop_trim",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_new_tokens",
+    *KINDS,
+)
 _BODY = ("rid", "cache_salt", "extra_key", "priority", "stream", "lora_path")
-_OWN = ("model", "seed", "max_tokens", "logprobs", "stream_options", "return_token_ids")
+_OWN = (
+    "model",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "response_format",
+    "logprobs",
+    "stream_options",
+    "return_token_ids",
+)
 _OF_CHAT = ("messages", "tools", "tool_choice", "max_completion_tokens")
 _OF_TEXT = ("prompt",)
 # They say something about the client, and ask for nothing.
@@ -41,8 +69,6 @@ _IGNORED = (
 # Fields that are accepted with these values only.
 _NEUTRAL: Mapping[str, Any] = {
     "best_of": 1,
-    "repetition_penalty": 1.0,
-    "response_format": {"type": "text"},
     "modalities": ["text"],
 }
 
@@ -63,7 +89,7 @@ def to_generate(body: dict[str, Any], adapters: Collection[str], is_chat: bool) 
       BadRequest: it asks for what this engine does not do.
     """
     own = _OF_CHAT if is_chat else _OF_TEXT
-    known = {*_SAMPLING, *_SAMPLING_TOO, *_BODY, *_OWN, *_IGNORED, *own}
+    known = {*_SAMPLING, *_BODY, *_OWN, *_IGNORED, *own}
     for name, value in body.items():
         is_neutral = value in (None, False, 0, "", [], {}) or value == _NEUTRAL.get(name)
         if name not in known and not is_neutral:
@@ -71,10 +97,14 @@ def to_generate(body: dict[str, Any], adapters: Collection[str], is_chat: bool) 
                 f"{name!r} = {json.dumps(value)[:200]} is not supported by this engine; leave it"
                 " out"
             )
-    names = (*_SAMPLING, *_SAMPLING_TOO)
-    sampling = {name: body[name] for name in names if body.get(name) is not None}
+    sampling = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
+    if body.get("min_tokens") is not None:  # SGLang's name here
+        sampling["min_new_tokens"] = body["min_tokens"]
     if body.get("seed") is not None:
         sampling["sampling_seed"] = body["seed"]
+    schema = _schema_of(body.get("response_format"))
+    if schema is not None:
+        sampling["json_schema"] = schema
     limit = _max_tokens(body, is_chat)
     if limit is not None:
         sampling["max_new_tokens"] = limit
@@ -85,6 +115,23 @@ def to_generate(body: dict[str, Any], adapters: Collection[str], is_chat: bool) 
     asked["sampling_params"] = sampling
     asked["return_logprob"] = wants_logprobs(body, is_chat)
     return asked
+
+
+def _schema_of(given: Any) -> str | None:
+    """Return the JSON schema of a response_format as text; None where any text will do."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return json.dumps({"type": "object"})
+    wrapped = given.get("json_schema") if kind == "json_schema" else None
+    schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+    if not isinstance(schema, dict):
+        raise BadRequest(
+            f"response_format={json.dumps(given)[:200]} is not supported; give type text,"
+            " json_object, or json_schema with a schema"
+        )
+    return json.dumps(schema)
 
 
 def _max_tokens(body: Mapping[str, Any], is_chat: bool) -> int | None:
@@ -158,14 +205,10 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the tools that the model may call.
 
     Raises:
-      BadRequest: they are none, or a call is required.
+      BadRequest: they are none, or tool_choice is.
     """
     choice = body.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise BadRequest(
-            f"tool_choice={json.dumps(choice)[:100]} is not supported: the model chooses; leave it"
-            " out"
-        )
+    required_name(choice)  # it is one of those that are known
     tools = body.get("tools") or []
     if not isinstance(tools, list):
         raise BadRequest("tools must be a list")
@@ -357,7 +400,7 @@ class Answers:
         A character may be incomplete, a stop string may have begun, and so may a tool call.
         """
         end = len(text.rstrip(BROKEN_CHARACTER))
-        marks = list(request.sampling.stop)
+        marks = [*request.sampling.stop, *map(self._without_special, request.sampling.stop)]
         if self._has_tools:
             for mark in _CALL_MARKS:
                 if mark in text:
@@ -370,6 +413,13 @@ class Answers:
                     end = min(end, len(text) - length)
                     break
         return end
+
+    def _without_special(self, stop: str) -> str:
+        """Return a stop string as a text shows it that leaves out special tokens."""
+        if self._tokenizer is None:
+            return stop
+        ids = self._tokenizer.encode(stop, allow_special=True)
+        return self._tokenizer.decode(ids, skip_special=True)
 
     def _logprobs(self, request: Request, start: int, end: int) -> dict[str, Any]:
         pairs = list(zip(request.output_ids[start:end], request.logprobs[start:end], strict=True))

@@ -13,9 +13,18 @@ from aiohttp import web
 from rome.model.tokenizer import Tokenizer
 from rome.serve.checks import BadRequest
 from rome.serve.generation import Generation, failure_of
-from rome.serve.openai_api import Answers, chat_ids, prompt_of, to_generate, wants_usage
-from rome.serve.protocol import Bounds, parse_generate
+from rome.serve.grammar import KINDS
+from rome.serve.openai_api import (
+    Answers,
+    chat_ids,
+    prompt_of,
+    read_tools,
+    to_generate,
+    wants_usage,
+)
+from rome.serve.protocol import Bounds
 from rome.serve.request import Request, TextCodec
+from rome.serve.required_calls import call_grammar
 from rome.serve.scheduler import Scheduler
 from rome.serve.wire import Busy, Handler, error, error_body, open_stream, read_body, send_event
 
@@ -83,7 +92,7 @@ class OpenAIRoutes:
         """Answer /v1/completions."""
         body = await read_body(http)
         asked = self._asked(body, is_chat=False) | prompt_of(body)
-        requests, _ = parse_generate(asked, self._bounds, self._tokenizer)
+        requests, _ = await self._generation.parse(asked)
         return await self._respond(http, body, requests, is_chat=False)
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
@@ -100,8 +109,17 @@ class OpenAIRoutes:
         ids = await asyncio.to_thread(chat_ids, body, tokenizer)
         asked["input_ids"] = ids
         rest = max(self._bounds.max_context - len(ids), 1)
-        asked["sampling_params"].setdefault("max_new_tokens", rest)
-        requests, _ = parse_generate(asked, self._bounds, tokenizer)
+        sampling = asked["sampling_params"]
+        sampling.setdefault("max_new_tokens", rest)
+        grammar = call_grammar(body, read_tools(body), tokenizer)
+        if grammar is not None:
+            if any(sampling.get(kind) for kind in KINDS):
+                raise BadRequest(
+                    "tool_choice that requires a call and another form of the answer exclude each"
+                    " other; leave one out"
+                )
+            sampling["ebnf"] = grammar
+        requests, _ = await self._generation.parse(asked)
         return await self._respond(http, body, requests, is_chat=True)
 
     def _asked(self, body: dict[str, Any], is_chat: bool) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""The compiled program of the engine: some tokens of some sequences, and the tokens that follow.
+"""One call of the engine: some tokens of some sequences, and the tokens that follow.
 
-T tokens of a call, R rows (sequences of a call), M pages of a row, D model, V vocabulary, L layers,
-k experts a token.
+T tokens of a call, R rows (sequences of a call), M pages of a row, S stop tokens, D model, V
+vocabulary, L layers, k experts a token.
 
 A call takes any mixture of tokens: the last one of a sequence that is decoded, a piece of a prompt.
 It is compiled for a few T, and a call takes the smallest that holds its tokens. A token's numbers
 do not depend on what else is in the call, nor on T: the layers are the trainer's own
 (`rome.model.qwen3`), in forms that treat each token by itself, and what requests ask for chooses a
-branch, not another program. For float32 on a CPU that is proven bitwise up to 32 tokens
-(tests/rome/model/ops/test_paged.py): in larger products XLA sums in another order.
+branch, not another program. For float32 on a CPU that is proven bitwise
+(tests/rome/model/ops/test_paged.py); of the forms that need no compiler up to 32 tokens: in larger
+products XLA sums in another order.
 """
 
 from __future__ import annotations
@@ -22,20 +23,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec, Sharding
+from jax.sharding import PartitionSpec
 
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
+from rome.model.ops.native import products_native
 from rome.model.ops.paged import Pages
 from rome.model.qwen3 import Params, Qwen3, head_kernel
 from rome.model.sharding import ENGINE_RULES, is_on_engine_mesh
 from rome.serve.adapters import AdapterArrays, with_adapters
+from rome.serve.adjusting import Adjustments, adjust, first_rows
 from rome.serve.request import SamplingParams
-from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
+from rome.serve.sampling import NO_TOKEN, AnyArray, RowSampling, sample, token_logprobs
 
 CALL_SIZES = (4, 16, 64, 256)  # tokens of the calls that are smaller than the largest
 FEW_SAMPLES = 4  # rows of the smaller head
+STOPS = 8  # stop tokens of a row that the device knows
+MAX_TOKEN = np.iinfo(np.int32).max
 PageArrays = tuple[Array, ...]
+Head = Callable[[Array], Array]  # from hidden states to logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +62,8 @@ class Shapes:
     max_context: int = 384
     cache_tokens: int = 0
     page_tokens: int = 16
-    call_tokens: int = 32
-    decode_steps: int = 1
+    call_tokens: int = 256
+    decode_steps: int = 8
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -109,6 +115,12 @@ class Call(NamedTuple):
       draws: number of rows that draw, a scalar.
       scores: whether the logprobs of target_T are wanted, a scalar.
       sampling: how each row is sampled, in the order of last_R.
+      steps: a scalar; above 1 only where every row draws: steps of decoding that are taken at once,
+        the call itself the first of them.
+      limit_R: tokens at this position and later are not computed in these steps.
+      stops_RS: tokens that end a row, filled up with NO_TOKEN.
+      adjustments: of the logits that a row draws from, in the order of last_R.
+      lately_RN: drawn in the steps before, filled up with NO_TOKEN.
     """
 
     token_T: AnyArray
@@ -123,6 +135,11 @@ class Call(NamedTuple):
     draws: AnyArray
     scores: AnyArray
     sampling: RowSampling
+    steps: AnyArray
+    limit_R: AnyArray
+    stops_RS: AnyArray
+    adjustments: Adjustments
+    lately_RN: AnyArray
 
 
 class Result(NamedTuple):
@@ -132,32 +149,23 @@ class Result(NamedTuple):
       token_R: drawn, in the order of Call.last_R.
       logprob_R: of token_R.
       target_logprob_T: of Call.target_T; all 0 unless scores were asked for.
-      routes_LTk: experts of each token; None once it is on the host, if no request asked for them.
+      routes_LTk: experts of each token.
     """
 
     token_R: AnyArray
     logprob_R: AnyArray
     target_logprob_T: AnyArray
-    routes_LTk: AnyArray | None
+    routes_LTk: AnyArray
 
 
-Program = Callable[[Params, AdapterArrays | None, PageArrays, Call], tuple[PageArrays, Result]]
-
-
-def make_program(config: ModelConfig, kernels: Kernels, page_sharding: Sharding) -> Program:
-    """Return the jitted program; it donates the pages that it is given.
+def empty_call(shapes: Shapes, size: int, adjustments: Adjustments) -> Call:
+    """Return the NumPy inputs of a call of `size` tokens without any.
 
     Args:
-      config: the model.
-      kernels: of the model.
-      page_sharding: that the pages have, and keep.
+      shapes: of the engine.
+      size: tokens of the call.
+      adjustments: of its rows.
     """
-    run = functools.partial(_run, config, kernels)
-    return jax.jit(run, donate_argnums=2, out_shardings=(page_sharding, None))
-
-
-def empty_call(shapes: Shapes, size: int) -> Call:
-    """Return the NumPy inputs of a call of `size` tokens without any."""
     R = shapes.rows(size)
     return Call(
         token_T=np.zeros(size, np.int32),
@@ -172,6 +180,11 @@ def empty_call(shapes: Shapes, size: int) -> Call:
         draws=np.asarray(0, np.int32),
         scores=np.asarray(False),
         sampling=empty_sampling(R),
+        steps=np.asarray(1, np.int32),
+        limit_R=np.zeros(R, np.int32),
+        stops_RS=np.full((R, STOPS), NO_TOKEN, np.int32),
+        adjustments=adjustments,
+        lately_RN=np.full((R, shapes.decode_steps), NO_TOKEN, np.int32),
     )
 
 
@@ -186,6 +199,12 @@ def empty_sampling(rows: int) -> RowSampling:
     )
 
 
+def set_stops(call: Call, row: int, params: SamplingParams) -> None:
+    """Set the tokens that end one row."""
+    stops = sorted(token for token in params.stop_ids if 0 <= token <= MAX_TOKEN)[:STOPS]
+    call.stops_RS[row, : len(stops)] = stops
+
+
 def set_sampling(sampling: RowSampling, row: int, params: SamplingParams) -> None:
     """Set how one row is sampled."""
     sampling.seed_B2[row] = (params.seed >> 32, params.seed & 0xFFFFFFFF)
@@ -195,7 +214,7 @@ def set_sampling(sampling: RowSampling, row: int, params: SamplingParams) -> Non
     sampling.min_p_B[row] = params.min_p
 
 
-def _run(
+def compute_call(
     config: ModelConfig,
     kernels: Kernels,
     params: Params,
@@ -203,7 +222,16 @@ def _run(
     kv: PageArrays,
     call: Call,
 ) -> tuple[PageArrays, Result]:
-    """Compute the tokens of a call, draw the ones that follow, and score targets if asked."""
+    """Compute the tokens of a call, draw the ones that follow, and score targets if asked.
+
+    Args:
+      config: the model.
+      kernels: of the model.
+      params: layers unstacked.
+      adapters: that tokens may name; None: there are none.
+      kv: the pages of each layer, which the result takes the place of.
+      call: the tokens.
+    """
     model = Qwen3(config, scan=False, experts=kernels.experts, attention_form=kernels.attention)
     pages = Pages(kv, call.table_RM, call.row_T, call.lengths_R, call.starts_R)
     position_T = jnp.maximum(call.position_T, 0)
@@ -213,21 +241,30 @@ def _run(
         {"params": adapted}, call.token_T[None], position_T[None], real_T[None], pages
     )
     hidden_TD = out.hidden_BTD[0]
-    kernel_DV = head_kernel(params, config)
-    token_R, logprob_R = _draw(hidden_TD, kernel_DV, call)
-    target_logprob_T = _score(hidden_TD, kernel_DV, call)
+    head = functools.partial(_logits, config, kernels, params)
+    token_R, logprob_R = _draw(hidden_TD, head, call)
+    target_logprob_T = _score(hidden_TD, head, call)
     return out.pages, Result(token_R, logprob_R, target_logprob_T, out.routes_LBTK[:, 0])
 
 
-def _draw(hidden_TD: Array, kernel_DV: Array, call: Call) -> tuple[Array, Array]:
+def _draw(hidden_TD: Array, head: Head, call: Call) -> tuple[Array, Array]:
     """Draw a token after each row's last one; only a few logits are computed for a few rows."""
     R = call.last_R.size
 
     def draw(rows: int) -> tuple[Array, Array]:
         last_r = call.last_R[:rows]
+        position_r = call.position_T[last_r] + 1
         sampling = jax.tree.map(lambda values: values[:rows], call.sampling)
-        logits_rV = _logits(hidden_TD[last_r], kernel_DV)
-        token_r, logprob_r = sample(logits_rV, call.position_T[last_r] + 1, sampling)
+        logits_rV = head(hidden_TD[last_r])
+        # A branch: calls of which no row asks for it do not pay for it.
+        logits_rV = jax.lax.cond(
+            call.adjustments.is_used,
+            lambda: adjust(
+                logits_rV, position_r, first_rows(call.adjustments, rows), call.lately_RN[:rows]
+            ),
+            lambda: logits_rV,
+        )
+        token_r, logprob_r = sample(logits_rV, position_r, sampling)
         return jnp.pad(token_r, (0, R - rows)), jnp.pad(logprob_r, (0, R - rows))
 
     if R <= FEW_SAMPLES:
@@ -236,15 +273,15 @@ def _draw(hidden_TD: Array, kernel_DV: Array, call: Call) -> tuple[Array, Array]
     return jax.lax.cond(is_few, lambda: draw(FEW_SAMPLES), lambda: draw(R))
 
 
-def _score(hidden_TD: Array, kernel_DV: Array, call: Call) -> Array:
+def _score(hidden_TD: Array, head: Head, call: Call) -> Array:
     def score() -> Array:
-        return token_logprobs(_logits(hidden_TD, kernel_DV), call.target_T)
+        return token_logprobs(head(hidden_TD), call.target_T)
 
     T = call.token_T.size
     return jax.lax.cond(call.scores, score, lambda: jnp.zeros(T, jnp.float32))
 
 
-def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:
+def _logits(config: ModelConfig, kernels: Kernels, params: Params, hidden_ND: Array) -> Array:
     """Return float32 logits, computed as in the trainer's `chunked_logprobs`.
 
     On a mesh each device computes its part of the vocabulary, and gets the others'.
@@ -254,8 +291,13 @@ def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:
         kernel_DV = kernel_DV.astype(hidden_ND.dtype)
         return jnp.matmul(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
 
+    kernel_DV = head_kernel(params, config)
     if not is_on_engine_mesh():
-        return matmul(hidden_ND, kernel_DV)
+        if kernels.attention != "native":
+            return matmul(hidden_ND, kernel_DV)
+        if config.tie_embeddings:  # the transposed matrix would be copied in each call
+            return products_native(hidden_ND, params["embed"]["embedding"], transposed=True)[0]
+        return products_native(hidden_ND, kernel_DV)[0]
     over = ENGINE_RULES["vocab"]
 
     def on_each_device(hidden_ND: Array, kernel_Dv: Array) -> Array:

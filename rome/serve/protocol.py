@@ -13,7 +13,16 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from rome.serve.checks import BadRequest, check_flag, check_integer, check_number, check_text
+from rome.serve.adjusting import MAX_BIASES
+from rome.serve.checks import (
+    MAX_DIGITS,
+    BadRequest,
+    check_flag,
+    check_integer,
+    check_number,
+    check_text,
+)
+from rome.serve.grammar import KINDS, Grammar, make_grammar
 from rome.serve.request import Request, SamplingParams, TextCodec
 
 # Far more than a trainer has at once, and longer than its episodes: they bound what a server
@@ -79,12 +88,20 @@ _SAMPLING_FIELDS = {
     "no_stop_trim",
     "sampling_seed",
     "n",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "min_new_tokens",
+    "logit_bias",
+    *KINDS,
 }
 # Sampling parameters that are accepted with these values only.
-_NEUTRAL = {"repetition_penalty": 1.0, "spaces_between_special_tokens": True}
+_NEUTRAL = {"spaces_between_special_tokens": True}
 MIN_TEMPERATURE = 1e-6
+MIN_REPETITION_PENALTY = 1e-6  # a logit divided by less need not be finite
 MAX_SAMPLES = 128  # answers to one prompt
 MAX_BATCH = 65536  # requests of one body
+MAX_BIAS = 100.0  # OpenAI's
 SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of the answers to one prompt; odd
 
 
@@ -177,10 +194,12 @@ def _parse_request(
         rid = f"{rid}_{fields.number}"
     fields.flag("log_metrics")  # there are none to leave out, but it must be a flag
     routes_from = fields.get("routed_experts_start_len", 0)
+    sampling = fields.get("sampling_params", {})
     request = Request(
         rid=rid,
         prompt_ids=prompt_ids,
-        sampling=_parse_sampling(fields.get("sampling_params", {}), bounds, tokenizer),
+        sampling=_parse_sampling(sampling, bounds, tokenizer),
+        grammar=_parse_grammar(sampling, bounds, tokenizer),
         return_logprob=fields.flag("return_logprob"),
         return_routes=fields.flag("return_routed_experts"),
         routes_from=check_integer("routed_experts_start_len", routes_from),
@@ -305,6 +324,11 @@ def _parse_sampling(
         seed=seed % 2**64,
         skip_special_tokens=check_flag("skip_special_tokens", get("skip_special_tokens", True)),
         no_stop_trim=check_flag("no_stop_trim", get("no_stop_trim", False)),
+        frequency_penalty=check_number("frequency_penalty", get("frequency_penalty", 0.0)),
+        presence_penalty=check_number("presence_penalty", get("presence_penalty", 0.0)),
+        repetition_penalty=check_number("repetition_penalty", get("repetition_penalty", 1.0)),
+        min_new_tokens=check_integer("min_new_tokens", get("min_new_tokens", 0)),
+        logit_bias=_parse_biases(get("logit_bias", {}), bounds.vocab_size),
     )
     _check_ranges(params)
     return params
@@ -320,6 +344,44 @@ def _parse_stop_ids(ids: Any) -> frozenset[int]:
     if not isinstance(ids, list):
         raise BadRequest(f"stop_token_ids must be a list of token ids, got {ids!r}")
     return frozenset(check_integer("stop_token_ids", one) for one in ids)
+
+
+def asks_for_grammar(body: Any) -> bool:
+    """Return whether a body may ask for a grammar, which can take seconds to read."""
+    params = body.get("sampling_params") if isinstance(body, dict) else None
+    given = params if isinstance(params, list) else [params]
+    return any(isinstance(one, dict) and any(one.get(kind) for kind in KINDS) for one in given)
+
+
+def _parse_grammar(
+    given: dict[str, Any], bounds: Bounds, tokenizer: TextCodec | None
+) -> Grammar | None:
+    asked = [(kind, check_text(kind, given[kind])) for kind in KINDS if given.get(kind)]
+    if len(asked) > 1:
+        raise BadRequest(f"give only one of {', '.join(KINDS)}")
+    for kind, text in asked:
+        return make_grammar(kind, text, tokenizer, bounds.vocab_size, bounds.eos_token_ids)
+    return None
+
+
+def _parse_biases(given: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """Return tokens and what is added to their logits; JSON spells the tokens as text."""
+    if not isinstance(given, dict):
+        raise BadRequest(f"logit_bias must be an object of token ids and numbers, got {given!r}")
+    biases = []
+    for token, value in given.items():
+        digits = str(token)
+        is_number = digits.isascii() and digits.isdecimal() and len(digits) < MAX_DIGITS
+        number = int(digits) if is_number else vocab_size
+        if number >= vocab_size:
+            raise BadRequest(
+                f"logit_bias has the key {token!r}; keys must be token ids below {vocab_size}"
+            )
+        bias = check_number("logit_bias", value)
+        if abs(bias) > MAX_BIAS:
+            raise BadRequest(f"logit_bias must be from -{MAX_BIAS:g} to {MAX_BIAS:g}, got {bias:g}")
+        biases.append((number, bias))
+    return tuple(biases)
 
 
 def _parse_stop(stop: Any, tokenizer: TextCodec | None) -> tuple[str, ...]:
@@ -351,5 +413,23 @@ def _check_ranges(params: SamplingParams) -> None:
         faults.append(f"top_k must be -1 (all) or at least 1, got {params.top_k}")
     if not 0 <= params.min_p <= 1:
         faults.append(f"min_p must be in [0, 1], got {params.min_p}")
+    for name in ("frequency_penalty", "presence_penalty"):
+        if not -2 <= getattr(params, name) <= 2:
+            faults.append(f"{name} must be in [-2, 2], got {getattr(params, name)}")
+    if not MIN_REPETITION_PENALTY <= params.repetition_penalty <= 2:
+        faults.append(
+            f"repetition_penalty must be from {MIN_REPETITION_PENALTY:g} to 2, got"
+            f" {params.repetition_penalty}"
+        )
+    if not 0 <= params.min_new_tokens <= max(params.max_new_tokens, 0):
+        faults.append(
+            f"min_new_tokens must be from 0 to max_new_tokens, got {params.min_new_tokens}"
+        )
+    biases = len(params.logit_bias) + (len(params.stop_ids) if params.min_new_tokens else 0)
+    if biases > MAX_BIASES:
+        faults.append(
+            f"logit_bias, with the stop tokens that min_new_tokens holds back, may have"
+            f" {MAX_BIASES} tokens, got {biases}"
+        )
     if faults:
         raise BadRequest("; ".join(faults))

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from rome.serve.adapters import Adapter
 from rome.serve.pages import Node
+
+
+class Grammar(Protocol):
+    """What an answer must be, as `rome.serve.grammar.Grammar`."""
+
+    def allowed(self) -> np.ndarray: ...
+    def take(self, tokens: Sequence[int]) -> str: ...
+    @property
+    def is_complete(self) -> bool: ...
 
 
 class TextCodec(Protocol):
@@ -37,6 +46,12 @@ class SamplingParams:
       seed: 64 bits.
       skip_special_tokens: whether the answer's text leaves out special tokens.
       no_stop_trim: whether the answer's text keeps the stop token or string that ended it.
+      frequency_penalty: subtracted from a token's logit for each time that the answer has it.
+      presence_penalty: subtracted from a token's logit if the answer has it.
+      repetition_penalty: divides the logit of a token that the answer has, or multiplies it where
+        it is negative; 1 changes nothing.
+      min_new_tokens: stop tokens are not drawn before so many others.
+      logit_bias: tokens and what is added to their logits.
     """
 
     max_new_tokens: int = 128
@@ -49,6 +64,18 @@ class SamplingParams:
     seed: int = 0
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on what was drawn before."""
+        return bool(
+            self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,6 +96,7 @@ class Request:
       priority: requests with a higher one run before others that wait.
       salt: requests share cached prefixes only with requests of the same salt.
       adapter_name: of the adapter that samples; "": none.
+      grammar: that the answer follows; None: any answer will do.
       notify: called from the scheduler's thread with the request, at its end and, for `stream`,
         after each step that brought tokens.
 
@@ -106,6 +134,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     adapter_name: str = ""
+    grammar: Grammar | None = None
     notify: Callable[[Request], object] = lambda request: None
 
     output_ids: list[int] = dataclasses.field(default_factory=list)
@@ -131,6 +160,13 @@ class Request:
     def is_decoding(self) -> bool:
         """Whether all but the token that was drawn last are computed."""
         return bool(self.output_ids) and self.computed == len(self.ids) - 1
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's."""
+        params = self.sampling
+        biased = params.min_new_tokens or params.logit_bias
+        return bool(params.has_penalties or biased or self.grammar is not None)
 
     @property
     def last_position(self) -> int:

@@ -17,6 +17,7 @@ from jax import Array
 
 AnyArray = Any  # of NumPy where a call is prepared or read, traced by JAX inside the programs
 BLOCK = 64  # tokens whose probabilities are summed before blocks are
+NO_TOKEN = -1  # fills up lists of tokens
 CANDIDATES = 1024  # likeliest tokens among which filters look first
 
 
@@ -64,8 +65,11 @@ def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Arra
         lambda: weights_BV,
     )
     drawn_B = _draw(kept_BV, uniform_B)
-    likeliest_B = jnp.argmax(scaled_BV, axis=-1)
-    tokens_B = jnp.where(greedy_B, likeliest_B, drawn_B).astype(jnp.int32)
+    tokens_B = jax.lax.cond(
+        jnp.any(greedy_B),
+        lambda: jnp.where(greedy_B, jnp.argmax(scaled_BV, axis=-1), drawn_B),
+        lambda: drawn_B,
+    ).astype(jnp.int32)
     chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
     return tokens_B, chosen_B - top_B1[:, 0] - jnp.log(total_B)
 
@@ -119,7 +123,7 @@ def _in_blocks(weights_BV: Array) -> tuple[Array, Array, Array]:
     def add(sum_B: Array, block_B: Array) -> tuple[Array, Array]:
         return sum_B + block_B, sum_B
 
-    total_B, before_nB = jax.lax.scan(add, jnp.zeros(B), sum_Bn.T)
+    total_B, before_nB = jax.lax.scan(add, jnp.zeros(B), sum_Bn.T, unroll=16)
     return blocks_BnX, before_nB.T, total_B
 
 

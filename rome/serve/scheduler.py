@@ -21,8 +21,8 @@ from rome.serve.adapters import AdapterRoom
 from rome.serve.batching import Batcher
 from rome.serve.decoding import Steps
 from rome.serve.device import NO_ROOM, Device, Dispatch, Piece
-from rome.serve.programs import Result, Shapes
-from rome.serve.request import Request, TextCodec
+from rome.serve.programs import Shapes
+from rome.serve.request import Grammar, Request, TextCodec
 from rome.serve.stopping import find_end
 
 STOP_SECONDS = 10.0
@@ -316,12 +316,12 @@ class Scheduler:
             return
         batch, size = self._batcher.next_batch()
         steps = self.shapes.decode_steps
-        if steps > 1 and self._batcher.only_decodes():
-            requests = [piece.request for piece in batch]
-            self._batcher.give_pages(requests, steps)
-            self._in_flight = self.device.decode(requests, size)
+        follows = any(piece.request.grammar is not None for piece in batch)
+        if steps > 1 and self._batcher.only_decodes() and not follows:
+            self._batcher.give_pages([piece.request for piece in batch], steps)
+            self._in_flight = self.device.begin(batch, size, steps)
             return
-        result = self.device.run(batch, size)
+        result = self.device.read(self.device.begin(batch, size))
         at = 0
         draws = 0
         for piece in batch:
@@ -344,10 +344,11 @@ class Scheduler:
             return
         steps = self.shapes.decode_steps
         self._in_flight = None
-        if goes_on and self._batcher.can_go_on(dispatch.requests, dispatch.size, steps):
-            self._in_flight = self.device.decode_on(dispatch)
+        requests = [piece.request for piece in dispatch.batch]
+        if goes_on and self._batcher.can_go_on(requests, dispatch.size, steps):
+            self._in_flight = self.device.go_on(dispatch)
         taken = self.device.read(dispatch)
-        for row, request in enumerate(dispatch.requests):
+        for row, request in enumerate(requests):
             if request.finish is None:  # not one that a stop string has ended before
                 self._take_steps(request, row, taken)
 
@@ -359,30 +360,32 @@ class Scheduler:
         finish = self._append(request, drawn, logprobs)
         taken = len(request.ids) - 1 - request.computed
         if request.return_routes:
-            request.note_routes(steps.routes_NLRk[:taken, :, row])
+            request.note_routes(steps.routes_NLTk[:taken, :, row])
         self._batcher.note_computed(Piece(request, taken))
         self._conclude(request, finish)
 
-    def _note_computed(self, piece: Piece, at: int, result: Result) -> None:
+    def _note_computed(self, piece: Piece, at: int, result: Steps) -> None:
         """Record what the call has computed for a piece, whose tokens begin at `at`."""
         request, length = piece
         own = slice(at, at + length)
         if request.return_routes:
-            assert result.routes_LTk is not None, "the call had a request that wants routes"
-            request.note_routes(result.routes_LTk[:, own].swapaxes(0, 1))
+            request.note_routes(result.routes_NLTk[0, :, own].swapaxes(0, 1))
         if request.wants_scores:
             num_scores = len(request.prompt_ids) - 1
             request.prompt_logprobs += result.target_logprob_T[own].tolist()
             del request.prompt_logprobs[num_scores:]
         self._batcher.note_computed(piece)
 
-    def _take_drawn(self, request: Request, number: int, result: Result) -> None:
+    def _take_drawn(self, request: Request, number: int, result: Steps) -> None:
         """Append the token that the call has drawn after a request's last one."""
+        if not request.output_ids and not all(map(math.isfinite, request.prompt_logprobs)):
+            self._end(request, self._not_finite())
+            return
         if request.sampling.max_new_tokens == 0:
             self._end(request, {"type": "length", "length": 0})
             return
-        drawn = [int(result.token_R[number])]
-        finish = self._append(request, drawn, [float(result.logprob_R[number])])
+        drawn = [int(result.token_NR[0, number])]
+        finish = self._append(request, drawn, [float(result.logprob_NR[0, number])])
         self._conclude(request, finish)
 
     def _append(
@@ -399,8 +402,7 @@ class Scheduler:
           SGLang's finish_reason; None if the answer continues.
         """
         if not all(map(math.isfinite, logprobs)):
-            message = f"logits are not finite with weights {self.version}"
-            return {"type": "abort", "message": message, "status_code": 500}
+            return self._not_finite()
         before = len(request.output_ids)
         if request.first_token is None:
             request.first_token = time.monotonic()
@@ -414,7 +416,13 @@ class Scheduler:
         request.ids += drawn[:taken]
         request.output_ids += drawn[:taken]
         self.device.stats["generated_tokens"] += taken
+        if finish is None and request.grammar is not None:
+            return _follow(request.grammar, drawn)
         return finish
+
+    def _not_finite(self) -> dict[str, Any]:
+        message = f"logits are not finite with weights {self.version}"
+        return {"type": "abort", "message": message, "status_code": 500}
 
     def _conclude(self, request: Request, finish: dict[str, Any] | None) -> None:
         """End a request that has ended, and tell a stream of its tokens."""
@@ -442,3 +450,11 @@ class Scheduler:
         for request in self._batcher.requests():
             if is_meant(request):
                 self._end(request, {"type": "abort", "message": message, **more})
+
+
+def _follow(grammar: Grammar, drawn: list[int]) -> dict[str, Any] | None:
+    """Let a grammar read what was drawn; return SGLang's finish_reason where it is complete."""
+    fault = grammar.take(drawn)
+    if fault:
+        return {"type": "abort", "message": f"the grammar gave up: {fault}", "status_code": 400}
+    return {"type": "stop", "matched": None} if grammar.is_complete else None

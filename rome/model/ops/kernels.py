@@ -92,12 +92,16 @@ def choose_serving_kernels(platform: str, config: ModelConfig, tensor: int = 1) 
       tensor: devices that share the hidden units of each expert.
     """
     if platform == "cpu":
-        widths = (config.hidden_size, config.moe_intermediate_size // tensor, config.head_dim)
-        if native.fits(config.dtype, *widths):
-            reason = native.reason_missing()
+        if config.dtype == "float32":
+            widths = (config.hidden_size, config.moe_intermediate_size // tensor, config.head_dim)
+            reason = native.reason_unfit(*widths) or native.reason_missing()
             if reason is None:
                 return Kernels("native", "native", "ring")
-            logging.warning("slower: the engine runs without its C++ forms: %s", reason)
+            logging.warning(
+                "slower, and the last bits of an answer depend on its company unless --call_tokens"
+                " is at most 32: the engine runs without its C++ forms: %s",
+                reason,
+            )
         return Kernels("gather", "tiled", "ring")
     experts_form = _best(platform, config, group=1, extent=()).experts
     has_kernel = platform == "tpu" and config.head_dim % LANES == 0

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rome.model.ops.native import adapted_experts_native
+from rome.model.ops.native import adapted_experts_native, product_of_rows
 
 SUFFIX = "_lora"  # of the name beside a matrix's own that its adapter {"a", "b"} has
 SERVED = "_served"  # of the name beside it that the adapters of an engine, `Served`, have
@@ -67,7 +67,9 @@ def add_product(weight: Array, a: Array, b: Array) -> Array:
     return weight.astype(jnp.float32) + product
 
 
-def with_served(module: nn.Module, name: str, x_BTI: Array, product_BTO: Array) -> Array:
+def with_served(
+    module: nn.Module, name: str, x_BTI: Array, product_BTO: Array, is_native: bool = False
+) -> Array:
     """Return x W with what the adapters of an engine add; as it is where it has none.
 
     Args:
@@ -75,6 +77,7 @@ def with_served(module: nn.Module, name: str, x_BTI: Array, product_BTO: Array) 
       name: of W.
       x_BTI: one row of tokens, B = 1; the inputs may be several axes.
       product_BTO: x W; the outputs may be several axes.
+      is_native: whether C++ takes these arrays.
 
     One product with the adapters of all slots, where all but the token's own are multiplied by 0.
     """
@@ -84,10 +87,10 @@ def with_served(module: nn.Module, name: str, x_BTI: Array, product_BTO: Array) 
     T = x_BTI.shape[1]
     S, r = b.shape[:2]
     x_TI = x_BTI.reshape(T, -1).astype(jnp.float32)
-    low_TSr = jnp.matmul(x_TI, a.reshape(-1, S * r), precision="highest").reshape(T, S, r)
+    low_TSr = product_of_rows(x_TI, a.reshape(-1, S * r), is_native).reshape(T, S, r)
     factor_TS = jnp.where(slot_T[:, None] == jnp.arange(S), scale_S, 0.0)
     low_TZ = (low_TSr * factor_TS[:, :, None]).reshape(T, S * r)
-    out_TO = jnp.matmul(low_TZ, b.reshape(S * r, -1), precision="highest")
+    out_TO = product_of_rows(low_TZ, b.reshape(S * r, -1), is_native)
     return product_BTO + out_TO.reshape(product_BTO.shape).astype(product_BTO.dtype)
 
 

@@ -25,6 +25,7 @@ constexpr int kLanes = 8;
 #endif
 constexpr int kWide = 4;                      // vectors of a block of columns
 constexpr int kColumns = kLanes * kWide;      // of a block
+constexpr int kAhead = 64;                    // rows of a matrix that are fetched before their use
 constexpr int kMaxRows = kLanes == 16 ? 6 : 2;  // of a block: its sums stay in registers
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
@@ -133,6 +134,16 @@ inline __attribute__((always_inline)) void multiply_block(const float* const* x,
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < Wide; ++v) out[r][v] = sum[r][v];
+  }
+}
+
+// Copy `columns` columns of `depth` rows that lie `stride` apart to rows that lie `width` apart.
+inline void copy_columns(const float* from, int64_t stride, int64_t depth, int64_t columns,
+                         int64_t width, float* to) {
+  for (int64_t d = 0; d < depth; ++d, from += stride, to += width) {
+    // Processors do not guess it: the next row is far. Beyond the matrix it does nothing.
+    for (int64_t at = 0; at < columns; at += 16) __builtin_prefetch(from + kAhead * stride + at);
+    std::memcpy(to, from, columns * sizeof(float));
   }
 }
 

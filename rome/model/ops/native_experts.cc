@@ -11,9 +11,29 @@
 
 namespace {
 
-struct Mlp {
-  int64_t D, F;
-  const float *gate, *up, *down;  // of one expert
+constexpr int64_t kSummed = 32;  // tokens whose choices a thread adds up
+
+struct Call {
+  int64_t T, D, E, F, k;
+  const float *x, *gate, *up, *down, *weights;
+  const int32_t* ids;
+};
+
+// Some columns of a matrix of one expert.
+struct Columns {
+  const float* w;
+  int64_t stride;  // of its rows
+
+  // For many tokens they are copied: rows that lie together are read faster, again and again.
+  Columns(const float* matrix, int64_t width_of_all, int64_t depth, int64_t begin, int64_t end,
+          int64_t tokens, std::vector<float>& copy)
+      : w(matrix + begin), stride(width_of_all) {
+    if (tokens <= kMaxRows) return;
+    copy.resize(depth * (end - begin));
+    copy_columns(w, stride, depth, end - begin, end - begin, copy.data());
+    w = copy.data();
+    stride = end - begin;
+  }
 };
 
 // What an adapter adds to a product: low x b, for rows whose low[r] = scale * (x[r] x a) is known.
@@ -34,15 +54,17 @@ inline void add_low_rank(const Addend& addend, int64_t column, int64_t stride,
   }
 }
 
-// The hidden values of some choices of one expert, in `Wide` vectors of columns from `at` on.
+// The hidden values of some choices of one expert, in `Wide` vectors of columns from `at` on, which
+// are `near` columns from the first of gate and up.
 template <int Rows, int Wide>
-void hidden_columns(const Mlp& mlp, const float* const* x, const Addend& gate_low,
-                    const Addend& up_low, const float* weight, int64_t at, float* const* hidden) {
+void hidden_columns(const Columns& of_gate, const Columns& of_up, const Call& call,
+                    const float* const* x, const Addend& gate_low, const Addend& up_low,
+                    const float* weight, int64_t near, int64_t at, float* const* hidden) {
   Vec gate[Rows][Wide], up[Rows][Wide];
-  multiply_block<Rows, Wide>(x, mlp.gate + at, mlp.D, mlp.F, gate);
-  multiply_block<Rows, Wide>(x, mlp.up + at, mlp.D, mlp.F, up);
-  add_low_rank<Rows, Wide>(gate_low, at, mlp.F, gate);
-  add_low_rank<Rows, Wide>(up_low, at, mlp.F, up);
+  multiply_block<Rows, Wide>(x, of_gate.w + near, call.D, of_gate.stride, gate);
+  multiply_block<Rows, Wide>(x, of_up.w + near, call.D, of_up.stride, up);
+  add_low_rank<Rows, Wide>(gate_low, at, call.F, gate);
+  add_low_rank<Rows, Wide>(up_low, at, call.F, up);
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Wide; ++v) {
       const Vec own = gate[r][v];
@@ -52,11 +74,11 @@ void hidden_columns(const Mlp& mlp, const float* const* x, const Addend& gate_lo
 }
 
 template <int Rows, int Wide>
-void down_columns(const Mlp& mlp, const float* const* hidden, const Addend& low, int64_t at,
-                  float* const* out) {
+void down_columns(const Columns& of_down, const Call& call, const float* const* hidden,
+                  const Addend& low, int64_t near, int64_t at, float* const* out) {
   Vec sum[Rows][Wide];
-  multiply_block<Rows, Wide>(hidden, mlp.down + at, mlp.F, mlp.D, sum);
-  add_low_rank<Rows, Wide>(low, at, mlp.D, sum);
+  multiply_block<Rows, Wide>(hidden, of_down.w + near, call.F, of_down.stride, sum);
+  add_low_rank<Rows, Wide>(low, at, call.D, sum);
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Wide; ++v) store(out[r] + at + v * kLanes, sum[r][v]);
   }
@@ -74,12 +96,6 @@ struct Adapters {
   const int32_t* slot_T = nullptr;  // negative: the token has none
   const float* scale_S = nullptr;
   LowRank gate, up, down;
-};
-
-struct Call {
-  int64_t T, D, E, F, k;
-  const float *x, *gate, *up, *down, *weights;
-  const int32_t* ids;
 };
 
 struct Group {
@@ -169,9 +185,6 @@ ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adap
   const auto room = [A](int64_t width) { return std::unique_ptr<float[]>(new float[A * width]); };
   const auto hidden_AF = room(F), out_AD = room(D), gate_low = room(adapters.gate.rank),
              up_low = room(adapters.up.rank), down_low = room(adapters.down.rank);
-  const auto mlp_of = [&](int64_t e) {
-    return Mlp{D, F, call.gate + e * D * F, call.up + e * D * F, call.down + e * D * F};
-  };
   const auto x_of = [&](int64_t a) { return call.x + a / call.k * D; };
   const auto hidden_of = [&](int64_t a) { return hidden_AF.get() + a * F; };
   multiply_low(pool, groups, adapters.gate, call, adapters, D, x_of, gate_low.get());
@@ -179,7 +192,11 @@ ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adap
   for_each(pool, to_hidden.size(), [&](int64_t number) {
     const Unit& unit = to_hidden[number];
     const Group& group = *unit.group;
-    over_rows(group.choices.size(), [&](auto rows, int64_t first) {
+    const int64_t tokens = group.choices.size(), matrix = group.e * D * F;
+    thread_local std::vector<float> gate_copy, up_copy;
+    const Columns of_gate(call.gate + matrix, F, D, unit.begin, unit.end, tokens, gate_copy);
+    const Columns of_up(call.up + matrix, F, D, unit.begin, unit.end, tokens, up_copy);
+    over_rows(tokens, [&](auto rows, int64_t first) {
       constexpr int Rows = decltype(rows)::value;
       const float *x[Rows], *gate_rows[Rows], *up_rows[Rows];
       float* hidden[Rows];
@@ -194,8 +211,8 @@ ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adap
           addend_of<Rows>(group, adapters.gate, E, F, gate_low.get(), first, gate_rows);
       const Addend up = addend_of<Rows>(group, adapters.up, E, F, up_low.get(), first, up_rows);
       over_columns(unit.begin, unit.end, [&](auto wide, int64_t at) {
-        hidden_columns<Rows, decltype(wide)::value>(mlp_of(group.e), x, gate, up, weight, at,
-                                                    hidden);
+        hidden_columns<Rows, decltype(wide)::value>(of_gate, of_up, call, x, gate, up, weight,
+                                                    at - unit.begin, at, hidden);
       });
     });
   });
@@ -203,7 +220,10 @@ ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adap
   for_each(pool, to_out.size(), [&](int64_t number) {
     const Unit& unit = to_out[number];
     const Group& group = *unit.group;
-    over_rows(group.choices.size(), [&](auto rows, int64_t first) {
+    const int64_t tokens = group.choices.size();
+    thread_local std::vector<float> copy;
+    const Columns of_down(call.down + group.e * D * F, D, F, unit.begin, unit.end, tokens, copy);
+    over_rows(tokens, [&](auto rows, int64_t first) {
       constexpr int Rows = decltype(rows)::value;
       const float *hidden[Rows], *low_rows[Rows];
       float* out[Rows];
@@ -214,18 +234,22 @@ ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adap
       const Addend low =
           addend_of<Rows>(group, adapters.down, E, D, down_low.get(), first, low_rows);
       over_columns(unit.begin, unit.end, [&](auto wide, int64_t at) {
-        down_columns<Rows, decltype(wide)::value>(mlp_of(group.e), hidden, low, at, out);
+        down_columns<Rows, decltype(wide)::value>(of_down, call, hidden, low, at - unit.begin, at,
+                                                  out);
       });
     });
   });
-  for (int64_t t = 0; t < call.T; ++t) {
-    float* row = result + t * D;
-    std::fill(row, row + D, 0.0f);
-    for (int64_t a = t * call.k; a < (t + 1) * call.k; ++a) {
-      if (call.ids[a] < 0 || call.ids[a] >= E) continue;
-      for (int64_t d = 0; d < D; ++d) row[d] += out_AD[a * D + d];
+  const int64_t parts = (call.T + kSummed - 1) / kSummed;
+  for_each(pool, parts, [&](int64_t part) {
+    for (int64_t t = part * kSummed; t < std::min((part + 1) * kSummed, call.T); ++t) {
+      float* row = result + t * D;
+      std::fill(row, row + D, 0.0f);
+      for (int64_t a = t * call.k; a < (t + 1) * call.k; ++a) {
+        if (call.ids[a] < 0 || call.ids[a] >= E) continue;
+        for (int64_t d = 0; d < D; ++d) row[d] += out_AD[a * D + d];
+      }
     }
-  }
+  });
   return ffi::Error::Success();
 }
 

@@ -79,6 +79,13 @@ def page_sharding(place: Mesh | jax.Device) -> Sharding:
     return SingleDeviceSharding(place)
 
 
+def whole_sharding(place: Mesh | jax.Device) -> Sharding:
+    """Return how an array lies that every device of an engine's mesh has, or on its one device."""
+    if isinstance(place, Mesh):
+        return NamedSharding(place, PartitionSpec())
+    return SingleDeviceSharding(place)
+
+
 def page_shapes(
     config: ModelConfig, count: int, positions: int, sharding: Sharding | None = None
 ) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -27,6 +27,7 @@ from rome.files import find_shipped, read_json
 from rome.model.tokenizer.template import DEFAULT, ChatTemplate
 
 BROKEN = "Fetch the tokenizer again."  # what to do about a damaged file
+LONG = 1 << 13  # characters of a text whose encoding takes long enough for others to wait
 TINY = pathlib.Path(__file__).parent / "tiny"  # ships with the tiny preset; made by train.py
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -108,6 +109,10 @@ class Tokenizer:
         """Write tokenizer.json, which `load` and Hugging Face read."""
         self._backend.save(str(pathlib.Path(directory) / "tokenizer.json"))
 
+    def to_json(self) -> str:
+        """Return the text of tokenizer.json."""
+        return str(self._backend.to_str())
+
     def id_of(self, content: str) -> int:
         """Return the id of an added token.
 
@@ -127,6 +132,8 @@ class Tokenizer:
         Without `allow_special` no id is a control token's, whatever the text spells.
         """
         tokenizer = self._backend if allow_special else self._plain
+        if len(text) > LONG:  # only a batch lets other threads run meanwhile
+            return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_turn(self, text: str) -> list[int]:

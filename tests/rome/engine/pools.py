@@ -39,7 +39,7 @@ async def supervised(pool, interval_seconds=0.05, probe_seconds=3.0):
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(claim, seconds=10.0):
+async def until(claim, seconds=60.0):
     async with asyncio.timeout(seconds):
         while not claim():
             await asyncio.sleep(0.01)

@@ -15,12 +15,20 @@ from rome.engine.completion import Sampling
 from rome.engine.connection import Deadline
 from rome.engine.errors import EngineDead, EngineError
 from rome.rollout.simulator.clock import run as run_virtually
-from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, serve
+from tests.rome.serve.tiny import (
+    ONE_PROGRAM,
+    Oracle,
+    make_checkpoint,
+    make_config,
+    serve,
+    until_running,
+)
 
 PROMPT = [(5 * i) % 200 + 3 for i in range(20)]
 LONG = Sampling(max_new_tokens=480, seed=1)
 LONGEST = 4096  # tokens of a context
-LENGTHS = ("--max_context", str(LONGEST), "--cache_tokens", str(2 * LONGEST))
+# One step a dispatch: else answers may end before a conversation gets a turn to disturb them.
+LENGTHS = ("--max_context", str(LONGEST), "--cache_tokens", str(2 * LONGEST), "--decode_steps", "1")
 LONGER = dataclasses.replace(LONG, max_new_tokens=3000)  # still runs when something is done to it
 V = make_config().vocab_size
 
@@ -47,14 +55,6 @@ def talk(server, conversation, **options):
             return await conversation(engine)
 
     return asyncio.run(run())
-
-
-async def until_running(engine, requests=1):
-    for _ in range(2000):
-        if (await engine.server_info())["internal_states"][0]["running"] >= requests:
-            return
-        await asyncio.sleep(0.003)
-    raise AssertionError("the request never started")
 
 
 async def abort_all(engine):
@@ -108,7 +108,7 @@ def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, m
     async def conversation(engine, tokens):
         sampling = dataclasses.replace(LONG, max_new_tokens=tokens)
         task = asyncio.ensure_future(engine.generate(PROMPT, sampling, 120))
-        await until_running(engine)
+        await until_running(engine, task)
         await engine.pause(mode)
         await engine.update_weights(str(checkpoints[1]), 5)
         assert (await engine.model_info())["weight_version"] == "5"
@@ -143,7 +143,7 @@ def test_an_aborted_completion_is_taken_up_again_to_the_same_tokens(server):
     async def conversation(engine):
         undisturbed = await engine.generate(PROMPT, LONGER, 120)
         task = asyncio.ensure_future(engine.generate(PROMPT, LONGER, 120))
-        await until_running(engine)
+        await until_running(engine, task)
         await abort_all(engine)
         return undisturbed, await task
 
@@ -197,7 +197,7 @@ def test_a_deadline_ends_the_wait_and_the_request_on_the_server(server):
         with pytest.raises(EngineError, match=r"did not give a completion within 0.3 s"):
             await engine.generate(PROMPT, LONG, 0.3)
         assert time.monotonic() - started < 30
-        for _ in range(500):
+        for _ in range(6000):
             figures = (await engine.server_info())["internal_states"][0]
             if not figures["waiting"]:
                 break
@@ -220,11 +220,11 @@ def test_one_client_serves_several_event_loops_in_turn(server):
 def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_time(
     checkpoints, tmp_path
 ):
-    with serve(checkpoints[0], tmp_path / "serve.log", *LENGTHS) as doomed:
+    with serve(checkpoints[0], tmp_path / "serve.log", *LENGTHS, *ONE_PROGRAM) as doomed:
 
         async def conversation(engine):
             task = asyncio.ensure_future(engine.generate(PROMPT, LONGER, 600))
-            await until_running(engine)
+            await until_running(engine, task)
             os.kill(doomed.process.pid, signal.SIGKILL)
             with pytest.raises(EngineDead, match=f"engine {doomed.url} is dead.*start it again"):
                 async with asyncio.timeout(60):

@@ -248,7 +248,7 @@ def test_an_engine_loads_its_mirrors_copy_and_a_bad_copy_is_replaced(tmp_path):
         with pytest.raises(EngineError, match=r"start launch.mirror on the engine's host"):
             await client.fetch(path)
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_full_copy_is_the_same_bytes_and_has_the_digest_of_its_source(tmp_path):

@@ -23,7 +23,16 @@ from rome.model.hf.checkpoint import save_hf
 from rome.serve.programs import Shapes
 from rome.serve.request import Request, SamplingParams
 from rome.stopping import Stopped
-from tests.rome.serve.tiny import CHUNK, CONTEXT, SLOTS, Oracle, make_config, make_params, serve
+from tests.rome.serve.tiny import (
+    CHUNK,
+    CONTEXT,
+    SLOTS,
+    Oracle,
+    make_config,
+    make_params,
+    serve,
+    until_running,
+)
 
 PROBE = list(range(20, 50))
 SHAPES = Shapes(slots=SLOTS, max_context=CONTEXT, page_tokens=CHUNK)
@@ -86,11 +95,6 @@ async def work(engine):
     return {name: count for name, count in counts if name.endswith(("_calls", "_tokens", "_ms"))}
 
 
-async def until_running(engine):
-    while not (await state(engine))["running"]:
-        await asyncio.sleep(0.003)
-
-
 def assert_sampled_by(completion, seed_of_version):
     """Each token has the logprob that the weights of its version give it."""
     ids = PROBE + completion.output_ids
@@ -142,7 +146,7 @@ def test_requests_go_on_through_an_update_with_the_weights_that_follow(engine, m
             asyncio.create_task(pool.generate(PROBE, Sampling(90, seed=n), 60))
             for n in range(2 * SLOTS)
         ]
-        await until_running(engine)
+        await until_running(engine, *running)
         await pool.suspend(mode, MEMORY_TAGS if frees else ())
         paused, done = await state(engine), await work(engine)
         assert paused["paused"] and (paused["device_bytes"] == 0) == frees
@@ -202,7 +206,7 @@ def test_a_thread_that_fails_is_an_error_at_once_for_all_who_wait_and_all_who_co
     async def conversation():
         pool = EnginePool([engine])
         running = asyncio.create_task(pool.generate(PROBE, Sampling(400), 600))
-        await until_running(engine)
+        await until_running(engine, running)
         poison = Request("poison", [1], SamplingParams(max_new_tokens=1))
 
         def fail(request):
@@ -234,7 +238,7 @@ def test_stopping_ends_its_requests_and_frees_its_memory():
 
     async def conversation():
         task = asyncio.create_task(engine.generate(PROBE, Sampling(400), 600))
-        await until_running(engine)
+        await until_running(engine, task)
         await asyncio.to_thread(engine.stop)
         with pytest.raises(EngineDead, match="shutting down"):
             await task
@@ -310,14 +314,14 @@ def test_a_caller_that_leaves_a_call_does_not_end_the_thread(engine):
     block = scheduler.call(lambda: time.sleep(0.3))
     left = scheduler.call(lambda: 1)
     assert left.cancel()
-    block.result(30)
-    assert scheduler.call(lambda: 2).result(30) == 2
+    block.result(60)
+    assert scheduler.call(lambda: 2).result(60) == 2
 
 
 def test_a_request_whose_caller_leaves_makes_room(engine):
     async def conversation():
         task = asyncio.create_task(engine.generate(PROBE, Sampling(400), 60))
-        await until_running(engine)
+        await until_running(engine, task)
         task.cancel()
         while (await state(engine))["running"]:
             await asyncio.sleep(0.003)

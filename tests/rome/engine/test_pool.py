@@ -82,7 +82,7 @@ def test_with_no_engine_left_every_request_fails_at_once_with_the_cause():
                 await pool.generate([1], Sampling(1), 3600)
         assert a.started == 1
 
-    asyncio.run(asyncio.wait_for(run(), 10))
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_an_error_of_the_request_leaves_the_engine_alive():

@@ -14,7 +14,7 @@ import pytest
 
 from rome.engine.errors import EngineError
 from rome.engine.process import PORT_IN_USE, ROOT, ServerProcess, start_server
-from tests.rome.serve.tiny import make_checkpoint, serve
+from tests.rome.serve.tiny import ONE_PROGRAM, make_checkpoint, serve
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def status_of(url, headers=None, data=None):
         return error.code
 
 
-def gone(pid, seconds=30.0):
+def gone(pid, seconds=60.0):
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         state = pathlib.Path(f"/proc/{pid}/stat")
@@ -76,12 +76,20 @@ def test_a_port_in_use_is_told_by_start_server_too(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--model_path", "/nowhere"], "cannot read /nowhere/config.json"),
+        pytest.param(
+            ["--model_path", "/nowhere"],
+            "cannot read /nowhere/config.json",
+            marks=pytest.mark.slow,
+        ),
         (
             ["--model_path", "MODEL", "--max_context", "100000"],
             "--max_context 100000 exceeds the model's 512 positions",
         ),
-        (["--model_path", "MODEL", "--slots", "0"], "--slots must be at least 1, got 0"),
+        pytest.param(
+            ["--model_path", "MODEL", "--slots", "0"],
+            "--slots must be at least 1, got 0",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line(checkpoint, flags, words):
@@ -96,13 +104,12 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(checkpoint, tmp_pat
     with pytest.raises(
         EngineError, match=r"(?s)ended with status 1 before it was ready.*scheduler ended"
     ):
-        serve(broken, tmp_path / "log")
+        serve(broken, tmp_path / "log", *ONE_PROGRAM)
 
 
 def test_a_key_guards_everything_but_health_and_the_server_ends_on_demand(checkpoint, tmp_path):
-    with serve(
-        checkpoint, tmp_path / "log", "--api_key", "secret", "--skip_tokenizer_init"
-    ) as server:
+    flags = ("--api_key", "secret", "--skip_tokenizer_init", *ONE_PROGRAM)
+    with serve(checkpoint, tmp_path / "log", *flags) as server:
         assert status_of(server.url + "/health") == 200
         assert status_of(server.url + "/model_info") == 401
         assert status_of(server.url + "/model_info", {"Authorization": "Bearer wrong"}) == 401
@@ -128,8 +135,8 @@ def test_a_key_guards_everything_but_health_and_the_server_ends_on_demand(checkp
 def test_a_server_ends_when_its_parent_is_killed(checkpoint, tmp_path):
     script = f"""
 import sys, time
-from tests.rome.serve.tiny import serve
-server = serve({str(checkpoint)!r}, {str(tmp_path / "log")!r})
+from tests.rome.serve.tiny import ONE_PROGRAM, serve
+server = serve({str(checkpoint)!r}, {str(tmp_path / "log")!r}, *ONE_PROGRAM)
 print(server.process.pid, flush=True)
 time.sleep(600)
 """
@@ -145,7 +152,7 @@ time.sleep(600)
 
 
 def test_a_server_that_ignores_the_polite_signal_is_killed(checkpoint, tmp_path):
-    server = serve(checkpoint, tmp_path / "log")
+    server = serve(checkpoint, tmp_path / "log", *ONE_PROGRAM)
     os.kill(server.process.pid, signal.SIGSTOP)  # a stopped process does not see SIGTERM
     server.stop(grace_seconds=0.5)
     assert gone(server.process.pid) and not server.alive()

@@ -12,9 +12,16 @@ from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 from rome.engine.publish import publish_weights, write_checkpoint
 from rome.model.hf.checkpoint import load_hf
-from tests.rome.serve.tiny import SLOTS, Oracle, make_checkpoint, make_config, make_params, serve
-
-PROBE = list(range(20, 50))
+from tests.rome.engine.probe import PROBE, expected
+from tests.rome.serve.tiny import (
+    SLOTS,
+    Oracle,
+    make_checkpoint,
+    make_config,
+    make_params,
+    serve,
+    until_running,
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +29,6 @@ def server(tmp_path_factory):
     start = make_checkpoint(tmp_path_factory.mktemp("start") / "model", endless=True)
     with serve(start, tmp_path_factory.mktemp("log") / "serve.log") as running:
         yield running
-
-
-def expected(params):
-    return [0.0, *Oracle(make_config(), params).logprobs(PROBE)]
 
 
 def talk(server, conversation):
@@ -45,8 +48,7 @@ def test_published_weights_are_proven_and_sampled_from_with_their_version(server
             asyncio.ensure_future(pool.generate(PROBE, Sampling(400), 120))
             for _ in range(6 * SLOTS)
         ]
-        while not (await engine.server_info())["internal_states"][0]["running"]:
-            await asyncio.sleep(0.003)
+        await until_running(engine, *tasks)
         published = await publish_weights(
             write_checkpoint(params, make_config(), tmp_path, 12), 12, pool, PROBE, logprobs
         )

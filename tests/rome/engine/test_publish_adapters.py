@@ -93,6 +93,7 @@ def test_adapters_are_proven_sampled_from_and_replaced_while_requests_run(server
     assert adapter < weights
 
 
+@pytest.mark.slow
 def test_neither_other_adapters_nor_another_base_pass_the_proof(server, tmp_path):
     async def publish_to(base, seed, version):
         async with EnginePool([Engine(server.url)]) as pool:

@@ -16,10 +16,17 @@ from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 from rome.engine.publish import publish_weights, write_checkpoint
 from rome.engine.supervise import supervise
+from tests.rome.engine.probe import PROBE, expected
 from tests.rome.engine.test_traps import supervised
-from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, make_params, serve
+from tests.rome.serve.tiny import (
+    Oracle,
+    make_checkpoint,
+    make_config,
+    make_params,
+    serve,
+    until_running,
+)
 
-PROBE = list(range(20, 50))
 LONGEST = 4096  # tokens of a context
 TOKENS = 3000  # of a completion that runs while its engine is lent
 
@@ -29,20 +36,10 @@ def start(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("start") / "model", endless=True)
 
 
-def expected(params):
-    return [0.0, *Oracle(make_config(), params).logprobs(PROBE)]
-
-
 async def until(claim, seconds=60.0):
     async with asyncio.timeout(seconds):
         while not claim():
             await asyncio.sleep(0.01)
-
-
-async def until_running(engine):
-    async with asyncio.timeout(60):
-        while not (await engine.server_info())["internal_states"][0]["running"]:
-            await asyncio.sleep(0.003)
 
 
 @pytest.mark.slow
@@ -73,7 +70,7 @@ def test_requests_of_an_engine_that_is_killed_or_stopped_finish_elsewhere_and_it
                     asyncio.ensure_future(pool.generate(PROBE, Sampling(400, seed=i), 120))
                     for i in range(16)
                 ]
-                await until_running(pool.engines[0])
+                await until_running(pool.engines[0], *tasks)
                 first = a.process.pid
                 os.kill(first, number)
                 completions = await asyncio.gather(*tasks)
@@ -124,6 +121,7 @@ def test_a_lone_engine_that_is_killed_during_a_publication_is_started_again_and_
         asyncio.run(asyncio.wait_for(run(), 240))
 
 
+@pytest.mark.slow
 def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_weights(tmp_path):
     params = make_params(6)
     config = dataclasses.replace(make_config(), max_position=LONGEST)
@@ -136,7 +134,7 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
                 engine = pool.engines[0]
                 full = (await engine.server_info())["internal_states"][0]["device_bytes"]
                 task = asyncio.ensure_future(pool.generate(PROBE, Sampling(TOKENS), 120))
-                await until_running(engine)
+                await until_running(engine, task)
                 with pytest.raises(EngineError, match="requests are in flight"):
                     await engine.release_memory()
                 await pool.lend(1)

@@ -257,7 +257,7 @@ def test_a_prefix_that_old_weights_computed_is_not_found_even_if_the_cache_was_n
                 completions += [await pool.generate(PROMPT, Sampling(3), 30) for _ in range(2)]
             return completions
 
-    completions = asyncio.run(asyncio.wait_for(conversation(), 30))
+    completions = asyncio.run(asyncio.wait_for(conversation(), 60))
     assert (server.stale_hits == 0) == salted
     if salted:
         for completion in completions:

@@ -61,8 +61,8 @@ def test_adapters_are_small_next_to_what_they_adapt():
 @pytest.mark.parametrize(
     "config",
     [
-        small.CONFIG,
-        dataclasses.replace(small.CONFIG, dtype="bfloat16"),
+        pytest.param(small.CONFIG, marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(small.CONFIG, dtype="bfloat16"), marks=pytest.mark.slow),
         pytest.param(small.MIXED, id="dense layers"),
     ],
 )

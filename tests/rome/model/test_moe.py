@@ -134,7 +134,11 @@ def test_tiles_of_a_published_model_are_full_in_each_of_its_three_matmuls(preset
 
 @pytest.mark.parametrize(
     ("rows", "here", "most"),
-    [(16384, 32, 1.5), (16384, 8, 1.12), (2048, 16, 2.0)],  # the pod's ring and exchange; few rows
+    [  # the pod's ring and exchange; few rows
+        pytest.param(16384, 32, 1.5, marks=pytest.mark.slow),
+        (16384, 8, 1.12),
+        pytest.param(2048, 16, 2.0, marks=pytest.mark.slow),
+    ],
 )
 def test_the_kernel_visits_few_more_rows_than_its_experts_have(rows, here, most):
     tile = ops.row_tile(ops.room(rows), here)

@@ -144,6 +144,7 @@ def gradients(params, config, scan):
     )(params)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_with_and_without_remat_scanned_or_unrolled(params):
     expected = gradients(params, dataclasses.replace(CONFIG, remat="none"), scan=True)
     for remat, scan in (

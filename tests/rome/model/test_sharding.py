@@ -78,7 +78,7 @@ def on_one_device(config):
             CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False, marks=pytest.mark.slow
         ),
         pytest.param(CONFIG, {"replica": 2, "fsdp": 4}, "sorted", False, marks=pytest.mark.slow),
-        (CONFIG, {"expert": 4, "sequence": 2}, "dense", True),
+        pytest.param(CONFIG, {"expert": 4, "sequence": 2}, "dense", True, marks=pytest.mark.slow),
         pytest.param(
             SWITCHES, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True, marks=pytest.mark.slow
         ),

@@ -28,6 +28,9 @@ def server(checkpoint, tmp_path_factory):
     with serve(
         checkpoint,
         tmp_path_factory.mktemp("log") / "serve.log",
+        # more, and answers end before a conversation gets a turn to disturb them
+        "--decode_steps",
+        "2",
         environment={"JAX_LOG_COMPILES": "1"},
     ) as running:
         running.compilations = compilations(running)

@@ -17,9 +17,9 @@ import pytest
 from aiohttp import web
 
 from rome.serve.answer import make_answer
-from rome.serve.decoding import Steps, make_rows, set_limits
-from rome.serve.device import Dispatch
-from rome.serve.programs import Result, Shapes
+from rome.serve.decoding import Steps
+from rome.serve.device import Dispatch, make_call, set_limits
+from rome.serve.programs import Shapes
 from rome.serve.protocol import Bounds
 from rome.serve.request import Request, SamplingParams
 from rome.serve.scheduler import Scheduler
@@ -36,7 +36,7 @@ class IdleDevice:
         self.shapes = shapes
         self.missing = {}
         self.stats = collections.Counter()
-        self.seconds = 0.0  # of a dispatch
+        self.seconds = 0.0  # of a dispatch of several steps
 
     def prepare(self):
         pass
@@ -44,36 +44,35 @@ class IdleDevice:
     def allocated_bytes(self):
         return 0
 
-    def run(self, batch, size):
-        assert sum(piece.length for piece in batch) <= size
+    def begin(self, batch, size, steps=1):
+        assert 0 < sum(piece.length for piece in batch) <= size
+        assert steps == 1 or all(piece.request.is_decoding for piece in batch)
         self.stats["calls"] += 1
-        routes = np.zeros((LAYERS, size, TOP_K), np.int32)
-        return Result(np.full(size, 5), np.zeros(size), np.zeros(size), routes)
+        call = make_call(batch, self.shapes, size, None, steps)
+        return self._dispatch(batch, size, call, [piece.request.computed for piece in batch])
 
-    def decode(self, requests, size):
-        assert 0 < len(requests) <= size
-        return self._dispatch(requests, size, [request.computed for request in requests])
+    def go_on(self, last):
+        call = set_limits(last.call, [piece.request for piece in last.batch], self.shapes)
+        return self._dispatch(last.batch, last.size, call, last.front)
 
-    def decode_on(self, last):
-        return self._dispatch(last.requests, last.size, last.front)
-
-    def _dispatch(self, requests, size, front):
+    def _dispatch(self, batch, size, call, front):
         """Draw token 5 up to each row's limit; `front` holds the positions that come next."""
-        self.stats["dispatches"] += 1
-        rows, _ = make_rows(requests, self.shapes, size)
-        limit_R = set_limits(rows, requests, self.shapes).limit_R
-        counts = [
-            min(self.shapes.decode_steps, max(int(limit) - position, 0))
-            for limit, position in zip(limit_R, front, strict=False)
-        ]
-        shape = (self.shapes.decode_steps, len(requests))
-        routes = np.zeros((shape[0], LAYERS, shape[1], TOP_K), np.int32)
-        steps = Steps(np.full(shape, 5), np.zeros(shape), np.array(counts), routes)
+        steps = int(call.steps)
+        self.stats["dispatches"] += steps > 1
+        counts = [1] * len(batch)
+        if steps > 1:
+            counts = [
+                min(steps, max(int(limit) - position, 0))
+                for limit, position in zip(call.limit_R, front, strict=False)
+            ]
+        shape = (self.shapes.decode_steps, len(batch))
+        routes = np.zeros((shape[0], LAYERS, size, TOP_K), np.int32)
+        taken = Steps(np.full(shape, 5), np.zeros(shape), np.array(counts), np.zeros(size), routes)
         front = [position + count for position, count in zip(front, counts, strict=True)]
-        return Dispatch(requests, size, rows, front, steps, 0.0)
+        return Dispatch(batch, size, call, front, taken, False, 0, 0.0)
 
     def read(self, dispatch):
-        time.sleep(self.seconds)
+        time.sleep(self.seconds if dispatch.call.steps > 1 else 0.0)
         return dispatch.steps
 
 

@@ -140,7 +140,12 @@ def trainer_params(seed, **sizes):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "trainers", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 2}, {"expert": 4, "sequence": 2}]
+    "trainers",
+    [
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+        pytest.param({"fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param({"expert": 4, "sequence": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_trainers_weights_arrive_on_its_own_part_of_the_mesh_and_on_another(trainers, dtype):
     config = dataclasses.replace(make_config(), dtype=dtype)

@@ -1,5 +1,6 @@
 """A small random model and a real `launch.serve` process, for tests of server and client."""
 
+import asyncio
 import dataclasses
 import functools
 import pathlib
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rome.engine.client import Engine
 from rome.engine.process import ServerProcess, start_server
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import load_hf, save_hf
@@ -25,6 +27,7 @@ FLAGS = (
     "--call_tokens",
     "32",
 )
+ONE_PROGRAM = ("--call_tokens", "4")  # starts faster
 
 
 def make_config() -> ModelConfig:
@@ -73,6 +76,19 @@ def make_checkpoint(
 
 def serve(directory: pathlib.Path, log: pathlib.Path, *flags: str, **options) -> ServerProcess:
     return start_server(directory, log, flags=[*FLAGS, *flags], deadline_seconds=400, **options)
+
+
+async def until_running(engine: Engine, *tasks: asyncio.Future) -> None:
+    """Wait until the engine works on a request of these tasks.
+
+    It ends as well when all are done: where this process waits long for a processor, an engine
+    may have answered before anybody looks.
+    """
+    async with asyncio.timeout(60):
+        while not all(task.done() for task in tasks):
+            if (await engine.server_info())["internal_states"][0]["running"]:
+                return
+            await asyncio.sleep(0.003)
 
 
 @dataclasses.dataclass

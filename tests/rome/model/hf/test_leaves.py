@@ -33,7 +33,9 @@ def assert_same(params, directory, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("expert, tensor", [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "expert, tensor", [(1, 1), pytest.param(1, 2, marks=pytest.mark.slow), (2, 2)]
+)
 def test_every_bit_is_that_of_a_load_in_one_piece(checkpoint, expert, tensor, dtype, monkeypatch):
     if "experts" not in str(checkpoint) and expert > 1:
         return  # nothing to share

@@ -58,7 +58,7 @@ def test_adapters_come_back_from_pefts_layout_bit_by_bit(written):
     assert one.shape == (3, MIXED.hidden_size)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_merged_checkpoint_holds_what_the_model_computes_with(tmp_path, dtype):
     config = dataclasses.replace(MIXED, dtype=dtype)
     base = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), small.random_params(config))

@@ -317,7 +317,9 @@ def traced_peak(run):
     return peak, result
 
 
-@pytest.mark.parametrize("mesh_shape", [{}, {"expert": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh_shape", [pytest.param({}, marks=pytest.mark.slow), {"expert": 2}], ids=str
+)
 def test_host_memory_holds_blocks_and_neither_parameters_nor_shards(
     mesh_shape, larger, tmp_path, monkeypatch
 ):

@@ -92,11 +92,13 @@ def value_and_gradients(form, *floats, ids):
 @pytest.mark.parametrize(
     "shape, load, rows, chunk",
     [  # rows that a device makes room for: of 32 choices on average
-        ({"expert": 8}, "random", 64, 2048),
+        pytest.param({"expert": 8}, "random", 64, 2048, marks=pytest.mark.slow),
         ({"fsdp": 2, "expert": 4}, "random", 24, 2048),
         ({"fsdp": 2, "expert": 4}, "all_to_one_device", 24, 8),
-        ({"expert": 4, "tensor": 2}, "some_padding", 24, 16),
-        ({"expert": 2, "sequence": 2, "tensor": 2}, "random", 64, 8),
+        pytest.param({"expert": 4, "tensor": 2}, "some_padding", 24, 16, marks=pytest.mark.slow),
+        pytest.param(
+            {"expert": 2, "sequence": 2, "tensor": 2}, "random", 64, 8, marks=pytest.mark.slow
+        ),
         ({"expert": 8}, "nothing", 16, 2048),
     ],
 )

@@ -33,7 +33,7 @@ SWITCHES = dataclasses.replace(
 )
 DENSE = dataclasses.replace(small.DENSE, vocab_size=CONFIG.vocab_size, head_dim=16)
 LENGTH, ROWS, POSITIONS = 40, 4, 8
-SIZES = (4, 16, 32)  # of calls
+SIZES = {"tiled": (4, 16, 32), "native": (4, 16, 64, 256)}  # of calls, by form of the experts
 PER_ROW = LENGTH // POSITIONS
 COUNT = ROWS * PER_ROW + 3
 XLA = Kernels("gather", "tiled", "ring")
@@ -141,7 +141,15 @@ WHOLE = [([LENGTH if row == own else 0 for row in range(ROWS)], 128) for own in 
 MOST = [([32] * ROWS, 128), ([8] * ROWS, 32)]
 
 
-@pytest.mark.parametrize("pieces", [ONE_BY_ONE, EIGHTS, WHOLE, MOST], ids=["1", "8", "40", "32"])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param(ONE_BY_ONE, id="1", marks=pytest.mark.slow),
+        pytest.param(EIGHTS, id="8"),
+        pytest.param(WHOLE, id="40", marks=pytest.mark.slow),
+        pytest.param(MOST, id="32"),
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_sequences_fed_in_pieces_give_the_models_own_hidden_states_and_routes(config, pieces, form):
     hidden, routes = in_pieces(Cache(config, form), pieces)
@@ -155,11 +163,11 @@ def one_by_one(form):
     return in_pieces(Cache(CONFIG, form), ONE_BY_ONE)[0]
 
 
-def random_pieces(rng):
+def random_pieces(rng, form):
     """Pieces of all sequences in any mixture, until all are computed."""
     left = [LENGTH] * ROWS
     while any(left):
-        size = rng.choice(SIZES)
+        size = rng.choice(SIZES[form.experts])
         lengths = [0] * ROWS
         for row in rng.sample(range(ROWS), ROWS):
             lengths[row] = rng.randint(0, min(left[row], size - sum(lengths)))
@@ -174,7 +182,7 @@ def random_pieces(rng):
 def test_no_bit_depends_on_the_pieces_the_company_the_size_of_a_call_or_the_pages(seed, fill, form):
     rng = random.Random(seed)
     cache = Cache(CONFIG, form, seed=rng.randrange(99), fill=fill)
-    hidden, _ = in_pieces(cache, list(random_pieces(rng)))
+    hidden, _ = in_pieces(cache, list(random_pieces(rng, form)))
     for own, expected_TD in zip(hidden, one_by_one(form), strict=True):
         assert np.array_equal(own, expected_TD)
 

@@ -26,7 +26,7 @@ def test_a_row_is_summed_alike_in_every_company(width):
     np.testing.assert_allclose(shares, np.asarray(jax.nn.softmax(x_ND)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["chosen", "plain"])
+@pytest.mark.parametrize("kernels", ["chosen", pytest.param("plain", marks=pytest.mark.slow)])
 def test_hidden_states_over_pages_do_not_depend_on_how_a_prompt_is_cut(kernels):
     """On the preset that `make train` trains: XLA sums its width otherwise from 32 rows on."""
     config = PRESETS["tiny"]
