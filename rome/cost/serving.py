@@ -12,6 +12,7 @@ T tokens of a call, E experts, k experts a token.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -31,7 +32,8 @@ from rome.model.ops.kernels import Kernels, choose_serving_kernels
 from rome.model.ops.paged import page_shapes, page_sharding
 from rome.model.params import engine_sharding
 from rome.model.qwen3 import Params
-from rome.serve.programs import FEW_SAMPLES, Shapes, empty_call, make_program
+from rome.serve.adjusting import empty_adjustments
+from rome.serve.programs import FEW_SAMPLES, Shapes, compute_call, empty_call
 
 LOOKED_UP = "embed/embedding"  # of which a call reads a few rows only
 
@@ -130,11 +132,16 @@ def _compile(
     size: int,
 ) -> Program:
     everywhere = NamedSharding(mesh, PartitionSpec())
+    unadjusted = empty_adjustments(shapes.rows(size), shapes.max_context, config.vocab_size)
     call = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere),
-        empty_call(shapes, size),
+        empty_call(shapes, size, unadjusted),
     )
-    program = make_program(config, kernels, page_sharding(mesh))
+    program = jax.jit(
+        functools.partial(compute_call, config, kernels),
+        donate_argnums=2,
+        out_shardings=(page_sharding(mesh), None),
+    )
     print(f"compiling a call of {size} tokens ...", file=sys.stderr, flush=True)
     began = time.monotonic()
     with jax.set_mesh(mesh):

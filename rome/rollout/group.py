@@ -125,6 +125,7 @@ class Taken:
       sources: for each group, the file its prefixes were taken from; "" without prefixes.
       replaced: trajectories of groups without spread that were replaced since the step before, in
         the order of their groups.
+      replaced_names: names of these episodes.
       seconds: time since the step before took its groups.
       waited: the part of `seconds` in which the trainer had nothing to do.
       open_episodes: episodes that were running when the groups were taken.
@@ -134,6 +135,7 @@ class Taken:
     names: list[list[str]]
     sources: list[str]
     replaced: list[Trajectory]
+    replaced_names: list[str]
     seconds: float
     waited: float
     open_episodes: int

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rome.files import append_line
+from rome.files import append_line, write_atomically
 from rome.rollout.group import Group
 
 GroupKey = tuple[int, int]  # Group.key: number and attempt
@@ -108,3 +108,17 @@ class Journal:
         # Nothing was kept so far, so nothing is kept of an entry that is incomplete.
         self._groups[step] = groups
         self._episodes.update(episodes)
+
+
+def drop_steps_after(path: pathlib.Path, step: int) -> None:
+    """Drop the record of all steps after this one from a file, and lines that are no record."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # a kill cut the line off
+    write_atomically(path, "".join(kept))

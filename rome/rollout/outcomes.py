@@ -44,21 +44,27 @@ def chosen_episodes(
 
 
 def rollout_metrics(
-    trajectories: list[Trajectory], version: int, seconds: float
+    taken: list[Trajectory],
+    version: int,
+    seconds: float,
+    replaced: Sequence[Trajectory] = (),
 ) -> dict[str, float]:
-    """Return the metrics of the episodes that one step takes.
+    """Return the metrics of the episodes that were played for one step.
 
     Args:
-      trajectories: the episodes.
+      taken: the episodes that the step takes.
       version: weight version that is trained on them.
       seconds: time in which they were collected.
+      replaced: episodes of groups without spread, in whose place others were taken. Without them,
+        `success` would be that of tasks which are solved now and then, however good the policy is.
 
     Returns:
       Means over episodes, unless the name says otherwise. A prefix that was replayed is in none of
       them. `success` is the share of episodes that solved their task; `tokens` counts sampled
       tokens; shares of statuses are over turns; `cached_token_share` is over the tokens that the
-      engines were sent.
+      engines were sent; `staleness` is of the episodes that are taken.
     """
+    trajectories = [*replaced, *taken]
     turns = [trajectory.own_chunks for trajectory in trajectories]
     tokens = np.array([sum(len(chunk.action_ids) for chunk in own) for own in turns])
     succeeded = np.array([trajectory.succeeded for trajectory in trajectories])
@@ -67,7 +73,7 @@ def rollout_metrics(
     harmed = [any(events_of(chunk) for chunk in own) for own in turns]
     statuses = [chunk.status for chunk in chunks]
     failed_commands = sum(bool(chunk.exit_code) for chunk in chunks)
-    ages = staleness(trajectories, version) or [0]
+    ages = staleness(taken, version) or [0]
     sent_tokens = sum(_sent_tokens(trajectory) for trajectory in trajectories)
     cached_tokens = sum(chunk.cached_tokens for chunk in chunks)
     metrics = {

@@ -162,6 +162,7 @@ class RolloutScheduler:
             names=[self._episode_names(group) for group in chosen],
             sources=[group.plan.source for group in chosen],
             replaced=[trajectory for group in replaced for trajectory in group.trajectories()],
+            replaced_names=[name for group in replaced for name in self._episode_names(group)],
             seconds=taken_at - self._taken_at,
             waited=taken_at - called_at,
             open_episodes=len(self._playing),

@@ -389,9 +389,10 @@ class TrainingStage:
         """Return this stage's evaluations up to a step, as the workdir has them."""
         stage = self.config.experiment
         directory = outcomes_path(self.workdir, stage, 0).parent
-        steps = sorted(
-            int(path.stem.rpartition("_")[2]) for path in directory.glob(f"{stage}_*.json")
+        numbers = (
+            path.stem.removeprefix(f"{stage}_") for path in directory.glob(f"{stage}_*.json")
         )
+        steps = sorted(int(number) for number in numbers if number.isdecimal())  # or not ours
         return [
             evaluation_of(stage, step, read_outcomes(self.workdir, stage, step))
             for step in steps

@@ -8,6 +8,7 @@ import ml_collections
 
 from rome.data.mixture import parse_mixture
 from rome.data.relevance import parse_masks
+from rome.stages.schema import kind_of, load_config
 from rome.train.workdir import ConfigError, experiment_before
 
 
@@ -39,10 +40,15 @@ def check_cpt(config: ml_collections.ConfigDict) -> None:
         parse_mixture(config.text or "stdlib")
     except ValueError as error:
         raise ConfigError(f"config.text: {error}") from None
-    if experiment_before(config.init_from):
+    before = experiment_before(config.init_from)
+    if (
+        before is not None
+        and kind_of(load_config(before[0], before[1] or config.preset).loss) != "cpt"
+    ):
         raise ConfigError(
-            f"init_from={config.init_from!r}: CPT is the first stage and runs no other before it."
-            " Name a Hugging Face directory (a run leaves one in final/), or nothing."
+            f"init_from={config.init_from!r}: CPT comes first and runs no other kind of training"
+            " before it. Name an experiment of experiments/cpt.py, a Hugging Face directory (a run"
+            " leaves one in final/), or nothing."
         )
 
 

@@ -35,7 +35,7 @@ from rome.rollout.outcomes import chosen_episodes, mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode
 from rome.rollout.rules import Rules
 from rome.rollout.scheduler import RolloutScheduler
-from rome.stages.imitation import Shown, TaskGroup, show_solutions
+from rome.stages.imitation import Shown, TaskGroup, show_solutions, worth_imitating
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.own_code import own_advantage, own_filter, own_reward
 from rome.stages.planner import Planner
@@ -193,8 +193,18 @@ class Collector:
     def _pack(self, step: int, trajectories: list[Trajectory]) -> list[Batch]:
         """Return the micro-batches of one update; none where nothing is trainable."""
         config = self.config
+        safety_cost = parse_costs(config.safety_cost)
+        weighed = (
+            worth_imitating(
+                trajectory,
+                gamma=config.gamma,
+                failure_reward=config.failure_reward,
+                safety_cost=safety_cost,
+            )
+            for trajectory in trajectories
+        )
         rows = pack(
-            trajectories,
+            [trajectory for trajectory in weighed if trajectory is not None],
             row_length=config.row_length,
             chunks_per_row=config.chunks_per_row,
             gamma=config.gamma,
@@ -202,7 +212,7 @@ class Collector:
             routes_for=self._model_config if config.routing_replay == "rollout" else None,
             advantage=self._advantage,
             anchor=config.gigpo_state,
-            safety_cost=parse_costs(config.safety_cost),
+            safety_cost=safety_cost,
             negative_weight=config.negative_weight,
             negative_tokens=config.negative_tokens,
             edge_credit=parse_credit(config.edge_credit),
@@ -368,11 +378,11 @@ class Collector:
         if config.rollout.filter_groups:
             mixed = mixed_groups(sampled, parse_costs(config.safety_cost))
         kept = mixed if self._filter is None else chosen_episodes(mixed, self._filter)
-        metrics = rollout_metrics(sampled, step, taken.seconds)
+        metrics = rollout_metrics(sampled, step, taken.seconds, taken.replaced)
         metrics |= self._step_metrics(step, taken, sampled, len(shown))
         if imitation_weight(config):
             metrics["demonstrations_too_long"] = demonstrated - len(shown)
-        if not self._is_timed(names):
+        if not self._is_timed([*names, *taken.replaced_names]):
             metrics.pop("tokens_per_s", None)
         document = {
             "equal": len(sampled) - len(mixed),

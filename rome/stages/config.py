@@ -39,6 +39,7 @@ from rome.stages.settings import (
     split_urls,
 )
 from rome.stages.tasks import check_tasks
+from rome.stages.unread import check_unread
 from rome.stages.weights import model_of
 from rome.train.devices import EngineDevice
 from rome.train.workdir import (
@@ -152,12 +153,13 @@ MAY_BE_MINUS_ONE = {
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
 
 # Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed, the
-# tasks and the sizes of their episodes.
+# tasks and the sizes of their episodes. CPT has no episodes: its rows are its own.
+OF_ROWS = ("row_length", "chunks_per_row")
 INHERITED = (
     *("seed", "model", "tokenizer", "engine", "sandbox", "mesh"),
     *("task", "eval_task", "tell_tools", "max_turns", "max_context", "max_new_tokens"),
     "eval_temperature",
-    *("row_length", "chunks_per_row"),
+    *OF_ROWS,
 )
 
 
@@ -175,8 +177,9 @@ def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         raise ValueError(f"init_from={config.init_from!r} names no experiment, FILE.py[:PRESET]")
     file, preset = before
     start = load_config(file, preset or config.preset)
+    own = OF_ROWS if kind_of(start.loss) == "cpt" else ()
     for key in INHERITED:
-        if key in start and key in config:
+        if key in start and key in config and key not in own:
             start[key] = config[key]
     if "eval_tasks" in start and config.eval_tasks:  # 0: what follows plays no task itself
         start.eval_tasks = config.eval_tasks
@@ -190,10 +193,12 @@ def check_chain(config: ml_collections.ConfigDict) -> None:
       ConfigError: one of them cannot run, or the chain has no beginning.
     """
     seen: list[str] = []
+    names: list[str] = []
     while True:
         check_config(config)
+        names.append(config.experiment)
         if experiment_before(config.init_from) is None:
-            return
+            break
         if config.init_from in seen:
             raise ConfigError(
                 f"init_from={config.init_from!r} starts from itself, through {' <- '.join(seen)}."
@@ -201,6 +206,13 @@ def check_chain(config: ml_collections.ConfigDict) -> None:
             )
         seen.append(config.init_from)
         config = init_config(config)
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ConfigError(
+            f"experiment={repeated[0]!r} names two stages of the chain {' <- '.join(names)}, whose"
+            " evaluations and curves the report tells apart by name. Set another config.experiment"
+            " in one of their files."
+        )
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -215,6 +227,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     kind = kind_of(config.loss)
     if kind != "rl":
         check_rows(config)
+    check_unread(config, schema)
     if kind == "cpt":
         check_cpt(config)
         return

@@ -91,16 +91,21 @@ def play_held_out(
       suite ("safety") where tasks of it are among them.
     """
     source = players.tasks.evaluation
-    tasks = [
-        task for task in source.evaluation(tasks_of_family) if task.name not in players.spoiled
+    # Seeds of all tasks come first: a task that is set aside during a run changes no other's.
+    playable = [
+        (task, key)
+        for task, key in keyed(source.evaluation(tasks_of_family))
+        if task.name not in players.spoiled
     ]
+    tasks = [task for task, _ in playable]
     agent = HeldOut(players.policy, temperature)
-    jobs = [Job(agent, task, 0, derive_seed(seed, "eval", key)) for task, key in keyed(tasks)]
+    jobs = [Job(agent, task, 0, derive_seed(seed, "eval", key)) for task, key in playable]
     with open_results(out, {"evaluation": out.name}) as results:
         playing = run_jobs(jobs, results, concurrency=players.config.concurrency, seed=seed)
         players.wait_for_play(_alone(playing), len(jobs))
         records = {record["task"]: record for record in results.find(jobs)}
     _set_aside(players, [records[task.name] for task in tasks], len(tasks))
+    unseen = players.tasks.unseen_families()
     outcomes = [
         {
             "task": task.name,
@@ -108,7 +113,7 @@ def play_held_out(
             "difficulty": task.difficulty,
             "source": task.source or source.spec,
             "success": int(records[task.name]["success"]),
-            "unseen_family": task.family in source.held_out,
+            "unseen_family": task.family in unseen,
         }
         for task in tasks
         if is_counted(records[task.name])

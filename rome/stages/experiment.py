@@ -20,6 +20,7 @@ from rome.stages.config import check_config, init_config, key_rules
 from rome.stages.cpt import CPTStage
 from rome.stages.dry_run import try_own_code
 from rome.stages.isolation import find_isolation
+from rome.stages.outdated import forget_after, is_outdated
 from rome.stages.own_code import own_code_digest
 from rome.stages.rl import RLStage
 from rome.stages.schema import fill_own_keys, kind_of
@@ -36,11 +37,13 @@ from rome.train.plots import plot_curves
 from rome.train.report import before_and_after, print_table, read_report
 from rome.train.team import LeaderError, Team
 from rome.train.workdir import (
+    Change,
     ConfigError,
     claim_workdir,
     config_digest,
     experiment_before,
     is_complete,
+    read_changes,
     start_directory,
 )
 
@@ -133,6 +136,12 @@ def _run_owned(
         return True
     if changed:
         _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
+    for step in opened["outdated_after"]:
+        _say(
+            team,
+            f"episodes and evaluations of the weights after step {step} were of another schedule"
+            " and are deleted; they are made anew",
+        )
     start = start_directory(config, workdir)
     earlier: dict[str, Any] = {}
     if start is not None and experiment_before(config.init_from):
@@ -165,10 +174,25 @@ def _run_owned(
 
 
 def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Claim a workdir for a config; return whether its run is complete, and what was changed."""
-    changes = claim_workdir(workdir, config, key_rules(config))
+    """Claim a workdir for a config, and forget what it did after its checkpoint otherwise.
+
+    Returns:
+      Whether its run is complete, what was changed, and the step after which the run is forgotten.
+    """
+    outdated_after: list[int] = []
+
+    def forget_outdated(step: int, changes: list[Change]) -> None:
+        if is_outdated(config, step, changes, read_changes(workdir)):
+            forget_after(workdir, config, step)
+            outdated_after.append(step)
+
+    changes = claim_workdir(workdir, config, key_rules(config), forget_outdated)
     texts = [f"{change['key']} {change['before']!r} -> {change['after']!r}" for change in changes]
-    return {"is_complete": is_complete(workdir, config), "changes": texts}
+    return {
+        "is_complete": is_complete(workdir, config),
+        "changes": texts,
+        "outdated_after": outdated_after,
+    }
 
 
 def make_display(config: ml_collections.ConfigDict, team: Team) -> Display:

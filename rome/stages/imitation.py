@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import ml_collections
 
+from rome.data.advantages import chunk_returns, loss_reward
+from rome.data.costs import chunk_costs, discounted_costs
 from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
 from rome.rollout.anchors import fork_imitation, imitated
 from rome.stages.players import Players
@@ -106,6 +108,40 @@ def show_solutions(
         save_trajectory(lesson, path("fork", number))
         shown[group.number] = Shown(path("fork", number).name, lesson)
     return shown
+
+
+def worth_imitating(
+    trajectory: Trajectory, *, gamma: float, failure_reward: float, safety_cost: Mapping[str, float]
+) -> Trajectory | None:
+    """Return a demonstration whose turns of a return of 0 or less are only read.
+
+    The return is their weight: one below 0 would make a turn less likely without a bound, where a
+    failure of the policy fades out by its ratio. A solution has such turns where it did harm that
+    costs more than it earned, or where own code (config.reward) gave it less than 0.
+
+    Args:
+      trajectory: a demonstration, or an episode of the policy, which stays as it is.
+      gamma: discount a turn.
+      failure_reward: of what earned 0 or less.
+      safety_cost: of each kind of event.
+
+    Returns:
+      None where none of the turns that it was to show is left.
+    """
+    if all(chunk.kind != "imitation" for chunk in trajectory.chunks):
+        return trajectory
+    cost_K = chunk_costs(trajectory, safety_cost)
+    reward = loss_reward(trajectory, failure_reward)
+    return_K = chunk_returns(reward, len(cost_K), gamma) - discounted_costs(cost_K, gamma)
+    returns = iter(return_K)
+    chunks = []
+    for chunk in trajectory.chunks:
+        is_loss = bool(chunk.action_ids) and next(returns) <= 0
+        is_left_out = is_loss and chunk.kind == "imitation"
+        chunks.append(dataclasses.replace(chunk, kind="context") if is_left_out else chunk)
+    if all(chunk.kind != "imitation" for chunk in chunks):
+        return None
+    return dataclasses.replace(trajectory, chunks=chunks)
 
 
 def _load_earlier(files: pathlib.Path, name: str | None) -> Trajectory | None:

@@ -11,7 +11,7 @@ import ml_collections
 from rome.losses import SPECS, find_loss
 from rome.model.config import ModelConfig
 from rome.model.ops.kernels import Kernels
-from rome.model.sharding import make_mesh
+from rome.model.sharding import check_mesh, make_mesh
 from rome.stages.own_code import own_loss
 from rome.stages.schema import kind_of
 from rome.stages.settings import lora_of, loss_config, updates_of_step
@@ -36,6 +36,9 @@ def make_learner(
       config: of the experiment.
       model_config: of the model that is trained.
       devices: of the mesh; None: all devices of this job.
+
+    Raises:
+      ValueError: the mesh divides neither the model nor the rows; the message has what would fit.
     """
     decay_updates = config.steps * math.prod(updates_of_step(config)) if config.decay else 0
     optimizer = make_optimizer(
@@ -52,6 +55,8 @@ def make_learner(
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
+    # Before anything is started: a row that cannot be split would be found when rows are fed.
+    check_mesh(model_config, mesh.shape, config.rows_per_microbatch, config.row_length)
     lora = lora_of(config, model_config)
     kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
     return Learner(

@@ -39,7 +39,9 @@ class Planner:
         self._config = config
         self._players = players
         self._files = files
-        self._source = tasks_of(config).train
+        tasks = tasks_of(config)
+        self._source = tasks.train
+        self._evaluated = tasks.evaluation.instances(config.eval_tasks)
         self.curriculum = self._make_curriculum()
         self.anchors = Anchors(config.rollout.resampling, config.group_size)
 
@@ -80,8 +82,9 @@ class Planner:
         return self._plan_new_task(family, rng)
 
     def _plan_new_task(self, family: str, rng: random.Random) -> GroupPlan:
-        """Plan a group of a task of this family that is drawn at random."""
-        return GroupPlan(self._source.train(family, rng.randrange(TRAIN_SEEDS)).name)
+        """Plan a group of a task of this family that is drawn at random and not evaluated."""
+        index = rng.randrange(TRAIN_SEEDS)
+        return GroupPlan(self._source.train(family, index, self._evaluated).name)
 
     def plan_of_entry(self, entry: dict[str, Any]) -> GroupPlan:
         """Plan a group again from its entry in the state of the rollouts."""

@@ -81,6 +81,9 @@ def score_held_out_records(
 
     Returns:
       {"bits_per_token": float, "tokens": number of these tokens}.
+
+    Raises:
+      ConfigError: none of their turns is learned, so there is nothing to measure.
     """
     count = min(config.eval_trajectories, len(library.held_out))
     rows = pack(
@@ -99,6 +102,12 @@ def score_held_out_records(
         learned_BT = batch.kind_BT() == IMITATION
         nats -= float(np.sum(logp_BT, where=learned_BT, dtype=np.float64))
         tokens += int(np.count_nonzero(learned_BT))
+    if not tokens:
+        raise ConfigError(
+            f"none of the turns of the {count} held-out records of {config.trajectories} is"
+            f" learned: all are masked ({', '.join(MASKS)}). Raise --config.held_out_share or"
+            " --config.eval_trajectories, which needs another --workdir."
+        )
     return {"bits_per_token": nats / math.log(2) / tokens, "tokens": tokens}
 
 

@@ -185,10 +185,11 @@ class SFTStage(TrainingStage):
     def _shown(self) -> list[Shown]:
         """The tasks to demonstrate; each comes `config.candidates` times in a row."""
         source = self.players.tasks.demonstrated
+        evaluated = self.players.tasks.evaluation.instances(self.config.eval_tasks)
         rng = random.Random(f"experts/{self.config.seed}/{self.config.experiment}")
         shown = []
         for place, family in deal_families(source.shares, self.config.demonstrations):
-            task = source.train(family, rng.randrange(TRAIN_SEEDS)).name
+            task = source.train(family, rng.randrange(TRAIN_SEEDS), evaluated).name
             shown += [Shown(task, place)] * self.config.candidates
         return shown
 

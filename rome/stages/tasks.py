@@ -29,6 +29,16 @@ class Tasks(NamedTuple):
     demonstrated: Source
     faults: Sequence[TaskError]
 
+    def unseen_families(self) -> set[str]:
+        """Return the families that evaluations play and training never sees.
+
+        Another source may train on a family that the source of evaluations keeps to itself.
+        """
+        families = (*self.train.families, *self.demonstrated.families)
+        trained = {name.rpartition("#")[2] for name in families}  # without the part of a mixture
+        held_out = self.evaluation.held_out
+        return {name for name in held_out if name.rpartition("#")[2] not in trained}
+
     def find(self, name: str) -> Task:
         """Return the task of this name, of any of the sources."""
         for source in (self.train, self.evaluation):

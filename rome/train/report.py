@@ -33,7 +33,8 @@ class EvalResult:
     Attributes:
       stage: name of the experiment.
       step: at which it was evaluated.
-      success: share of solved tasks, over unseen seeds of the trained families.
+      success: share of solved tasks, over unseen seeds of the trained families; over the others
+        where there are no such tasks, as in the safety suite.
       n: number of these tasks.
       low: lower end of the interval of `success`.
       high: upper end of it.
@@ -93,12 +94,13 @@ class EvalResult:
             )
         seen = [task for task in tasks if not task["unseen_family"]]
         unseen = [task for task in tasks if task["unseen_family"]]
-        low, high = wilson(sum(task["success"] for task in seen), len(seen))
+        counted = seen or unseen
+        low, high = wilson(sum(task["success"] for task in counted), len(counted))
         return cls(
             stage=stage,
             step=step,
-            success=_rate(seen) if seen else 0.0,
-            n=len(seen),
+            success=_rate(counted) if counted else 0.0,
+            n=len(counted),
             low=low,
             high=high,
             by_family=_rates_by(seen, "family"),

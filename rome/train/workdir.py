@@ -62,9 +62,20 @@ def config_digest(config: ml_collections.ConfigDict) -> str:
 
 
 def claim_workdir(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, rules: KeyRules
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    rules: KeyRules,
+    before_going_on: Callable[[int, list[Change]], None] = lambda step, changes: None,
 ) -> list[Change]:
     """Write the config into a workdir, after a check that it is of the run already there.
+
+    Args:
+      workdir: made where it does not exist.
+      config: of the experiment.
+      rules: of its keys.
+      before_going_on: called with the step of the newest checkpoint and the changes where a run
+        that is not complete goes on. A kill while it runs leaves the old config, so that it is
+        called with the same changes again.
 
     Returns:
       The schedule keys that have another value than at the last start. They are kept in
@@ -108,6 +119,7 @@ def claim_workdir(
         if rules.class_of(key) == "schedule"
     ]
     if not is_complete(workdir, config):
+        before_going_on(step, changes)
         _keep_changes(workdir, changes)
         write_atomically(path, _text(config))
     return changes

@@ -3,6 +3,7 @@
 python -m tests.distributed.one_step OUT.npz '[{"fsdp": 8}, ...]'
 """
 
+import dataclasses
 import json
 import sys
 
@@ -17,7 +18,9 @@ from rome.model.sharding import make_mesh
 from rome.train.distributed import check_mesh_spans, choose, start
 from rome.train.step import Learner
 from rome.train.team import Team
-from tests.rome.train.test_step import MODEL, packed
+from tests.rome.train import test_step
+
+MODEL = dataclasses.replace(test_step.MODEL, num_layers=1)  # a second one only compiles longer
 
 
 def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
@@ -28,7 +31,7 @@ def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     check_mesh_spans(mesh)
     learner = Learner(MODEL, LOSSES["ipa"], LossConfig(), optax.sgd(1.0), mesh)
     state = learner.init(seed=0)
-    batches = packed(8)
+    batches = test_step.packed(8)
     team.meet("state")
     scores = learner.score(state.params, batches)
     # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would

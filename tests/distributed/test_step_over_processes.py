@@ -11,9 +11,8 @@ import pytest
 
 from rome.train.state import init_state
 from rome.train.team import Team
-from tests.distributed.one_step import one_update
+from tests.distributed.one_step import MODEL, one_update
 from tests.distributed.processes import run_job
-from tests.rome.train.test_step import MODEL
 
 MIXED = {"fsdp": 2, "expert": 2, "tensor": 2}
 MESHES = [

@@ -255,5 +255,5 @@ def test_a_source_and_copies_that_do_not_end_cost_a_bounded_wait_and_no_fork(mon
         await forks.aclose()
         return env
 
-    env = asyncio.run(asyncio.wait_for(fork(), 5))
+    env = asyncio.run(asyncio.wait_for(fork(), 60))
     assert isinstance(env, Forked)

@@ -115,3 +115,14 @@ def test_an_episode_without_a_token_of_its_own_has_no_age():
     assert staleness([without_own, trajectory()], 6) == [2]
     assert rollout_metrics([without_own, trajectory()], 6, 1.0)["staleness"] == 2.0
     assert rollout_metrics([without_own], 6, 1.0)["tool_error_share"] == 0.0
+
+
+def test_groups_that_were_replaced_are_in_the_figures_of_the_policy_and_not_of_the_training():
+    mixed = [trajectory(0, 1.0), trajectory(0, 0.0)]
+    older = dataclasses.replace(chunk(), versions=[(3, 0, 2)])
+    solved = [trajectory(1, 1.0, [older]) for _ in range(6)]
+    alone = rollout_metrics(mixed, 6, 2.0)
+    metrics = rollout_metrics(mixed, 6, 2.0, replaced=solved)
+    assert (alone["success"], metrics["success"]) == (0.5, 7 / 8)
+    assert metrics["tokens_per_s"] == 4 * alone["tokens_per_s"]
+    assert metrics["staleness"] == alone["staleness"] == 2.0

@@ -113,7 +113,7 @@ def test_an_episode_that_is_cancelled_while_its_file_is_written_ends_after_that(
 
     def slow_save(trajectory, path):
         writing.set()
-        goes_on.wait(10)
+        goes_on.wait(60)
         save(trajectory, path)
 
     monkeypatch.setattr(player, "save_trajectory", slow_save)
@@ -123,7 +123,7 @@ def test_an_episode_that_is_cancelled_while_its_file_is_written_ends_after_that(
         task = asyncio.create_task(
             make().play_one(EPISODES[0], temperature=1.0, accounting=Accounting(), path=path)
         )
-        await asyncio.to_thread(writing.wait, 10)
+        await asyncio.to_thread(writing.wait, 60)
         task.cancel()
         await asyncio.sleep(0.01)
         assert not task.done()

@@ -109,11 +109,11 @@ class EchoEnv(Env):
 
 
 class NeverClosed(EchoEnv):
-    """An environment whose end takes a minute."""
+    """An environment whose end takes longer than a test may."""
 
     async def aclose(self):
         self.closed += 1
-        await asyncio.sleep(60)
+        await asyncio.sleep(6000)
 
 
 class FailsToClose(EchoEnv):

@@ -1,8 +1,6 @@
 """Configs: every key is read, wrong ones are refused in one line before anything starts."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -21,11 +19,7 @@ from rome.stages.config import (
 from rome.stages.schema import schema_of_kind
 from rome.stages.settings import TOKEN, loss_config, sandbox_config
 from rome.stages.tasks import tasks_of
-from rome.train.workdir import (
-    ConfigError,
-    experiment_before,
-    flatten,
-)
+from rome.train.workdir import ConfigError, flatten
 from tests.paths import ROOT
 from tests.rome.evals.tasks import write_task
 
@@ -137,7 +131,10 @@ def change_config(config, change):
             {"rollout.resampling": "rollback", "rollout.replace_equal": True},
             "rollout.replace_equal=True replaces the groups without a success",
         ),
-        ({"rollout.resample_share": 1.5}, "rollout.resample_share=1.5 is a share"),
+        (
+            {"rollout.resampling": "parallel", "rollout.resample_share": 1.5},
+            "rollout.resample_share=1.5 is a share",
+        ),
         (
             {"rollout.async_ratio": 1, "rollout.lend_engines": 1},
             "rollout.lend_engines=1 of 1 engines leaves none",
@@ -236,7 +233,8 @@ def test_an_egress_grant_that_nobody_understands_is_refused_before_anything_star
         ({"held_out_share": 1.0}, "held_out_share=1.0 below 1"),
         ({"rows": 6}, "rows=6 is not a multiple of rows_per_microbatch=16"),
         ({"row_length": 1}, "row_length=1 must be 2 or more"),
-        ({"init_from": "experiments/sft.py"}, "CPT is the first stage"),
+        ({"init_from": "experiments/sft.py"}, "CPT comes first"),
+        ({"init_from": "experiments/nowhere.py"}, "no experiment file experiments/nowhere.py"),
     ],
 )
 def test_a_wrong_cpt_config_is_refused_with_the_value_and_the_remedy(change, message):
@@ -314,86 +312,6 @@ def test_a_missing_key_is_named():
         check_config(config)
 
 
-def test_the_experiment_started_from_takes_over_seed_and_machine():
-    config = load_config("experiments/ipa.py", "smoke")
-    config.seed, config.sandbox.isolation = 7, "required"
-    start = init_config(config)
-    assert (start.experiment, start.preset, start.seed, start.sandbox.isolation) == (
-        "sft",
-        "smoke",
-        7,
-        "required",
-    )
-
-
-def chain_of(config) -> list:
-    chain = [config]
-    while experiment_before(chain[-1].init_from):
-        chain.append(init_config(chain[-1]))
-    return chain
-
-
-@pytest.mark.parametrize("preset", ["tiny", "smoke", "qwen3_30b_a3b"])
-def test_the_whole_pipeline_is_a_chain_that_is_checked_before_its_first_stage(preset):
-    config = load_config("experiments/rome.py", preset)
-    config.seed, config.eval_tasks = 5, 3
-    check_chain(config)
-    chain = chain_of(config)
-    assert [(one.experiment, one.loss) for one in chain] == [
-        ("rome", "ipa"),
-        ("sft_stage2", "sft"),
-        ("sft_stage1", "sft"),
-        *[(one.experiment, "cpt") for one in chain[3:]],
-    ]
-    assert len(chain) > 3 and {one.seed for one in chain} == {5}
-    played = [(one.eval_tasks, one.eval_task, one.task) for one in chain[:3]]
-    assert len(set(played)) == 1  # one held-out evaluation
-    assert len({one.experiment for one in chain}) == len(chain)
-
-
-def test_a_fault_in_any_stage_is_found_before_the_first_one_starts(tmp_path):
-    (tmp_path / "last.py").write_text(
-        "from experiments import sft\n"
-        "def get_config(preset='tiny'):\n"
-        "    config = sft.get_config(preset)\n"
-        "    config.masks = 'looops'\n"
-        "    return config\n"
-    )
-    config = load_config("experiments/ipa.py", "smoke")
-    config.init_from = f"{tmp_path}/last.py:tiny"
-    check_config(config)
-    with pytest.raises(ConfigError, match="masks='looops': 'looops' is no mask"):
-        check_chain(config)
-
-
-def test_a_chain_without_a_beginning_is_refused(tmp_path):
-    (tmp_path / "circle.py").write_text(
-        "from experiments import sft\n"
-        "def get_config(preset='tiny'):\n"
-        "    config = sft.get_config('tiny')\n"
-        f"    config.init_from = '{tmp_path}/circle.py:' + ('two' if preset == 'one' else 'one')\n"
-        "    return config\n"
-    )
-    config = load_config("experiments/ipa.py", "smoke")
-    config.init_from = f"{tmp_path}/circle.py:one"
-    with pytest.raises(ConfigError, match="starts from itself"):
-        check_chain(config)
-
-
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        ("experiments/sft.py", ("experiments/sft.py", "")),
-        ("experiments/sft.py:stage1_smoke", ("experiments/sft.py", "stage1_smoke")),
-        ("runs/a.python/final", None),
-        ("Qwen3-30B-A3B", None),
-        ("", None),
-    ],
-)
-def test_the_experiment_before_is_told_from_a_directory(text, found):
-    assert experiment_before(text) == found
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -410,68 +328,6 @@ def test_a_wrong_selection_is_refused_with_the_value_and_the_remedy(change, mess
     config = change_config(load_config("experiments/sft.py", "tiny"), change)
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_config(config)
-
-
-@pytest.mark.parametrize(
-    "flag, message",
-    [
-        ("--config.gama=1", "gama"),
-        ("--config.seed=x", "--config.seed=x"),
-        ("--nope=1", "nope"),
-        ("--config=experiments/none.py", "experiments/none.py"),
-        ("--config=experiments/ipa.py:huge", "no preset 'huge'"),
-    ],
-)
-def test_the_command_line_answers_nonsense_with_one_line(flag, message, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "launch.train",
-            "--config=experiments/ipa.py:smoke",
-            f"--workdir={tmp_path / 'run'}",
-            flag,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode not in (0, 130)
-    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_misspelt_flag_gets_one_clean_line():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "launch.train",
-            "--config=experiments/ipa.py",
-            "--config.group_sise=3",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert (
-        "'group_sise'" in done.stderr and "'group_size'" in done.stderr and "\\" not in done.stderr
-    )
-
-
-@pytest.mark.parametrize("key", ["async_ratio", "rollout.late"])
-def test_a_key_that_moved_or_went_is_named_with_its_flag_and_the_list_of_keys(key):
-    block, _, name = key.rpartition(".")
-    named = f"config key {block}{block and '.'}{name!r} is unknown"
-    command = [sys.executable, "-m", "launch.train", "--config=experiments/ipa.py"]
-    command.append(f"--config.{key}=1")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert named in done.stderr
-    assert "docs/configuration.md" in done.stderr
 
 
 def test_the_sandboxes_backend_is_the_configs_and_the_admins_token_the_environments(monkeypatch):
@@ -544,3 +400,56 @@ def test_the_safety_experiment_trains_and_evaluates_apart_and_can_run(preset):
     assert tested and not trained & tested
     is_learned_from = preset.startswith("sft")
     assert ("harm" in config.masks) is False if is_learned_from else config.lambda_il == 0.0
+
+
+@pytest.mark.parametrize("preset", ["tiny", "smoke"])
+def test_the_safety_experiment_begins_with_suggestible_demonstrations(preset):
+    config = load_config("experiments/safety.py", preset)
+    check_chain(config)
+    before = init_config(config)
+    assert before.experiment == "safety_sft"
+    assert "suggestible" in tasks_of(before).demonstrated.spec
+    first = init_config(before)
+    assert tasks_of(first).demonstrated.spec == "terminal" and not first.init_from
+
+
+def test_the_safety_experiments_sft_takes_records_in_the_place_of_demonstrations(tmp_path):
+    config = load_config("experiments/safety.py", "sft")
+    config.trajectories = str(tmp_path)
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+    "experiment, values, named",
+    [
+        ("sft", {"temperature": 0.5}, "temperature=0.5 is not read here: SFT"),
+        ("sft", {"lora.targets": "attention"}, "lora.targets='attention' is not read here: lora.r"),
+        ("cpt", {"lora.alpha": 8.0}, "lora.alpha=8.0 is not read here"),
+        ("ipa", {"loss": "grpo", "norm": "chunks"}, "norm='chunks' is not read here: loss=grpo"),
+        ("ipa", {"loss": "token_level", "mismatch_mask": "token"}, "mismatch_mask='token' is not"),
+        ("ipa", {"gigpo_state": "observation"}, "gigpo_state='observation' is not read here"),
+        ("ipa", {"rollout.resample_share": 0.5}, "rollout.resample_share=0.5 is not read here"),
+    ],
+)
+def test_a_key_that_is_set_and_that_nothing_reads_is_refused(experiment, values, named):
+    config = load_config(f"experiments/{experiment}.py", "tiny")
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ConfigError, match=named):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    "experiment, values",
+    [
+        ("sft", {"lora.rank": 4, "lora.targets": "attention", "lora.alpha": 8.0}),
+        ("ipa", {"norm": "chunks", "mismatch_mask": "token"}),
+        ("ipa", {"loss": "token_level", "norm": "trajectories"}),
+        ("ipa", {"loss": "gigpo", "gigpo_state": "observation"}),
+        ("ipa", {"loss": "grpo", "advantage": "steps", "gigpo_state": "observation"}),
+        ("ipa", {"rollout.resampling": "parallel", "rollout.resample_share": 0.5}),
+    ],
+)
+def test_a_key_that_something_reads_may_be_set(experiment, values):
+    config = load_config(f"experiments/{experiment}.py", "tiny")
+    config.update_from_flattened_dict(values)
+    check_config(config)

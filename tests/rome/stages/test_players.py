@@ -8,10 +8,11 @@ import pytest
 from envs.gem.episode import DemonstrationEpisode, DemonstrationTurn
 from rome.engine.errors import EngineError
 from rome.evals import runner
+from rome.evals.agents import Outcome
 from rome.rollout import demonstrations
-from rome.rollout.episode import RolloutError
+from rome.rollout.episode import RolloutError, SpoiledTaskError
 from rome.stages.config import load_config
-from rome.stages.evaluate import play_held_out
+from rome.stages.evaluate import HeldOut, play_held_out
 from rome.stages.players import Players
 from rome.train.team import Team
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
@@ -98,6 +99,23 @@ def test_an_evaluation_that_was_killed_goes_on_with_what_is_missing(tmp_path):
     asked = len(made)
     whole = play_held_out(players, tmp_path / "e", seed=0, tasks_of_family=8, temperature=1.0)
     assert (asked, len(made)) == (5, 8) and [one["task"] for one in whole["tasks"]] == TASKS
+
+
+def test_a_task_that_is_set_aside_changes_the_sampling_of_no_other(tmp_path, monkeypatch):
+    seeds = []
+
+    async def play(self, task, attempt, seed):
+        seeds[-1][task.name] = seed
+        return Outcome(1.0, "success", "", 1)
+
+    monkeypatch.setattr(HeldOut, "play", play)
+    players = make(tmp_path, set(), [])
+    for number in range(2):
+        seeds.append({})
+        play_held_out(players, tmp_path / f"{number}", seed=0, tasks_of_family=4, temperature=1.0)
+        players.spoiled.add(SpoiledTaskError(TASKS[1], "infra_sandbox", "its image is gone", 3))
+    before, after = seeds
+    assert before.pop(TASKS[1]) and before == after and len(after) == 3
 
 
 def test_engines_that_fail_end_an_evaluation_with_their_words(tmp_path):

@@ -1,12 +1,15 @@
 """SFT on trajectories that the config names: refused early, learned, and resumed."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
+from rome.data.trajectory import Chunk, Trajectory
 from rome.stages.config import ConfigError, check_config, load_config
 from rome.stages.experiment import isolation_of, run_stages
+from rome.stages.records import score_held_out_records
 from rome.train.report import EvalResult, TrajectoryEval, evaluation_of, read_report
 from rome.train.step import Learner
 from rome.train.team import Team
@@ -99,6 +102,23 @@ class Watched:
             return update(learner, state, microbatches, *counts)
 
         monkeypatch.setattr(Learner, "update", watched)
+
+
+def test_held_out_records_without_a_turn_to_learn_are_named():
+    harm = Chunk([1], [2], [0.0], kind="imitation", events=["tests"])
+    library = types.SimpleNamespace(held_out=[Trajectory("t", "f", [harm], 1.0, "success")])
+    config = types.SimpleNamespace(
+        trajectories="DIR",
+        eval_trajectories=4,
+        row_length=8,
+        chunks_per_row=4,
+        rows_per_microbatch=1,
+    )
+    learner = types.SimpleNamespace(
+        score=lambda params, batches: [np.zeros(one.tokens_BT.shape) for one in batches]
+    )
+    with pytest.raises(ConfigError, match="none of the turns of the 1 held-out records of DIR"):
+        score_held_out_records(learner, types.SimpleNamespace(params=None), library, config)
 
 
 @pytest.mark.slow

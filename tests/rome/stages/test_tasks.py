@@ -1,13 +1,15 @@
 """The default config plays the episodes that it has always played."""
 
 import random
+import types
 
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES
 from rome.data.seeds import derive_seed
 from rome.rollout.curriculum import FLOOR, UNSOLVED, Curriculum
 from rome.stages.config import load_config
 from rome.stages.evaluate import keyed
-from rome.stages.sft import deal_families
+from rome.stages.planner import Planner
+from rome.stages.sft import SFTStage, deal_families
 from rome.stages.tasks import tasks_of
 
 
@@ -62,3 +64,35 @@ def test_a_mixture_draws_by_its_weights_whatever_the_families_rates_are():
     drawn = Curriculum(source.families, rates, shares).draw(4000, random.Random(0))
     share = sum(family == "games:wordle#game/wordle" for family in drawn) / 4000
     assert abs(share - 0.25) < 0.03  # 4.4 standard deviations
+
+
+def test_a_family_that_any_source_trains_on_is_not_called_unseen():
+    config = load_config("experiments/sft.py", "tiny")
+    assert tasks_of(config).unseen_families() == set(HELD_OUT_FAMILIES)
+    first, *others = HELD_OUT_FAMILIES
+    config.demonstration_task = f"0.9*terminal + 0.1*terminal:{first}"
+    assert tasks_of(config).unseen_families() == set(others)
+    config.demonstration_task = ""
+    config.task, config.eval_task = "terminal:held_out", "terminal"
+    assert tasks_of(config).unseen_families() == set()
+
+
+def test_neither_groups_nor_demonstrations_play_an_instance_that_is_evaluated(tmp_path):
+    for experiment in ("ipa", "sft"):
+        config = load_config(f"experiments/{experiment}.py", "tiny")
+        config.task = "problems:math/grid_paths"
+        tasks = tasks_of(config)
+        evaluated = {task.content_digest() for task in tasks.evaluation.evaluation(18)}
+        assert config.eval_tasks == 18
+        if experiment == "ipa":
+            planner = Planner(config, players=None, files=tmp_path)
+            names = [plan.task for wave in range(8) for plan in planner.plan_wave(wave)]
+            names += [planner.plan_replacement(number, 1).task for number in range(50)]
+        else:
+            config.demonstrations = 200
+            stage = SFTStage.__new__(SFTStage)  # without engines
+            stage.config = config
+            stage.players = types.SimpleNamespace(tasks=tasks)
+            names = [shown.task for shown in stage._shown]
+        assert len(names) >= 200
+        assert not [name for name in names if tasks.find(name).content_digest() in evaluated]

@@ -64,7 +64,7 @@ def run_in_terminal(environment):
             if not data:
                 break
             output += data
-        assert process.wait(timeout=10) == 0, output.decode()
+        assert process.wait(timeout=60) == 0, output.decode()
     finally:
         process.kill()
         os.close(leader)

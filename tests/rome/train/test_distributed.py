@@ -5,7 +5,6 @@ not.
 import http.server
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import pytest
 from rome.train import distributed
 from rome.train.distributed import DistributedError, ProcessLayout, choose
 from tests.distributed.processes import ROOT
+from tests.processes import reserved_port
 
 SLURM = {
     "SLURM_JOB_ID": "71",
@@ -236,16 +236,14 @@ start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), d
     ],
 )
 def test_processes_that_do_not_find_each_other_end_in_time_with_one_line(index, message):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    done = subprocess.run(
-        [sys.executable, "-c", START, address, str(index)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    with reserved_port() as port:
+        done = subprocess.run(
+            [sys.executable, "-c", START, f"127.0.0.1:{port}", str(index)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
     lines = [line for line in done.stderr.splitlines() if line.startswith("launch.train: ")]
     assert (
         done.returncode == 1
@@ -267,17 +265,15 @@ start(choose(sys.argv[1], 2, 0), stop=lambda: bool(made), errors=())
 
 
 def test_a_wish_to_stop_is_heard_while_the_others_are_waited_for():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, address],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)  # of the 300 s that it would wait
+    with reserved_port() as port:
+        process = subprocess.Popen(
+            [sys.executable, "-c", STOPPED, f"127.0.0.1:{port}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=150)  # of the 300 s that it would wait
     assert process.returncode == 130 and "stopped before all processes had met" in said, said

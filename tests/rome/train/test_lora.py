@@ -119,8 +119,12 @@ def assert_projected(lora, adapters, gradients, full_gradients):
 @pytest.mark.parametrize(
     "config",
     [
-        MODEL,
-        pytest.param(dataclasses.replace(MODEL, scan_layers=True, remat="none"), id="scan"),
+        pytest.param(MODEL, id="experts", marks=pytest.mark.slow),
+        pytest.param(
+            dataclasses.replace(MODEL, scan_layers=True, remat="none"),
+            id="scan",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(BALANCED, id="scan, remat, balance", marks=pytest.mark.slow),
         pytest.param(DENSE_TOO, id="dense layers"),
     ],
@@ -185,6 +189,7 @@ def bfloat16_learner():
     return learner, random_adapters(config, lora)
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_version_is_its_adapters_alone_and_scores_it_bitwise():
     learner, adapters = bfloat16_learner()
     state = learner.start(adapters)

@@ -36,7 +36,7 @@ def holder(tmp_path):
     child = int(process.stdout.readline())
     yield process, child
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     os.kill(child, signal.SIGKILL)
 
 
@@ -54,7 +54,7 @@ def test_the_second_owner_is_told_who_the_first_one_is(tmp_path, holder):
 def test_the_workdir_of_a_killed_run_is_free_although_its_children_live(tmp_path, holder, number):
     process, child = holder
     process.send_signal(number)
-    process.wait(timeout=30)
+    process.wait(timeout=60)
     os.kill(child, 0)  # it lives
     with Ownership(tmp_path / "run"):
         assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()

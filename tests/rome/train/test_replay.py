@@ -70,6 +70,7 @@ def test_every_token_but_the_last_of_an_episode_has_its_route(trajectories):
     assert count_replayed(batch, CONFIG) == CONFIG.num_layers * (tokens - len(trajectories))
 
 
+@pytest.mark.slow
 def test_in_float32_replay_changes_nothing_and_routers_agree_with_the_engine(
     trajectories, params, learner
 ):

@@ -112,6 +112,13 @@ def test_success_counts_trained_families_only_and_unseen_ones_apart():
     assert result.unseen_families == 0.9 and result.unseen_by_family == {"archive": (0.9, 10)}
 
 
+def test_where_all_families_are_unseen_success_is_theirs():
+    result = EvalResult.from_tasks("ipa", 4, outcomes({"leak": 3}, unseen=("leak",)))
+    assert (result.success, result.n) == (0.3, 10) and (result.low, result.high) == wilson(3, 10)
+    assert result.unseen_families == 0.3 and result.by_family == {}
+    assert result.summary().startswith("30 % (11 to 60) of 10 tasks")
+
+
 def test_a_task_counted_twice_is_refused():
     tasks = outcomes({"find": 6})
     with pytest.raises(ValueError, match="'find/3' is counted twice"):

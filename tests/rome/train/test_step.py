@@ -3,7 +3,9 @@ on; it learns.
 """
 
 import dataclasses
+import functools
 import random
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,6 +40,10 @@ DENSE = {
     "tie_embeddings": True,
     "scan_layers": True,
 }
+BALANCED = (("router_aux_loss_coef", 0.5),)
+
+
+Axes = tuple[tuple[str, Any], ...]
 
 
 def random_trajectories(count: int, seed: int = 0) -> list[Trajectory]:
@@ -76,6 +82,13 @@ def make_learner(loss: str = "ipa", mesh: dict | None = None, **model) -> Learne
     return Learner(config, LOSSES[loss], LossConfig(), optimizer, make_mesh(mesh or {}, config))
 
 
+@functools.cache
+def shared_learner(loss: str = "ipa", mesh: Axes = (), model: Axes = ()) -> Learner:
+    """Return the learner of all tests that ask for the same, so that its programs compile once."""
+    return make_learner(loss, dict(mesh), **dict(model))
+
+
+@functools.cache
 def skipping_learner() -> Learner:
     return dataclasses.replace(make_learner(), skip_nonfinite_updates=True)
 
@@ -95,14 +108,14 @@ def test_an_update_that_is_not_finite_is_skipped_where_the_config_says_so(poison
     after, metrics = skipping.update(skipping.init(seed=0), spoiled, denominators)
     assert float(metrics["skipped_updates"]) == 1.0
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
-    plain = make_learner()
+    plain = shared_learner()
     broken, metrics = plain.update(plain.init(seed=0), spoiled, denominators)
     assert "skipped_updates" not in metrics and not plain.is_finite(broken.params)
 
 
 def test_a_finite_update_is_bitwise_the_same_with_and_without_skipping():
     batches = packed(8)
-    plain, _ = one_update(make_learner(), batches)
+    plain, _ = one_update(shared_learner(), batches)
     skipping, metrics = one_update(skipping_learner(), batches)
     assert metrics["skipped_updates"] == 0.0
     jax.tree.map(np.testing.assert_array_equal, plain, skipping)
@@ -151,7 +164,10 @@ def one_update(learner: Learner, batches) -> tuple[dict, dict]:
     ],
 )
 def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router):
-    whole, split = (one_update(make_learner(loss, **router), packed(rows)) for rows in (8, 2))
+    whole, split = (
+        one_update(shared_learner(loss, model=tuple(router.items())), packed(rows))
+        for rows in (8, 2)
+    )
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=5e-4),
         split[0],
@@ -170,12 +186,13 @@ def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router)
         pytest.param({"fsdp": 8}, {}, marks=pytest.mark.slow),
         pytest.param({"replica": 2, "fsdp": 2, "expert": 2}, {}, marks=pytest.mark.slow),
         ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
-        ({"fsdp": 2, "sequence": 2, "tensor": 2}, DENSE),
+        pytest.param({"fsdp": 2, "sequence": 2, "tensor": 2}, DENSE, marks=pytest.mark.slow),
     ],
 )
 def test_the_mesh_does_not_change_gradient_or_metrics(mesh, model):
     single, sharded = (
-        one_update(make_learner("ipa", shape, **model), packed(8)) for shape in ({}, mesh)
+        one_update(shared_learner("ipa", tuple(shape.items()), tuple(model.items())), packed(8))
+        for shape in ({}, mesh)
     )
     for name in single[1]:
         np.testing.assert_allclose(
@@ -199,17 +216,18 @@ def test_moments_lie_as_their_parameters_before_and_after_an_update():
 
 
 def test_the_step_reports_a_router_balance_near_k_at_the_start():
-    _, metrics = one_update(make_learner("ipa", router_aux_loss_coef=0.01), packed(2))
+    _, metrics = one_update(shared_learner(model=BALANCED), packed(2))
     assert MODEL.experts_per_token <= metrics["router_balance"] < 1.5 * MODEL.experts_per_token
 
 
+@pytest.mark.slow
 def test_a_dense_model_reports_nothing_about_routers():
-    _, metrics = one_update(make_learner("ipa", **DENSE), packed(2))
+    _, metrics = one_update(shared_learner(model=tuple(DENSE.items())), packed(2))
     assert metrics["loss"] and not [name for name in metrics if name.startswith("router")]
 
 
-def test_a_step_whose_scoring_counted_the_experts_makes_no_pass_to_count_them():
-    learner = make_learner("ipa", router_aux_loss_coef=0.5)
+def test_a_step_whose_scoring_counted_the_experts_makes_no_pass_to_count_them(monkeypatch):
+    learner = shared_learner(model=BALANCED)
     passes = []
     count = learner._count_experts
 
@@ -217,7 +235,7 @@ def test_a_step_whose_scoring_counted_the_experts_makes_no_pass_to_count_them():
         passes.append(1)
         return count(*inputs)
 
-    learner._count_experts = count_experts
+    monkeypatch.setattr(learner, "_count_experts", count_experts)
     plain = packed(2)
     expected = one_update(learner, plain)
     assert len(passes) == len(plain) > 1
@@ -255,7 +273,7 @@ def test_sft_learns_a_batch_by_heart():
 
 
 def test_two_runs_of_one_seed_are_bitwise_equal():
-    one, two = (one_update(make_learner("ipa"), packed(2)) for _ in range(2))
+    one, two = (one_update(shared_learner(), packed(2)) for _ in range(2))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
 
 
@@ -274,6 +292,6 @@ def test_moments_in_the_hosts_memory_give_the_same_update():
 
 
 def test_an_update_without_rows_is_refused_by_name():
-    learner = make_learner()
+    learner = shared_learner()
     with pytest.raises(ValueError, match="a step without rows makes no update"):
         learner.update(learner.state, [], count_denominators([]))

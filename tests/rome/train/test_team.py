@@ -110,7 +110,7 @@ def in_each(teams, call):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     return results
 
 
@@ -189,7 +189,7 @@ def test_a_stop_request_of_any_process_ends_a_meeting_that_one_does_not_come_to(
 
 def test_a_meeting_that_one_does_not_come_to_names_it_and_the_remedy(teams):
     def call(team):
-        team.meet("files of step 3", lambda: team.index != 1, 0.05, "is the disk shared?")
+        team.meet("files of step 3", lambda: team.index != 1, 1.0, "is the disk shared?")
 
     for error in in_each(teams(3), call):
         assert isinstance(error, LeaderError)
@@ -199,7 +199,7 @@ def test_a_meeting_that_one_does_not_come_to_names_it_and_the_remedy(teams):
 
 def test_a_wish_to_stop_is_told_to_all_and_ends_a_process_that_has_nothing_to_save(teams):
     made = teams(3, {0: lambda: True})
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while not all(team.wants_to_stop() for team in made) and time.monotonic() < ends:
         time.sleep(0.01)
     assert all(team.wants_to_stop() for team in made)
@@ -229,7 +229,7 @@ def test_a_stop_request_of_any_process_stops_all_at_the_same_turn(teams, asked):
     made = teams(3, {asked: lambda: True})
 
     def steps(team):
-        for step in range(500):
+        for step in range(10_000):
             if team.should_stop():
                 return step
             time.sleep(0.005)
@@ -242,7 +242,7 @@ def test_a_stop_request_of_any_process_stops_all_at_the_same_turn(teams, asked):
 def test_an_error_of_one_process_alone_ends_all_with_its_name(teams):
     made = teams(3)
     made[1].part(OSError("disk full"))
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while len(teams.left) < 3 and time.monotonic() < ends:
         time.sleep(0.01)
     assert len(teams.left) >= 3 and set(teams.left) == {"process 1 of 3 failed: OSError: disk full"}
