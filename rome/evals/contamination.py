@@ -1,7 +1,8 @@
 """Searches a text corpus for the tasks of a dataset: shared runs of 13 words, and canary strings.
 
 Words are runs of letters and digits, compatibility-normalised (NFKC) and case-folded, so that
-markup, punctuation and line breaks hide nothing. An instruction of fewer than 13 words is searched
+markup, punctuation and line breaks hide nothing; nor do the escapes of JSON, in which most corpora
+are kept. An instruction of fewer than 13 words is searched
 for as a whole, down to 8; a shorter one says too little and is reported as not checked. A canary is
 the GUID of a line that has the word "canary"; the loader hides it from the agent, so it is read
 from the task's files.
@@ -9,6 +10,7 @@ from the task's files.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import dataclasses
 import json
@@ -30,8 +32,21 @@ CHUNK_BYTES = 1 << 20
 MAX_WORD_CHARACTERS = 1 << 12
 MAX_CANARY_FILE_BYTES = 1 << 20
 MAX_PLACES = 5  # shown of each hit
+# First bytes of files whose text is packed: searched as they are, they would pass for clean.
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+}
+_BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 NGram = tuple[str, ...]
 _WORD = re.compile(r"[^\W_]+")
+# A line break, tabulator or letter as JSON spells it, also where that text was escaped once more.
+_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[bfnrt])")
 _GUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 
 
@@ -45,8 +60,20 @@ def words_of(text: str) -> list[str]:
 
 
 def normalised(text: str) -> str:
-    """Return the text in compatibility form and case-folded, with the line breaks that it has."""
+    """Return the text in compatibility form and case-folded, with the line breaks that it has.
+
+    Escapes are undone in tasks and corpora alike, so a text that means its backslashes still equals
+    its copy.
+    """
+    if "\\" in text:
+        text = _ESCAPE.sub(_unescaped, text)
     return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    """Return the letter of an escape; a blank for what only separates words."""
+    code = int(match[1], 16) if match[1] else 0
+    return chr(code) if code > 0x20 else " "
 
 
 def ngrams_of(text: str) -> set[NGram]:
@@ -89,6 +116,10 @@ def canaries_of(task: Task) -> set[str]:
 # -------------------------------------------------------------------------------------------------
 
 
+class PackedError(ValueError):
+    """A file holds its text in a packed form."""
+
+
 @dataclasses.dataclass
 class _Hits:
     """What was found of one task."""
@@ -110,7 +141,9 @@ class TaskIndex:
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self.ngrams = {task.name: _ngrams_of_task(task) for task in tasks}
+        self.ngrams: dict[str, set[NGram]] = {}
+        for task in tasks:  # tasks of different sets may share a name
+            self.ngrams[task.name] = self.ngrams.get(task.name, set()) | _ngrams_of_task(task)
         self.ngram_owners: dict[NGram, list[str]] = collections.defaultdict(list)
         for name, found in self.ngrams.items():
             for ngram in found:
@@ -122,6 +155,14 @@ class TaskIndex:
         self._sizes_of_head: dict[NGram, set[int]] = collections.defaultdict(set)
         for ngram in self.ngram_owners:
             self._sizes_of_head[ngram[:MIN_WORDS]].add(len(ngram))
+
+    def owners_named(self, name: str) -> set[str]:
+        """Return the tasks of this name, whatever source of a mixture stands before it.
+
+        It tells the attempts at tasks whose instructions are too short to be searched for.
+        """
+        wanted = name.rpartition("#")[2]
+        return {one for one in self.ngrams if wanted and one.rpartition("#")[2] == wanted}
 
     def owners_in(self, text: str) -> set[str]:
         """Return the names of the tasks that share an n-gram or a canary with a text."""
@@ -168,8 +209,11 @@ def find_contamination(tasks: Sequence[Task], corpus: pathlib.Path) -> dict[str,
             num_files += 1
         except OSError as error:
             unreadable.append(f"{shown}: {error.strerror}")
+        except PackedError as error:
+            unreadable.append(f"{shown}: {error}")
     if num_files == 0:
-        raise ValueError(f"corpus {str(corpus)!r} holds no file that could be read")
+        more = f": {unreadable[0]}" if unreadable else ""
+        raise ValueError(f"corpus {str(corpus)!r} holds no file that could be read{more}")
     return {
         "corpus": str(corpus),
         "files": num_files,
@@ -259,9 +303,19 @@ def _scan_canaries(
 
 
 def _read_chunks(path: pathlib.Path) -> Iterator[str]:
-    """Yield the normalised text of a file in pieces that end between words."""
+    """Yield the normalised text of a file in pieces that end between words.
+
+    Raises:
+      PackedError: its text is compressed, or in a columnar format.
+    """
+    with open(path, "rb") as raw:
+        head = raw.read(8)
+    for magic, name in _PACKED.items():
+        if head.startswith(magic):
+            raise PackedError(f"it is packed ({name}); unpack it into text")
+    encoding = _BOMS.get(head[:2], "utf-8")
     rest = ""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+    with open(path, encoding=encoding, errors="replace", newline="\n") as file:
         while block := file.read(CHUNK_BYTES):
             block = rest + block
             cut = max(block.rfind(" "), block.rfind("\n"), 0)

@@ -284,4 +284,9 @@ def describe_contamination(found: Mapping[str, Any], num_tasks: int) -> list[str
         f"{len(found['hits']) or 'none'} of {num_tasks} tasks found in {found['files']} files of"
         f" {found['words']:,} words; {len(found['unchecked'])} are too short to check"
     )
+    if found["unreadable"]:
+        summary += (
+            f"; {len(found['unreadable'])} files were not searched, such as"
+            f" {found['unreadable'][0]}"
+        )
     return [*lines, summary]

@@ -142,6 +142,36 @@ def clustered_interval(values: Sequence[float], clusters: Sequence[str]) -> dict
     return {"low": low, "high": high, "method": f"wilson over {count} families of tasks"}
 
 
+def unbounded_interval(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any] | None:
+    """Return the 95 % interval of the mean of values that may lie outside 0 to 1, as rewards may.
+
+    Wilson's interval is for shares. This is the bootstrap over tasks where `interval` takes it for
+    shares, too, and otherwise Student's t with the cluster-robust error.
+
+    Args:
+      values: one for each task, at least one.
+      clusters: the cluster of each; a single one is taken as one for each value.
+
+    Returns:
+      {low, high, method}; None where the values do not differ: without a range they then say
+      nothing about how others would.
+    """
+    from scipy.special import stdtrit  # half a second of imports, needed only here
+
+    if len(set(values)) == 1:
+        return None
+    count = len(set(clusters))
+    is_clustered = 1 < count < len(values)
+    if not is_clustered:
+        if len(values) >= MIN_TASKS:
+            return interval(values)
+        count, clusters = len(values), [str(number) for number in range(len(values))]
+    mean = _mean(values)
+    half = float(stdtrit(count - 1, 0.975)) * clustered_error(values, clusters)
+    over = f"{count} families of tasks" if is_clustered else "tasks"
+    return {"low": mean - half, "high": mean + half, "method": f"t over {over}"}
+
+
 def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
     """Return the metrics of an evaluation with their intervals; None where nothing counts.
 
@@ -251,4 +281,7 @@ def _interval_or_none(
 ) -> dict[str, Any] | None:
     if not by_task:
         return None
-    return interval(list(by_task.values()), [clusters[task] for task in by_task])
+    values = list(by_task.values())
+    if min(values) < 0.0 or max(values) > 1.0:
+        return unbounded_interval(values, [clusters[task] for task in by_task])
+    return interval(values, [clusters[task] for task in by_task])

@@ -24,6 +24,7 @@ from rome.evals.statistics import Record, is_counted
 from rome.files import write_atomically
 
 AGENTS = ("oracle", "noop", "cheat", "attacker")
+PROVING = AGENTS[:3]  # play every task
 
 
 def proof_jobs(tasks: Sequence[Task], config: SandboxConfig, oracle_runs: int) -> list[Job]:
@@ -62,7 +63,8 @@ def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
         by_agent[record["agent"]].append(record)
     oracle_rewards = {record["reward"] for record in by_agent["oracle"] if is_counted(record)}
     is_flaky = len(oracle_rewards) > 1
-    reasons = []
+    missing = [name for name in PROVING if not by_agent[name]]
+    reasons = [f"{name} was not played" for name in missing]  # nothing is proven by no run
     if is_flaky:
         rewards = " and ".join(f"{reward:g}" for reward in sorted(oracle_rewards))
         reasons.append(f"flaky: the same solution earned {rewards}")

@@ -10,7 +10,7 @@ import html
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rome.data.seeds import derive_seed
 from rome.files import write_atomically
@@ -31,7 +31,8 @@ document.getElementById('export').addEventListener('click', () => {
     const chosen = item.querySelector('input[type=radio]:checked');
     if (!chosen) continue;
     const reason = item.querySelector('input[type=text]').value;
-    lines.push(JSON.stringify({id: item.dataset.id, decision: chosen.value, reason}));
+    const {id, digest} = item.dataset;
+    lines.push(JSON.stringify({id, digest, decision: chosen.value, reason}));
   }
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([lines.join('\\n') + '\\n'], {type: 'text/plain'}));
@@ -39,6 +40,20 @@ document.getElementById('export').addEventListener('click', () => {
   link.click();
 });
 """
+
+
+class Decision(NamedTuple):
+    """What a person decided on one trajectory.
+
+    Attributes:
+      accepted: whether it is kept.
+      reason: of the person; may be empty.
+      digest: of what was read; "" where the file does not say it, which stands for any content.
+    """
+
+    accepted: bool
+    reason: str = ""
+    digest: str = ""
 
 
 def choose_queue(items: Sequence[Item]) -> list[Item]:
@@ -58,13 +73,17 @@ def choose_queue(items: Sequence[Item]) -> list[Item]:
     return queue
 
 
-def expert_verdict(
-    item: Item, queue: Sequence[Item], decisions: Mapping[str, tuple[bool, str]]
-) -> Verdict:
+def decision_on(item: Item, decisions: Mapping[str, Decision]) -> Decision | None:
+    """Return the decision on an item; None for none, or for one on what the file held before."""
+    found = decisions.get(item.id)
+    return found if found is not None and found.digest in ("", item.digest) else None
+
+
+def expert_verdict(item: Item, queue: Sequence[Item], decisions: Mapping[str, Decision]) -> Verdict:
     """Return what the expert says: None as opinion where the item is not read, or not yet."""
-    if item.id in decisions:
-        accepted, reason = decisions[item.id]
-        return Verdict("expert", accepted, float(accepted), (reason,) if reason else ())
+    if found := decision_on(item, decisions):
+        reasons = (found.reason,) if found.reason else ()
+        return Verdict("expert", found.accepted, float(found.accepted), reasons)
     reason = "waits for a decision" if any(item is one for one in queue) else ""
     return Verdict("expert", None, 0.5 if reason else 1.0, (reason,) if reason else ())
 
@@ -95,9 +114,10 @@ def _article(number: int, item: Item) -> str:
         for value in ("accept", "reject")
     )
     return (
-        f'<article data-id="{html.escape(item.id, quote=True)}"><h2>{_text(item.trajectory.task)}'
-        f"</h2><p>{_text('; '.join(reasons))}</p><details><summary>The task</summary><pre>"
-        f"{_text(item.instruction)}</pre></details>{''.join(turns)}<p>{choices}"
+        f'<article data-id="{html.escape(item.id, quote=True)}" data-digest="{item.digest}">'
+        f"<h2>{_text(item.trajectory.task)}</h2><p>{_text('; '.join(reasons))}</p>"
+        f"<details><summary>The task</summary><pre>{_text(item.instruction)}</pre></details>"
+        f"{''.join(turns)}<p>{choices}"
         f'<input type="text" placeholder="reason"></p></article>'
     )
 
@@ -107,22 +127,34 @@ def _text(text: str) -> str:
 
 
 def read_decisions(path: pathlib.Path) -> dict[str, tuple[bool, str]]:
-    """Return {id: (accepted, reason)} of an exported file; the last decision on an id counts.
+    """Return {id: (accepted, reason)} of an exported file, whatever content was read.
 
     Raises:
       ValueError: a line is no decision; the message names it.
     """
-    found: dict[str, tuple[bool, str]] = {}
+    return {name: (one.accepted, one.reason) for name, one in read_reviews(path).items()}
+
+
+def read_reviews(path: pathlib.Path) -> dict[str, Decision]:
+    """Return the decision on each id of an exported file; the last one on an id counts.
+
+    Raises:
+      ValueError: a line is no decision; the message names it.
+    """
+    found: dict[str, Decision] = {}
     if not path.exists():
         return found
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    # Only "\n" ends a line of JSONL: a reason may hold what str.splitlines takes for another end.
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record: Any = json.loads(line)
-            decision = {"accept": True, "reject": False}[record["decision"]]
-            found[str(record["id"])] = (decision, str(record.get("reason", "")))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            accepted = {"accept": True, "reject": False}[record["decision"]]
+            reason, digest = str(record.get("reason", "")), str(record.get("digest", ""))
+            found[str(record["id"])] = Decision(accepted, reason, digest)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path}:{number}: not a decision ({type(error).__name__}: {error}); a line is"
                 ' {"id": ..., "decision": "accept" or "reject", "reason": ...}'

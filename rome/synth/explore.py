@@ -7,14 +7,16 @@ aside with its file and the reason.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from envs.tasks.git import RepositoryError, git, is_repository
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.made import FAMILIES
 from envs.tasks.made.packages import read_package
+from envs.tasks.made.pro import INDEX, read_index
 from envs.tasks.made.tools import is_tool_name
 from rome.data.seeds import derive_seed
 
@@ -95,8 +97,8 @@ def explore(
     seeds: list[Seed] = []
     aside: list[SetAside] = []
     for family, number in parse_families(families).items() if families else ():
-        for index in range(number):
-            seeds.append(Seed("generated", family, str(derive_seed(seed, family, index))))
+        chosen = itertools.islice(_family_seeds(family, seed), number)
+        seeds += [Seed("generated", family, str(value)) for value in chosen]
     for folder in packages:
         fault = _package_fault(pathlib.Path(folder))
         if fault:
@@ -115,6 +117,18 @@ def explore(
         else:
             aside.append(SetAside(tool, 0, "no name of a command, such as sort"))
     return seeds, aside
+
+
+def _family_seeds(family: str, seed: int) -> Iterator[int]:
+    """Yield the seeds of a family in a run, without those that make a task of the set `pro`.
+
+    That set is there to evaluate on, and what a run makes is there to train on.
+    """
+    evaluated = {entry["seed"] for entry in read_index(INDEX) if entry["family"] == family}
+    for index in itertools.count():
+        value = derive_seed(seed, family, index)
+        if value not in evaluated:
+            yield value
 
 
 def _package_fault(folder: pathlib.Path) -> SetAside | None:

@@ -27,7 +27,13 @@ from rome.data.trajectory import from_atif
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment
 from rome.files import append_line, read_json, write_atomically
 from rome.synth.claim import claim_folder
-from rome.synth.expert import choose_queue, expert_verdict, read_decisions, write_queue
+from rome.synth.expert import (
+    choose_queue,
+    decision_on,
+    expert_verdict,
+    read_reviews,
+    write_queue,
+)
 from rome.synth.explore import SetAside
 from rome.synth.filter_rules import Judge, calibrate, heuristic, model_judge, rule_judge
 from rome.synth.funnel import make_funnel
@@ -62,7 +68,7 @@ async def filter_folder(
       runs: of each trajectory; one that fails in any of them is flaky, or was never right.
       concurrency: sandboxes at once.
       chat: the judge's model; None for the rules.
-      labels: file of decisions (`expert.read_decisions`) on some of the trajectories, on which the
+      labels: file of decisions (`expert.read_reviews`) on some of the trajectories, on which the
         judge's threshold is calibrated; None for a threshold of 0.5.
 
     Raises:
@@ -100,12 +106,12 @@ async def _calibrated(
     judge: Judge, items: Sequence[Item], labels: pathlib.Path, out: pathlib.Path
 ) -> Judge:
     """Return the judge with the threshold that tells the labelled items apart best."""
-    decisions = read_decisions(labels)
+    decisions = read_reviews(labels)
     scores: dict[str, Verdict] = {}
     for item in items:
-        if item.id in decisions:
+        if decision_on(item, decisions):
             scores[item.id] = await judge(item)
-    labelled = [(decisions[name][0], verdict.score) for name, verdict in scores.items()]
+    labelled = [(decisions[name].accepted, verdict.score) for name, verdict in scores.items()]
     found = calibrate(labelled)
     write_atomically(out / "calibration.json", json.dumps(found, indent=1) + "\n")
 
@@ -120,7 +126,10 @@ def read_items(folder: pathlib.Path, tasks: dict[str, Task]) -> tuple[list[Item]
     """Return the trajectories of a folder, and the files that hold none."""
     items, aside = [], []
     for path in sorted(folder.rglob("*.json")):
+        name = path.relative_to(folder).as_posix()
         try:
+            if not _is_line(name):
+                raise ValueError("its name is not one line of UTF-8, as kept.txt has it")
             if not path.is_file() or path.stat().st_size > MAX_TRAJECTORY_BYTES:
                 raise ValueError(f"no regular file of at most {MAX_TRAJECTORY_BYTES} bytes")
             trajectory = from_atif(read_json(path, "It is left out."))
@@ -132,9 +141,17 @@ def read_items(folder: pathlib.Path, tasks: dict[str, Task]) -> tuple[list[Item]
             reason = f"its task {trajectory.task!r} is not in the data set"
             aside.append(SetAside(str(path), 0, reason))
             continue
-        name = path.relative_to(folder).as_posix()
         items.append(Item(name, trajectory, task.instruction))
     return items, aside
+
+
+def _is_line(name: str) -> bool:
+    """Return whether a name can be written as a line of its own."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return name.splitlines() == [name]
 
 
 async def run_filter(
@@ -186,7 +203,7 @@ async def run_filter(
     async with asyncio.TaskGroup() as group:
         for item in items:
             group.create_task(work(item))
-    decisions = read_decisions(out / "decisions.jsonl")
+    decisions = read_reviews(out / "decisions.jsonl")
     queue = choose_queue(items)
     write_queue(out / "review.html", queue)
     for item in items:
@@ -194,7 +211,10 @@ async def run_filter(
 
 
 def _read_verdicts(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Verdict]]:
-    """Return the verdicts of an earlier run by (id, digest), without a line that was cut off."""
+    """Return the verdicts of an earlier run by (id, digest), without a line that was cut off.
+
+    A stage that a fault of the machine or of an endpoint kept from an opinion is asked again.
+    """
     found: dict[tuple[str, str], dict[str, Verdict]] = {}
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
@@ -204,6 +224,8 @@ def _read_verdicts(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Verdic
                 stage: Verdict(**{**fields, "reasons": tuple(fields["reasons"])})
                 for stage, fields in record["verdicts"].items()
                 if stage != "expert"
+                and fields["accepted"] is not None
+                and not fields.get("is_stopgap")
             }
         except (ValueError, LookupError, TypeError, AttributeError):
             continue

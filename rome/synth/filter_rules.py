@@ -160,7 +160,9 @@ def model_judge(chat: ChatEndpoint, threshold: float = 0.5) -> Judge:
         except (EndpointError, ContextFull, ValueError, LookupError, TypeError) as error:
             by_rules = await rule_judge(item)
             reason = f"no answer of the model ({type(error).__name__}); judged by rules"
-            return Verdict("judge", by_rules.accepted, by_rules.score, (*by_rules.reasons, reason))
+            reasons = (*by_rules.reasons, reason)
+            is_stopgap = isinstance(error, EndpointError)  # the others are the model's own failures
+            return Verdict("judge", by_rules.accepted, by_rules.score, reasons, is_stopgap)
         return Verdict("judge", score >= threshold, score, (str(found.get("reason", ""))[:300],))
 
     return judge

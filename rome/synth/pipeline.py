@@ -26,10 +26,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from envs.rock import SandboxConfig, SandboxError
-from envs.sources import Task, load_tasks
-from envs.tasks.made import Draft, Mutants, files_of, score_mutants, write_draft
+from envs.sources import Task, dataset_digest, load_tasks
+from envs.tasks.made import FAMILIES, Draft, Mutants, files_of, score_mutants, write_draft
+from envs.tasks.made.pro import INDEX, read_index
 from rome.evals.run import validate
-from rome.files import append_line, write_atomically
+from rome.files import append_line, read_json, write_atomically
 from rome.synth.agents import AgentSpec, agent_specs
 from rome.synth.build import UNUSABLE, Built, drafts_text, read_drafts
 from rome.synth.card import make_card
@@ -265,15 +266,30 @@ async def _build_all(
 
 
 def _check_texts(units: Sequence[_Unit]) -> None:
-    """Take out drafts whose verifier cannot be trusted, and duplicates."""
+    """Take out drafts whose verifier cannot be trusted, duplicates, and copies of `pro`."""
     for unit in units:
         faults = verifier_faults(files_of(unit.draft))
         if faults:
             unit.left, unit.reason = "verifier", faults[0]
     kept = [unit for unit in units if not unit.left]
-    for number, earlier in find_duplicates([unit.draft for unit in kept]).items():
-        kept[number].left = "unique"
-        kept[number].reason = f"repeats {kept[earlier].draft.name}"
+    evaluated = _evaluated_drafts(kept)
+    drafts = [*evaluated, *(unit.draft for unit in kept)]
+    for number, earlier in find_duplicates(drafts).items():
+        if number >= len(evaluated):
+            unit = kept[number - len(evaluated)]
+            unit.left, unit.reason = "unique", f"repeats {drafts[earlier].name}"
+
+
+def _evaluated_drafts(units: Sequence[_Unit]) -> list[Draft]:
+    """Return the drafts of the evaluation set `pro` that the generators of these units made.
+
+    Their seeds are never drawn again, but another seed may give nearly the same task.
+    """
+    families = {unit.id.split(":")[1] for unit in units if unit.id.startswith("generated:")}
+    entries = read_index(INDEX) if families else []
+    return [
+        FAMILIES[one["family"]].make(one["seed"]) for one in entries if one["family"] in families
+    ]
 
 
 async def _score_all(
@@ -337,6 +353,7 @@ async def _prove(
     tasks = _write_candidates(units, out)
     if not tasks:
         return
+    _admit(tasks, out / "proof")
     began = time.monotonic()
     proof = await validate(
         "candidates",
@@ -369,6 +386,19 @@ def _write_candidates(units: Sequence[_Unit], out: pathlib.Path) -> list[Task]:
     return load_tasks(str(folder)) if wanted else []
 
 
+def _admit(tasks: Sequence[Task], folder: pathlib.Path) -> None:
+    """Let a folder of attempts take these candidates, where an earlier call played others.
+
+    A resumed run has more of them: drafts that a fault of the machine kept out the last time. A
+    name stands for one candidate within a run, so the attempts that are there stay valid.
+    """
+    path = folder / "run.json"
+    if path.exists():
+        identity = read_json(path, "Give another --out.")
+        identity["dataset_digest"] = dataset_digest(tasks)
+        write_atomically(path, json.dumps(identity, indent=1) + "\n")
+
+
 def folder_name(draft: Draft) -> str:
     """Return the name of a task's folder."""
     return draft.name.replace("/", "-")
@@ -387,6 +417,7 @@ async def _find_band(
     tasks = _write_candidates(units, out)
     if not tasks:
         return
+    _admit(tasks, out / "attempts")
     began = time.monotonic()
     rates, tokens = await play_tasks(
         tasks, settings.attempts, out / "attempts", config, concurrency, settings.seed, endpoints

@@ -19,10 +19,12 @@ from typing import Any
 
 from envs.rock import SandboxConfig
 from envs.tasks.harbor import load_task
-from envs.tasks.made import FAMILIES
+from envs.tasks.made import FAMILIES, Draft
 from rome.data.seeds import derive_seed
 from rome.files import write_atomically
+from rome.synth.build import read_drafts
 from rome.synth.pipeline import Settings, synthesise
+from rome.synth.review import find_duplicates
 
 MAX_ROUNDS = 5
 SPARE = 1.45  # drafts for a task: about 70 % of the generators' drafts are accepted
@@ -58,6 +60,7 @@ async def make_balanced_set(
     """
     domains = {family: FAMILIES[family].make(0).domain for family in families}
     chosen: dict[str, list[pathlib.Path]] = {domain: [] for domain in domains.values()}
+    drafts_chosen: list[Draft] = []
     cards = []
     for number in range(1, MAX_ROUNDS + 1):
         missing = {name: per_domain - len(chosen[domain]) for name, domain in domains.items()}
@@ -76,7 +79,7 @@ async def make_balanced_set(
         folder.mkdir(parents=True, exist_ok=True)
         card = await synthesise(settings, folder, config, concurrency=concurrency, say=say)
         cards.append({"round": number, **{name: card[name] for name in _KEPT}})
-        _choose(folder / "tasks", chosen, per_domain)
+        _choose(folder, chosen, drafts_chosen, per_domain)
     _write(out, chosen, cards, seed)
     return {domain: len(paths) for domain, paths in chosen.items()}
 
@@ -84,13 +87,40 @@ async def make_balanced_set(
 _KEPT = ("yield_by_stage", "accepted", "mutants", "seconds_by_agent", "duplicates", "reasons")
 
 
-def _choose(tasks: pathlib.Path, chosen: dict[str, list[pathlib.Path]], per_domain: int) -> None:
-    """Add the tasks of a round to those chosen, as far as their domain lacks some."""
-    names = {path.name for paths in chosen.values() for path in paths}
-    for path in sorted(tasks.iterdir()):
-        paths = chosen[load_task(path).category]
-        if len(paths) < per_domain and path.name not in names:  # a name has the generator's seed
+def _choose(
+    folder: pathlib.Path,
+    chosen: dict[str, list[pathlib.Path]],
+    drafts: list[Draft],
+    per_domain: int,
+) -> None:
+    """Add the tasks of a round to those chosen, as far as their domain lacks some.
+
+    Args:
+      folder: of the round, which holds no duplicates of its own.
+      chosen: folders of tasks by domain; added to.
+      drafts: of these tasks; a task that repeats one of them is left out. Added to.
+      per_domain: tasks of each domain.
+    """
+    made = _drafts_by_digest(folder)
+    tasks = [(path, load_task(path)) for path in sorted((folder / "tasks").iterdir())]
+    new = [made[task.metadata["digest"]] for _, task in tasks]
+    repeated = find_duplicates([*drafts, *new])
+    num_earlier = len(drafts)
+    for number, ((path, task), draft) in enumerate(zip(tasks, new, strict=True), num_earlier):
+        paths = chosen[task.category]
+        if len(paths) < per_domain and number not in repeated:
             paths.append(path)
+            drafts.append(draft)
+
+
+def _drafts_by_digest(folder: pathlib.Path) -> dict[str, Draft]:
+    """Return the drafts of a round by their digests."""
+    found = {}
+    for path in (folder / "drafts").glob("*.json"):
+        built = read_drafts(path)
+        for draft in built.drafts if built else ():
+            found[draft.digest] = draft
+    return found
 
 
 def _write(

@@ -24,12 +24,15 @@ class Verdict:
       accepted: whether the trajectory passes; None where the stage has no opinion yet.
       score: from 0 (surely a false positive) to 1 (surely a true one).
       reasons: why it is rejected, or doubtful.
+      is_stopgap: whether a fault of an endpoint kept the stage from its own verdict, so that a
+        resumed run asks it again.
     """
 
     stage: str
     accepted: bool | None
     score: float
     reasons: tuple[str, ...] = ()
+    is_stopgap: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

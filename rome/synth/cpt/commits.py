@@ -87,7 +87,8 @@ async def tests_document(repository: Repository, commit: Commit, runs: Runs) -> 
     """
     if fault := _message_fault(commit):
         return fault
-    tests = {path: text for path, text in commit.after.items() if is_test(path)}
+    every = {path: text for path, text in commit.after.items() if is_test(path)}
+    tests = {path: text for path, text in every.items() if runs.takes(path)}
     sources = {
         path: text
         for path, text in commit.before.items()
@@ -103,7 +104,7 @@ async def tests_document(repository: Repository, commit: Commit, runs: Runs) -> 
         tree, _ = read_tree(repository, commit.id)
     except RepositoryError as error:
         return f"its tree cannot be read: {error}"
-    old_sources = {path: commit.before.get(path) for path in commit.after if path not in tests}
+    old_sources = {path: commit.before.get(path) for path in commit.after if path not in every}
     modules = sorted(tests)
     outcomes = await runs.run(
         tree, [Tree(old_sources, modules), Tree({}, modules), Tree({}, modules)]

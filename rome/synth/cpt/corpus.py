@@ -53,6 +53,7 @@ class Settings:
       commits: newest ones of each repository that are read.
       runs_code: whether tests are executed in sandboxes; without, no documents of tests and steps.
       packages: folder of Python packages that these tests can import; "" for none.
+      test_files: patterns of the files whose tests are run; () for all.
       fim_share: share of the files of which a part in the middle is asked for.
       licences: whether a repository must hold a permissive licence.
       evaluation_sets: data sets whose tasks must not be in the corpus.
@@ -64,6 +65,7 @@ class Settings:
     commits: int = 400
     runs_code: bool = True
     packages: str = ""
+    test_files: tuple[str, ...] = ()
     fim_share: float = 0.5
     licences: bool = True
     evaluation_sets: tuple[str, ...] = EVALUATION_SETS
@@ -100,7 +102,7 @@ async def build_corpus(
     (out / "units").mkdir(exist_ok=True)
     tasks = _evaluation_tasks(settings.evaluation_sets)
     say(f"{len(repositories)} repositories, {len(aside)} set aside; {len(tasks)} evaluation tasks")
-    runs = Runs(isolation, concurrency, settings.packages)
+    runs = Runs(isolation, concurrency, settings.packages, settings.test_files)
     jobs: list[tuple[pathlib.Path, units.Work]] = []
     for repository in repositories:
         found = _jobs_of(repository, settings, out / "units", runs)
@@ -269,14 +271,15 @@ def _file_of(kind: str, out: pathlib.Path) -> pathlib.Path:
 
 def _passes(document: Document, duplicates: Duplicates, index: TaskIndex, found: Refined) -> bool:
     """Return whether a document is new and holds no evaluation task; count where it leaves."""
+    source = document.source
     began = time.monotonic()
-    fault = duplicates.fault(document.kind, document.text)
+    fault = duplicates.fault(document.kind, source)
     found.seconds["duplicates"] += time.monotonic() - began
     if fault:
         (found.exact if fault == "exact" else found.near)[document.kind] += 1
         return False
     began = time.monotonic()
-    owners = index.owners_in(document.text)
+    owners = index.owners_in(source) | index.owners_named(document.origin.get("task", ""))
     found.seconds["contamination"] += time.monotonic() - began
     if owners:
         found.contaminated[document.kind] += 1

@@ -29,6 +29,15 @@ class SetAside(NamedTuple):
     reason: str
 
 
+class Fault(str):
+    """A reason that lies with the machine and not with the input: a resumed run tries again."""
+
+
+def shown_path(path: str) -> str:
+    """Return a path that can be written as UTF-8, on one line."""
+    return " ".join(path.encode(errors="backslashreplace").decode().splitlines())
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """A text to train on.
@@ -44,6 +53,30 @@ class Document:
     text: str
     control: tuple[tuple[int, int], ...] = ()
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Return the text without control tokens, each middle back in its place.
+
+        It is what the document was made of, by which copies and evaluation tasks are found.
+        """
+        parts: list[str] = []
+        suffix = ""
+        # A control token, and the text up to the next one.
+        starts = [0, *(end for _, end in self.control)]
+        ends = [*(start for start, _ in self.control), len(self.text)]
+        tokens = ["", *(self.text[start:end] for start, end in self.control)]
+        for token, start, end in zip(tokens, starts, ends, strict=True):
+            if token == FIM_SUFFIX:
+                suffix = self.text[start:end]
+                continue
+            # Other control tokens separate words, as they do in the text.
+            separator = "" if token in ("", FIM_PREFIX, FIM_MIDDLE) else "\n"
+            parts.append(f"{separator}{self.text[start:end]}")
+            if token == FIM_MIDDLE:
+                parts.append(suffix)
+                suffix = ""
+        return "".join([*parts, suffix])
 
     def to_line(self) -> str:
         """Return the document as a line of JSON, which `rome.data.text` reads."""

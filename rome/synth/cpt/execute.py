@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fnmatch
 import json
 import pathlib
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxError
+from rome.synth.cpt.document import Fault
 
 MAX_TREE_BYTES = 16 << 20
 MAX_TREE_FILES = 3000
@@ -29,11 +31,13 @@ class Tree:
       changes: path -> text; None for a file that is not there.
       modules: paths of test modules.
       trace: whether to note the functions that each test runs.
+      tests: names of the tests of these modules that are run; () for all.
     """
 
     changes: Mapping[str, str | None]
     modules: Sequence[str]
     trace: bool = False
+    tests: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +64,20 @@ class Runs:
       concurrency: sandboxes at once.
       packages: a folder of Python packages, which tests can import and never change; "" for none.
         They must be made for the sandbox's python3.
+      chosen: patterns of the test files that are run, such as tests/data/*; () for all.
 
     Attributes:
       seconds: that sandboxes have worked.
       count: of sandboxes that were started.
     """
 
-    def __init__(self, isolation: str, concurrency: int = 2, packages: str = "") -> None:
+    def __init__(
+        self,
+        isolation: str,
+        concurrency: int = 2,
+        packages: str = "",
+        chosen: Sequence[str] = (),
+    ) -> None:
         self._config = SandboxConfig(
             isolation=isolation,
             verifier_tools=packages,
@@ -77,11 +88,16 @@ class Runs:
             max_output_bytes=1 << 16,
             label="tests of a corpus",
         )
+        self._chosen = tuple(chosen)
         self._places = asyncio.Semaphore(concurrency)
         self._asking = asyncio.Lock()
         self._has_pytest: bool | None = None
         self.seconds = 0.0
         self.count = 0
+
+    def takes(self, path: str) -> bool:
+        """Return whether the tests of a file are run."""
+        return not self._chosen or any(fnmatch.fnmatch(path, one) for one in self._chosen)
 
     async def lacking(self, tests: Iterable[str]) -> str:
         """Return the package that tests need and the sandbox's Python does not have, or "".
@@ -116,7 +132,12 @@ class Runs:
         if len(base) > MAX_TREE_FILES or size > MAX_TREE_BYTES:
             return f"its tree has more than {MAX_TREE_FILES} files or {MAX_TREE_BYTES} bytes"
         order = [
-            {"files": dict(tree.changes), "modules": list(tree.modules), "trace": tree.trace}
+            {
+                "files": dict(tree.changes),
+                "modules": list(tree.modules),
+                "trace": tree.trace,
+                "tests": list(tree.tests),
+            }
             for tree in trees
         ]
         files: dict[str, bytes] = {f"tree/{path}": text.encode() for path, text in base.items()}
@@ -128,7 +149,7 @@ class Runs:
             try:
                 output = await self._run_inside(files)
             except SandboxError as error:
-                return f"the sandbox failed: {str(error)[:200]}"
+                return Fault(f"the sandbox failed: {str(error)[:200]}")
             finally:
                 self.seconds += time.monotonic() - began
         return _read_results(output, len(trees))

@@ -41,6 +41,8 @@ def path_fault(path: str) -> str:
         path.encode()
     except UnicodeEncodeError:
         return "its path is not UTF-8"
+    if path.splitlines() != [path]:  # a list of files would name others
+        return "its path is no line"
     if set(path.split("/")[:-1]) & _LEFT_OUT_FOLDERS:
         return "vendored or built"
     if _LOCK_FILE.search(path):

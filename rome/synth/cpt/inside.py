@@ -2,9 +2,10 @@
 
     python3 inside.py ORDER.json > RESULTS.jsonl
 
-ORDER: {"trees": [{"files": {path: text or null}, "modules": [path], "trace": bool}]}. The folder
-`tree` holds the base; each tree changes these files of it. A line of the output is the outcomes of
-one tree: {"outcomes": {test: outcome}, "functions": {test: [[path, line]]}, "edges": [...]}.
+ORDER: {"trees": [{"files": {path: text or null}, "modules": [path], "trace": bool, "tests":
+[name]}]}. The folder `tree` holds the base; each tree changes these files of it, and runs these
+tests of its modules, all where none is named. A line of the output is the outcomes of one tree:
+{"outcomes": {test: outcome}, "functions": {test: [[path, line]]}, "edges": [...]}.
 Where pytest is installed it runs the tests, as the repository sets it up. Without it, tests are
 those of unittest, and functions test_* that take no arguments.
 """
@@ -46,16 +47,20 @@ def main() -> None:
                 file.write_bytes(text.encode())
         total: dict[str, Any] = {"outcomes": {}, "functions": {}, "edges": []}
         for module in tree["modules"]:
-            add(total, run_module(folder, module, tree.get("trace", False)), module)
+            found = run_module(folder, module, tree.get("trace", False), tree.get("tests", []))
+            add(total, found, module)
         subprocess.run(["rm", "-rf", str(folder)], check=True)
         print(json.dumps(total), flush=True)
 
 
-def run_module(folder: pathlib.Path, module: str, trace: bool) -> Any:
-    """Return what a process of its own says about the tests of a module; None where it fails."""
+def run_module(folder: pathlib.Path, module: str, trace: bool, tests: list[str]) -> Any:
+    """Return what a process of its own says about the tests of a module; None where it fails.
+
+    Where tests are named, only those among them are run.
+    """
     read, write = os.pipe()
     command = [sys.executable, "-B", os.path.abspath(__file__), "--module", module, str(write)]
-    command += ["--trace"] if trace else []
+    command += [json.dumps({"trace": trace, "tests": tests})]
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -98,8 +103,8 @@ def add(total: Any, result: Any, module: str) -> None:
     total["edges"] += result["edges"]
 
 
-def work(module: str, descriptor: int, trace: bool) -> None:
-    """Run the tests of a module and write their outcomes into a pipe."""
+def work(module: str, descriptor: int, trace: bool, tests: list[str]) -> None:
+    """Run the tests of a module, all where none is named, and write their outcomes into a pipe."""
     sys.path.insert(0, os.getcwd())
     if os.path.isdir("src"):
         sys.path.insert(1, os.path.join(os.getcwd(), "src"))
@@ -110,9 +115,9 @@ def work(module: str, descriptor: int, trace: bool) -> None:
         try:
             import pytest
         except ImportError:
-            outcomes = run_plainly(module, tracer)
+            outcomes = run_plainly(module, tracer, tests)
         else:
-            outcomes = run_by_pytest(pytest, module, tracer)
+            outcomes = run_by_pytest(pytest, module, tracer, tests)
     edges = []
     if tracer:
         at_import = tracer.used.pop("", set())
@@ -125,7 +130,7 @@ def work(module: str, descriptor: int, trace: bool) -> None:
     os._exit(0)  # no exit handler of the tests has a say
 
 
-def run_plainly(module: str, tracer: Tracer | None) -> dict[str, str]:
+def run_plainly(module: str, tracer: Tracer | None, chosen: list[str]) -> dict[str, str]:
     """Run the tests of a module without pytest; return their outcomes."""
     outcomes: dict[str, str] = {}
     try:
@@ -135,14 +140,18 @@ def run_plainly(module: str, tracer: Tracer | None) -> dict[str, str]:
     except BaseException:
         return {module: "error"}
     for label, test in tests:
+        if chosen and label not in chosen:
+            continue
         with tracing(tracer, label):
             outcomes[label] = outcome_of(test)
     return outcomes
 
 
-def run_by_pytest(pytest: Any, module: str, tracer: Tracer | None) -> dict[str, str]:
+def run_by_pytest(
+    pytest: Any, module: str, tracer: Tracer | None, tests: list[str]
+) -> dict[str, str]:
     """Run the tests of a module by pytest; return their outcomes."""
-    arguments = [module, "-p", "no:cacheprovider", "--rootdir", os.getcwd()]
+    arguments = [*(tests or [module]), "-p", "no:cacheprovider", "--rootdir", os.getcwd()]
     for more in ([], ["-o", "addopts="]):  # the options may be those of a plugin that is not here
         recorder = make_recorder(pytest, tracer)
         try:
@@ -278,6 +287,6 @@ def tracing(tracer: Tracer | None, label: str) -> Iterator[None]:
 if __name__ == "__main__":
     if sys.argv[1] == "--module":
         signal.setitimer(signal.ITIMER_PROF, MODULE_SECONDS)  # its signal ends the process
-        work(sys.argv[2], int(sys.argv[3]), "--trace" in sys.argv)
+        work(sys.argv[2], int(sys.argv[3]), **json.loads(sys.argv[4]))
     else:
         main()

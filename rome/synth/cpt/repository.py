@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from envs.tasks.git import RepositoryError, contents_of, git, is_repository
 from rome.synth.build import kind_of_licence
-from rome.synth.cpt.document import SetAside
+from rome.synth.cpt.document import SetAside, shown_path
 from rome.synth.cpt.filters import MAX_FILE_BYTES, path_fault, text_of
 
 MAX_TREE_FILES = 50_000
@@ -77,7 +77,7 @@ def open_repository(folder: pathlib.Path) -> Repository:
         raise RepositoryError("no git repository is here")
     head = git(folder, "rev-parse", "--verify", "HEAD^{commit}").decode().strip()
     name = folder.parent.name if folder.name == ".git" else folder.name.removesuffix(".git")
-    return Repository(folder, name, head, _licence_of(folder, head))
+    return Repository(folder, shown_path(name), head, _licence_of(folder, head))
 
 
 def _licence_of(folder: pathlib.Path, head: str) -> str:
@@ -125,7 +125,7 @@ def read_tree(repository: Repository, commit: str = "") -> tuple[dict[str, str],
         path = os.fsdecode(raw)
         fault = _entry_fault(path, mode, size)
         if fault:
-            aside.append(SetAside(place, _shown(path), fault))
+            aside.append(SetAside(place, shown_path(path), fault))
         else:
             wanted[path] = (blob, int(size))
     texts = {}
@@ -152,6 +152,8 @@ def list_paths(repository: Repository, commit: str) -> list[str]:
 def _entry_fault(path: str, mode: str, size: str) -> str:
     if mode not in _REGULAR:
         return "a link or a submodule"
+    if not size.isdecimal():  # git writes BAD
+        return "its content is missing: a partial clone, or a damaged one"
     if int(size) > MAX_FILE_BYTES:
         return f"more than {MAX_FILE_BYTES} bytes"
     return path_fault(path)
@@ -236,7 +238,7 @@ def read_commit(repository: Repository, commit: str) -> Commit | str:
         path = os.fsdecode(raw)
         old_mode, new_mode, old_blob, new_blob, _ = row.decode().lstrip(":").split(" ")
         if fault := path_fault(path):
-            return f"changes {_shown(path)}: {fault}"
+            return f"changes {shown_path(path)}: {fault}"
         for texts, mode, blob in ((sides[0], old_mode, old_blob), (sides[1], new_mode, new_blob)):
             if mode == "000000":
                 continue
@@ -250,8 +252,3 @@ def read_commit(repository: Repository, commit: str) -> Commit | str:
             if fault:
                 return f"changes {path}: {fault}"
     return Commit(commit, words, *sides)
-
-
-def _shown(path: str) -> str:
-    """Return a path that can be written as UTF-8."""
-    return path.encode(errors="backslashreplace").decode()

@@ -49,7 +49,7 @@ async def step_documents(
     modules: list[str] = []
     lacking = ""
     for path in sorted(texts):
-        if not is_test(path) or len(modules) >= MAX_TEST_MODULES:
+        if not (is_test(path) and runs.takes(path)) or len(modules) >= MAX_TEST_MODULES:
             continue
         package = await runs.lacking([texts[path]])
         lacking = lacking or package
@@ -57,7 +57,7 @@ async def step_documents(
             modules.append(path)
     if not modules:
         needed = f" without {lacking}" if lacking else ""
-        return [], [SetAside(place, "steps", f"no Python tests{needed} are in its tree")]
+        return [], [SetAside(place, "steps", f"no Python tests to run{needed} are in its tree")]
     traced = await runs.trace(texts, [Tree({}, modules, trace=True), Tree({}, modules)])
     if isinstance(traced, str):
         return [], [SetAside(place, "steps", traced)]
@@ -155,8 +155,8 @@ async def _prove(
     trees = []
     for number, step in enumerate(steps):
         module = [step.test.split("::")[0]]
-        trees.append(Tree(tree_after(texts, steps, number), module))
-        trees.append(Tree(tree_after(texts, steps, number + 1), module))
+        for done in (number, number + 1):  # whole modules would take many times as long
+            trees.append(Tree(tree_after(texts, steps, done), module, tests=[step.test]))
     outcomes: list[dict[str, str]] = []
     place = str(repository.folder)
     for start in range(0, len(trees), TREES_A_RUN):
@@ -189,6 +189,7 @@ def _document(
     after = dict(texts) | tree_after(texts, steps, number + 1)
     shown = {path: before[path] for path in paths}
     module, _, name = step.test.partition("::")
+    name = name.partition("[")[0]  # what pytest writes there are the values of parameters
     test = source_of(texts[module], name.replace("::", "."))
     if not test or sum(map(len, shown.values())) > MAX_SHOWN_CHARACTERS:
         return f"its test is not found, or its files have more than {MAX_SHOWN_CHARACTERS} letters"

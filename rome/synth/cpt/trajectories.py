@@ -19,7 +19,7 @@ from rome.data.mixture import parse_mixture
 from rome.data.trajectory import Trajectory
 from rome.data.tree import lines_of
 from rome.model.tokenizer import Tokenizer
-from rome.synth.cpt.document import Control, Document, SetAside, make_document
+from rome.synth.cpt.document import Control, Document, SetAside, make_document, shown_path
 
 RETRY = "\n\n[The attempt above failed ({ending}). This one succeeds.]\n\n"
 MAX_RETRIES_A_TASK = 4
@@ -91,7 +91,7 @@ def _read_all(spec: str, tokenizer: Tokenizer) -> tuple[list[_Read], list[SetAsi
                     aside.append(SetAside(str(path), name, str(error)))
                     continue
                 if trajectory.trainable:
-                    read.append(_Read(str(path), name, trajectory))
+                    read.append(_Read(shown_path(str(path)), name, trajectory))
                 else:
                     aside.append(SetAside(str(path), name, f"it ended as {trajectory.ending}"))
     return read, aside

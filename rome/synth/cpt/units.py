@@ -14,7 +14,7 @@ from envs.tasks.git import RepositoryError
 from rome.files import write_atomically
 from rome.model.tokenizer import Tokenizer
 from rome.synth.cpt.commits import is_test, localisation_document, repair_document, tests_document
-from rome.synth.cpt.document import Document, SetAside, document_of
+from rome.synth.cpt.document import Document, Fault, SetAside, document_of
 from rome.synth.cpt.execute import Runs
 from rome.synth.cpt.repository import Commit, Repository, list_paths, read_commit, read_tree
 from rome.synth.cpt.steps import step_documents
@@ -32,6 +32,7 @@ class Made:
       reasons: (kind, reason) -> how many candidates for documents left for it.
       counts: of inputs, by name.
       seconds: of wall time by stage.
+      is_fault: whether the machine was at fault for what is missing.
     """
 
     documents: list[Document] = dataclasses.field(default_factory=list)
@@ -43,6 +44,7 @@ class Made:
     seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float)
     )
+    is_fault: bool = False
 
     def take(self, kind: str, found: Document | str, began: float) -> None:
         """Keep a document, or count the reason why there is none."""
@@ -52,6 +54,7 @@ class Made:
             self.documents.append(found)
         else:
             self.reasons[kind, _general(found)] += 1
+            self.is_fault = self.is_fault or isinstance(found, Fault)
 
 
 def _general(reason: str) -> str:
@@ -66,9 +69,10 @@ Work = Callable[[], Awaitable[Made]]
 async def finished(path: pathlib.Path, work: Work) -> bool:
     """Do a unit's work unless its file is there; return whether it was done now.
 
-    The file holds a line of what was counted, and a line a document. It is there whole or not.
+    The file holds a line of what was counted, and a line a document. It is there whole or not. One
+    that lacks documents by a fault of the machine is made again.
     """
-    if path.exists():
+    if path.exists() and not read_head(path).is_fault:
         return False
     made = await work()
     head = {
@@ -76,6 +80,7 @@ async def finished(path: pathlib.Path, work: Work) -> bool:
         "reasons": [[kind, reason, count] for (kind, reason), count in made.reasons.items()],
         "counts": made.counts,
         "seconds": made.seconds,
+        "is_fault": made.is_fault,
     }
     lines = [json.dumps(head) + "\n", *(document.to_line() for document in made.documents)]
     write_atomically(path, "".join(lines))
@@ -91,6 +96,7 @@ def read_head(path: pathlib.Path) -> Made:
         reasons=collections.Counter({(kind, why): count for kind, why, count in head["reasons"]}),
         counts=collections.Counter(head["counts"]),
         seconds=collections.defaultdict(float, head["seconds"]),
+        is_fault=head.get("is_fault", False),
     )
 
 
@@ -159,7 +165,7 @@ async def _work_on_commit(
     made.take("localisation", localisation_document(repository, commit, sorted(paths)), began)
     began = time.monotonic()
     made.take("repair", repair_document(repository, commit), began)
-    if runs is not None and any(is_test(path) for path in commit.after):
+    if runs is not None and any(is_test(path) and runs.takes(path) for path in commit.after):
         began = time.monotonic()
         made.take("tests", await tests_document(repository, commit, runs), began)
 
@@ -175,6 +181,7 @@ async def work_on_steps(repository: Repository, runs: Runs) -> Made:
         made.aside.append(SetAside(str(repository.folder), "steps", str(error)))
         return made
     made.documents += documents
+    made.is_fault = any(isinstance(one.reason, Fault) for one in made.aside)
     made.counts["candidates for steps"] = len(documents) + len(made.aside)
     made.seconds["steps"] += time.monotonic() - began
     return made

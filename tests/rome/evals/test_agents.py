@@ -97,7 +97,7 @@ def test_a_policy_plays_a_task_folder_and_its_tokens_are_counted(tmp_path):
 
 
 WRITES = format_tool_call("bash", {"command": "echo hello > out.txt"})
-SLEEPS = format_tool_call("bash", {"command": "sleep 30"})
+SLEEPS = format_tool_call("bash", {"command": "sleep 600"})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ SLEEPS = format_tool_call("bash", {"command": "sleep 30"})
         ([WRITES, "done"], {}, "success"),
         ([WRITES, "word " * 300], {"max_new_tokens": 60}, "truncated_tokens"),
         ([WRITES] * 50, {"max_context": 260}, "truncated_tokens"),
-        ([WRITES, SLEEPS], {"episode_seconds": 0.6}, "timeout"),
+        ([WRITES, SLEEPS], {"episode_seconds": 3.0}, "timeout"),
         ([WRITES] * 50, {"max_context": 20_000}, "truncated_turns"),
     ],
     ids=["handed in", "turn", "context", "time", "turns"],

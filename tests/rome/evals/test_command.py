@@ -89,7 +89,7 @@ def test_a_task_that_cannot_start_is_the_infrastructures_and_is_not_tried_again(
 
 def test_the_agents_own_time_ends_it_and_its_work_is_judged(task):
     agent = policy(Scripted(), CommandAgent("echo hello > out.txt; while :; do :; done"))
-    agent.limits = dataclasses.replace(LIMITS, episode_seconds=1.0)
+    agent.limits = dataclasses.replace(LIMITS, episode_seconds=3.0)
     outcome = asyncio.run(asyncio.wait_for(agent.play(task, 0, seed=5), 120))
     assert (outcome.reward, outcome.ending) == (1.0, "timeout")
     assert "its time is over" in outcome.note

@@ -192,7 +192,7 @@ def test_a_slow_endpoint_is_no_failure_of_the_model(task):
 
 
 def test_slow_commands_are(task):
-    outcome = play(task, Answers(lambda: says(None, "sleep 3")), episode_seconds=0.5)
+    outcome = play(task, Answers(lambda: says(None, "sleep 600")), episode_seconds=0.5)
     assert (outcome.reward, outcome.ending) == (0.0, "timeout")
 
 
@@ -205,7 +205,7 @@ def test_slow_commands_are(task):
             {},
             "truncated_tokens",
         ),
-        (lambda: says(None, "sleep 30"), {"episode_seconds": 0.6}, "timeout"),
+        (lambda: says(None, "sleep 600"), {"episode_seconds": 3.0}, "timeout"),
     ],
     ids=["turn", "context", "time"],
 )

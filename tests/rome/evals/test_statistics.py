@@ -177,6 +177,28 @@ def flattened(families):
     return values, [name for name, family in families.items() for _ in family]
 
 
+def test_rewards_outside_0_to_1_have_intervals_of_their_own():
+    """Wilson's are of shares: they ended the report, or did not hold the mean that they are of."""
+
+    def bounds_of(rewards, families=()):
+        records = [record(str(n), 0, reward) for n, reward in enumerate(rewards)]
+        for one, family in zip(records, families, strict=False):
+            one["cluster"] = family
+        return summarise(records, 1)["intervals"]["mean_reward"]
+
+    rewards = [-1.0, 0.5, 2.0, -0.5]
+    scipy_stats = pytest.importorskip("scipy.stats")
+    low, high = scipy_stats.t.interval(0.95, 3, np.mean(rewards), scipy_stats.sem(rewards))
+    found = bounds_of(rewards)
+    assert (found["low"], found["high"]) == pytest.approx((low, high)) and found["method"][0] == "t"
+    clustered = bounds_of([3.0, 3.0, -2.0, -2.0], "aabb")  # two families: as two values
+    low, high = scipy_stats.t.interval(0.95, 1, 0.5, scipy_stats.sem([3.0, -2.0]))
+    assert (clustered["low"], clustered["high"]) == pytest.approx((low, high))
+    assert bounds_of([-1.0]) is None and bounds_of([3.0] * 12) is None
+    assert bounds_of([-1.0, 0.5] * 6)["method"] == "bootstrap over tasks"
+    assert bounds_of([0.0, 1.0])["method"] == "wilson over tasks"
+
+
 def test_the_clustered_error_is_the_sandwich_of_a_regression_on_a_constant():
     values, clusters = flattened(FAMILIES)
     ones = np.ones((len(values), 1))

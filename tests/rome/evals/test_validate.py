@@ -64,6 +64,14 @@ def test_each_unsound_task_is_found_for_its_own_reason(tmp_path):
     assert json.loads((tmp_path / "out" / "validation.json").read_text())["sound"] == 1
 
 
+def test_no_run_of_an_agent_proves_nothing():
+    played = [record("oracle", 0, 1.0, "success"), record("noop", 0, 0.0), record("cheat", 0, 0.0)]
+    assert judge("t", played)["ok"]
+    for left_out in range(3):
+        rest = [one for number, one in enumerate(played) if number != left_out]
+        assert judge("t", rest)["reasons"] == [f"{played[left_out]['agent']} was not played"]
+
+
 def test_a_solution_that_does_not_always_earn_the_same_is_flaky():
     verdict = judge(
         "t",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from envs.gem import format_tool_call
 from envs.rock import SandboxConfig
 from envs.tasks.made import FAMILIES
-from rome.agent.endpoint import Answer
+from rome.agent.endpoint import Answer, EndpointError
 from rome.data.trajectory import Chunk, Trajectory, save_trajectory
 from rome.synth import expert, fakes, funnel
+from rome.synth import filter as filter_module
 from rome.synth.filter import _calibrated, differing_turns, filter_folder, read_items, run_filter
 from rome.synth.filter_rules import calibrate, heuristic, model_judge, rule_judge
 from rome.synth.verdicts import Item, Verdict, commands_of
@@ -130,13 +132,57 @@ def test_the_queue_is_escaped_and_decisions_come_back(tmp_path):
     assert "<script>alert" not in page and 'data-id="a&quot;&gt;&lt;b"' in page
     path = tmp_path / "decisions.jsonl"
     path.write_text(json.dumps({"id": nasty.id, "decision": "reject", "reason": "luck"}) + "\n")
-    decisions = expert.read_decisions(path)
+    decisions = expert.read_reviews(path)
     verdict = expert.expert_verdict(nasty, queue, decisions)
     assert (verdict.accepted, verdict.reasons) == (False, ("luck",))
     assert expert.expert_verdict(nasty, queue, {}).accepted is None
     path.write_text('{"id": "x", "decision": "maybe"}\n')
     with pytest.raises(ValueError, match=r"decisions\.jsonl:1: not a decision"):
-        expert.read_decisions(path)
+        expert.read_reviews(path)
+
+
+def test_a_decision_holds_for_what_was_read_and_survives_any_character(tmp_path):
+    one = item(honest())
+    expert.write_queue(tmp_path / "review.html", [one])
+    assert f'data-digest="{one.digest}"' in (tmp_path / "review.html").read_text()
+    path = tmp_path / "decisions.jsonl"
+    record = {"id": one.id, "decision": "reject", "reason": "a\u2028b\x85c", "digest": one.digest}
+    text = "\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n"
+    path.write_text(text, encoding="utf-8", newline="")
+    decisions = expert.read_reviews(path)
+    verdict = expert.expert_verdict(one, [one], decisions)
+    assert (verdict.accepted, verdict.reasons) == (False, ("a\u2028b\x85c",))
+    played_again = item(honest(turn("ls")), name=one.id)
+    assert expert.expert_verdict(played_again, [played_again], decisions).accepted is None
+
+
+def test_faults_of_the_machine_and_the_endpoint_are_tried_again(tmp_path, monkeypatch):
+    """What kept a stage from its opinion once must not stand for it in a resumed run."""
+    faults = [1, 1]
+
+    class Down(Chat):
+        async def ask(self, messages, **settings):
+            if len(faults) == 2:
+                faults.pop()
+                raise EndpointError("down")
+            return await super().ask(messages)
+
+    async def execute(item, task, config, runs):
+        if faults:
+            faults.pop()
+            return Verdict("execution", None, 0.5, ("the machine is full",))
+        return Verdict("execution", True, 1.0)
+
+    monkeypatch.setattr(filter_module, "execute", execute)
+    judge = model_judge(Down('{"score": 0.9, "reason": "works"}'))
+    found = []
+    for _ in range(3):
+        one = item(honest())
+        job = run_filter([one], {DRAFT.name: None}, tmp_path, CONFIG, judge, runs=1, concurrency=1)
+        asyncio.run(job)
+        found.append((one.verdicts["judge"].is_stopgap, one.verdicts["execution"].accepted))
+    assert found == [(True, None), (False, True), (False, True)]
+    assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 2
 
 
 @given(st.lists(st.sampled_from(["heuristic", "judge", "execution", "expert", ""]), max_size=30))
@@ -256,9 +302,17 @@ def test_files_of_any_form_are_set_aside_and_never_end_the_filter(tmp_path):
     assert not items and len(aside) == 4 + 7 * len(document)
 
 
+def test_files_whose_names_are_no_lines_are_set_aside(tmp_path):
+    """Their lines of kept.txt would name other files, or could not be written at all."""
+    for name in (b"a\nb.json", b"\xff.json", "a\u2028b.json".encode(), "\u00e9 b.json".encode()):
+        save_trajectory(honest(), tmp_path / os.fsdecode(name))
+    items, aside = read_items(tmp_path, {DRAFT.name: SimpleNamespace(instruction="")})
+    assert [one.id for one in items] == ["\u00e9 b.json"] and len(aside) == 3
+
+
 def test_long_hostile_commands_are_judged_in_time():
     for text in ("cp " * 20_000, "cat > a << b\n" * 1_500, "curl " * 20_000, "> " * 50_000):
         began = time.process_time()
         heuristic(item(honest(turn(text))))
         asyncio.run(rule_judge(item(honest(turn(text)))))
-        assert time.process_time() - began < 5.0
+        assert time.process_time() - began < 30.0  # it is below 1; a square would be minutes

@@ -12,9 +12,12 @@ import time
 
 import pytest
 
-from envs.rock import SandboxConfig
-from envs.tasks.made import FAMILIES, files_of
-from rome.synth import review
+from envs.rock import SandboxConfig, SandboxError
+from envs.tasks.made import FAMILIES, Mutants, files_of
+from envs.tasks.made.pro import INDEX, read_index
+from rome.evals.run import make_identity
+from rome.evals.runner import open_results
+from rome.synth import pipeline, review
 from rome.synth.build import Built, drafts_text, find_licence, read_drafts
 from rome.synth.claim import ClaimError, claim_folder
 from rome.synth.explore import explore, parse_families
@@ -34,6 +37,31 @@ def test_seeds_depend_on_the_run_s_seed_and_on_nothing_else():
         parse_families("logs,chess:3")
     with pytest.raises(ValueError, match="no number above 0"):
         parse_families("logs:-1")
+
+
+def test_no_run_makes_a_task_of_the_evaluation_set_pro():
+    """The set was made by such runs: the default seed gave 72 of its 200 tasks again."""
+    evaluated = {(entry["family"], str(entry["seed"])) for entry in read_index(INDEX)}
+    for run_seed in range(7):
+        seeds, _ = explore("all:40", [], [], 1, run_seed)
+        assert len({(one.name, one.value) for one in seeds} - evaluated) == len(FAMILIES) * 40
+
+
+def test_a_draft_that_nearly_repeats_a_task_of_pro_is_left_out():
+    seeds, _ = explore("apis:30", [], [], 1, 0)
+    units = []
+    for seed in seeds:
+        draft = FAMILIES[seed.name].make(int(seed.value))
+        units.append(pipeline._Unit(draft, f"{seed.id}/{draft.digest}"))
+    pipeline._check_texts(units)
+    names = {
+        FAMILIES["apis"].make(one["seed"]).name
+        for one in read_index(INDEX)
+        if one["family"] == "apis"
+    }
+    left = [unit for unit in units if unit.left]
+    assert {unit.left for unit in left} == {"unique"}
+    assert sum(unit.reason.removeprefix("repeats ") in names for unit in left) >= 1
 
 
 def test_hostile_and_torn_inputs_are_set_aside_with_file_and_reason(tmp_path):
@@ -116,6 +144,26 @@ def test_licences_are_found_where_pip_and_repositories_put_them(tmp_path):
     info.mkdir()
     (info / "LICENSE").write_text("Permission is hereby\ngranted, free of charge, to any person")
     assert find_licence(package) == "MIT"
+
+
+def test_a_draft_that_a_fault_held_up_is_proven_by_the_next_call(tmp_path, monkeypatch):
+    """The folder of the proof takes the candidate that the first call had to leave out."""
+    faults = [SandboxError("the machine is full")]
+
+    async def score(*args):
+        if faults:
+            raise faults.pop()
+        return Mutants(10, 10)
+
+    async def prove(dataset, config, out, *, tasks, seed, **settings):
+        with open_results(out, make_identity(dataset, tasks, "validate", seed)):
+            return {"tasks": [{"task": task.name, "ok": True, "reasons": []} for task in tasks]}
+
+    monkeypatch.setattr(pipeline, "score_mutants", score)
+    monkeypatch.setattr(pipeline, "validate", prove)
+    settings = Settings(families="logs:2")
+    counts = [asyncio.run(synthesise(settings, tmp_path, CONFIG))["accepted"] for _ in range(2)]
+    assert counts == [1, 2]
 
 
 @pytest.mark.slow

@@ -14,14 +14,17 @@ import time
 
 import pytest
 
+from envs.rock import SandboxError
 from rome.data.documents import Text
 from rome.data.text import document_ids, read_corpus
 from rome.data.trajectory import Chunk, Trajectory, save_trajectory
 from rome.model.tokenizer import TINY, Tokenizer
 from rome.synth.claim import ClaimError
+from rome.synth.cpt import steps
 from rome.synth.cpt.corpus import Settings, build_corpus
 from rome.synth.cpt.edits import apply_edits
 from rome.synth.cpt.execute import Runs
+from rome.synth.cpt.repository import Repository
 from tests.paths import ROOT
 from tests.rome.synth.cpt.repositories import TABLE, WORDS, commit, git, make_repository
 
@@ -32,6 +35,13 @@ def build(out, *repositories, **settings):
     settings = {"evaluation_sets": (), **settings}
     wanted = Settings(tuple(str(one) for one in repositories), **settings)
     return asyncio.run(build_corpus(wanted, out, TOKENIZER))
+
+
+PARAMETRISED = """\
+@pytest.mark.parametrize("text, count", [("a::b c", 2)])
+def test_count(text, count):
+    assert count_words(text) == count
+"""
 
 
 def documents_of(out):
@@ -257,6 +267,63 @@ def test_code_of_a_repository_runs_in_a_sandbox_only(tmp_path):
     assert not marker.exists()
 
 
+def test_attempts_at_evaluation_tasks_are_left_out_however_short_these_are(tmp_path):
+    """The instruction of this family, to delete a file, has too few words to be searched for."""
+    names = ("delete_named/1000000", "0.5*terminal#delete_named/1000001", "delete_named/7")
+    for number, name in enumerate(names):
+        one = trajectory(name, 1.0, f"I read note {number} and removed its file")
+        save_trajectory(one, tmp_path / f"{number}.json")
+    sets = ("terminal:delete_named:2",)
+    card = build(tmp_path / "out", trajectories=str(tmp_path), evaluation_sets=sets)
+    assert card["kinds"]["trajectory"]["contaminated"] == 2
+    (kept,) = documents_of(tmp_path / "out")["trajectory"]
+    assert kept["origin"]["task"] == "delete_named/7"
+
+
+def test_names_that_are_no_lines_of_utf_8_end_no_run_and_name_no_other_files(tmp_path):
+    folder = make_repository(tmp_path / os.fsdecode(b"odd\xff"))
+    for path in ("two\nlines.py", "fine.py"):
+        commit(folder, f"Add the file {path.split()[0]}", **{path: "x = 1\n" * 30})
+    for path in ("two\nlines.py", "fine.py"):
+        commit(folder, f"Change the file {path.split()[0]}", **{path: "x = 1\n" * 30 + "y = 2\n"})
+    played = tmp_path / "played"
+    played.mkdir()
+    one = trajectory("mend the parser", 1.0, "I changed the right file of it")
+    save_trajectory(one, played / os.fsdecode(b"odd\xff.json"))
+    build(tmp_path / "out", folder, runs_code=False, trajectories=str(played))
+    documents = documents_of(tmp_path / "out")
+    assert len(documents["trajectory"]) == 1
+    texts = [one["text"] for one in documents["localisation"]]
+    assert sum("## Where to change the code\nfine.py" in text for text in texts) == 1
+    assert not any("lines.py" in text for text in texts)
+
+
+def test_a_partial_clone_gives_what_it_holds(tmp_path):
+    folder = make_repository(tmp_path / "partial")
+    blob = git(folder, "rev-parse", "HEAD:words.py").strip()
+    (folder / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    card = build(tmp_path / "out", folder, runs_code=False)
+    aside = (tmp_path / "out/set_aside.jsonl").read_text().splitlines()
+    reasons = {one["record"]: one["reason"] for one in map(json.loads, aside)}
+    assert "content is missing" in reasons["words.py"]
+    assert card["kinds"]["file"]["made"] > 0
+
+
+def test_what_a_failing_sandbox_kept_out_is_made_by_the_next_run(tmp_path, monkeypatch):
+    folder = make_repository(tmp_path / "wordy")
+
+    async def fail(self, files):
+        raise SandboxError("the machine is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runs, "_run_inside", fail)
+        first = build(tmp_path / "out", folder)
+    assert "tests" in first["kinds"] and first["kinds"]["tests"]["made"] == 0
+    second = build(tmp_path / "out", folder)
+    assert second["kinds"]["tests"]["made"] > 0 and second["kinds"]["steps"]["made"] > 0
+    assert not any("sandbox failed" in one["reason"] for one in second["reasons"])
+
+
 def trajectory(task, reward, words):
     ids = TOKENIZER.encode(words)
     end = [TOKENIZER.im_end]
@@ -327,6 +394,30 @@ def text(tmp_path):
 def test_count(text, more):
     assert count_words(text + more) == 3 + len(more.split())
 """
+
+
+def test_a_step_of_a_parametrised_test_shows_the_function_of_the_test():
+    texts = {"words.py": WORDS, "test_words.py": "import pytest\n\n\n" + PARAMETRISED}
+    name = "test_words.py::test_count[a::b c-2]"
+    step = steps.Step(name, (("words.py", "count_words"),))
+    repository = Repository(pathlib.Path("wordy"), "wordy", "0" * 40, "MIT")
+    document = steps._document(repository, texts, [step], 0)
+    assert not isinstance(document, str), document
+    shown = document.text.split("## Files")[0]
+    assert "def test_count(text, count):" in shown and document.origin["test"] == name
+
+
+def test_only_the_chosen_test_files_are_run(tmp_path):
+    folder = make_repository(tmp_path / "wordy")
+    more = "from words import split_words\n\n\ndef test_none():\n    assert split_words('') == []\n"
+    commit(folder, "Test that an empty text has no words", checks__test_more_py=more)
+    card = build(tmp_path / "some", folder, commits=0, test_files=("checks/*",))
+    tests = [one["origin"]["test"] for one in documents_of(tmp_path / "some")["steps"]]
+    assert tests == ["checks/test_more.py::test_none"]
+    assert card["settings"]["test_files"] == ("checks/*",)
+    none = build(tmp_path / "none", folder, commits=4, test_files=("other/*",))
+    assert "tests" not in none["kinds"] and none["kinds"]["steps"]["made"] == 0
+    assert "steps" in (tmp_path / "none" / "set_aside.jsonl").read_text()
 
 
 @pytest.mark.slow
