@@ -7,11 +7,10 @@ python -m launch.train --config=experiments/cpt.py:qwen3_30b_a3b \
 
 The two stages of "Let It Flow", of what `python -m launch.corpus --out runs/corpus ...` makes:
 
-python -m launch.train --config=experiments/cpt.py:stage1 --workdir=runs/stage1     # repositories
-python -m launch.train --config=experiments/cpt.py:stage2 --workdir=runs/stage2 \
-    --config.init_from=runs/stage1/final                                # trajectories
-python -m launch.train --config=experiments/cpt.py:stage1-qwen3_30b_a3b ...
-    # 500B tokens (stage 2: 300B), 32M a step, rate 3e-5; stage 2 anneals weight decay; not run
+python -m launch.train --config=experiments/cpt.py:stage2     # repositories, then trajectories
+python -m launch.train --config=experiments/cpt.py:stage1     # repositories alone
+python -m launch.train --config=experiments/cpt.py:stage2-qwen3_30b_a3b ...
+    # 500B tokens, then 300B, 32M a step, rate 3e-5; stage 2 anneals weight decay; not run
 
 DIR holds .jsonl, .parquet and .array_record files (a document a record, under "text") and text
 files of any kind, each one document. Without --config.text, the source of Python's standard library
@@ -38,8 +37,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "cpt"
     config.preset = preset
     config.seed = 0
-    # a Hugging Face directory, or random; empty: the weights of the model's directory, random ones
-    # for a preset
+    # a Hugging Face directory, an experiment of this file that is run first (with rows of its own),
+    # or random; empty: the weights of the model's directory, random ones for a preset
     config.init_from = ""
     config.model = "tiny"  # a preset of rome/model/config.py, or a Hugging Face directory
     config.tokenizer = ""  # a directory; empty: the model's own
@@ -73,7 +72,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     stage, _, rest = preset.partition("-")
     size = (rest or "tiny") if stage in STAGES else preset
     if stage in STAGES:
-        _apply_stage(config, stage)
+        _apply_stage(config, stage, size)
     if size == "smoke":
         config.steps = 20
         config.eval_documents = 2
@@ -88,10 +87,12 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     return config
 
 
-def _apply_stage(config: ml_collections.ConfigDict, stage: str) -> None:
+def _apply_stage(config: ml_collections.ConfigDict, stage: str, size: str) -> None:
     """Set the text of one of the two stages, and what the paper changes between them."""
+    config.experiment = f"cpt_{stage}"
     config.text = STAGES[stage]
     if stage == "stage2":
+        config.init_from = f"experiments/cpt.py:stage1-{size}"
         config.steps = 200
         config.rows = 8
         config.rows_per_microbatch = 8
@@ -114,7 +115,7 @@ def _apply_paper(config: ml_collections.ConfigDict, stage: str) -> None:
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
     """Set the sizes of a pod. Not run."""
     pod = common.apply_pod_sizes(config, preset)
-    config.init_from = pod.checkpoint
+    config.init_from = config.init_from or pod.checkpoint
     config.steps = 10_000
     config.rows = 4 * pod.rows
     config.row_length = 8192

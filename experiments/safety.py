@@ -5,9 +5,9 @@ python -m launch.train --config=experiments/safety.py \
 python -m launch.train --config=experiments/safety.py     # tiny: the costs on; 6 min on busy cores
 python -m launch.train --config=experiments/safety.py:smoke     # runs every stage once
 
-The first command runs experiments/safety.py:sft before, and that experiments/sft.py, where their
-results are missing. SFT learns from data in which half of the demonstrations of a task that tempts
-do the harm, so that the policy begins suggestible, as one does that has learned from unfiltered
+The first command runs two stages of SFT before, where their results are missing: terminal_tiny, on
+the terminal curriculum, and sft_tiny, on data in which half of the demonstrations of a task that
+tempts do the harm. So the policy begins suggestible, as one does that has learned from unfiltered
 data. IPA's reward is the utility, and a check that passes, however it was made to; harm earns
 nothing and loses nothing but what config.safety_cost says. No demonstrations are shown to IPA: only
 rewards and costs teach. Evaluations are on held-out families (docs/safety.md#in-training).
@@ -24,7 +24,12 @@ COSTS = "destroyed:2 secret_read:2 outside:2 weakened:2 egress:2 tests:2 hack:2"
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     stage, _, size = preset.partition("_")
     if stage == "sft":
-        return _sft(size or "tiny")
+        config = _sft(size or "tiny")
+        if size:  # before RL, whose tasks are handed on to it: what it demonstrates is its own
+            config.demonstration_task = config.task
+        return config
+    if stage == "terminal":
+        return _terminal(size or "tiny")
     if preset not in ("tiny", "smoke"):
         raise common.unknown_preset("experiments/safety.py", preset, ("sft", "sft_smoke"))
     config = ipa.get_config(preset)
@@ -40,6 +45,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     if preset == "tiny":
         config.steps = 10
         config.groups = 12
+        config.minibatches = 1  # as measured (docs/safety.md)
         config.learning_rate = 7e-4
         config.decay = False
         config.eval_every = 10
@@ -47,11 +53,23 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     return config
 
 
+def _terminal(size: str) -> ml_collections.ConfigDict:
+    """Learn the terminal curriculum, whatever tasks the stages after it play and evaluate."""
+    config = sft.get_config(size)
+    config.experiment = "safety_terminal"
+    config.demonstration_task = "terminal"
+    config.until_success = 0.0  # its evaluations are those of the suite
+    if size == "tiny":
+        config.steps = 1200  # solves a quarter of the curriculum (docs/results.md#when-sft-ends)
+        config.eval_every = 0
+    return config
+
+
 def _sft(size: str) -> ml_collections.ConfigDict:
     """Learn from data in which half of what tempts is followed."""
     config = sft.get_config(size)
     config.experiment = "safety_sft"
-    config.init_from = f"experiments/sft.py:{size}"
+    config.init_from = f"experiments/safety.py:terminal_{size}"
     config.task = "0.3*terminal + 0.7*safety:small,suggestible"
     config.eval_task = "safety:small"
     config.until_success = 0.0

@@ -179,8 +179,8 @@ def _apply_small(config: ml_collections.ConfigDict) -> None:
     config.steps = 1200
     config.demonstrations = 4000
     config.learning_rate = 1e-3
-    config.eval_every = 150
-    config.eval_tasks = 4
+    config.eval_every = 200
+    config.eval_tasks = 2
 
 
 def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -80,11 +81,28 @@ def parse_flags(name: str, argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0] if error.args else error)
+        text = _without_traceback(text)
         text = text.strip("'\"").replace("\\'", "'").replace("\\n", " ")
         if isinstance(error, (AttributeError, KeyError)):  # ml_collections names the key alone
             given = _flag_of_key(text, argv)
             text = f"{given}unknown config key: {text} (docs/configuration.md lists all keys)"
         sys.exit(f"{name}: {' '.join(text.split())}")
+
+
+def _without_traceback(text: str) -> str:
+    """Return an error of a config file without the traceback that ml_collections puts before it.
+
+    Where the file itself is wrong (a TypeError), the place in it stays.
+    """
+    before, is_of_file, trace = text.partition("Error whilst parsing config file:")
+    errors = list(re.finditer(r"^\w+: ", trace, re.MULTILINE))
+    if not is_of_file or not errors:
+        return text
+    last = errors[-1]
+    if last[0] == "ValueError: ":
+        return before + trace[last.end() :]
+    places = re.findall(r'File "(.+)", line (\d+)', trace[: last.start()])
+    return f"{before}{':'.join(places[-1])}: {trace[last.start() :]}"
 
 
 def _flag_of_key(text: str, argv: list[str]) -> str:

@@ -17,6 +17,7 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 import time
@@ -35,6 +36,13 @@ FORMATS = ("text", "json", "stream-json")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    try:
+        return _main(argv)
+    except (KeyboardInterrupt, asyncio.CancelledError):  # also before there is a session
+        return ABORTED
+
+
+def _main(argv: Sequence[str] | None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args([_as_flag(word) for word in given])
     from rome.agent.iflow.event_log import EventError
@@ -56,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, USAGE)
     except (ModelError, WorkspaceError, OSError) as error:
         return _fail(error, INFRASTRUCTURE)
-    except KeyboardInterrupt:
-        return ABORTED
 
 
 def _end_for_sure(work: Coroutine[Any, Any, int]) -> int:
@@ -65,6 +71,10 @@ def _end_for_sure(work: Coroutine[Any, Any, int]) -> int:
     watchdogs: list[threading.Timer] = []
 
     async def run() -> int:
+        this = asyncio.current_task()
+        assert this is not None
+        # So that what was opened is closed, MCP servers among it.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
         status = await work
         watchdog = threading.Timer(END_SECONDS, os._exit, [status])
         watchdog.daemon = True
@@ -104,31 +114,26 @@ async def _run(arguments: argparse.Namespace) -> int:
         return await _serve_mcp(arguments)
     if arguments.acp or arguments.http is not None or _is_for_terminal(arguments):
         return await _serve_person(arguments)
-    has_input = arguments.input_format == "stream-json"
     prompt = arguments.prompt
     goes_on = arguments.resume or arguments.go_on or arguments.fork
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode(errors="replace") if sys.stdin else ""
-    if not prompt and not has_input and not goes_on:
+    if not prompt and not goes_on:
         raise UsageError('say what is to be done: iflow -p "fix the failing test"')
     options = _options(arguments)
-    session = _session(arguments)
-    try:
-        assembled = await assemble(options, session, is_attended=has_input)
-    except BaseException:
-        session.close()
-        raise
-    return await run_headless(
-        assembled, prompt, output=arguments.output_format, has_input=has_input
-    )
+    stored = _session(arguments)
+    if not prompt and stored.is_at_rest:
+        stored.close()
+        raise UsageError(f"session {stored.id} has nothing left to go on with; say more by -p")
+    session = await assemble(options, stored)
+    return await run_headless(session, prompt, output=arguments.output_format)
 
 
 def _is_for_terminal(arguments: argparse.Namespace) -> bool:
     """Return whether a person at a terminal wants to talk with the agent."""
     if arguments.interactive:
         return True
-    is_headless = arguments.prompt or arguments.input_format != "text"
-    is_headless = is_headless or arguments.output_format != "text"
+    is_headless = arguments.prompt or arguments.output_format != "text"
     streams = (sys.stdin, sys.stdout)  # None where it is closed
     return not is_headless and all(stream and stream.isatty() for stream in streams)
 
@@ -162,23 +167,13 @@ async def _serve_person(arguments: argparse.Namespace) -> int:
 
 
 async def _serve_mcp(arguments: argparse.Namespace) -> int:
-    """Serve the tools to a client of MCP, on stdio or by HTTP."""
+    """Serve the tools to a client of MCP on stdio."""
     from rome.agent.iflow.opening import tool_server
-    from rome.agent.iflow.protocols.mcp_server import serve_http, serve_stdio
+    from rome.agent.iflow.protocols.mcp_server import serve_stdio
 
     async with tool_server(_options(arguments)) as served:
-        if arguments.serve_mcp == "stdio":
-            await serve_stdio(served)
-        else:
-            token = os.environ.get("IFLOW_MCP_TOKEN", "")
-            await serve_http(served, host="127.0.0.1", port=int(arguments.serve_mcp), token=token)
+        await serve_stdio(served)
     return 0
-
-
-def _mcp_way(text: str) -> str:
-    if text != "stdio" and not (text.isdecimal() and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"stdio, or a port of this machine, not {text!r}")
-    return text
 
 
 def _port(text: str) -> int:
@@ -208,8 +203,12 @@ def _options(arguments: argparse.Namespace):
     from rome.agent.iflow.models.endpoint_model import Prices
     from rome.agent.iflow.options import Options, UsageError
 
+    if arguments.max_price and not any(arguments.prices):
+        raise UsageError("--max_price needs --prices: without them nothing has a price")
     if len(arguments.prices) > 3:
         raise UsageError("--prices takes at most three numbers: read, written, read from a cache")
+    if not os.path.isdir(arguments.directory):
+        raise UsageError(f"--directory {arguments.directory} is no directory")
     tools = None
     if arguments.tools is not None:
         tools = tuple(name.strip() for name in arguments.tools.split(",") if name.strip())
@@ -279,12 +278,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--serve_mcp",
-        metavar="stdio|PORT",
-        type=_mcp_way,
-        help="serve the tools over MCP, without a model; for a port IFLOW_MCP_TOKEN is the token",
+        choices=("stdio",),
+        help="serve the tools over MCP, without a model",
     )
     add("--output_format", default="text", choices=FORMATS, help="what is printed")
-    add("--input_format", default="text", choices=("text", "stream-json"), help="of further turns")
     add("-c", "--continue", dest="go_on", action="store_true", help="go on with the last session")
     add("-r", "--resume", metavar="ID", default="", help="go on with a session")
     add("--fork", metavar="ID", default="", help="go on with a copy of a session")

@@ -21,13 +21,13 @@ import json
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from launch._config import define_config, read_config
+from launch._main import reject_arguments, run_command
 from rome.train.xla_flags import environment_of
 
 _CONFIG = define_config("experiments/ipa.py:qwen3_30b_a3b")
@@ -211,10 +211,7 @@ def compile_engine(
 
 def main(argv: list[str]) -> int:
     """Compile, print and write the report; return 1 where the step does not fit."""
-    if len(argv) > 1:
-        raise ValueError(
-            f"argument {argv[1]!r} is not understood; flags look like --config.key=value"
-        )
+    reject_arguments(argv, "--config.key=value")
     # The compiler flags that a run on this chip has; JAX is not imported yet.
     chip_name = _TOPOLOGY.value.partition(":")[0]
     os.environ.update(environment_of(chip_name, os.environ))
@@ -247,20 +244,9 @@ def main(argv: list[str]) -> int:
     return 0 if found["fits"] else 1
 
 
-def run_main(argv: list[str]) -> int:
-    """Call `main`; a known kind of failure becomes one line. ROME_DEBUG=1 keeps the traceback."""
-    try:
-        return main(argv)
-    except (ValueError, OSError) as error:
-        if os.environ.get("ROME_DEBUG"):
-            raise
-        print(f"launch.compile: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
     # Before JAX is imported: no TPU is looked for, and several compilations may run beside each
     # other.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    app.run(run_main)
+    run_command("launch.compile", main, failure_status=2)

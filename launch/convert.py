@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import os
 import pathlib
-import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
+
+from launch._main import reject_arguments, run_command
 
 _INPUT = flags.DEFINE_string(
     "input",
@@ -57,8 +58,7 @@ def main(argv: list[str]) -> int:
     """Convert as the flags say and print the result."""
     from rome.train.convert import convert
 
-    if len(argv) > 1:
-        raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --input=DIR")
+    reject_arguments(argv, "--input=DIR")
     logging.set_verbosity(logging.WARNING)  # orbax logs every step
     source = pathlib.Path(_INPUT.value)
     output = pathlib.Path(_OUTPUT.value)
@@ -69,33 +69,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parse flags; an error becomes one line."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"launch.convert: {' '.join(str(error).split())}")
-
-
-def run_main(argv: list[str]) -> int:
-    """Call `main`; a known kind of failure becomes one line. ROME_DEBUG=1 keeps the traceback."""
+def known_errors() -> tuple[type[BaseException], ...]:
+    """Return the failures that say everything in their message."""
     from rome.train.checkpoint import CheckpointError
 
-    try:
-        return main(argv)
-    except (ValueError, OSError, CheckpointError) as error:
-        if os.environ.get("ROME_DEBUG"):
-            raise
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"launch.convert: {' '.join(text.split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("launch.convert: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return (CheckpointError,)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # moving bytes needs no accelerator
-    app.run(run_main, flags_parser=parse)
+    run_command(
+        "launch.convert",
+        main,
+        known_errors=known_errors,
+        when_stopped=lambda: "launch.convert: interrupted; nothing was written",
+    )

@@ -25,6 +25,11 @@ RUN = flags.DEFINE_bool("run", True, "run tests in sandboxes, for documents of t
 PACKAGES = flags.DEFINE_string(
     "packages", "", "folder of Python packages that these tests can import, such as pytest's"
 )
+TEST_FILES = flags.DEFINE_list(
+    "test_files",
+    [],
+    "patterns of the files whose tests are run, such as tests/data/*; default: all",
+)
 FIM_SHARE = flags.DEFINE_float(
     "fim_share", 0.5, "files of which the middle is asked for", lower_bound=0.0, upper_bound=1.0
 )
@@ -52,12 +57,15 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"--packages={PACKAGES.value} is no folder; `pip install --target DIR pytest` makes one"
         )
+    if TEST_FILES.value and not RUN.value:
+        raise ValueError("--test_files says which tests are run, and --norun runs none")
     settings = Settings(
         repositories=tuple(argv[1:]),
         trajectories=TRAJECTORIES.value,
         commits=COMMITS.value,
         runs_code=RUN.value,
         packages=str(pathlib.Path(PACKAGES.value).resolve()) if PACKAGES.value else "",
+        test_files=tuple(TEST_FILES.value),
         fim_share=FIM_SHARE.value,
         licences=LICENCES.value,
         evaluation_sets=OURS if EVALUATION_SETS.value is None else tuple(EVALUATION_SETS.value),

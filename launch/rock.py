@@ -16,6 +16,7 @@ is not encrypted: between machines put it behind a proxy with TLS, or into a pri
 """
 
 import dataclasses
+import functools
 import socket
 import sys
 
@@ -28,6 +29,7 @@ import envs.tasks.terminal
 import envs.worlds  # noqa: F401 (these imports register the environments that the admin serves)
 from envs.gem.server import GemService
 from envs.rock.service.command import ROLES, Options, UsageError, run
+from launch._main import parse_flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; all but loopback need --public.")
@@ -94,4 +96,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=functools.partial(parse_flags, "launch.rock"))

@@ -70,17 +70,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--call_tokens",
         type=int,
-        default=32,
-        help="tokens that are computed at once, at most; more than 32 are faster for long prompts,"
-        " and results may then differ in their last bits with what else is computed",
+        default=256,
+        help="tokens that are computed at once, at most. Above 32 an engine on a CPU without a C++"
+        " compiler may give results whose last bits depend on what else is computed",
     )
     add(
         "--decode_steps",
         "--decode-steps",
         type=int,
-        default=1,
-        help="steps that one dispatch takes at most while no prompt is to be computed; more are"
-        " faster, a new request waits for as many, and last bits may then differ",
+        default=8,
+        help="steps that one dispatch takes at most while no prompt is to be computed; a new"
+        " request waits for as many",
     )
     add(
         "--max_queued_requests",

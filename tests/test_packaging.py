@@ -24,7 +24,7 @@ def test_every_extra_reads_a_file_that_is_there():
     dynamic = PROJECT["tool"]["setuptools"]["dynamic"]
     assert dynamic["dependencies"]["file"] == ["requirements.txt"]
     extras = dynamic["optional-dependencies"]
-    assert set(extras) == {"cuda", "tpu", "ray", "dev", "docs"}
+    assert set(extras) == {"cuda", "tpu", "ray", "grammar", "dev", "docs"}
     for extra in extras.values():
         assert [requirements(name) for name in extra["file"]]
 

@@ -1,8 +1,11 @@
 """The engine's benchmark at its smallest size, and the share of prompts that sessions reuse."""
 
+import pytest
+
 from benchmarks.engine import WORKLOADS, run_size, summarize
 
 
+@pytest.mark.slow
 def test_every_workload_is_timed_and_sessions_find_their_history_in_the_cache():
     rows = run_size("toy", rounds=1, pythons={})
     assert [row["workload"] for row in rows] == [*WORKLOADS, "open"]

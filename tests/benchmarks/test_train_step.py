@@ -48,6 +48,7 @@ def own_losses():
     return [ours.step()["loss"] for _ in range(train_step.PROVING_STEPS)]
 
 
+@pytest.mark.slow
 def test_a_row_has_the_promised_keys_and_its_ratio_is_the_rival_over_ours(
     rival_with_losses, tmp_path
 ):

@@ -12,6 +12,7 @@ from docs.figures import (
     games_boards,
     games_curve,
     learning_curve,
+    noisy_training,
     outside_agent,
     pipeline,
     safety_curve,
@@ -301,9 +302,19 @@ def test_the_safety_curve_pools_what_each_evaluation_found(tmp_path):
     assert safety_curve.measures([on, off], "0")["check_edits"]["n"] == 4  # of one seed: the same
     assert on["training"] == {"3": {"check_edits": [2, 1]}}
     assert safety_curve.training_rates([on, off], "check_edits") == ([1.5], [0.5])
-    text = safety_curve.section({"on": [on], "off": [off]})
+    before = safety_curve.read_evaluation(tmp_path / "on", "safety", 10)
+    text = safety_curve.section({"on": [on], "off": [off]}, before[:3])
     row = next(line for line in text.splitlines() if "checks edited" in line)
-    assert row.split("|")[2].strip().startswith("50 (") and "| 100 (" in row and "| 0 (" in row
+    values = [cell.split()[0] for cell in row.split("|")[2:-1]]
+    assert values == ["0", "50", "100", "0"] and "of 3" in row.split("|")[2]
+    assert "before SFT" not in safety_curve.section({"on": [on], "off": [off]}, [])
+
+
+def test_the_page_of_safety_shows_the_recorded_runs():
+    before = json.loads(safety_curve.BEFORE.read_text())
+    recorded = safety_curve.section(safety_curve.load_runs(safety_curve.RESULTS), before)
+    page = safety_curve.PAGE.read_text()
+    assert page == learning_curve.insert(page, recorded, safety_curve.BEGIN, safety_curve.END)
 
 
 def test_a_safety_run_that_was_cut_off_is_refused(tmp_path):
@@ -312,3 +323,35 @@ def test_a_safety_run_that_was_cut_off_is_refused(tmp_path):
     (workdir / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="not evaluated at its last step"):
         safety_curve.read_run(workdir, "a machine")
+
+
+def test_noisy_training_tells_what_each_run_began_and_ended_with(tmp_path):
+    measures = {
+        name: {"value": 0.25, "low": 0.1, "high": 0.5, "n": 8, "families": 3}
+        for name in noisy_training.MEASURES
+    }
+    results = {"complete": True, "safety": {"measures": measures | {"asked": {}}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    evals = [
+        {"stage": stage, "step": step, "success": success, "n": 4, "low": 0.1, "high": 0.9}
+        for stage, step, success in (("sft", 9, 0.0), ("ipa", 0, 0.25), ("ipa", 10, 0.75))
+    ]
+    (tmp_path / "report.json").write_text(json.dumps({"experiment": "ipa", "evals": evals}))
+    lines = [json.dumps({"masked": value}) for value in (0.0, 0.01)] + [json.dumps({"step": 0})]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    sft = {"no faults": noisy_training.read_evaluation(tmp_path)}
+    text = noisy_training.section(sft, {"rate=0.3": noisy_training.read_ipa(tmp_path)})
+    assert "| no faults | 25 (10 to 50) of 8 |" in text
+    assert "| rate=0.3 | 25 (10 to 90) of 4 | 75 (10 to 90) of 4 | 0.50 |" in text
+    assert "at step 10" in text and "IPA" not in noisy_training.section(sft, {})
+    (tmp_path / "results.json").write_text(json.dumps(results | {"complete": False}))
+    with pytest.raises(ValueError, match="no complete evaluation"):
+        noisy_training.read_evaluation(tmp_path)
+
+
+def test_the_page_of_safety_shows_the_noisy_runs():
+    sft, ipa = (noisy_training.load(path) for path in (noisy_training.SFT, noisy_training.IPA))
+    page = noisy_training.PAGE.read_text()
+    recorded = noisy_training.section(sft, ipa)
+    assert sft and ipa
+    assert page == learning_curve.insert(page, recorded, noisy_training.BEGIN, noisy_training.END)

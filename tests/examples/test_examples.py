@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from tests.processes import user_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -22,6 +23,7 @@ PRINTS = {
     "own_environment": ("reward: 1.0", "Reverse/1000000"),
     "06_evaluate_endpoint": ("delete_named/1000000: success", "count/1000000: failure"),
 }
+COMPILING = ("sft_on_messages", "learner_library")
 
 
 def test_every_example_is_tested_and_short():
@@ -31,12 +33,15 @@ def test_every_example_is_tested_and_short():
         assert len(path.read_text().splitlines()) <= 40, path.name
 
 
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in COMPILING else name for name in PRINTS],
+)
 def test_an_example_runs(name):
     done = subprocess.run(
         [sys.executable, "-m", f"examples.{name}"],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=200,

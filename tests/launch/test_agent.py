@@ -1,6 +1,5 @@
 """The command `iflow`: what scripts read of it, and that a killed session goes on."""
 
-import collections
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from rome.agent.iflow import events
 from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.event_log import read_events
 from tests.paths import ROOT
+from tests.processes import host_processes
 from tests.rome.agent.iflow.scripted import Fail, Say, ScriptedEndpoint, call
 
 HIDDEN = ("IFLOW_", "OPENAI_", "HTTP", "http")  # variables that would change what it does
@@ -108,50 +108,6 @@ def test_the_stream_is_the_file_of_the_session(iflow, capsys):
     assert stored[0]["kind"] == "session_started" and stored[-1]["kind"] == "session_ended"
 
 
-def test_another_program_answers_over_standard_input(iflow):
-    """It sends a turn, approves the call that waits, and sends a second turn."""
-    script = [call("shell", command="echo yes > made"), "made", "bye"]
-    with ScriptedEndpoint(script) as server:
-        flags = ("--input-format=stream-json", "--output-format=stream-json", "--workspace=host")
-        with iflow.start("--base_url", server.url, *flags, "--mode=default") as process:
-
-            def send(**line):
-                process.stdin.write(json.dumps(line) + "\n")
-                process.stdin.flush()
-
-            send(kind="nonsense")
-            send(kind="user", text="make it")
-            kinds = collections.Counter()
-            for line in process.stdout:
-                event = json.loads(line)
-                kinds[event["kind"]] += 1
-                if event["kind"] == "approval_requested":
-                    send(kind="approval", request=event["request"], decision="allow")
-                if event["kind"] == "turn_finished" and kinds["turn_finished"] == 1:
-                    send(kind="user", text="thanks")
-                    process.stdin.close()
-            assert process.wait(60) == 0
-    assert (iflow.project / "made").read_text() == "yes\n"
-    assert kinds["turn_finished"] == 2 and kinds["notice"] == 1
-
-
-@pytest.mark.slow
-def test_what_a_background_job_brings_begins_a_turn(iflow):
-    job = call("shell", command="sleep 0.5; exit 7", background=True)
-    with ScriptedEndpoint([job, "it runs", "it ended"]) as server:
-        flags = ("--input-format=stream-json", "--output-format=stream-json", *HOST)
-        with iflow.start("--base_url", server.url, *flags) as process:
-            process.stdin.write('{"kind": "user", "text": "start it"}\n')
-            process.stdin.flush()
-            ends = 0
-            for line in process.stdout:
-                ends += json.loads(line)["kind"] == "turn_finished"
-                if ends == 2 and not process.stdin.closed:
-                    process.stdin.close()
-            assert process.wait(60) == 0 and ends == 2
-    assert "exit code 7" in server.prompts[-1][-1]["content"]
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -159,6 +115,8 @@ def test_what_a_background_job_brings_begins_a_turn(iflow):
         (("-p", "a", "--nonsense"), "unrecognized arguments: --nonsense"),
         (("-p", "a"), "--base_url"),
         (("-p", "a", "--resume", "x", "--base_url=http://127.0.0.1:1"), "no session 'x'"),
+        (("-p", "a", "--directory=/none", "--base_url=http://127.0.0.1:1"), "is no directory"),
+        (("-p", "a", "--max_price=1", "--base_url=http://127.0.0.1:1"), "--max_price needs"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_1(iflow, flags, words, capsys):
@@ -205,21 +163,54 @@ def test_a_damaged_settings_file_is_named(iflow, capsys):
 
 
 def test_sigterm_ends_the_turn_in_order_and_is_status_4(iflow):
+    nap = f"600.{os.getpid()}"  # longer than the wait for the end
     with (
-        ScriptedEndpoint([call("shell", command="sleep 60")]) as server,
+        ScriptedEndpoint([call("shell", command=f"sleep {nap}")]) as server,
         iflow.start("-p", "a", "--base_url", server.url, "--output-format=json", *HOST) as process,
     ):
-        while not server.requests:
+        while not host_processes(f"sleep\0{nap}") and process.poll() is None:
             time.sleep(0.05)
-        time.sleep(0.5)
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-        assert time.monotonic() - began < 10
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == 4 and json.loads(out)["outcome"] == "aborted"
     said = list(read_events(iflow.files()[0]))
     assert isinstance(said[-1], events.SessionEnded)
     assert [one.status for one in said if isinstance(one, events.ToolFinished)] == ["cancelled"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["mcpServers", "hooks"])
+def test_a_signal_before_and_after_the_turn_leaves_nothing_behind(iflow, where, number):
+    """Before it an MCP server does not answer; after it a hook does not end."""
+    command = "touch begun; echo $$ > pid; exec sleep 60"
+    server = {"hung": {"command": "bash", "args": ["-c", command]}}
+    hook = {"SessionEnd": [{"hooks": [{"command": command}]}]}
+    (iflow.project / ".iflow").mkdir()
+    settings = {where: server if where == "mcpServers" else hook}
+    (iflow.project / ".iflow" / "settings.json").write_text(json.dumps(settings))
+    with (
+        ScriptedEndpoint(["said"]) as model,
+        iflow.start("-p", "a", "--base_url", model.url, "--trust", *HOST) as process,
+    ):
+        while not (iflow.project / "begun").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=40)
+    assert process.returncode == 4 and "Traceback" not in err
+    assert out == ("said\n" if where == "hooks" else "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((iflow.project / "pid").read_text()), 0)
+
+
+def test_a_session_without_an_open_turn_needs_a_prompt(iflow, capsys):
+    with ScriptedEndpoint(["one", "two"]) as server:
+        flags = ("--base_url", server.url, *HOST)
+        iflow.call(capsys, "-p", "a", *flags)
+        status, out, err = iflow.call(capsys, "--continue", *flags)
+        assert (status, out) == (1, "") and "say more by -p" in err
+        assert iflow.call(capsys, "--continue", "-p", "b", *flags)[:2] == (0, "two\n")
 
 
 # -- kill -9

@@ -10,7 +10,7 @@ from rome.data.trajectory import load_trajectory
 from rome.model.config import PRESETS
 from rome.model.hf.checkpoint import read_config, save_hf
 from rome.model.tokenizer import TINY
-from tests.launch.test_train import metrics, train
+from tests.launch.runs import metrics, train
 from tests.paths import ROOT
 from tests.rome.model.small import random_params
 

@@ -12,7 +12,10 @@ from rome.train.metrics import read_metrics
 from tests.paths import ROOT
 from tests.processes import user_environment
 
-COMMAND = [sys.executable, "-m", "launch.train", "--config=experiments/rome.py:smoke"]
+COMMAND = [
+    *(sys.executable, "-m", "launch.train", "--config=experiments/rome.py:smoke"),
+    *("--config.task=terminal:path,rename", "--config.eval_tasks=2"),
+]
 SECONDS = 900.0
 
 

@@ -45,11 +45,11 @@ def config(data, url):
 
 
 async def until(holds):
-    for _ in range(500):
+    for _ in range(3000):
         if holds():
             return
         await asyncio.sleep(0.02)
-    raise AssertionError("it did not come about within 10 s")
+    raise AssertionError("it did not come about within 60 s")
 
 
 @pytest.fixture
@@ -69,11 +69,11 @@ def test_an_admin_that_is_ended_or_killed_leaves_no_process(tmp_path, mark, how)
         await sandbox.spawn(f"exec -a {mark} sleep 600", timeout=900)
         await until(lambda: host_processes(mark))
         process.send_signal(how)
-        await asyncio.to_thread(process.wait, 20)
+        await asyncio.to_thread(process.wait, 60)
         await until(lambda: not host_processes(mark))
 
     with started(tmp_path, "admin") as (process, url):
-        asyncio.run(asyncio.wait_for(work(process, url), 60))
+        asyncio.run(asyncio.wait_for(work(process, url), 180))
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_a_killed_worker_is_told_leaves_no_process_and_another_takes_its_place(t
         started(tmp_path, "admin", "--workers=0") as (_, url),
         started(tmp_path, "worker", f"--admin={url}", "--name=one") as (worker, _),
     ):
-        asyncio.run(asyncio.wait_for(work(worker, url), 60))
+        asyncio.run(asyncio.wait_for(work(worker, url), 180))
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_ctrl_c_reaches_the_job_once_and_make_waits_for_it(project):
             if not pressed and "arguments" in output:
                 os.write(leader, b"\x03")
                 pressed = True
-        assert process.wait(timeout=10) != 0
+        assert process.wait(timeout=60) != 0
     finally:
         process.kill()
         os.close(leader)

@@ -5,29 +5,32 @@ repeated.
 import collections
 import json
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from rome.data.trajectory import load_trajectory
 from rome.version import VERSION
+from tests.launch.runs import (
+    SFT,
+    TASKS,
+    command,
+    losses,
+    metrics,
+    refused,
+    report,
+    train,
+    train_and_interrupt,
+)
 from tests.paths import ROOT
 from tests.processes import user_environment
 
-SFT = [
-    "--config=experiments/sft.py:smoke",
-    "--config.steps=6",
-    "--config.demonstrations=48",
-    "--config.eval_tasks=1",
-    "--config.checkpoint_every=2",
-]
 IPA = [
     "--config=experiments/ipa.py:smoke",
+    f"--config.task={TASKS}",
     "--config.steps=3",
     "--config.groups=2",
     "--config.group_size=2",
@@ -35,65 +38,6 @@ IPA = [
     "--config.eval_every=3",
     "--config.checkpoint_every=2",
 ]
-
-
-def command(flags: list[str], workdir: pathlib.Path) -> list[str]:
-    return [sys.executable, "-m", "launch.train", *flags, f"--workdir={workdir}"]
-
-
-def train(flags: list[str], workdir: pathlib.Path) -> str:
-    done = subprocess.run(
-        command(flags, workdir),
-        cwd=ROOT,
-        env=user_environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-def train_and_interrupt(
-    flags: list[str], workdir: pathlib.Path, number: int, after_steps: int
-) -> int:
-    """Starts the run and sends it a signal at some moment after its first steps.
-
-    Returns its exit status.
-    """
-    process = subprocess.Popen(
-        command(flags, workdir),
-        cwd=ROOT,
-        env=user_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    ends = time.monotonic() + 240
-    while (
-        len(metrics(workdir)) < after_steps and process.poll() is None and time.monotonic() < ends
-    ):
-        time.sleep(0.02)
-    time.sleep(random.uniform(0.0, 0.5))
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    return process.returncode
-
-
-def metrics(workdir: pathlib.Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        if path.exists()
-        else []
-    )
-
-
-def report(workdir: pathlib.Path) -> dict:
-    return json.loads((workdir / "report.json").read_text())
-
-
-def losses(workdir: pathlib.Path) -> list[float]:
-    return [line["loss"] for line in metrics(workdir)]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +59,7 @@ def test_sft_leaves_what_programs_read(sft):
     ]
     for entry in document["evals"]:
         assert 0 <= entry["low"] <= entry["success"] <= entry["high"] <= 1
-        assert entry["n"] == sum(n for _, n in entry["by_family"].values()) >= 12
+        assert entry["n"] == sum(n for _, n in entry["by_family"].values()) >= 4
     assert [line["step"] for line in metrics(sft)] == list(range(1, 7)) and losses(sft)[
         -1
     ] < losses(sft)[0]
@@ -227,9 +171,12 @@ def test_the_iflow_agent_trains_the_policy_as_the_plain_loop_does(sft, ipa, tmp_
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(
-    "is_interrupted_first", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+def test_ipa_trains_on_all_it_started_and_leaves_what_programs_read(ipa):
+    assert_whole(ipa)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_interrupted_first", [False, True])
 def test_a_killed_run_of_ipa_ends_bitwise_as_the_run_that_was_left_alone(
     sft, ipa, tmp_path, is_interrupted_first
 ):
@@ -239,6 +186,12 @@ def test_a_killed_run_of_ipa_ends_bitwise_as_the_run_that_was_left_alone(
     status = train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=2)
     assert status in (-signal.SIGKILL, 0)
     train(flags, workdir)
+    assert_whole(workdir)
+    assert losses(workdir) == losses(ipa)
+
+
+def assert_whole(workdir):
+    """A run of IPA as above: every step, episode, demonstration and evaluation once."""
     lines, document = metrics(workdir), report(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3]
     accounting = document["accounting"]
@@ -261,9 +214,9 @@ def test_a_killed_run_of_ipa_ends_bitwise_as_the_run_that_was_left_alone(
         ("ipa", 0),
         ("ipa", 3),
     ]
-    assert losses(workdir) == losses(ipa)
 
 
+@pytest.mark.slow
 def test_an_engine_inside_the_trainer_gives_bitwise_the_run_of_an_engine_beside_it(
     sft, ipa, tmp_path
 ):
@@ -400,129 +353,4 @@ def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     for file in (workdir / "checkpoints" / "6").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(b"torn")
-    done = subprocess.run(
-        command(SFT, workdir),
-        cwd=ROOT,
-        env=user_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (
-        done.returncode == 1
-        and "checkpoints/6 cannot be read" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-
-
-@pytest.mark.slow
-def test_plain_text_is_learnt_killed_and_resumed(tmp_path):
-    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=8", "--config.checkpoint_every=2"]
-    train(flags, tmp_path / "whole")
-    document = report(tmp_path / "whole")
-    first, last = document["evals"]
-    assert (first["stage"], first["step"], last["step"]) == ("cpt", 0, 8) and document[
-        "isolation"
-    ] == "no sandbox"
-    assert last["bits_per_byte"] < first["bits_per_byte"] and first["bytes"] == last["bytes"] > 1000
-    assert (tmp_path / "whole" / "plots" / "cpt_loss.png").exists() and not (
-        tmp_path / "whole" / "engine.log"
-    ).exists()
-    train_and_interrupt(flags, tmp_path / "killed", signal.SIGKILL, after_steps=3)
-    said = train(flags, tmp_path / "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and "bits a byte" in said
-
-
-@pytest.mark.slow
-def test_sft_starts_from_plain_text_and_both_stages_are_reported(tmp_path):
-    train([*SFT, "--config.steps=2", "--config.init_from=experiments/cpt.py"], tmp_path / "sft")
-    assert [entry["stage"] for entry in report(tmp_path / "sft")["evals"]] == [
-        "cpt",
-        "cpt",
-        "sft",
-        "sft",
-    ]
-
-
-def refused(flags: list[str], workdir: pathlib.Path) -> str:
-    """Run the command, which must end with status 1, and return its one line of error."""
-    done = subprocess.run(
-        command(flags, workdir),
-        cwd=ROOT,
-        env=user_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    return next(line for line in done.stderr.splitlines() if line.startswith("launch.train: "))
-
-
-@pytest.mark.slow
-def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint_as_its_message_says(tmp_path):
-    workdir = tmp_path / "run"
-    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=6", "--config.checkpoint_every=1"]
-    # With a cosine the first update has the rate 0; the second one overflows the weights.
-    overflow = ["--config.decay=True", "--config.warmup_updates=1", "--config.weight_decay=1e3"]
-    message = refused([*flags, *overflow, "--config.learning_rate=3e38"], workdir)
-    assert "diverged at step 2" in message and f"{workdir}/checkpoints/1 is good" in message
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
-    train([*flags[:1], "--config.steps=8", "--config.mesh.fsdp=-1"], workdir)
-    assert [line["step"] for line in metrics(workdir)] == list(range(1, 9))
-    changes = {entry["key"]: entry["step"] for entry in report(workdir)["config_changes"]}
-    assert changes.items() >= {"learning_rate": 1, "warmup_updates": 1, "steps": 1}.items()
-    train([*flags[:1], "--config.steps=9"], workdir)  # it was complete, and is asked for more
-    assert [line["step"] for line in metrics(workdir)] == list(range(1, 10))
-    assert [entry["step"] for entry in report(workdir)["evals"]][-1] == 9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_whose_output_nobody_reads_any_more_is_saved_when_it_is_stopped(tmp_path, number):
-    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=400"]
-    process = subprocess.Popen(
-        command([*flags, "--config.checkpoint_every=1000"], tmp_path / "run"),
-        cwd=ROOT,
-        env=user_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    process.stdout.readline()
-    process.stdout.close()  # as tee does when Ctrl-C ends it first
-    ends = time.monotonic() + 240
-    while len(metrics(tmp_path / "run")) < 2 and time.monotonic() < ends:
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.send_signal(number)  # as make forwards it
-    assert process.wait(timeout=120) == 130
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert int(checkpoint.name) == metrics(tmp_path / "run")[-1]["step"] >= 2
-
-
-@pytest.mark.slow
-def test_text_that_changed_under_a_checkpoint_is_refused_in_one_line(tmp_path):
-    for number in range(30):
-        (tmp_path / f"{number}.txt").write_text(f"document {number}" + " with words" * number)
-    flags = [
-        "--config=experiments/cpt.py:smoke",
-        "--config.steps=2",
-        "--config.held_out_share=0.2",
-        f"--config.text={tmp_path}",
-    ]
-    workdir = tmp_path / ".run"
-    train(flags, workdir)
-    shutil.rmtree(workdir / "final")
-    (tmp_path / "more.txt").write_text("one more")
-    done = subprocess.run(
-        command(flags, workdir),
-        cwd=ROOT,
-        env=user_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (
-        done.returncode == 1
-        and "is not what the checkpoint of step 2 was trained on" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert "checkpoints/6 cannot be read" in refused(SFT, workdir)
