@@ -21,9 +21,10 @@ PYTHON =
 ACCELERATOR =
 SETUP = PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh
 DEV = requirements.txt requirements-dev.txt
-# Three workers fill two cores, since many tests wait; each takes up to 3 GB (ARGS="-n 8" on a larger machine).
+# Two workers a core, since many tests wait, as far as memory goes: each takes up to 3.5 GB (ARGS="-n 8" chooses).
+WORKERS = $(shell awk -v most=$$((2 * $$(nproc))) '/MemAvailable/ {n = int($$2 / 3500000); print n < 1 ? 1 : n < most ? n : most}' /proc/meminfo 2>/dev/null || echo 2)
 # Tests of one file stay together: they share processes and compiled programs. conftest.py orders the files.
-PARALLEL = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help train check format test test-all docs sglang clean
 

@@ -39,9 +39,10 @@ from rich.console import Console
 
 from rome.agent.iflow import events as ev
 from rome.agent.iflow.context import ContextManager
+from rome.agent.iflow.conversation import Conversation
 from rome.agent.iflow.event_log import EventLog
 from rome.agent.iflow.events import AssistantMessage
-from rome.agent.iflow.keep import KeepList
+from rome.agent.iflow.keep import keep_list
 from rome.agent.iflow.limits import Limits
 from rome.agent.iflow.loop import Agent
 from rome.agent.iflow.models.model import ModelError
@@ -328,12 +329,9 @@ def _walk(said: str, first: str, houses: int) -> tuple[list[str], str]:
     return codes, "" if len(codes) == houses else house
 
 
-class NoKeepList(KeepList):
-    """A keep-list that keeps only the names of files, to measure what the rest of it is worth."""
-
-    def render(self, *arguments: Any, history: str = "", **options: Any) -> str:
-        """Return the names of the files that hold what left the context."""
-        return "\n".join(f"- {path}" for path in [*self.histories, history] if path)
+def only_files(conversation: Conversation, request: str, history: str) -> str:
+    """Return the names of the files that hold what left the context: no keep-list else."""
+    return "\n".join(f"- {path}" for path in [*conversation.histories, history] if path)
 
 
 class Street:
@@ -373,7 +371,7 @@ async def play(seed: int, mode: str, part: int, forgets: float, fails: float) ->
         without_list = mode in ("no_keep_list", "summaries_alone")
         context = ContextManager(
             store=store if mode == "no_keep_list" else None,
-            keep=NoKeepList() if without_list else None,
+            keep=only_files if without_list else keep_list,
         )
     log = EventLog()
     tools = [Visit(town), Count(town), Todo(), Search(town)]

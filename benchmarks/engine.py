@@ -81,7 +81,7 @@ class Engine:
         def load() -> tuple[Params, ModelConfig]:
             return jax.device_put(unstack_layers(params, config)), config
 
-        self.scheduler = Scheduler(load, Shapes(max_context=448), None, "0")
+        self.scheduler = Scheduler(load, Shapes(slots=128, max_context=448), None, "0")
         self.cached = 0
         self.reusable = 0
         self.first_token_ms: list[float] = []

@@ -37,7 +37,7 @@ import pathlib
 import random
 import statistics
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -70,6 +70,10 @@ PIPELINES = {
 }
 RUN_SECONDS = 120.0
 RUNS = 2  # of the execution stage: from two on, it compares what commands print
+# What other tasks' commands printed, for corrupted answers.
+LINES = ("3", "apple.txt", "red dog", "(no output)", "7\n5\n2", "moon=4", "hat.log")
+T = TypeVar("T")
+Work = Callable[[], Coroutine[Any, Any, T]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,26 +177,34 @@ async def play(task: Task, fault: str, rng: random.Random, lines: Sequence[str])
 # -------------------------------------------------------------------------------------------------
 
 
-async def judge(record: Trajectory, task: Task, fault: str) -> Judged:
-    """Return what every stage says of a record."""
-    lost = dataclasses.replace(
-        record,
-        chunks=[
-            dataclasses.replace(chunk, events=[], network_denials=0) for chunk in record.chunks
-        ],
-    )
+async def rejects(record: Trajectory, task: Task, stages: Sequence[str]) -> dict[str, bool]:
+    """Return whether each of some STAGES rejects a record, whatever the others say."""
+    lost = without_events(record)
+    item, blind = (Item("", one, task.instruction) for one in (record, lost))
     naive = dataclasses.replace(task, new_env=lambda config: make_env(task, is_gated=False))
     config = SandboxConfig(isolation="best_available")
-    item, blind = (Item("", one, task.instruction) for one in (record, lost))
-    verdicts = {
-        "heuristic": heuristic(blind),
-        "events": heuristic(item),
-        "judge": await rule_judge(blind),
-        "naive": await execute(blind, naive, config, RUNS),
-        "suite": await execute(blind, task, config, RUNS),
-    }
-    rejected = {stage: verdict.accepted is False for stage, verdict in verdicts.items()}
-    rules = mask_turns(lost, [mask for mask in MASKS if mask != HARM])
+    found = {}
+    for stage in stages:
+        if stage == "judge":
+            verdict = await rule_judge(blind)
+        elif stage in ("naive", "suite"):
+            verdict = await execute(blind, naive if stage == "naive" else task, config, RUNS)
+        else:
+            verdict = heuristic(item if stage == "events" else blind)
+        found[stage] = verdict.accepted is False
+    return found
+
+
+def without_events(record: Trajectory) -> Trajectory:
+    """Return a record whose record of harm was lost on the way."""
+    chunks = [dataclasses.replace(chunk, events=[], network_denials=0) for chunk in record.chunks]
+    return dataclasses.replace(record, chunks=chunks)
+
+
+async def judge(record: Trajectory, task: Task, fault: str) -> Judged:
+    """Return what every stage says of a record."""
+    rejected = await rejects(record, task, STAGES)
+    rules = mask_turns(without_events(record), [mask for mask in MASKS if mask != HARM])
     whole = mask_turns(record, MASKS)
     turns = tuple(
         (bool(chunk.events), one.kind == "context", other.kind == "context")
@@ -218,34 +230,42 @@ def plan(source: Source, numbers: int) -> list[tuple[Task, str]]:
 
 async def measure(numbers: int, workers: int) -> tuple[list[Judged], int]:
     """Play and judge all records; return verdicts, and how many could not be played."""
-    source = open_source("safety:small,all")
-    lines = ["3", "apple.txt", "red dog", "(no output)", "7\n5\n2", "moon=4", "hat.log"]
-    waiting: list[tuple[str, Callable[[], Coroutine[Any, Any, Judged]]]] = []
 
-    def work_on(task: Task, fault: str, place: int) -> Callable[[], Coroutine[Any, Any, Judged]]:
+    def work_on(task: Task, fault: str, place: int) -> Work[Judged]:
         async def work() -> Judged:
             rng = random.Random(f"{task.name}/{fault}/{place}")
-            return await judge(await play(task, fault, rng, lines), task, fault)
+            return await judge(await play(task, fault, rng, LINES), task, fault)
 
         return work
 
-    for place, (task, fault) in enumerate(plan(source, numbers)):
-        waiting.append((task.name, work_on(task, fault, place)))
-    found: list[Judged] = []
-    spoiled = 0
+    planned = enumerate(plan(open_source("safety:small,all"), numbers))
+    jobs = [(task.name, work_on(task, fault, place)) for place, (task, fault) in planned]
+    done = await work_through(jobs, workers)
+    found = [one for one in done if one is not None]
+    return found, len(done) - len(found)
+
+
+async def work_through(jobs: Sequence[tuple[str, Work[T]]], workers: int) -> list[T | None]:
+    """Return the result of each job, some at a time; None where the infrastructure spoiled it.
+
+    Args:
+      jobs: the name of its task, for the warning, and what to do.
+      workers: how many are done at the same time.
+    """
+    done: list[T | None] = [None] * len(jobs)
+    waiting = list(range(len(jobs)))
 
     async def worker() -> None:
-        nonlocal spoiled
         while waiting:
-            name, work = waiting.pop()
+            place = waiting.pop()
+            name, work = jobs[place]
             try:
-                found.append(await asyncio.wait_for(work(), 4 * RUN_SECONDS))
+                done[place] = await asyncio.wait_for(work(), 4 * RUN_SECONDS)
             except (SandboxError, CompositionError, TimeoutError) as error:
-                spoiled += 1
                 logging.warning("%s was not played: %s", name, error)
 
     await asyncio.gather(*(worker() for _ in range(workers)))
-    return found, spoiled
+    return done
 
 
 # -- figures

@@ -26,15 +26,15 @@ def conversation(number: int) -> dict:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
+        data = pathlib.Path(folder, "talk.jsonl")
         lines = [json.dumps(conversation(number)) for number in range(100)]
         lines.append('{"messages": [{"role": "wizard"}]}')  # does not fit: it is set aside
-        data = pathlib.Path(folder, "talk.jsonl")
         data.write_text("\n".join(lines))
         config = load_config("experiments/sft.py", "smoke")
-        config.trajectories = str(data)
+        config.steps, config.trajectories = 12, str(data)
         config.eval_tasks = 0  # no task is played: only held-out conversations are scored
         workdir = pathlib.Path(folder, "run")
         run(config, workdir, Team())
-        before, after = read_report(workdir)["evals"]
-        print(f"bits a token: {before.bits_per_token:.1f}, then {after.bits_per_token:.1f}")
+        bits = [entry.bits_per_token for entry in read_report(workdir)["evals"]]
+        print(f"bits a token: {bits[0]:.1f}, then {bits[1]:.1f}")
         print((workdir / "set_aside.jsonl").read_text())

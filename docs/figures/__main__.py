@@ -14,6 +14,7 @@ from docs.figures import (
     iflow_session,
     layers,
     learning_curve,
+    noisy_training,
     outside_agent,
     pipeline,
     processes,
@@ -39,6 +40,7 @@ def main() -> None:
     outside_agent.main([])
     pipeline.main([])
     safety_curve.main([])
+    noisy_training.main([])
     configuration.main([])
     iflow_session.draw()
 

@@ -1,10 +1,12 @@
 """The safety curve: attacks, reward hacks and utility over steps, with costs of harm on and off.
 
 python -m docs.figures.safety_curve --collect runs/safety_on_0 runs/safety_off_0 --machine=TEXT
+python -m docs.figures.safety_curve --before runs/safety_sft
 python -m docs.figures.safety_curve
 
-The first command keeps finished runs of experiments/safety.py in docs/results/safety. The second
-draws docs/images/safety_curve.png and writes the table into docs/safety.md.
+The first two commands keep finished runs of experiments/safety.py, and what the policy did before
+its SFT on the suite, in docs/results/safety. The third draws docs/images/safety_curve.png and
+writes the table into docs/safety.md.
 
 Points pool the held-out tasks of all seeds, and bands are their 95 % intervals, clustered by seed
 family (rome/evals/safety.py). Thin lines are the seeds. Dashed lines are the episodes of training
@@ -28,6 +30,7 @@ from docs.figures.style import BLUE, RED, new_figure, save
 from rome.evals.safety import summarise_safety
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results" / "safety"
+BEFORE = RESULTS / "before.json"
 PAGE = pathlib.Path(__file__).parent.parent / "safety.md"
 BEGIN = "<!-- curve: written by python -m docs.figures.safety_curve -->"
 END = "<!-- end of curve -->"
@@ -61,18 +64,11 @@ def read_run(workdir: pathlib.Path, machine: str) -> dict[str, Any]:
     """
     report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    evals = {}
-    for entry in report["evals"]:
-        if entry["stage"] != report["experiment"]:
-            continue
-        folder = workdir / "evals" / f"{entry['stage']}_{entry['step']:06d}"
-        lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        evals[str(entry["step"])] = [
-            {name: one[name] for name in ("task", "ending", "safety")}
-            for one in records
-            if one.get("safety")
-        ]
+    evals = {
+        str(entry["step"]): read_evaluation(workdir, entry["stage"], entry["step"])
+        for entry in report["evals"]
+        if entry["stage"] == report["experiment"]
+    }
     if str(report["steps"]) not in evals:
         raise ValueError(f"{workdir} was not evaluated at its last step; let the run end first")
     return {
@@ -86,6 +82,20 @@ def read_run(workdir: pathlib.Path, machine: str) -> dict[str, Any]:
         "evals": evals,
         "training": read_training(workdir, report["experiment"]),
     }
+
+
+def read_evaluation(workdir: pathlib.Path, stage: str, step: int) -> list[dict[str, Any]]:
+    """Return what the evaluation of a stage at a step found of each task of the suite.
+
+    Raises FileNotFoundError where there was none.
+    """
+    path = workdir / "evals" / f"{stage}_{step:06d}" / "results.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        {name: one[name] for name in ("task", "ending", "safety")}
+        for one in records
+        if one.get("safety")
+    ]
 
 
 def read_training(workdir: pathlib.Path, experiment: str) -> dict[str, dict[str, list[int]]]:
@@ -189,16 +199,23 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> pathlib.Path:
     return save(figure, "safety_curve.png")
 
 
-def section(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the part of docs/safety.md that shows the runs."""
+def section(runs: dict[str, list[dict[str, Any]]], before: Sequence[dict[str, Any]]) -> str:
+    """Return the part of docs/safety.md that shows the runs.
+
+    Args:
+      runs: records by arm.
+      before: what the policy before SFT did at each task; empty where it was not kept.
+    """
     arms = [arm for arm in ARMS if arm in runs]
     last = {arm: steps_of(runs[arm])[-1] for arm in arms}
-    heads = [f"{ARMS[arm][0]}, step {last[arm]}" for arm in arms]
-    lines = [f"| | SFT start | {' | '.join(heads)} |", "|---|---|" + "---|" * len(arms)]
     everything = [record for arm in arms for record in runs[arm]]
+    columns = {"after SFT": measures(everything, "0")}
+    columns |= {f"{ARMS[arm][0]}, step {last[arm]}": measures(runs[arm], last[arm]) for arm in arms}
+    if summary := summarise_safety(before):
+        columns = {"before SFT": summary["measures"], **columns}
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name in ROWS:
-        cells = [_cell(measures(everything, "0").get(name))]
-        cells += [_cell(measures(runs[arm], last[arm]).get(name)) for arm in arms]
+        cells = [cell(column.get(name)) for column in columns.values()]
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
     seeds = {arm: ", ".join(str(record["seed"]) for record in runs[arm]) for arm in arms}
     minutes = sum(record["wall_seconds"] for record in everything) / 60 / len(everything)
@@ -213,7 +230,8 @@ def section(runs: dict[str, list[dict[str, Any]]]) -> str:
     return f"{picture}\n\n{table}\n\n{origin}"
 
 
-def _cell(one: dict[str, Any] | None) -> str:
+def cell(one: dict[str, Any] | None) -> str:
+    """Return a share in percent with its 95 % interval and the number of tasks; "" for none."""
     if one is None:
         return ""
     value, low, high = (round(100 * one[name]) for name in ("value", "low", "high"))
@@ -228,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--collect", nargs="+", type=pathlib.Path, metavar="WORKDIR", default=[])
+    parser.add_argument("--before", type=pathlib.Path, metavar="WORKDIR", help="of the SFT")
     parser.add_argument("--machine", default=platform.platform(), help="where the runs were made")
     options = parser.parse_args(arguments)
     for workdir in options.collect:
@@ -236,7 +255,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = RESULTS / f"{record['arm']}_seed{record['seed']}.json"
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
         print(path)
-    if options.collect:
+    if options.before:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        found = read_evaluation(options.before, "safety_sft", 0)
+        BEFORE.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(BEFORE)
+    if options.collect or options.before:
         return 0
     runs = load_runs(RESULTS)
     if not runs:
@@ -244,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     draw(runs)
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(insert(page, section(runs), BEGIN, END), encoding="utf-8")
+    before = json.loads(BEFORE.read_text(encoding="utf-8")) if BEFORE.exists() else []
+    PAGE.write_text(insert(page, section(runs, before), BEGIN, END), encoding="utf-8")
     return 0
 
 
