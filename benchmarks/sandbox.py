@@ -485,6 +485,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     # All sandboxes of a user keep their files in one directory, unless a process has its own.
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as own:
+        os.chmod(own, 0o711)  # sandboxes have user ids of their own
         tempfile.tempdir = own
         found = asyncio.run(
             measure(flags.repeats, flags.cycles, flags.live, flags.docker_image, flags.swerex_image)

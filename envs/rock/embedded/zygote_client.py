@@ -12,7 +12,7 @@ import threading
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxStartError
 from envs.rock.gate import Gate
-from envs.rock.host import linux
+from envs.rock.host import linux, slots
 from envs.rock.host.messages import parse, receive, send
 
 _BOOT = (
@@ -31,13 +31,15 @@ class _Zygote:
 
     def __init__(self) -> None:
         linux.raise_descriptor_limit()  # the zygote inherits it, and has three for each sandbox
+        temporary = tempfile.gettempdir()
+        slots.state_directory(temporary)  # what is wrong with it is said here, not on stderr
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_END_SECONDS)
         boot = [sys.executable, "-I", "-S", "-c", _BOOT, _ROCK]
         # The environment is almost empty, so that no key of ours is in /proc of any process that
         # descends from it. There is no preexec_fn, so Python uses vfork: a copy of this process's
         # page tables would take longer than the start of a sandbox.
-        environment = {"TMPDIR": tempfile.gettempdir()}
+        environment = {"TMPDIR": temporary}
         for name in _INHERITED_VARIABLES:
             if name in os.environ:
                 environment[name] = os.environ[name]

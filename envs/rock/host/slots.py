@@ -126,20 +126,36 @@ class Snapshot:
             self.owner.release()
 
 
-def state_directory() -> str:
+def state_directory(temporary: str) -> str:
     """Return the directory of the slots; make it if it is missing.
 
+    Args:
+      temporary: the directory of temporary files that it lies in.
+
     Raises:
-      OSError: another user made it or may write in it.
+      OSError: another user made it or may write in it, or sandboxes could not enter it.
     """
-    path = os.path.join(os.environ["TMPDIR"], f"rock-{os.getuid()}")
+    path = os.path.join(temporary, f"rock-{os.getuid()}")
     if not os.path.lexists(path):
         _make_directory(path)
     status = os.lstat(path)
     is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
     if not is_ours or status.st_mode & 0o022:
         raise OSError(f"{path} belongs to someone else or is writable by others; remove it")
+    if os.getuid() == 0:
+        _check_open_to_others(path)
     return path
+
+
+def _check_open_to_others(path: str) -> None:
+    """Raise OSError where only root may enter: root's sandboxes run under ids of other users."""
+    while path != "/":
+        path = os.path.dirname(path)
+        if not os.stat(path).st_mode & stat.S_IXOTH:
+            raise OSError(
+                f"sandboxes started by root cannot enter {path}; chmod o+x it, or set TMPDIR to a"
+                " directory that every user may enter"
+            )
 
 
 def claim(base: str, number: int) -> Slot | None:

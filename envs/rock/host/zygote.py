@@ -62,7 +62,7 @@ class Zygote:
 
     def __init__(self, control: socket.socket):
         self._control = control
-        self._base = slots.state_directory()
+        self._base = slots.state_directory(os.environ["TMPDIR"])
         self._next = os.getpid() % slots.SLOTS  # zygotes start their search in different places
         self._place, _ = cgroups.find()
         self._programs = {
@@ -216,7 +216,7 @@ class Zygote:
 
     def _claim_free_slot(self) -> Slot:
         # A cleaner of old temporary files may have removed them.
-        slots.state_directory()
+        slots.state_directory(os.environ["TMPDIR"])
         if not all(os.path.exists(copy) for _, copy in self._interpreters):
             self._interpreters = copy_interpreters(self._copies)
         for _ in range(slots.SLOTS):
@@ -401,7 +401,7 @@ def main(control_fd: int, manager: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     os.umask(0o022)
-    slots.sweep(slots.state_directory())
+    slots.sweep(slots.state_directory(os.environ["TMPDIR"]))
     seccomp.build(linux.ARCHITECTURE, network=True)  # cached for every holder
     gc.freeze()  # forks then share more pages
     Zygote(socket.socket(fileno=control_fd)).serve(manager)

@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import tempfile
 
 import pytest
 
 from envs.rock import IsolationError, SandboxError, probe
 from envs.rock.embedded import probe as embedded_probe
+from envs.rock.embedded import zygote_client
 from envs.rock.host import cgroups
 from envs.rock.tiers import GUARANTEES, Missing, TierReport
 
@@ -197,3 +199,19 @@ def test_a_group_that_cannot_be_limited_is_not_left_behind(tmp_path):
     with pytest.raises(OSError):
         cgroups.create(place, "rock-1", 1 << 20, 8, 1.0)
     assert not (tmp_path / "rock-1").exists()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's sandboxes have the user's id")
+@pytest.mark.parametrize("closed", ["outer/inner", "outer"])
+def test_a_directory_of_temporary_files_that_sandboxes_cannot_enter_is_named(
+    closed, monkeypatch, tmp_path
+):
+    zygote_client.shut_down()
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / closed).chmod(0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(inner))
+    with pytest.raises(IsolationError, match=r"cannot enter /.*; chmod o\+x it, or set TMPDIR"):
+        probe("required").require("required")
+    zygote_client.shut_down()
