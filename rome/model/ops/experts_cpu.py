@@ -25,8 +25,7 @@ from jax import Array, lax
 
 # Rows. An expert's last tile is the smallest that holds the rest: 32 rows are wasted on average.
 TILES = (256, 192, 128, 64)
-# Of a call with few tokens. No more than rome.model.ops.rows.EXACT_ROWS: a row's numbers are then
-# the same in each of them.
+# Of a call with few tokens. No more than 32: a row's numbers are then the same in each of them.
 FEW_TILES = (32, 16, 8)
 
 

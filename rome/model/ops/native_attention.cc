@@ -144,7 +144,7 @@ inline __attribute__((always_inline)) Vec multiply_keys(const float* query, int6
   for (int64_t h = 0; h < H; h += kLanes) {
     const Vec part = load(query + h);
 #pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] += part * part_of(lane, h);
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fused(part, part_of(lane, h), sum[lane]);
   }
   return add_each(sum);
 }

@@ -142,7 +142,7 @@ ffi::Error run_norm(ffi::Buffer<ffi::F32> x_ND, ffi::Buffer<ffi::F32> scale_D,
     const float* x = x_ND.typed_data() + n * D;
     float* out = out_ND->typed_data() + n * D;
     Vec squares = Vec{};
-    for (int64_t d = 0; d < D; d += kLanes) squares += load(x + d) * load(x + d);
+    for (int64_t d = 0; d < D; d += kLanes) squares = fused(load(x + d), load(x + d), squares);
     const float factor = 1.0f / std::sqrt(add_lanes<kLanes>(squares) / D + epsilon);
     for (int64_t d = 0; d < D; d += kLanes) store(out + d, load(x + d) * factor * load(scale + d));
   }
