@@ -1,9 +1,10 @@
-r"""Compile an experiment's step for a TPU slice that need not exist, and report its cost.
+r"""Compile an experiment's step for a TPU slice or GPUs that need not exist, and report its cost.
 
 python -m launch.compile --config=experiments/ipa.py:qwen3_30b_a3b --topology=v5p:4x4x4 \
     [--sequence_length=N] [--imbalance=1.2] [--json=FILE] [--config.key=value ...]
 
-Needs libtpu, not a TPU: pip install "jax[tpu]==VERSION OF JAX". Prints bytes a device by kind,
+Needs libtpu, not a TPU: pip install "jax[tpu]==VERSION OF JAX". --topology=h100:8 is a node of
+GPUs, and needs JAX's CUDA plugin on PYTHONPATH (docs/engines.md). Prints bytes a device by kind,
 FLOPs, collectives by mesh axis, the least time that each takes, the MFU that is left at most, and
 what to change where it does not fit (exit status 1). All passes of a step are counted: the scoring
 of pi_old, the counting of experts where nothing is scored, and the epochs.
@@ -34,7 +35,7 @@ _CONFIG = define_config("experiments/ipa.py:qwen3_30b_a3b")
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "v5p:4x4x4",
-    "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), CHIP:SHAPE*SLICES, or one chip (v5e:1x1).",
+    "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x) or chip (v5e:1x1), CHIP:SHAPE*SLICES, or h100:8.",
 )
 _LAYERS = flags.DEFINE_integer(
     "layers", 0, "Compile this many layers instead of the model's: quicker, for a first look."
@@ -213,7 +214,7 @@ def main(argv: list[str]) -> int:
     """Compile, print and write the report; return 1 where the step does not fit."""
     reject_arguments(argv, "--config.key=value")
     # The compiler flags that a run on this chip has; JAX is not imported yet.
-    chip_name = _TOPOLOGY.value.partition(":")[0]
+    chip_name = _TOPOLOGY.value.partition(":")[0].replace("h100", "gpu")
     os.environ.update(environment_of(chip_name, os.environ))
     config = read_config(_CONFIG)
     topology = _TOPOLOGY.value

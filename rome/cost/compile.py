@@ -8,12 +8,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rome.cost.estimate import Program, measure, state_bytes, too_large
+from rome.cost.h100 import TARGET
 from rome.cost.roofline import GIB, Chip
 from rome.data.batch import Batch
 from rome.data.packing import pack
@@ -33,13 +36,15 @@ _MAX_MAKER = 90
 def topology_devices(topology: str) -> list[Any]:
     """Return the devices of a slice, or of several ("v5p:4x4x4*2"), from a description alone.
 
-    A shape of ones ("v5e:1x1") is a single chip.
+    A shape of ones ("v5e:1x1") is a single chip. "h100:8" are the GPUs of a node.
 
     Raises:
-      ValueError: libtpu is missing or knows no such slice.
+      ValueError: libtpu or JAX's CUDA plugin is missing, or knows no such slice.
     """
     from jax.experimental import topologies
 
+    if topology.startswith("h100:"):
+        return _h100s(topology)
     name, _, slices = topology.partition("*")
     options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
     if set(name.partition(":")[2].split("x")) == {"1"}:
@@ -52,6 +57,26 @@ def topology_devices(topology: str) -> list[Any]:
         raise ValueError(
             f"no topology {topology!r}: {reason}. It takes libtpu (pip install"
             f" 'jax[tpu]=={jax.__version__}') and a shape that exists, such as v5p:4x4x4."
+        ) from error
+
+
+def _h100s(topology: str) -> list[Any]:
+    from jax.experimental import topologies
+
+    try:
+        count = int(topology.partition(":")[2])
+        jax.devices()  # plugins are found now, and not by an error of the next call
+        described = topologies.get_topology_desc(
+            "h100", platform="cuda", topology=f"1x1x{count}", target_config=TARGET
+        )
+        return list(described.devices)
+    except Exception as error:  # a missing plugin raises errors of several types
+        reason = " ".join(str(error).split())[:200]
+        version = jax.__version__
+        raise ValueError(
+            f"no topology {topology!r}: {reason}. Give a number of GPUs of one node (h100:8) and"
+            f" JAX's CUDA plugin beside the environment: pip install --no-deps --target=DIR"
+            f" jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}, and PYTHONPATH=DIR"
         ) from error
 
 
@@ -109,7 +134,9 @@ def compile_programs(
     score_share = busiest_share(query_places(T, time_shards), time_shards)
     rows = visited_rows(learner, batch, imbalance)
     programs = {}
-    for name, lowered in learner.lower(batch).items():
+    with asked_by_kernels(learner.mesh):
+        all_lowered = learner.lower(batch)
+    for name, lowered in all_lowered.items():
         if only and name not in only:
             continue
         print(f"compiling {name} ...", file=sys.stderr, flush=True)
@@ -123,6 +150,12 @@ def compile_programs(
         seconds = time.monotonic() - began
         programs[name] = measure(name, compiled, seconds, learner.mesh, chip, rows, score_share)
     return programs
+
+
+def asked_by_kernels(mesh: Mesh) -> AbstractContextManager[Any]:
+    """Return a context in which kernels of GPUs find one: they ask the default device."""
+    first = mesh.devices.flat[0]
+    return jax.default_device(first) if first.platform == "gpu" else nullcontext()
 
 
 def visited_rows(learner: Learner, batch: Batch[Any], imbalance: float = 1.0) -> float:

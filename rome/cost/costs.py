@@ -75,9 +75,11 @@ def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.
     if instruction.opcode != "custom-call":
         return 0.0
     stated = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
+    rows = _grouped_matmul_rows(one)
+    if stated is None and rows:
+        return _grouped_matmul_flops(one, min(rows, grouped_rows))
     if stated is None:
         return _attention_flops(one, score_share)
-    rows = _grouped_matmul_rows(one)
     visited_share = grouped_rows / rows if rows and math.isfinite(grouped_rows) else 1.0
     return float(stated[1]) * visited_share
 
@@ -86,12 +88,13 @@ def hidden_kernels(module: Module) -> list[str]:
     """Return the names of kernels whose FLOPs are neither stated nor known here."""
     kernels = set()
     for one in executed(module):
-        is_kernel = (
-            one.instruction.opcode == "custom-call"
-            and "tpu_custom_call" in one.instruction.attributes
+        is_kernel = one.instruction.opcode == "custom-call" and re.search(
+            "tpu_custom_call|mosaic_gpu", one.instruction.attributes
         )
         if is_kernel and not flops(one):
-            kernels.add(one.instruction.label)
+            # tokamax writes its kernel's class into the name, behind quotes
+            named = re.search(r"\.(Pallas\w+)", one.instruction.attributes)
+            kernels.add(named[1] if named else one.instruction.label)
     return sorted(kernels)
 
 
@@ -123,18 +126,28 @@ def _is_float(shape: Shape) -> bool:
 
 
 def _grouped_matmul_rows(one: Executed) -> int:
-    """Return the rows of the left operand of megablox's gmm or tgmm; 0 for other kernels.
+    """Return the rows of the left operand of a grouped matmul; 0 for other kernels.
 
-    It is the first matrix among their operands.
+    It is the first matrix among the operands of megablox's gmm and tgmm, and of tokamax's.
     """
     names = f"{one.instruction.name} {one.instruction.op_name}"
-    if not re.search(r"\bt?gmm\b", names):
+    is_tokamax = re.search(r"\.PallasMosaicGpuRaggedDot\b", one.instruction.attributes)
+    if not is_tokamax and not re.search(r"\bt?gmm\b", names):
         return 0
     for operand in one.computation.operands_of(one.instruction):
         dims = operand.shapes[0].dims
         if len(dims) == 2:
             return dims[0]
     return 0
+
+
+def _grouped_matmul_flops(one: Executed, rows: float) -> float:
+    """Return the operations of a kernel that states none, on so many rows of matrices [E, D, F]."""
+    for operand in one.computation.operands_of(one.instruction):
+        dims = operand.shapes[0].dims
+        if len(dims) == 3:
+            return 2.0 * rows * dims[1] * dims[2]
+    return 0.0
 
 
 def _convolution_flops(one: Executed) -> float:

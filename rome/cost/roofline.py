@@ -14,6 +14,8 @@ little optimistic (no latency, no contention but the stated one):
 - all-gather and reduce-scatter: each device takes in (n - 1) / n of the whole; all-reduce: both.
   all-to-all: half of all bytes cross the middle of each dimension. collective-permute: the longest
   path of a message.
+- A chip without dimensions (h100) has one link to a switch: whoever talks to whom, data enters and
+  leaves each at its rate.
 - A chip of two devices (tpu7x) has one set of links: groups that hold one device of each chip get
   half of it; between the two of a chip there are 6 links' worth. Slices are connected by the
   data-centre network.
@@ -40,17 +42,19 @@ class Chip:
     """Rates of a chip, per second.
 
     Peaks and HBM bandwidths: cloud.google.com/tpu/docs. Links: 90 % of the nominal rate there (1200
-    GB/s over 12 directions on v5p and tpu7x, 800 over 8 on v6e, 400 over 8 on v5e).
+    GB/s over 12 directions on v5p and tpu7x, 800 over 8 on v6e, 400 over 8 on v5e). H100 SXM:
+    NVIDIA's data sheet, dense bfloat16, NVLink's 450 GB/s a direction, 400 Gb/s of InfiniBand.
 
     Attributes:
       name: as in a topology.
       peak_flops: in bfloat16.
       usable: bytes of HBM that the compiler lets one device have: the limit that libtpu 0.0.42.1
-        names when a program exceeds it.
+        names when a program exceeds it; of an H100 the share that JAX is given
+        (rome.train.xla_flags).
       hbm: bytes of memory traffic.
       link: bytes over one link in one direction.
       dcn: bytes over the data-centre network.
-      dimensions: of the torus.
+      dimensions: of the torus; 0: a switch.
       wraps_at: a dimension of a multiple of this many chips is a ring.
       devices: JAX devices a chip.
     """
@@ -86,6 +90,7 @@ CHIPS = {
     "v5p": Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 90e9, 6.25e9, 3, wraps_at=4),
     "v6e": Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 90e9, 12.5e9, 2, wraps_at=16),
     "tpu7x": Chip("tpu7x", 2307e12, 94.75 * GIB, 7380e9, 90e9, 12.5e9, 3, wraps_at=4, devices=2),
+    "h100": Chip("h100", 989e12, 0.92 * 84942979072, 3352e9, 405e9, 45e9, 0, wraps_at=1),
 }
 CORE_LINKS = 6  # the path between the two devices of a tpu7x chip, in links
 
@@ -205,6 +210,8 @@ def bandwidth(group: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
       extent: size of each coordinate over the mesh.
       chip: of the devices.
     """
+    if not chip.dimensions:
+        return chip.link
     links = 0.0
     for dimension in _dimensions(group, extent, chip):
         links += (2 if dimension.ring else 1) / dimension.stride
@@ -282,6 +289,8 @@ def _exchange_seconds(payload: float, group: np.ndarray, extent: np.ndarray, chi
 
     Half of all bytes cross the middle of each dimension.
     """
+    if not chip.dimensions:
+        return payload * (len(group) - 1) / len(group) / chip.link
     dimensions = _dimensions(group, extent, chip)
     if not dimensions:
         return payload / 2 / (CORE_LINKS * chip.link)
@@ -298,6 +307,8 @@ def _path(a: np.ndarray, b: np.ndarray, extent: np.ndarray, chip: Chip) -> float
     """
     if a[0] != b[0]:
         return chip.link / chip.device_dcn
+    if not chip.dimensions:
+        return 1.0
     steps = 0
     for axis in range(2, len(a)):
         size = int(extent[axis])

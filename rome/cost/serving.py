@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rome.cost.compile import asked_by_kernels
 from rome.cost.estimate import Program, measure
 from rome.cost.roofline import GIB, Chip
 from rome.model.config import ModelConfig
@@ -56,7 +57,8 @@ def report_engine(
     """
     if not 0 < context <= shapes.max_context:
         raise ValueError(f"a context of {context} must be in 1..{shapes.max_context} (max_context)")
-    kernels = choose_serving_kernels("tpu", config, mesh.shape["tensor"])
+    platform = mesh.devices.flat[0].platform
+    kernels = choose_serving_kernels(platform, config, mesh.shape["tensor"])
     params = abstract_params(config, mesh)
     pages = page_shapes(config, shapes.pages, shapes.page_tokens, page_sharding(mesh))
     weights = _local_bytes(params)
@@ -144,7 +146,7 @@ def _compile(
     )
     print(f"compiling a call of {size} tokens ...", file=sys.stderr, flush=True)
     began = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), asked_by_kernels(mesh):
         compiled = program.lower(params, None, pages, call).compile()
     seconds = time.monotonic() - began
     rows = _visited_rows(config, mesh, size)

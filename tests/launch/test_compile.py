@@ -5,8 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
+
+from tests.paths import ROOT
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -14,14 +17,20 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def run_compile(*flags: str) -> subprocess.CompletedProcess:
+CUDA_PLUGIN = ROOT / ".cache/cuda"
+
+
+def run_compile(*flags: str, packages: Sequence[str] = ()) -> subprocess.CompletedProcess:
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     }
+    if packages:
+        environment["PYTHONPATH"] = os.pathsep.join(packages)
     return subprocess.run(
         [sys.executable, "-m", "launch.compile", *flags],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=environment,
@@ -112,6 +121,41 @@ def test_an_engines_call_compiles_on_its_mesh_with_the_kernels_of_tpus(tmp_path)
     reduced = [one for one in call["collectives"] if one["kind"] == "all-reduce"]
     assert {one["axes"] for one in reduced} == {"tensor", "expert+tensor"}
     assert 0 < call["decoded_tokens_per_s"] < 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(
+    not (CUDA_PLUGIN / "jax_plugins").is_dir(),
+    reason="JAX's CUDA plugin is not in .cache/cuda; `make test-all` puts it there",
+)
+def test_an_engines_call_compiles_for_the_gpus_of_a_node(tmp_path):
+    file = tmp_path / "found.json"
+    done = run_compile(
+        "--config=experiments/ipa.py:qwen3_30b_a3b",
+        "--topology=h100:8",
+        "--layers=1",
+        "--engine=expert=4,tensor=2",
+        "--calls=16",
+        "--config.engine.cache_tokens=65536",
+        f"--json={file}",
+        packages=[str(CUDA_PLUGIN), *sys.path],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["devices"] == 8 and found["kernels"][0] == "gather"
+    assert found["bytes_per_device"] == sum(found["bytes"].values())
+    call = found["calls"]["16"]
+    assert {one["axes"] for one in call["collectives"]} == {"tensor", "expert+tensor"}
+    assert 0 < call["decoded_tokens_per_s"] < 1e6
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "h100:many"])
+def test_gpus_without_their_compiler_are_refused_with_what_to_install(topology):
+    flags = [f"--topology={topology}", "--engine=expert=8"]
+    done = run_compile("--config=experiments/ipa.py:qwen3_30b_a3b", *flags)
+    assert done.returncode == 2 and not done.stdout
+    assert "jax-cuda12-pjrt==" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

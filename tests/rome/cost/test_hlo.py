@@ -200,6 +200,21 @@ ENTRY %main (x: bf16[64,8], w: bf16[2,8,16]) -> bf16[64,16] {
     assert costs.traffic(module, one, 16) == 2 * (16 * 8 + 2 * 8 * 16 + 16 * 16)
 
 
+def test_a_grouped_matmul_on_a_gpu_states_nothing_and_is_counted_by_its_shapes():
+    module = hlo.parse("""
+ENTRY %main (s: s32[5], x: bf16[64,8], w: bf16[2,8,16]) -> bf16[64,16] {
+  %s = s32[5]{0} parameter(0)
+  %x = bf16[64,8]{1,0} parameter(1)
+  %w = bf16[2,8,16]{2,1,0} parameter(2)
+  ROOT %mpmd_map.6 = bf16[64,16]{1,0} custom-call(%s, %x, %w), custom_call_target="mosaic_gpu_v2",
+    metadata={op_name="jit(f)/tokamax:{\\"__type\\":\\"ops.ragged_dot.PallasMosaicGpuRaggedDot\\"}"}
+}""")
+    (one,) = [one for one in hlo.executed(module) if one.instruction.is_root]
+    assert [costs.flops(one, rows) for rows in (16, 64)] == [2 * 16 * 8 * 16, 2 * 64 * 8 * 16]
+    assert costs.flops(one) == 2 * 64 * 8 * 16 and not costs.hidden_kernels(module)
+    assert costs.traffic(module, one, 16) == 4 * 5 + 2 * (16 * 8 + 2 * 8 * 16 + 16 * 16)
+
+
 def test_attention_kernels_count_half_their_matmuls_and_one_more_where_backward_is_one_kernel():
     text = """
 ENTRY %main (q: bf16[4,8,256,64], k: bf16[4,256,64]) -> bf16[4,8,256,64] {

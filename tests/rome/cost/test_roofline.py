@@ -140,3 +140,16 @@ def test_a_bound_is_the_slowest_part_or_what_does_not_hide():
     bound = Bound(compute=2.0, memory=1.0, collectives=3.0)
     assert bound.overlapped == 3.0
     assert bound.serial == 5.0
+
+
+def test_behind_a_switch_every_group_has_the_rate_of_one_link():
+    h100 = CHIPS["h100"]
+    node = np.array([(0, 0, number, 0, 0) for number in range(8)])
+    for kind, rounds in ("all-gather", 1), ("all-reduce", 2), ("all-to-all", 1):
+        for group in [[0, 1]], [[0, 3, 5, 6]], [list(range(8))]:
+            n = len(group[0])
+            size, seconds = cost(collective(kind, group), node, h100)
+            assert size == pytest.approx(rounds * MB * (n - 1) / n)
+            assert seconds == pytest.approx(size / h100.link)
+    size, seconds = cost(collective("collective-permute", [[0, 7], [7, 0]]), node, h100)
+    assert (size, seconds) == pytest.approx((MB, MB / h100.link))

@@ -14,32 +14,6 @@ import os
 import re
 import sys
 
-# What the compiler asks of a device: NVIDIA's figures for the H100 SXM.
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  l2_cache_size: 52428800
-  memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 DEVICES = 8
 LAYERS = 2
 
@@ -52,6 +26,7 @@ def main(row_length: int, expert: int, sequence: int) -> None:
     from jax.experimental import topologies
 
     from rome.cost.compile import batch_shapes
+    from rome.cost.h100 import TARGET
     from rome.losses import LOSSES, LossConfig
     from rome.model.config import PRESETS
     from rome.model.sharding import make_mesh
@@ -59,7 +34,7 @@ def main(row_length: int, expert: int, sequence: int) -> None:
 
     jax.devices()  # the plugins are found now
     described = topologies.get_topology_desc(
-        "h100", platform="cuda", topology=f"1x1x{DEVICES}", target_config=H100
+        "h100", platform="cuda", topology=f"1x1x{DEVICES}", target_config=TARGET
     )
     devices = list(described.devices)
     config = dataclasses.replace(PRESETS["qwen3_30b_a3b"], num_layers=LAYERS, remat="full")
