@@ -225,11 +225,12 @@ def _apply_mixture(config: ml_collections.ConfigDict) -> None:
 def _apply_small(config: ml_collections.ConfigDict) -> None:
     """Train a model of 10 M active parameters on all families of the terminal curriculum."""
     common.apply_small(config)
-    config.steps = 60
-    config.groups = 24
+    config.steps = 30
+    config.groups = 12
+    config.epochs = 1
     config.learning_rate = 2e-4
-    config.eval_every = 20
-    config.eval_tasks = 4
+    config.eval_every = 15
+    config.eval_tasks = 2
     config.checkpoint_every = 5
 
 
