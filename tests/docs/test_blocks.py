@@ -30,6 +30,6 @@ def test_the_python_of_a_page_runs(path, tmp_path):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -116,7 +116,7 @@ def test_a_command_explains_the_flags_that_the_documents_use(module):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
     )
     used = {
         flag

@@ -33,7 +33,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "algorithms" / "index.html").read_text().count("<math") > 10

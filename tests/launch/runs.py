@@ -34,7 +34,7 @@ def train(flags: list[str], workdir: pathlib.Path) -> str:
         env=user_environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout

@@ -448,7 +448,7 @@ def test_the_command_converts_and_misspelt_flags_or_missing_input_are_one_line(e
             env=environment,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=800,
         )
 
     done = command(

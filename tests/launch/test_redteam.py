@@ -11,7 +11,7 @@ import pytest
 
 from tests.paths import ROOT
 
-DEADLINE = 240.0
+DEADLINE = 800.0
 
 
 def start(module, *arguments):

@@ -101,7 +101,7 @@ def test_sglangs_own_classes_understand_every_body(python):
         input=json.dumps(sent),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.splitlines()[-1])

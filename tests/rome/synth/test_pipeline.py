@@ -191,10 +191,10 @@ def test_a_killed_run_goes_on_and_makes_the_same_set(tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     done = trace.read_text()
-    subprocess.run(command, cwd=ROOT, check=True, timeout=250, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=800, stdout=subprocess.DEVNULL)
     whole = tmp_path / "whole"
     again = [*command[:-1], f"--out={whole}"]
-    subprocess.run(again, cwd=ROOT, check=True, timeout=250, stdout=subprocess.DEVNULL)
+    subprocess.run(again, cwd=ROOT, check=True, timeout=800, stdout=subprocess.DEVNULL)
     assert trace.read_text().startswith(done.rpartition("\n")[0])
     names = [sorted(path.name for path in (folder / "tasks").iterdir()) for folder in (out, whole)]
     assert names[0] == names[1]

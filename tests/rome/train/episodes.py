@@ -60,7 +60,7 @@ def serve(params: dict, config: ModelConfig, directory: pathlib.Path) -> ServerP
             f"--max_context={CONTEXT}",
             f"--dtype={config.dtype}",
         ],
-        deadline_seconds=300,
+        deadline_seconds=800,
     )
 
 

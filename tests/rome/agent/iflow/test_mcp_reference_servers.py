@@ -32,7 +32,7 @@ def programs(tmp_path_factory):
     names = [f"@modelcontextprotocol/{name}" for name in PACKAGES]
     command = ["npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", folder, *names]
     try:
-        subprocess.run(command, check=True, timeout=280, capture_output=True)
+        subprocess.run(command, check=True, timeout=800, capture_output=True)
     except (subprocess.SubprocessError, OSError) as error:
         pytest.skip(f"npm cannot install the servers: {error}")
     return folder / "node_modules" / ".bin"

@@ -253,7 +253,7 @@ def test_two_processes_read_their_halves_and_write_their_shards(tmp_path):
         for number in range(2)
     ]
     try:
-        said = [process.communicate(timeout=250)[0] for process in started]
+        said = [process.communicate(timeout=800)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -395,7 +395,7 @@ def test_resident_memory_exceeds_the_arrays_by_about_one_shard_and_one_tensor(me
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(done.stdout.splitlines()[-1])
