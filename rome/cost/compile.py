@@ -43,7 +43,7 @@ def topology_devices(topology: str) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    if topology.startswith("h100:"):
+    if topology.partition(":")[0] == "h100":
         return _h100s(topology)
     name, _, slices = topology.partition("*")
     options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
@@ -65,6 +65,8 @@ def _h100s(topology: str) -> list[Any]:
 
     try:
         count = int(topology.partition(":")[2])
+        if count < 1:
+            raise ValueError(f"{count} GPUs are none")
         jax.devices()  # plugins are found now, and not by an error of the next call
         described = topologies.get_topology_desc(
             "h100", platform="cuda", topology=f"1x1x{count}", target_config=TARGET
