@@ -29,10 +29,20 @@ constexpr int kLanes = 16;
 #else
 constexpr int kLanes = 8;
 #endif
-constexpr int kWide = 4;                      // vectors of a block of columns
-constexpr int kColumns = kLanes * kWide;      // of a block
-constexpr int kAhead = 64;                    // rows of a matrix that are fetched before their use
-constexpr int kMaxRows = kLanes == 16 ? 6 : 2;  // of a block: its sums stay in registers
+constexpr int kWide = 4;        // vectors of a block of columns, at most
+constexpr int kMaxRows = 6;     // of a block
+constexpr int kFewRows = 8;     // for as many a matrix is read where it lies, for more it is packed
+constexpr int64_t kDepth = 64;  // rows of a matrix that are packed at once
+constexpr int64_t kAhead = 4;   // rows of it that are fetched before their use
+// Columns that are computed together, at most. The longer the pieces that lie together in memory,
+// the faster they are read: 512 floats twice as fast as 32.
+constexpr int64_t kStripe = 512;
+
+// The vectors of a block of columns, so that its sums stay in registers: of which AVX-512 has 32,
+// others 16.
+constexpr int most_wide(int rows) { return kLanes == 16 || rows <= 2 ? kWide : 2; }
+
+constexpr int kPanel = most_wide(kMaxRows) * kLanes;  // columns of a packed panel
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4)));
@@ -159,16 +169,6 @@ inline __attribute__((always_inline)) void multiply_block(const float* const* x,
   }
 }
 
-// Copy `columns` columns of `depth` rows that lie `stride` apart to rows that lie `width` apart.
-inline void copy_columns(const float* from, int64_t stride, int64_t depth, int64_t columns,
-                         int64_t width, float* to) {
-  for (int64_t d = 0; d < depth; ++d, from += stride, to += width) {
-    // Processors do not guess it: the next row is far. Beyond the matrix it does nothing.
-    for (int64_t at = 0; at < columns; at += 16) __builtin_prefetch(from + kAhead * stride + at);
-    std::memcpy(to, from, columns * sizeof(float));
-  }
-}
-
 // Call block(Rows as a constant, first) with the Rows, at most Most, that are `rows`.
 template <int Most, typename Block>
 inline void over_some(int64_t rows, int64_t first, const Block& block) {
@@ -188,15 +188,16 @@ void over_rows(int64_t rows, const Block& block) {
   }
 }
 
-// Call block(Wide as a constant, first column) over columns [begin, end): whole vectors, at most
-// kColumns at a time.
-template <typename Block>
+// Call block(Wide as a constant, first column) over columns [begin, end) for blocks of `Rows` rows:
+// whole vectors, at most most_wide(Rows) at a time.
+template <int Rows, typename Block>
 void over_columns(int64_t begin, int64_t end, const Block& block) {
+  constexpr int Most = most_wide(Rows);
   while (begin < end) {
     const int64_t left = (end - begin) / kLanes;
-    if (left >= kWide) {
-      block(std::integral_constant<int, kWide>{}, begin);
-      begin += kColumns;
+    if (left >= Most) {
+      block(std::integral_constant<int, Most>{}, begin);
+      begin += Most * kLanes;
     } else if (left >= 2) {
       block(std::integral_constant<int, 2>{}, begin);
       begin += 2 * kLanes;
@@ -204,6 +205,106 @@ void over_columns(int64_t begin, int64_t end, const Block& block) {
       block(std::integral_constant<int, 1>{}, begin);
       begin += kLanes;
     }
+  }
+}
+
+// sums[r][0:width] += sum over s of x[r][d + s] * w[s][0:width], for `Rows` rows and `Steps` s.
+template <int Rows, int Steps>
+inline void stream_steps(const float* const* x, int64_t d, const float* w, int64_t stride,
+                         int64_t width, float* const* sums) {
+  Vec x_rs[Rows][Steps];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < Steps; ++s) x_rs[r][s] = all(x[r][d + s]);
+  }
+  for (int64_t at = 0; at < width; at += kLanes) {
+    Vec sum[Rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) sum[r] = load(sums[r] + at);
+#pragma GCC unroll 8
+    for (int s = 0; s < Steps; ++s) {
+      const float* w_s = w + s * stride + at;
+      __builtin_prefetch(w_s + kAhead * stride);
+      const Vec own = load(w_s);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) sum[r] = fused(x_rs[r][s], own, sum[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) store(sums[r] + at, sum[r]);
+  }
+}
+
+// Add the products of a few rows to their sums, which stay in the first cache, as do the `Steps`
+// rows of the matrix that all of them read.
+template <int Steps>
+inline void stream(int64_t rows, const float* const* x, const float* w, int64_t depth,
+                   int64_t stride, int64_t width, float* const* sums) {
+  for (int64_t d = 0; d + Steps <= depth; d += Steps, w += Steps * stride) {
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) {
+      stream_steps<2, Steps>(x + r, d, w, stride, width, sums + r);
+    }
+    if (r < rows) stream_steps<1, Steps>(x + r, d, w, stride, width, sums + r);
+  }
+}
+
+// Copy [depth, width], whose rows lie `stride` apart, to panels of [depth, kPanel]; the last one
+// has the columns that are left.
+inline void pack_panels(const float* w, int64_t depth, int64_t stride, int64_t width, float* to) {
+  for (int64_t d = 0; d < depth; ++d, w += stride) {
+    for (int64_t at = 0; at < width; at += kPanel) {
+      const int64_t columns = std::min<int64_t>(kPanel, width - at);
+      float* panel = to + at * depth + d * columns;
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        __builtin_prefetch(w + kAhead * stride + at + c);  // beyond the matrix it does nothing
+        store(panel + c, load(w + at + c));
+      }
+    }
+  }
+}
+
+// Add the products of rows with panels to their sums.
+inline void multiply_panels(int64_t rows, const float* const* x, int64_t from, const float* panels,
+                            int64_t depth, int64_t width, float* const* sums) {
+  for (int64_t begin = 0; begin < width; begin += kPanel) {
+    const int64_t columns = std::min<int64_t>(kPanel, width - begin);
+    const float* panel = panels + begin * depth;
+    over_rows(rows, [&](auto some, int64_t first) {
+      constexpr int Rows = decltype(some)::value;
+      const float* own[Rows];
+      for (int r = 0; r < Rows; ++r) own[r] = x[first + r] + from;
+      over_columns<Rows>(0, columns, [&](auto wide, int64_t at) {
+        constexpr int Wide = decltype(wide)::value;
+        Vec sum[Rows][Wide];
+        for (int r = 0; r < Rows; ++r) {
+          const float* before = sums[first + r] + begin + at;
+          for (int v = 0; v < Wide; ++v) sum[r][v] = load(before + v * kLanes);
+        }
+        multiply_block<Rows, Wide, true>(own, panel + at, depth, columns, sum);
+        for (int r = 0; r < Rows; ++r) {
+          float* after = sums[first + r] + begin + at;
+          for (int v = 0; v < Wide; ++v) store(after + v * kLanes, sum[r][v]);
+        }
+      });
+    });
+  }
+}
+
+// sums[r][0:width] += x[r] * w[0:depth][0:width], whose rows lie `stride` apart; the width is whole
+// vectors. What is summed for a number, and in which order, does not depend on the other rows.
+inline void multiply_rows(int64_t rows, const float* const* x, const float* w, int64_t depth,
+                          int64_t stride, int64_t width, float* const* sums) {
+  constexpr int kSteps = 4;
+  if (rows <= kFewRows && depth % kSteps == 0) {
+    return stream<kSteps>(rows, x, w, depth, stride, width, sums);
+  }
+  thread_local std::vector<float> panels;
+  panels.resize(kDepth * width);
+  for (int64_t d = 0; d < depth; d += kDepth) {
+    const int64_t some = std::min(kDepth, depth - d);
+    pack_panels(w + d * stride, some, stride, width, panels.data());
+    multiply_panels(rows, x, d, panels.data(), some, width, sums);
   }
 }
 

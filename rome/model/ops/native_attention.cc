@@ -205,7 +205,7 @@ void attend(const Pages& pages, const Unit& unit, const float* q_TNH, float* out
         constexpr int Rows = decltype(some)::value;
         const float* weights[Rows];
         for (int r = 0; r < Rows; ++r) weights[r] = scores_of(k, first + r) + page;
-        over_columns(0, H, [&](auto wide, int64_t at) {
+        over_columns<Rows>(0, H, [&](auto wide, int64_t at) {
           constexpr int Wide = decltype(wide)::value;
           Vec sum[Rows][Wide];  // of the pages before, so that a sum does not depend on P
           for (int r = 0; r < Rows; ++r) {

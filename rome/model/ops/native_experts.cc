@@ -19,23 +19,6 @@ struct Call {
   const int32_t* ids;
 };
 
-// Some columns of a matrix of one expert.
-struct Columns {
-  const float* w;
-  int64_t stride;  // of its rows
-
-  // For many tokens they are copied: rows that lie together are read faster, again and again.
-  Columns(const float* matrix, int64_t width_of_all, int64_t depth, int64_t begin, int64_t end,
-          int64_t tokens, std::vector<float>& copy)
-      : w(matrix + begin), stride(width_of_all) {
-    if (tokens <= kMaxRows) return;
-    copy.resize(depth * (end - begin));
-    copy_columns(w, stride, depth, end - begin, end - begin, copy.data());
-    w = copy.data();
-    stride = end - begin;
-  }
-};
-
 // What an adapter adds to a product: low x b, for rows whose low[r] = scale * (x[r] x a) is known.
 struct Addend {
   int64_t rank = 0;  // 0: nothing is added
@@ -43,44 +26,31 @@ struct Addend {
   const float* b = nullptr;
 };
 
-template <int Rows, int Wide>
-inline void add_low_rank(const Addend& addend, int64_t column, int64_t stride,
-                         Vec out[Rows][Wide]) {
+// Rows of sums that a thread keeps.
+struct Sums {
+  std::vector<float> values;
+  std::vector<float*> rows;
+
+  // `count` rows of zeros.
+  float* const* zeros(int64_t count, int64_t width) {
+    values.assign(count * width, 0.0f);
+    rows.resize(count);
+    for (int64_t r = 0; r < count; ++r) rows[r] = values.data() + r * width;
+    return rows.data();
+  }
+};
+
+// Add what an adapter adds to columns [begin, begin + width) of rows.
+void add_low_rank(const Addend& addend, int64_t count, int64_t begin, int64_t width, int64_t stride,
+                  float* const* sums) {
   if (!addend.rank) return;
-  Vec more[Rows][Wide];
-  multiply_block<Rows, Wide>(addend.low, addend.b + column, addend.rank, stride, more);
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Wide; ++v) out[r][v] += more[r][v];
-  }
-}
-
-// The hidden values of some choices of one expert, in `Wide` vectors of columns from `at` on, which
-// are `near` columns from the first of gate and up.
-template <int Rows, int Wide>
-void hidden_columns(const Columns& of_gate, const Columns& of_up, const Call& call,
-                    const float* const* x, const Addend& gate_low, const Addend& up_low,
-                    const float* weight, int64_t near, int64_t at, float* const* hidden) {
-  Vec gate[Rows][Wide], up[Rows][Wide];
-  multiply_block<Rows, Wide>(x, of_gate.w + near, call.D, of_gate.stride, gate);
-  multiply_block<Rows, Wide>(x, of_up.w + near, call.D, of_up.stride, up);
-  add_low_rank<Rows, Wide>(gate_low, at, call.F, gate);
-  add_low_rank<Rows, Wide>(up_low, at, call.F, up);
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Wide; ++v) {
-      const Vec own = gate[r][v];
-      store(hidden[r] + at + v * kLanes, own / (1.0f + exp_of(-own)) * up[r][v] * weight[r]);
+  thread_local Sums more;
+  float* const* own = more.zeros(count, width);
+  multiply_rows(count, addend.low, addend.b + begin, addend.rank, stride, width, own);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t at = 0; at < width; at += kLanes) {
+      store(sums[r] + at, load(sums[r] + at) + load(own[r] + at));
     }
-  }
-}
-
-template <int Rows, int Wide>
-void down_columns(const Columns& of_down, const Call& call, const float* const* hidden,
-                  const Addend& low, int64_t near, int64_t at, float* const* out) {
-  Vec sum[Rows][Wide];
-  multiply_block<Rows, Wide>(hidden, of_down.w + near, call.F, of_down.stride, sum);
-  add_low_rank<Rows, Wide>(low, at, call.D, sum);
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Wide; ++v) store(out[r] + at + v * kLanes, sum[r][v]);
   }
 }
 
@@ -150,13 +120,13 @@ void multiply_low(ffi::ThreadPool& pool, const std::vector<Group>& groups, const
   });
 }
 
-// What `pair` adds for rows [first, first + Rows) of a group; `rows` is where pointers are kept.
-template <int Rows>
+// What `pair` adds for the choices of a group; `rows` is where pointers are kept.
 Addend addend_of(const Group& group, const LowRank& pair, int64_t E, int64_t width,
-                 const float* low, int64_t first, const float** rows) {
+                 const float* low, std::vector<const float*>& rows) {
   if (group.slot < 0 || !pair.rank) return {};
-  for (int r = 0; r < Rows; ++r) rows[r] = low + group.choices[first + r] * pair.rank;
-  return {pair.rank, rows, pair.b + (group.slot * E + group.e) * pair.rank * width};
+  rows.clear();
+  for (const int64_t a : group.choices) rows.push_back(low + a * pair.rank);
+  return {pair.rank, rows.data(), pair.b + (group.slot * E + group.e) * pair.rank * width};
 }
 
 ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adapters,
@@ -175,11 +145,11 @@ ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adap
   };
   std::vector<Unit> to_hidden, to_out;
   for (const Group& group : groups) {
-    for (int64_t f = 0; f < F; f += kColumns) {
-      to_hidden.push_back({&group, f, std::min(f + kColumns, F)});
+    for (int64_t f = 0; f < F; f += kStripe) {
+      to_hidden.push_back({&group, f, std::min(f + kStripe, F)});
     }
-    for (int64_t d = 0; d < D; d += kColumns) {
-      to_out.push_back({&group, d, std::min(d + kColumns, D)});
+    for (int64_t d = 0; d < D; d += kStripe) {
+      to_out.push_back({&group, d, std::min(d + kStripe, D)});
     }
   }
   const auto room = [A](int64_t width) { return std::unique_ptr<float[]>(new float[A * width]); };
@@ -192,52 +162,47 @@ ffi::Error compute(ffi::ThreadPool& pool, const Call& call, const Adapters& adap
   for_each(pool, to_hidden.size(), [&](int64_t number) {
     const Unit& unit = to_hidden[number];
     const Group& group = *unit.group;
-    const int64_t tokens = group.choices.size(), matrix = group.e * D * F;
-    thread_local std::vector<float> gate_copy, up_copy;
-    const Columns of_gate(call.gate + matrix, F, D, unit.begin, unit.end, tokens, gate_copy);
-    const Columns of_up(call.up + matrix, F, D, unit.begin, unit.end, tokens, up_copy);
-    over_rows(tokens, [&](auto rows, int64_t first) {
-      constexpr int Rows = decltype(rows)::value;
-      const float *x[Rows], *gate_rows[Rows], *up_rows[Rows];
-      float* hidden[Rows];
-      float weight[Rows];
-      for (int r = 0; r < Rows; ++r) {
-        const int64_t a = group.choices[first + r];
-        x[r] = x_of(a);
-        hidden[r] = hidden_of(a);
-        weight[r] = call.weights[a];
+    const int64_t count = group.choices.size(), width = unit.end - unit.begin;
+    const int64_t matrix = group.e * D * F + unit.begin;
+    thread_local std::vector<const float*> x, gate_rows, up_rows;
+    thread_local Sums of_gate, of_up;
+    x.clear();
+    for (const int64_t a : group.choices) x.push_back(x_of(a));
+    const Addend gate_more = addend_of(group, adapters.gate, E, F, gate_low.get(), gate_rows);
+    const Addend up_more = addend_of(group, adapters.up, E, F, up_low.get(), up_rows);
+    float* const* gate = of_gate.zeros(count, width);
+    multiply_rows(count, x.data(), call.gate + matrix, D, F, width, gate);
+    add_low_rank(gate_more, count, unit.begin, width, F, gate);
+    float* const* up = of_up.zeros(count, width);
+    multiply_rows(count, x.data(), call.up + matrix, D, F, width, up);
+    add_low_rank(up_more, count, unit.begin, width, F, up);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t a = group.choices[r];
+      for (int64_t at = 0; at < width; at += kLanes) {
+        const Vec own = load(gate[r] + at);
+        const Vec activated = own / (1.0f + exp_of(-own)) * load(up[r] + at);
+        store(hidden_AF.get() + a * F + unit.begin + at, activated * call.weights[a]);
       }
-      const Addend gate =
-          addend_of<Rows>(group, adapters.gate, E, F, gate_low.get(), first, gate_rows);
-      const Addend up = addend_of<Rows>(group, adapters.up, E, F, up_low.get(), first, up_rows);
-      over_columns(unit.begin, unit.end, [&](auto wide, int64_t at) {
-        hidden_columns<Rows, decltype(wide)::value>(of_gate, of_up, call, x, gate, up, weight,
-                                                    at - unit.begin, at, hidden);
-      });
-    });
+    }
   });
   multiply_low(pool, groups, adapters.down, call, adapters, F, hidden_of, down_low.get());
   for_each(pool, to_out.size(), [&](int64_t number) {
     const Unit& unit = to_out[number];
     const Group& group = *unit.group;
-    const int64_t tokens = group.choices.size();
-    thread_local std::vector<float> copy;
-    const Columns of_down(call.down + group.e * D * F, D, F, unit.begin, unit.end, tokens, copy);
-    over_rows(tokens, [&](auto rows, int64_t first) {
-      constexpr int Rows = decltype(rows)::value;
-      const float *hidden[Rows], *low_rows[Rows];
-      float* out[Rows];
-      for (int r = 0; r < Rows; ++r) {
-        hidden[r] = hidden_of(group.choices[first + r]);
-        out[r] = out_AD.get() + group.choices[first + r] * D;
-      }
-      const Addend low =
-          addend_of<Rows>(group, adapters.down, E, D, down_low.get(), first, low_rows);
-      over_columns(unit.begin, unit.end, [&](auto wide, int64_t at) {
-        down_columns<Rows, decltype(wide)::value>(of_down, call, hidden, low, at - unit.begin, at,
-                                                  out);
-      });
-    });
+    const int64_t count = group.choices.size(), width = unit.end - unit.begin;
+    thread_local std::vector<const float*> hidden, low_rows;
+    thread_local std::vector<float*> out;
+    hidden.clear();
+    out.clear();
+    for (const int64_t a : group.choices) {
+      hidden.push_back(hidden_of(a));
+      out.push_back(out_AD.get() + a * D + unit.begin);
+      std::fill(out.back(), out.back() + width, 0.0f);
+    }
+    const Addend more = addend_of(group, adapters.down, E, D, down_low.get(), low_rows);
+    const float* matrix = call.down + group.e * D * F + unit.begin;
+    multiply_rows(count, hidden.data(), matrix, F, D, width, out.data());
+    add_low_rank(more, count, unit.begin, width, D, out.data());
   });
   const int64_t parts = (call.T + kSummed - 1) / kSummed;
   for_each(pool, parts, [&](int64_t part) {

@@ -10,8 +10,8 @@
 
 namespace {
 
-constexpr int64_t kFewRows = kMaxRows;  // a panel that no more rows read is not copied
-constexpr int64_t kDepth = 64;          // inputs of a panel, which stays in the first cache
+constexpr int64_t kUnits = 4;         // of a thread
+constexpr int64_t kLeastStripe = 64;  // columns of a unit
 // Multiplications and additions that take about as long as a thread takes to begin.
 constexpr int64_t kWorthAThread = 1 << 18;
 
@@ -24,79 +24,72 @@ struct Matrix {
 
 struct Unit {
   const Matrix* matrix;
-  int64_t begin, end;  // columns, at most kColumns
+  int64_t begin, end;   // columns, at most kStripe
   int64_t first, last;  // rows
 };
 
 // Copy inputs [first, last) of columns [begin, end) to [inputs, width], filled up with zeros.
-void pack(const Matrix& matrix, int64_t I, int64_t first, int64_t last, int64_t begin, int64_t end,
-          int64_t width, float* to) {
+void fill_up(const Matrix& matrix, int64_t I, int64_t first, int64_t last, int64_t begin,
+             int64_t end, int64_t width, float* to) {
   if (end - begin < width) std::fill(to, to + (last - first) * width, 0.0f);
-  if (matrix.transposed) {
-    for (int64_t at = begin; at < end; ++at) {
-      const float* row = matrix.w + at * I;
-      for (int64_t i = first; i < last; ++i) to[(i - first) * width + at - begin] = row[i];
+  if (!matrix.transposed) {
+    for (int64_t i = first; i < last; ++i, to += width) {
+      std::memcpy(to, matrix.w + i * matrix.O + begin, (end - begin) * sizeof(float));
     }
     return;
   }
-  copy_columns(matrix.w + first * matrix.O + begin, matrix.O, last - first, end - begin, width, to);
-}
-
-// Add the products with inputs [0, depth) of a block of columns, `w` onwards, to sums [rows, width].
-void add_products(const Unit& unit, const float* x_TI, int64_t I, const float* w, int64_t depth,
-                  int64_t stride, int64_t width, float* sums) {
-  over_rows(unit.last - unit.first, [&](auto rows, int64_t first) {
-    constexpr int Rows = decltype(rows)::value;
-    const float* x[Rows];
-    for (int r = 0; r < Rows; ++r) x[r] = x_TI + (unit.first + first + r) * I;
-    over_columns(0, width, [&](auto wide, int64_t at) {
-      constexpr int Wide = decltype(wide)::value;
-      Vec sum[Rows][Wide];
-      float* own = sums + first * width + at;
-      for (int r = 0; r < Rows; ++r) {
-        for (int v = 0; v < Wide; ++v) sum[r][v] = load(own + r * width + v * kLanes);
-      }
-      multiply_block<Rows, Wide, true>(x, w + at, depth, stride, sum);
-      for (int r = 0; r < Rows; ++r) {
-        for (int v = 0; v < Wide; ++v) store(own + r * width + v * kLanes, sum[r][v]);
-      }
-    });
-  });
+  for (int64_t at = begin; at < end; ++at) {
+    const float* row = matrix.w + at * I;
+    for (int64_t i = first; i < last; ++i) to[(i - first) * width + at - begin] = row[i];
+  }
 }
 
 void multiply(const Unit& unit, const float* x_TI, int64_t I) {
-  thread_local std::vector<float> panel, sums;
+  thread_local std::vector<float> filled, values;
+  thread_local std::vector<const float*> x;
+  thread_local std::vector<float*> sums;
   const Matrix& matrix = *unit.matrix;
   const int64_t columns = unit.end - unit.begin, rows = unit.last - unit.first;
   const int64_t width = (columns + kLanes - 1) / kLanes * kLanes;
-  sums.assign(rows * width, 0.0f);
-  if (!matrix.transposed && columns == width && rows <= kFewRows) {
-    add_products(unit, x_TI, I, matrix.w + unit.begin, I, matrix.O, width, sums.data());
+  values.assign(rows * width, 0.0f);
+  x.resize(rows);
+  sums.resize(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    x[row] = x_TI + (unit.first + row) * I;
+    sums[row] = values.data() + row * width;
+  }
+  if (!matrix.transposed && columns == width) {
+    multiply_rows(rows, x.data(), matrix.w + unit.begin, I, matrix.O, width, sums.data());
   } else {
-    panel.resize(kDepth * width);
+    filled.resize(kDepth * width);
     for (int64_t i = 0; i < I; i += kDepth) {
       const int64_t depth = std::min(kDepth, I - i);
-      pack(matrix, I, i, i + depth, unit.begin, unit.end, width, panel.data());
-      add_products(unit, x_TI + i, I, panel.data(), depth, width, width, sums.data());
+      fill_up(matrix, I, i, i + depth, unit.begin, unit.end, width, filled.data());
+      multiply_rows(rows, x.data(), filled.data(), depth, width, width, sums.data());
+      for (const float*& row : x) row += depth;
     }
   }
   for (int64_t row = 0; row < rows; ++row) {
-    std::memcpy(matrix.out + (unit.first + row) * matrix.O + unit.begin, sums.data() + row * width,
+    std::memcpy(matrix.out + (unit.first + row) * matrix.O + unit.begin, sums[row],
                 columns * sizeof(float));
   }
 }
 
 std::vector<Unit> make_units(const std::vector<Matrix>& matrices, int64_t T, int64_t threads) {
-  int64_t blocks = 0;
-  for (const Matrix& matrix : matrices) blocks += (matrix.O + kColumns - 1) / kColumns;
+  int64_t columns = 0;
+  for (const Matrix& matrix : matrices) columns += matrix.O;
   // Several units a thread, so that none waits long for the others at the end.
-  const int64_t parts = std::clamp<int64_t>(4 * threads / blocks, 1, (T + 63) / 64);
+  const int64_t share = columns / (kUnits * threads) / kPanel * kPanel;
+  const int64_t stripe = std::clamp<int64_t>(share, kLeastStripe, kStripe);
+  int64_t blocks = 0;
+  for (const Matrix& matrix : matrices) blocks += (matrix.O + stripe - 1) / stripe;
+  const int64_t parts = std::clamp<int64_t>(kUnits * threads / blocks, 1, (T + 63) / 64);
   const int64_t groups = (T + kMaxRows - 1) / kMaxRows;
   std::vector<Unit> units;
   for (const Matrix& matrix : matrices) {
-    for (int64_t at = 0; at < matrix.O; at += kColumns) {
+    for (int64_t at = 0; at < matrix.O; at += stripe) {
       for (int64_t part = 0; part < parts; ++part) {
-        units.push_back({&matrix, at, std::min(at + kColumns, matrix.O),
+        units.push_back({&matrix, at, std::min(at + stripe, matrix.O),
                          groups * part / parts * kMaxRows,
                          std::min(groups * (part + 1) / parts * kMaxRows, T)});
       }

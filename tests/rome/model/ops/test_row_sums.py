@@ -12,6 +12,7 @@ from rome.model.ops.kernels import Kernels, choose_serving_kernels
 from rome.model.ops.row_sums import softmax_of_rows, sum_of_rows
 from rome.model.qwen3 import Qwen3, init_params
 from rome.model.stacking import unstack_layers
+from rome.serve.decoding import CPU_OPTIONS
 from rome.serve.programs import Pages, Shapes
 
 
@@ -39,7 +40,7 @@ def test_hidden_states_over_pages_do_not_depend_on_how_a_prompt_is_cut(kernels):
     shape = (shapes.pages, shapes.page_tokens, 2 * config.num_kv_heads, config.head_dim)
     tokens = np.random.RandomState(0).randint(5, 700, size=32)
 
-    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=2, compiler_options=CPU_OPTIONS)
     def compute(params, kv, size, piece, first, count):
         place_T = jnp.arange(size)
         real_T = (place_T < count).astype(jnp.int32)
