@@ -1,4 +1,4 @@
-"""Products and norms in C++ against NumPy, and each row by itself."""
+"""Products, norms and experts in C++ against NumPy, and each row by itself."""
 
 import functools
 
@@ -12,11 +12,21 @@ from rome.model.ops import native
 
 pytestmark = pytest.mark.skipif(native.reason_missing() is not None, reason="no compiler")
 
-ROWS = (1, 5, 17, 64, 200)  # among, between and beyond the blocks that are computed together
+ROWS = (
+    1,
+    2,
+    5,
+    8,
+    9,
+    17,
+    64,
+    200,
+)  # among, between and beyond the blocks that are computed together
 SHAPES = [  # inputs, outputs of the matrices; whole vectors of columns and others
     (16, (64,)),
     (100, (748, 1, 33)),
     (256, (512, 16)),
+    (70, (4600, 24)),
 ]
 
 
@@ -69,3 +79,28 @@ def test_norms_are_numpys(width, rows, size):
     out_ND = native.norm_native(x_ND, scale_D, 1e-6)
     np.testing.assert_allclose(out_ND, expected, rtol=1e-5, atol=1e-6)
     assert np.array_equal(native.norm_native(x_ND[-1:], scale_D, 1e-6)[0], out_ND[-1])
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(48, 1040), (1040, 48)])
+def test_experts_are_numpys_and_a_token_has_the_bits_that_it_has_alone(width, hidden):
+    """Experts of few and of many tokens, with more columns than are computed together."""
+    E, T, k = 4, 40, 2
+    gate, up = normal(1, E, width, hidden), normal(2, E, width, hidden)
+    down, x_TD = normal(3, E, hidden, width), normal(4, T, width) / width**0.5
+    weights_Tk = np.abs(normal(5, T, k))
+    ids_Tk = np.zeros((T, k), np.int32)
+    ids_Tk[:, 1] = np.repeat([1, 2, E], [30, 7, 3])  # E: no second expert
+    compute = jax.jit(native.experts_native)
+    out_TD = np.asarray(compute(x_TD, gate, up, down, weights_Tk, ids_Tk))
+    expected = np.zeros((T, width))
+    for t, chosen in enumerate(ids_Tk):
+        for weight, e in zip(weights_Tk[t], chosen, strict=True):
+            if e < E:
+                own = np.float64(x_TD[t]) @ gate[e]
+                inner = own / (1 + np.exp(-own)) * (np.float64(x_TD[t]) @ up[e])
+                expected[t] += weight * inner @ down[e]
+    np.testing.assert_allclose(out_TD, expected, rtol=1e-4, atol=1e-3)
+    for t in (0, 29, 36, 39):
+        here = slice(t, t + 1)
+        alone = compute(x_TD[here], gate, up, down, weights_Tk[here], ids_Tk[here])
+        assert np.array_equal(alone[0], out_TD[t])
