@@ -3,6 +3,7 @@
 #   make train [CONFIG=experiments/ipa.py:PRESET] [WORKDIR=DIR] [ARGS="--config.key=value ..."]
 #   make check                            format, lint and types
 #   make test  [ARGS="tests/rome -x"]     the fast tests
+#   make test-long                        the tests of several seconds each, which CI runs too
 #   make test-all                         the slow ones too, the live comparisons, and coverage
 #   make format                           apply the formatter and the safe fixes of the linter
 #   make docs                             build the documentation into site/
@@ -26,10 +27,10 @@ WORKERS = $(shell awk -v most=$$((2 * $$(nproc))) '/MemAvailable/ {n = int($$2 /
 # Tests of one file stay together: they share processes and compiled programs. conftest.py orders the files.
 PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help train check format test test-all docs sglang clean
+.PHONY: help train check format test test-long test-all docs sglang clean
 
 help:
-	@sed -n '3,10s/^\#   /  /p; 12s/^\# \(P.*\)/\n\1/p; 13s/^\# \(A.*\)/\1/p' Makefile
+	@sed -n '3,11s/^\#   /  /p; 13s/^\# \(P.*\)/\n\1/p; 14s/^\# \(A.*\)/\1/p' Makefile
 
 # `exec`: the job takes the place of its shell, so a signal meets one process and its exit status is the recipe's.
 train:
@@ -47,16 +48,22 @@ format:
 	.venv/bin/ruff check --fix --exit-zero .
 	.venv/bin/ruff format .
 
+# In a fresh clone the tests are compiled once, before each worker would do it by itself.
 test:
 	@$(SETUP) $(DEV)
+	@[ -d tests/__pycache__ ] || printf '%s\n' tests/*/ | xargs -P $$(nproc) -n 4 .venv/bin/python -m pytest --collect-only -q > /dev/null 2>&1 || true
 	@exec .venv/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+test-long:
+	@$(SETUP) $(DEV)
+	@exec .venv/bin/python -m pytest $(PARALLEL) -m "long and not slow" $(ARGS)
 
 # The CUDA plugin of this jax lies beside .venv: inside, it would look for a GPU in every process.
 test-all:
 	@$(SETUP) $(DEV) tests/requirements-live.txt
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || [ -d .cache/cuda/jax_plugins ] || { jax=$$(.venv/bin/python -c "import jax; print(jax.__version__)") && \
 	  .venv/bin/python -m pip install -qq --no-deps --target .cache/cuda jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax; }
-	@exec .venv/bin/python -m pytest $(PARALLEL) -m "slow or not slow" --cov --cov-report=term $(ARGS)
+	@exec .venv/bin/python -m pytest $(PARALLEL) -m "long or not long" --cov --cov-report=term $(ARGS)
 
 docs:
 	@$(SETUP) requirements.txt requirements-docs.txt

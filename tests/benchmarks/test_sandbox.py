@@ -10,6 +10,7 @@ from envs.rock import IsolationError, probe
 from tests.paths import ROOT
 
 
+@pytest.mark.long
 def test_the_promised_keys_are_there_and_nothing_leaks(tmp_path):
     try:
         probe("required").require("required")

@@ -82,6 +82,7 @@ def test_a_row_has_the_promised_keys_and_its_ratio_is_the_rival_over_ours(
     ] == pytest.approx(sum(row["floor"]["seconds"].values()))
 
 
+@pytest.mark.long
 def test_a_rival_that_computes_something_else_is_not_timed(rival_with_losses):
     rival_with_losses([loss * 1.01 for loss in own_losses()])
     with pytest.raises(RuntimeError, match="losses of the first steps differ"):

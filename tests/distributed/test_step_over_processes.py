@@ -43,6 +43,7 @@ def require_equal(count: int, meshes: list[dict], tmp_path, seconds: float) -> N
     assert sorted(names) == sorted(together.files)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # it takes seconds, but on a busy machine compilation crawls
 def test_scores_metrics_and_gradients_over_two_processes_equal_those_of_one(tmp_path):
     require_equal(2, [MIXED], tmp_path, 840)
@@ -55,6 +56,7 @@ def test_every_mix_of_axes_over_processes_equals_one(count, tmp_path):
     require_equal(count, MESHES, tmp_path, 1700)
 
 
+@pytest.mark.long
 def test_the_compared_step_moves_every_parameter():
     start = jax.tree_util.tree_leaves_with_path(init_state(MODEL, optax.sgd(1.0), seed=0).params)
     after = one_update(MIXED, Team())

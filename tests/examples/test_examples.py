@@ -33,6 +33,7 @@ def test_every_example_is_tested_and_short():
         assert len(path.read_text().splitlines()) <= 40, path.name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if name in COMPILING else name for name in PRINTS],

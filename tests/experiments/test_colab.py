@@ -156,6 +156,7 @@ def test_on_colabs_one_device_the_engine_is_inside_the_trainer(machine, is_insid
     assert divide_for(config, machine, True, {}).is_inside == is_inside
 
 
+@pytest.mark.long
 def test_a_finished_run_is_drawn_from_any_folder_of_the_checkout(environment, tmp_path):
     finished_run(tmp_path / "run")
     outputs = execute(

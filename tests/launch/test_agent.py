@@ -162,6 +162,7 @@ def test_a_damaged_settings_file_is_named(iflow, capsys):
     assert status == 1 and "settings.json" in err
 
 
+@pytest.mark.long
 def test_sigterm_ends_the_turn_in_order_and_is_status_4(iflow):
     nap = f"600.{os.getpid()}"  # longer than the wait for the end
     with (
@@ -178,6 +179,7 @@ def test_sigterm_ends_the_turn_in_order_and_is_status_4(iflow):
     assert [one.status for one in said if isinstance(one, events.ToolFinished)] == ["cancelled"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["mcpServers", "hooks"])
 def test_a_signal_before_and_after_the_turn_leaves_nothing_behind(iflow, where, number):
@@ -258,6 +260,7 @@ def kill_and_resume(iflow, seconds):
     return sum(status == "cancelled" for status in ends.values())
 
 
+@pytest.mark.long
 def test_a_killed_session_goes_on(iflow):
     kill_and_resume(iflow, 0.4)
 

@@ -150,6 +150,7 @@ def test_an_engines_call_compiles_for_the_gpus_of_a_node(tmp_path):
     assert 0 < call["decoded_tokens_per_s"] < 1e6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("topology", ["h100:8", "h100:many", "h100:0", "h100"])
 def test_gpus_without_their_compiler_are_refused_with_what_to_install(topology):
     flags = [f"--topology={topology}", "--engine=expert=8"]
@@ -158,6 +159,7 @@ def test_gpus_without_their_compiler_are_refused_with_what_to_install(topology):
     assert "jax-cuda12-pjrt==" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_an_unknown_chip_is_refused_with_those_that_are_known():
     flags = ["--topology=h200:8", "--engine=expert=8"]
     done = run_compile("--config=experiments/ipa.py:qwen3_30b_a3b", *flags)

@@ -208,6 +208,7 @@ def sharded_run(tmp_path_factory):
         return workdir, make_run(workdir, {"fsdp": 2, "expert": 2, "tensor": 2})
 
 
+@pytest.mark.long
 def test_a_large_stack_of_layers_is_stored_a_layer_at_a_time(sharded_run, run):
     def chunk(workdir, *path):
         return (
@@ -380,6 +381,7 @@ def adapted(tmp_path_factory):
     return workdir, base, adapters
 
 
+@pytest.mark.long
 def test_a_run_with_adapters_becomes_its_base_with_them_merged(adapted, tmp_path):
     workdir, base, adapters = adapted
     said = convert(workdir, tmp_path / "merged")
@@ -439,6 +441,7 @@ def test_a_start_in_bfloat16_has_float32_parameters_to_train(exported):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.long
 def test_the_command_converts_and_misspelt_flags_or_missing_input_are_one_line(exported, tmp_path):
     def command(*arguments):
         environment = user_environment()

@@ -113,6 +113,7 @@ def test_where_only_the_weaker_tier_works_it_is_said_what_it_lacks(monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_the_device_that_jax_uses_is_told():
     says = doctor.check_devices().says
     assert says.startswith(("1 cpu device", "8 cpu devices")) or "gpu" in says or "tpu" in says

@@ -41,6 +41,7 @@ def records(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_after_a_kill_the_same_command_plays_only_what_is_missing_and_another_is_refused(tmp_path):
     """The no-op of two tasks, one slow to start, is killed when some attempts have ended."""
     tasks, out = tmp_path / "tasks", tmp_path / "out"
@@ -105,6 +106,7 @@ def test_after_a_kill_the_same_command_plays_only_what_is_missing_and_another_is
     )
 
 
+@pytest.mark.long
 def test_one_task_that_is_not_supported_is_left_out_and_the_others_are_played(tmp_path):
     write_task(tmp_path / "tasks", "good")
     write_task(tmp_path / "tasks", "new", task_toml='version = "2.0"\n')
@@ -122,6 +124,7 @@ def test_one_task_that_is_not_supported_is_left_out_and_the_others_are_played(tm
     assert status == 2 and "can be used" in error and error.count("\n") == 1
 
 
+@pytest.mark.long
 def test_validation_fails_with_the_tasks_and_why(tmp_path):
     write_task(tmp_path / "tasks", "free", test="#!/bin/bash\necho 1 > /logs/verifier/reward.txt\n")
     status, said, _ = run(
@@ -160,6 +163,7 @@ def test_contamination_is_an_exit_status(tmp_path):
     assert status == 1 and "known: 86 % of its word runs" in said, error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -256,6 +260,7 @@ class OutsideModel(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.long
 def test_an_outside_model_plays_behind_an_outside_agent(tmp_path):
     from rome.model.tokenizer import TINY
 
@@ -342,6 +347,7 @@ def test_a_checkpoint_plays_behind_an_agent_that_knows_nothing_of_it(tmp_path):
     assert status == 2 and "belongs to another evaluation: command is" in error
 
 
+@pytest.mark.long
 def test_a_base_image_that_cannot_be_had_is_stood_for_by_this_system(tmp_path):
     write_task(
         tmp_path / "tasks", "a", dockerfile="FROM registry.example/team/base:7\nWORKDIR /app\n"
@@ -360,6 +366,7 @@ def test_a_base_image_that_cannot_be_had_is_stood_for_by_this_system(tmp_path):
     assert code == 2 and "disk_mb" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
@@ -373,6 +380,7 @@ def test_a_flag_that_cannot_be_read_is_named(tmp_path, flag, says):
     assert code == 2 and says in error
 
 
+@pytest.mark.long
 def test_a_tasks_variables_come_from_the_command_by_name_and_from_nowhere_else(tmp_path):
     toml = 'version = "1.0"\n[verifier.env]\nJUDGE = "${JUDGE}"\n'
     guarded = GUARDED.replace("echo 1", 'test "$JUDGE" = secret=1 && echo 1')

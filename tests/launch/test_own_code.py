@@ -76,6 +76,7 @@ def test_a_run_trains_with_the_users_loss_advantage_reward_and_filter(lab, tmp_p
     assert config["own"] == keys
 
 
+@pytest.mark.long
 def test_wrong_own_code_ends_the_command_with_one_line_before_anything_is_started(lab, tmp_path):
     workdir = tmp_path / "run"
     flags = [f"--workdir={workdir}", "--config.loss=lab.py:mean_over_the_batch"]

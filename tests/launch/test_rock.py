@@ -104,6 +104,7 @@ def test_a_killed_worker_is_told_leaves_no_process_and_another_takes_its_place(t
         asyncio.run(asyncio.wait_for(work(worker, url), 180))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -160,6 +161,7 @@ runpy.run_module("launch.rock", run_name="__main__")
     assert "--data=~/.rock" in done.stderr and "user id 54321" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "given", [["--host=0.0.0.0"], ["--host=127.0.0.1", "--advertise=http://0.0.0.0:1"]]
 )

@@ -130,6 +130,7 @@ def test_a_job_installs_no_tools_and_the_checks_do(project):
     assert "installing the packages of requirements-docs.txt" in make(project, "docs").stdout
 
 
+@pytest.mark.long
 def test_an_environment_is_made_filled_and_then_left_alone(project):
     (project / ".venv" / "bin").mkdir(parents=True)  # one whose interpreter has gone counts as none
     (project / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
@@ -197,6 +198,7 @@ def add_device(project, path, text=""):
     file.write_text(text)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "devices, chosen",
     [
@@ -223,6 +225,7 @@ def test_the_machines_devices_choose_the_requirements(project, devices, chosen):
     assert make(project, "train").stdout.startswith("arguments")  # once
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accelerator", ["tpu", "cuda", "cpu"])
 def test_accelerator_wins_over_the_devices(project, accelerator):
     add_device(ready(project), "dev/nvidia0")
@@ -262,6 +265,7 @@ def test_every_requirements_file_allows_the_same_jax():
     assert found == {">=0.10,<0.13"}
 
 
+@pytest.mark.long
 def test_packages_that_cannot_be_installed_stop_make_before_the_job_and_are_tried_again(project):
     (ready(project) / "requirements.txt").write_text("./no_such_folder\n")
     for _ in range(2):

@@ -108,12 +108,14 @@ def test_a_killed_run_resumes_and_is_bitwise_the_run_that_was_not_killed(sft, tm
     assert losses(tmp_path / "run") == losses(sft)
 
 
+@pytest.mark.long
 def test_a_run_that_is_ended_does_nothing_when_started_again(sft):
     before = report(sft)
     train(SFT, sft)
     assert report(sft)["evals"] == before["evals"] and len(metrics(sft)) == 6
 
 
+@pytest.mark.long
 def test_a_workdir_of_another_config_is_refused_in_one_line(sft):
     done = subprocess.run(
         command([*SFT, "--config.seed=5"], sft),
@@ -171,6 +173,7 @@ def test_the_iflow_agent_trains_the_policy_as_the_plain_loop_does(sft, ipa, tmp_
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 def test_ipa_trains_on_all_it_started_and_leaves_what_programs_read(ipa):
     assert_whole(ipa)
 
@@ -346,6 +349,7 @@ def test_routes_are_recorded_and_replayed_as_the_config_says(sft, tmp_path, repl
     assert steps and all(("routes" in step["extra"]) == (replay == "rollout") for step in steps)
 
 
+@pytest.mark.long
 def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     workdir = tmp_path / "run"
     subprocess.run(["cp", "-r", str(sft), str(workdir)], check=True)

@@ -82,12 +82,14 @@ def test_descriptors_of_any_number_serve_and_are_not_inherited(occupied):
     assert facts["inherited"] < HOLDER_DESCRIPTORS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("soft", [64, 96])
 def test_a_low_soft_limit_of_open_files_is_no_limit_of_sandboxes(soft):
     facts = run_sandboxes(40, soft=soft, hard=2000)
     assert facts["errors"] == [] and facts["answers"] == 40
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hard", [64, 71])
 def test_at_the_hard_limit_a_start_fails_and_says_what_to_raise_while_the_others_live(hard):
     facts = run_sandboxes(40, soft=hard, hard=hard)

@@ -172,6 +172,7 @@ def test_holes_stay_holes_on_the_hosts_disk(config):
     assert used < 4 << 20 and read == "15728640\n2097152\nend3\n"
 
 
+@pytest.mark.long
 def test_one_file_of_many_names_is_kept_once_however_often_it_is_forked(config):
     async def work():
         async with Sandbox(config) as sandbox:

@@ -32,6 +32,7 @@ def test_training_and_evaluation_share_no_base_task_either():
     assert trained.content_digest() != evaluated.content_digest()
 
 
+@pytest.mark.long
 def test_a_base_task_that_is_trained_on_elsewhere_is_found_in_an_evaluation():
     trained = open_source("repair::2", eval_share=0.0)
     same = open_source("safety:all+repair::2", eval_share=1.0)

@@ -135,6 +135,7 @@ def test_an_instance_that_is_evaluated_is_not_trained_on_under_another_seed(spec
     assert met() and not met(evaluated)
 
 
+@pytest.mark.long
 def test_a_family_of_which_all_is_evaluated_is_trained_on_and_others_keep_their_draws():
     source = open_source(FEW, seed=0)
     (family, *_) = source.families

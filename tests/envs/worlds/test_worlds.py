@@ -201,6 +201,7 @@ def turn(draw, env):
     return env.sample_random_action()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["rome:travel/hard", "rome:shop/hard", "rome:gui/hard"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())

@@ -60,6 +60,7 @@ def test_batches_have_one_shape_and_each_epoch_has_every_trajectory_once(experts
     assert set(counts) == set(range(1, 14)) and max(counts.values()) - min(counts.values()) <= 1
 
 
+@pytest.mark.long
 def test_a_row_has_its_own_share_of_the_order_each_item_once(experts):
     batches = take(stream(experts, rows=3), 20)
     order = endless_order([(experts, 1.0)], seed=0)
@@ -70,6 +71,7 @@ def test_a_row_has_its_own_share_of_the_order_each_item_once(experts):
         assert collections.Counter(seen[:open_rows]) == collections.Counter(due[:open_rows])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("split", [[[0, 1], [2, 3]], [[3], [0, 2], [1]], [[0], [1], [2], [3]]])
 def test_rows_do_not_depend_on_how_many_processes_read_them(experts, split):
     whole = take(stream(experts, rows=4), 12)
@@ -81,6 +83,7 @@ def test_rows_do_not_depend_on_how_many_processes_read_them(experts, split):
             assert not part.tokens_BT[others].any() and not part.action_mask_BT[others].any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("consumed", [1, 4, 9])
 def test_a_position_of_some_processes_is_resumed_by_another_number_of_them(experts, consumed):
     position = {}
@@ -108,6 +111,7 @@ def test_epochs_differ_in_order(experts):
     assert first != second
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("consumed", [0, 1, 5, 9])
 def test_a_stream_resumes_from_a_json_position(experts, consumed):
     going = stream(experts)

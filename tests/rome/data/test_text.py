@@ -116,6 +116,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once_after_the_one_befor
     assert predicted == list(range(1, length))
 
 
+@pytest.mark.long
 @quickly
 @given(
     texts=st.lists(st.text(min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8),
@@ -188,6 +189,7 @@ def test_a_document_ends_with_the_end_token_and_control_tokens_in_it_are_letters
 # -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("consumed", [0, 1, 7, 40, 300])
 def test_a_stream_resumes_from_a_json_position(folder, consumed):
     documents = documents_of(folder)
@@ -406,6 +408,7 @@ def test_rows_and_records_are_documents_like_lines(folder, tmp_path_factory, suf
         read_corpus(str(other), 0.2)
 
 
+@pytest.mark.long
 def test_a_mixture_draws_exact_shares_whatever_the_sizes(tmp_path):
     for name, count in (("a", 6), ("b", 90)):
         (tmp_path / f"{name}.jsonl").write_text(

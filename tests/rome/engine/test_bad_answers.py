@@ -70,6 +70,7 @@ def mutated(path, junk, remove):
     return answer
 
 
+@pytest.mark.long
 @settings(max_examples=1000)
 @given(path=st.sampled_from(PLACES), junk=JUNK, remove=st.booleans())
 def test_any_mutation_of_an_answer_is_the_engines_failure_or_a_whole_answer(path, junk, remove):

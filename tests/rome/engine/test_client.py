@@ -139,6 +139,7 @@ def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, m
     )
 
 
+@pytest.mark.long
 def test_an_aborted_completion_is_taken_up_again_to_the_same_tokens(server):
     async def conversation(engine):
         undisturbed = await engine.generate(PROMPT, LONGER, 120)
@@ -217,6 +218,7 @@ def test_one_client_serves_several_event_loops_in_turn(server):
     assert first.output_ids == second.output_ids
 
 
+@pytest.mark.long
 def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_time(
     checkpoints, tmp_path
 ):

@@ -170,6 +170,7 @@ def test_a_copy_is_used_again_after_a_restart_only_if_its_bytes_are_still_right(
     assert again.fetch(path, fresh=True).way == "full"
 
 
+@pytest.mark.long
 def test_a_mirror_killed_while_it_writes_leaves_nothing_that_is_taken_for_weights(tmp_path):
     """By kill -9 amid a copy, several times at different moments."""
     source = make(

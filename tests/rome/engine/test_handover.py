@@ -17,6 +17,8 @@ from rome.model.sharding import make_mesh
 from rome.model.stacking import stack_layers, unstack_layers
 from tests.rome.serve.tiny import make_config, make_params
 
+pytestmark = pytest.mark.long
+
 DEVICE = jax.devices()[0]
 DTYPES = ["float32", "bfloat16"]
 

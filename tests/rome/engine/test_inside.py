@@ -34,8 +34,10 @@ from tests.rome.serve.tiny import (
     until_running,
 )
 
+pytestmark = pytest.mark.long
+
 PROBE = list(range(20, 50))
-SHAPES = Shapes(slots=SLOTS, max_context=CONTEXT, page_tokens=CHUNK)
+SHAPES = Shapes(slots=SLOTS, max_context=CONTEXT, page_tokens=CHUNK, call_tokens=16)
 MODES = ["abort", "retract", "in_place"]
 
 

@@ -52,6 +52,7 @@ def gone(pid, seconds=60.0):
     return False
 
 
+@pytest.mark.long
 def test_a_port_in_use_is_one_clear_line(checkpoint):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -65,6 +66,7 @@ def test_a_port_in_use_is_one_clear_line(checkpoint):
     ]
 
 
+@pytest.mark.long
 def test_a_port_in_use_is_told_by_start_server_too(checkpoint, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -73,6 +75,7 @@ def test_a_port_in_use_is_told_by_start_server_too(checkpoint, tmp_path):
             start_server(checkpoint, tmp_path / "log", port=taken.getsockname()[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -98,6 +101,7 @@ def test_a_wrong_command_line_is_one_clear_line(checkpoint, flags, words):
     assert words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
+@pytest.mark.long
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(checkpoint, tmp_path):
     broken = make_checkpoint(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x" * 100)
@@ -107,6 +111,7 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(checkpoint, tmp_pat
         serve(broken, tmp_path / "log", *ONE_PROGRAM)
 
 
+@pytest.mark.long
 def test_a_key_guards_everything_but_health_and_the_server_ends_on_demand(checkpoint, tmp_path):
     flags = ("--api_key", "secret", "--skip_tokenizer_init", *ONE_PROGRAM)
     with serve(checkpoint, tmp_path / "log", *flags) as server:
@@ -151,6 +156,7 @@ time.sleep(600)
     assert gone(server)
 
 
+@pytest.mark.long
 def test_a_server_that_ignores_the_polite_signal_is_killed(checkpoint, tmp_path):
     server = serve(checkpoint, tmp_path / "log", *ONE_PROGRAM)
     os.kill(server.process.pid, signal.SIGSTOP)  # a stopped process does not see SIGTERM

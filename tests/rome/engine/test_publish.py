@@ -23,6 +23,8 @@ from tests.rome.serve.tiny import (
     until_running,
 )
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):

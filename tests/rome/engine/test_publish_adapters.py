@@ -58,6 +58,7 @@ async def publish(pool, source, version, base, mode="abort"):
     )
 
 
+@pytest.mark.long
 def test_adapters_are_proven_sampled_from_and_replaced_while_requests_run(server, start, tmp_path):
     async def conversation():
         completions = []

@@ -100,6 +100,7 @@ WRITES = format_tool_call("bash", {"command": "echo hello > out.txt"})
 SLEEPS = format_tool_call("bash", {"command": "sleep 600"})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "turns, changes, ending",
     [

@@ -85,6 +85,7 @@ def oracle(name, step):
     return np.sum(episodes) / tokens if name == "ipa" else np.mean(episodes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ipa", "token_level", "grpo", "gspo"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_episode_counts_once_however_many_lines_it_has(name, seed):

@@ -96,6 +96,7 @@ def test_denominators_equal_the_loop(seed):
     assert count_denominators(packed(step))._asdict() == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=seeds, order=st.randoms(use_true_random=False))
 @settings(quickly, max_examples=3)
@@ -108,6 +109,7 @@ def test_packing_order_micro_batches_and_padding_rows_change_nothing(name, seed,
     assert_same(once, again)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["ipa", "grpo", "gspo", "gigpo"]
 )  # sums over chunks and over trajectories, with and without a gradient through them
@@ -133,6 +135,7 @@ def test_the_number_of_devices_changes_nothing(name):
     assert_same(on(1), on(8))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("extreme", [1e4, 1e20])
 def test_gradients_stay_finite_when_the_policies_disagree_wildly(name, extreme):

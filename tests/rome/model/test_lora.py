@@ -58,6 +58,7 @@ def test_adapters_are_small_next_to_what_they_adapt():
     assert 0.02 < count / whole < 0.03
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config",
     [

@@ -58,6 +58,7 @@ def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
     return out_ND
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_equals_a_loop_over_tokens_whatever_the_load(form, load):
@@ -67,6 +68,7 @@ def test_every_form_equals_a_loop_over_tokens_whatever_the_load(form, load):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_an_expert_that_is_not_here_adds_nothing(form):
     """What a device of an expert-parallel mesh computes: its own experts, on tokens that chose
@@ -132,6 +134,7 @@ def test_tiles_of_a_published_model_are_full_in_each_of_its_three_matmuls(preset
     assert ops._side(200, 1024) == 200  # of no whole lanes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rows", "here", "most"),
     [  # the pod's ring and exchange; few rows
@@ -157,6 +160,7 @@ def test_the_kernel_visits_few_more_rows_than_its_experts_have(rows, here, most)
     assert visited <= rows + (here - 1) * tile + tile  # what the compile table counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("implementation", ["dense", "sorted", "ragged"])
 def test_experts_compute_in_the_type_of_their_input(implementation):
     inputs = [jnp.asarray(a, jnp.bfloat16) for a in arrays("random")[:4]] + arrays("random")[4:]
@@ -202,6 +206,7 @@ def test_a_sorted_row_does_not_depend_on_its_neighbours_nor_on_where_they_are_se
     np.testing.assert_array_equal(run(x, ids)[7], before)
 
 
+@pytest.mark.long
 def test_a_token_of_weight_nothing_and_gradient_nothing_leaves_the_weights_alone():
     x, gate, up, down, weights, ids = arrays("random")
 
@@ -215,6 +220,7 @@ def test_a_token_of_weight_nothing_and_gradient_nothing_leaves_the_weights_alone
     jax.tree.map(np.testing.assert_array_equal, before, gradients(jnp.asarray(x).at[0].set(50.0)))
 
 
+@pytest.mark.long
 def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
     x, gate, up, down, weights, ids = arrays("random")
     few = [x[:1], gate, up, down, weights[:1], ids[:1]]
@@ -224,6 +230,7 @@ def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("form", ["ragged", "megablox"])
 def test_a_grouped_matmul_in_several_passes_gives_the_numbers_and_gradients_of_one(form, load):
@@ -272,6 +279,7 @@ def test_an_expert_id_out_of_range_is_loud():
     assert np.isnan(route(logits_NE, CONFIG, jnp.array([[0, E], [0, 1]]))[1][0]).any()
 
 
+@pytest.mark.long
 def test_router_statistics_count_real_tokens_only():
     x_BTD = jax.random.normal(jax.random.key(0), (2, 7, D))
     real_BT = jnp.arange(7)[None] < jnp.array([[4], [6]])
@@ -319,6 +327,7 @@ def test_loads_of_a_layer_are_summed_up_by_maximum_and_gini():
     np.testing.assert_allclose(skewed["router_load_max"], (2.5 + 5) / 2, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_an_expert_takes_its_capacity_and_the_rest_is_dropped_and_reported():
     ids_Nk = jnp.array([[0, 1], [0, 2], [0, 1], [3, 0], [NO_EXPERT, 1]])
     np.testing.assert_array_equal(

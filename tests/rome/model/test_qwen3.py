@@ -82,6 +82,7 @@ def influence_of_inputs(params, tokens_BT, segments_BT, positions_BT):
     return jnp.abs(influence_TDVD[:, :, tokens_BT[0]]).sum(axis=(1, 3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "segments, positions",
     [
@@ -102,6 +103,7 @@ def test_a_token_sees_exactly_the_tokens_of_its_segment_up_to_itself(params, seg
     np.testing.assert_array_equal(np.asarray(influence_TS) > 0, expected_TS)
 
 
+@pytest.mark.long
 def test_a_packed_row_equals_its_segments_alone(params):
     tokens_BT = random_tokens(1, 14)
     lengths = (5, 2, 5)
@@ -122,6 +124,7 @@ def test_a_packed_row_equals_its_segments_alone(params):
     assert packed.router.tokens == sum(lengths)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", ["stacked", "tuple"])
 def test_the_unrolled_model_equals_the_scanned_one(params, layers):
     own = unstack_layers(params, CONFIG) if layers == "tuple" else params
@@ -159,6 +162,7 @@ def test_gradients_are_the_same_with_and_without_remat_scanned_or_unrolled(param
         )
 
 
+@pytest.mark.long
 def test_padding_has_finite_outputs_and_changes_no_gradient(params):
     tokens_BT = random_tokens(2, 9)
     segments_BT = np.array([[1] * 6 + [0] * 3, [0] * 9])  # the second row is padding only
@@ -176,6 +180,7 @@ def test_padding_has_finite_outputs_and_changes_no_gradient(params):
     assert_close(gradient(params, other)["layers"], own["layers"])
 
 
+@pytest.mark.long
 def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
     q = k = v = jax.random.normal(jax.random.key(0), (1, 4, 2, 4))
     places, nobody = jnp.arange(4)[None], jnp.zeros((1, 4), jnp.int32)
@@ -311,6 +316,7 @@ def test_a_tied_head_is_the_transposed_embedding_and_has_no_parameter_of_its_own
     np.testing.assert_array_equal(head_kernel(own, config), own["embed"]["embedding"].T)
 
 
+@pytest.mark.long
 def test_fresh_parameters_are_float32_normal_with_the_given_deviation_and_norms_of_one():
     config = dataclasses.replace(CONFIG, initializer_range=0.05)
     own = init_params(config, jax.random.key(0))

@@ -70,6 +70,7 @@ def on_one_device(config):
     return jax.device_get(jax.jit(step, static_argnums=(4, 5))(*inputs(config), config, "dense"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config, shape, experts, current",
     [  # current: whether the model knows the mesh, or only its inputs are sharded

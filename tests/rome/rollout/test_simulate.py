@@ -217,6 +217,7 @@ def test_without_contention_it_equals_a_queue_of_several_servers(
     assert simulate(model, steps=steps, seed=seed).seconds == pytest.approx(trained[-1])
 
 
+@pytest.mark.long
 @given(
     seed=st.integers(0, 1000),
     latency=st.sampled_from([Lognormal(1.0, 1.0), Lognormal(1.0, 0.3), Recorded((0.1, 0.2, 9.0))]),
@@ -257,6 +258,7 @@ def random_model(draw_int, stale_samples):
     )
 
 
+@pytest.mark.long
 @given(seed=st.integers(0, 10_000), stale_samples=st.sampled_from(["wait", "keep", "drop"]))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_every_started_episode_is_trained_on_dropped_or_in_flight_and_none_is_too_old(
@@ -285,6 +287,7 @@ def test_every_started_episode_is_trained_on_dropped_or_in_flight_and_none_is_to
     assert found == simulate(model, steps=6, seed=seed)
 
 
+@pytest.mark.long
 def test_littles_law_holds():
     model = dataclasses.replace(
         agentic_pod(async_ratio=2, stale_samples="keep"), token_s=0.01, slots=8
@@ -313,6 +316,7 @@ def test_boundless_asynchrony_reaches_the_bound_of_whatever_is_busiest():
         ), name
 
 
+@pytest.mark.long
 def test_dropping_late_samples_and_taking_the_first_of_many_teaches_short_episodes():
     model = dataclasses.replace(agentic_pod(), train_s=1.0)
     bias = {
@@ -327,6 +331,7 @@ def test_dropping_late_samples_and_taking_the_first_of_many_teaches_short_episod
     assert bias["none"] == bias["wait"] == 0 and bias["drop"] < -0.02 and bias["first"] < -0.1
 
 
+@pytest.mark.long
 def test_the_agentic_setting_is_the_one_that_was_asked_for():
     model = agentic_pod()
     assert (model.batch, model.concurrency, model.group_size, model.turns.mean, model.latency) == (
@@ -365,6 +370,7 @@ def test_a_model_that_cannot_be_is_refused_by_name(change, named):
         dataclasses.replace(STEADY, **change)
 
 
+@pytest.mark.long
 def test_the_command_prints_a_row_for_each_ratio_and_takes_recorded_latencies(tmp_path, capsys):
     recorded = tmp_path / "latencies"
     recorded.write_text("0.5\n0.5\n4\n")
@@ -392,6 +398,7 @@ def test_the_command_prints_a_row_for_each_ratio_and_takes_recorded_latencies(tm
         assert command.main(wrong) == 1 and named in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_engines_that_are_lent_while_the_trainer_trains_beat_a_fixed_split_and_lose_nothing():
     """Time division: all devices sample, some of them stop to train; against devices that only
     train and wait otherwise.

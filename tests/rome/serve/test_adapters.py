@@ -29,6 +29,8 @@ from tests.rome.model.ops.test_paged import SWITCHES
 from tests.rome.model.small import random_params
 from tests.rome.serve.tiny import make_config, make_params
 
+pytestmark = pytest.mark.long
+
 ROOM = AdapterRoom(count=3, rank=8)
 SHAPES = Shapes(slots=16, max_context=64, call_tokens=16)
 PROMPT = [(7 * i) % 200 + 3 for i in range(21)]

@@ -79,6 +79,7 @@ def test_rows_that_ask_for_nothing_keep_every_bit():
     assert changed_BV.tobytes() == logits_BV.tobytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fields",
     [

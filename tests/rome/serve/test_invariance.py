@@ -109,6 +109,7 @@ def alone():
     return [bits_of(request) for request in requests]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -174,6 +175,7 @@ def answer(shapes, prompts, together, **more):
     return requests
 
 
+@pytest.mark.long
 def test_a_token_has_the_same_bits_from_one_step_and_from_several_alone_and_in_company():
     rng = random.Random(0)
     prompts = [[rng.randrange(768) for _ in range(rng.randrange(1, 30))] for _ in range(16)]

@@ -358,6 +358,7 @@ def test_requests_of_a_higher_priority_run_before_others_that_wait():
 # -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [1, 8])
 def test_a_thousand_requests_that_queue_and_a_storm_of_cancels_leave_nothing_behind(steps):
     async def conversation():

@@ -34,6 +34,8 @@ from tests.rome.serve.talk import PROMPT, logprobs_of, talk
 from tests.rome.serve.test_adapters import host
 from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, make_params, serve
 
+pytestmark = pytest.mark.long
+
 SHAPES = Shapes(slots=4, max_context=32, page_tokens=4, call_tokens=4)
 MESHES = [(2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((4, 1), (1, 2)))]
 ADAPTERS = {"a": 1, "b": 2}  # name -> seed

@@ -171,6 +171,7 @@ def test_ids_of_a_batch_are_those_that_were_given_and_differ():
         parse(input_ids=ids, rid=["a", "a"])
 
 
+@pytest.mark.long
 def test_several_answers_to_a_prompt_are_requests_with_seeds_and_ids_of_their_own():
     params = {"n": 3, "sampling_seed": 7}
     requests, is_batch = parse_generate(

@@ -89,6 +89,7 @@ def test_a_filter_that_keeps_everything_changes_no_token(logits):
     assert np.array_equal(draw(logits)[0], draw(logits, top_k=V)[0])
 
 
+@pytest.mark.long
 def test_a_row_does_not_notice_the_filters_of_others(logits):
     B = 64
     seeds_B2 = np.stack([np.arange(B), np.arange(B)], axis=1).astype(np.uint32)

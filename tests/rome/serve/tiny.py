@@ -25,7 +25,7 @@ FLAGS = (
     "--page_tokens",
     str(CHUNK),
     "--call_tokens",
-    "32",
+    "16",
 )
 ONE_PROGRAM = ("--call_tokens", "4")  # starts faster
 

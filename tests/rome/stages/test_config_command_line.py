@@ -38,6 +38,7 @@ def test_the_command_line_answers_nonsense_with_one_line(flag, message, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_misspelt_flag_gets_one_clean_line():
     done = subprocess.run(
         [
@@ -58,6 +59,7 @@ def test_a_misspelt_flag_gets_one_clean_line():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "key", [pytest.param("async_ratio", marks=pytest.mark.slow), "rollout.late"]
 )

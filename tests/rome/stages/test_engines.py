@@ -200,6 +200,7 @@ def state_of(step):
     return types.SimpleNamespace(step=step, params=make_params(step % 2))
 
 
+@pytest.mark.long
 def test_an_engine_inside_gives_the_device_to_each_update_and_writes_no_file(inside, tmp_path):
     engine = inside._inside
     for step in range(3):
@@ -218,6 +219,7 @@ def test_an_engine_inside_gives_the_device_to_each_update_and_writes_no_file(ins
     assert on_loop(inside.pool.generate(PROMPT, Sampling(4), 60)).versions == [(2, 0, 4)]
 
 
+@pytest.mark.long
 def test_versions_that_a_resumed_run_needs_are_written_too(inside, tmp_path):
     inside.publish(state_of(0), keep={0})
     inside.publish(state_of(1), keep={0, 1})
@@ -225,6 +227,7 @@ def test_versions_that_a_resumed_run_needs_are_written_too(inside, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, written, make_params(1))
 
 
+@pytest.mark.long
 def test_an_engine_inside_that_failed_is_an_error_at_the_next_update_and_closes(inside):
     inside.publish(state_of(0))
     poison = Request("poison", [1], SamplingParams(max_new_tokens=1))

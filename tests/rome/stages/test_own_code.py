@@ -140,6 +140,7 @@ def test_wrong_own_code_is_one_line_that_names_its_key(role, name, message):
     assert text.count(f"config.{role}='{OWN}:{name}'") == 1 and "\n" not in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ipa", "gigpo", "examples/04_loss.py:clipped_reinforce_loss"])
 def test_losses_of_papers_and_of_the_examples_pass_the_check_of_own_ones(name):
     try_loss(build_loss(name), LossConfig(**PUBLISHED.get(name, {})))

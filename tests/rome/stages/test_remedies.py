@@ -93,6 +93,7 @@ def is_accepted(name, text, configs):
     return False
 
 
+@pytest.mark.long
 def test_the_keys_and_values_that_texts_advise_are_accepted(configs, monkeypatch, tmp_path):
     monkeypatch.setenv("ROCK_TOKEN", "x")
     decisions = tmp_path / "decisions.jsonl"  # stands for a file that the reader has

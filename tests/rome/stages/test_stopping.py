@@ -60,6 +60,7 @@ def write_nothing(stage, step, state):
     stage.write_outcomes(step, {"tasks": []})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("waits", [at_the_publication, at_an_evaluation, at_the_experts])
 def test_a_run_is_stopped_where_it_waits(waits, wish, monkeypatch, tmp_path):
     waits(wish, monkeypatch)
@@ -69,6 +70,7 @@ def test_a_run_is_stopped_where_it_waits(waits, wish, monkeypatch, tmp_path):
     assert wish.is_set()
 
 
+@pytest.mark.long
 def test_a_run_is_stopped_while_its_engine_starts(wish, monkeypatch, tmp_path):
     launched = []
 

@@ -65,6 +65,7 @@ def same(left, right):
     return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [0, 1, 5, 10])
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_a_checkpoint_has_the_position_of_what_was_trained(opened, steps, is_trained):

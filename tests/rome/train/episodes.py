@@ -58,6 +58,7 @@ def serve(params: dict, config: ModelConfig, directory: pathlib.Path) -> ServerP
             "--skip_tokenizer_init",
             "--slots=8",
             f"--max_context={CONTEXT}",
+            "--call_tokens=16",  # two programs
             f"--dtype={config.dtype}",
         ],
         deadline_seconds=800,

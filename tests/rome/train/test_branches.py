@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from rome.data.batch import CONTEXT
 from rome.data.packing import microbatches, pack
@@ -69,6 +70,7 @@ def gradient(learner, params, batches, counts):
     return jax.device_get(sums.gradients)
 
 
+@pytest.mark.long
 def test_packed_lines_have_the_gradient_of_separate_rows():
     episodes = branching_episodes()
     assert any(not episode.is_linear for episode in episodes)

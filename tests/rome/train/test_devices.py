@@ -289,6 +289,7 @@ print(json.dumps([mine, *theirs]))
 """
 
 
+@pytest.mark.long
 def test_each_process_really_gets_the_environment_of_its_part(tmp_path):
     """Of one GPU: a process that claims it as launch.train does, and the engine that it starts."""
     printer = tmp_path / "python"

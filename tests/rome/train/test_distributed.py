@@ -228,6 +228,7 @@ start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), d
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "index, message",
     [
@@ -264,6 +265,7 @@ start(choose(sys.argv[1], 2, 0), stop=lambda: bool(made), errors=())
 """
 
 
+@pytest.mark.long
 def test_a_wish_to_stop_is_heard_while_the_others_are_waited_for():
     with reserved_port() as port:
         process = subprocess.Popen(

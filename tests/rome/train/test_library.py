@@ -31,6 +31,7 @@ def rows():
     return pack(episodes, row_length=32, chunks_per_row=4, gamma=1.0, failure_reward=0.0)
 
 
+@pytest.mark.long
 def test_a_directory_becomes_a_learner_that_updates_its_weights_with_a_loss_of_ones_own(directory):
     learner, state = open_learner(directory, Clipped(ceiling=2.0), optax.sgd(0.1))
     jax.tree.map(np.testing.assert_array_equal, random_params(CONFIG), jax.device_get(state.params))

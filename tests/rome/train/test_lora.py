@@ -116,6 +116,7 @@ def assert_projected(lora, adapters, gradients, full_gradients):
                 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config",
     [
@@ -211,6 +212,7 @@ def test_what_is_kept_of_a_version_is_its_adapters_alone_and_scores_it_bitwise()
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.long
 def test_the_optimizer_knows_adapters_alone_and_the_base_stays_as_it_was():
     learner, adapters = bfloat16_learner()
     base = jax.device_get(learner.base)
@@ -226,6 +228,7 @@ def test_the_optimizer_knows_adapters_alone_and_the_base_stays_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, base, jax.device_get(learner.base))
 
 
+@pytest.mark.long
 def test_replayed_routes_are_replayed_with_adapters_too():
     lora = lora_of(MODEL)
     learner = learner_of(MODEL, lora)

@@ -62,6 +62,7 @@ train.main(parse_flags("launch.train", ["launch.train", "--config=experiments/ip
 """
 
 
+@pytest.mark.long
 def test_training_asks_for_it_before_jax_looks_for_devices_and_starts_threads():
     ended = subprocess.run(
         [sys.executable, "-c", TRAINING], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -62,6 +62,7 @@ def random_routes(rng):
     return routes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "loss, replays",
     [
@@ -105,6 +106,7 @@ def by_context(values_BT, batch):
     return found
 
 
+@pytest.mark.long
 def test_the_balance_of_experts_counts_a_shared_token_once():
     learner, params = learner_of("ipa")
     episodes = random_groups(3, vocabulary=2)

@@ -14,6 +14,8 @@ from rome.train.replay import count_replayed
 from tests.rome.model.small import random_params
 from tests.rome.train.episodes import PACKING, make_config, make_learner, mismatch, play, serve
 
+pytestmark = pytest.mark.long
+
 CONFIG = make_config()
 
 

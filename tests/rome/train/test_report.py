@@ -197,6 +197,7 @@ def test_the_table_gives_every_family_its_interval_and_keeps_unseen_ones_apart(t
     )
 
 
+@pytest.mark.long
 def test_the_curves_are_drawn_as_png_files(tmp_path):
     example_run(tmp_path)
     paths = plot_curves(tmp_path)

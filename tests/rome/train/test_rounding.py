@@ -22,6 +22,8 @@ from rome.train.state import TrainState
 from tests.rome.model.small import random_params
 from tests.rome.train.episodes import make_config, make_learner
 
+pytestmark = pytest.mark.long
+
 T = 64
 CONFIG = make_config(dtype="bfloat16", attention_bias=True, scan_layers=True)
 

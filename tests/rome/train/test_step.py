@@ -93,6 +93,7 @@ def skipping_learner() -> Learner:
     return dataclasses.replace(make_learner(), skip_nonfinite_updates=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "poison", [pytest.param(float("nan"), marks=pytest.mark.slow), float("inf")]
 )
@@ -113,6 +114,7 @@ def test_an_update_that_is_not_finite_is_skipped_where_the_config_says_so(poison
     assert "skipped_updates" not in metrics and not plain.is_finite(broken.params)
 
 
+@pytest.mark.long
 def test_a_finite_update_is_bitwise_the_same_with_and_without_skipping():
     batches = packed(8)
     plain, _ = one_update(shared_learner(), batches)
@@ -159,6 +161,7 @@ def one_update(learner: Learner, batches, kept=params_of) -> tuple[dict, dict]:
     return jax.device_get(kept(state)), jax.device_get(metrics)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "loss, router",
     [
@@ -188,6 +191,7 @@ def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router)
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mesh, model",
     [
@@ -208,6 +212,7 @@ def test_the_mesh_does_not_change_gradient_or_metrics(mesh, model):
         )
 
 
+@pytest.mark.long
 def test_moments_lie_as_their_parameters_before_and_after_an_update():
     learner, batches = make_learner("ipa", {"fsdp": 4, "expert": 2}), packed(8)
     first = learner.init(seed=0)
@@ -223,6 +228,7 @@ def test_moments_lie_as_their_parameters_before_and_after_an_update():
         assert sum(spec != jax.sharding.PartitionSpec() for spec in places[0]) > len(places[0]) / 2
 
 
+@pytest.mark.long
 def test_the_step_reports_a_router_balance_near_k_at_the_start():
     _, metrics = one_update(shared_learner(model=BALANCED), packed(2))
     assert MODEL.experts_per_token <= metrics["router_balance"] < 1.5 * MODEL.experts_per_token
@@ -234,6 +240,7 @@ def test_a_dense_model_reports_nothing_about_routers():
     assert metrics["loss"] and not [name for name in metrics if name.startswith("router")]
 
 
+@pytest.mark.long
 def test_a_step_whose_scoring_counted_the_experts_makes_no_pass_to_count_them(monkeypatch):
     learner = shared_learner(model=BALANCED)
     passes = []
@@ -280,6 +287,7 @@ def test_sft_learns_a_batch_by_heart():
     assert entropies[-1] < 0.7 * entropies[0], entropies
 
 
+@pytest.mark.long
 def test_two_runs_of_one_seed_are_bitwise_equal():
     one, two = (one_update(shared_learner(), packed(2)) for _ in range(2))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, two))

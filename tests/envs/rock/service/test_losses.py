@@ -172,6 +172,7 @@ def test_a_lost_sandbox_leaves_no_connection_open(tmp_path):
     assert run(work()) == (True, 0, {})
 
 
+@pytest.mark.long
 def test_all_sandboxes_at_one_admin_share_its_connections_and_one_sign_of_life(
     tmp_path, monkeypatch
 ):

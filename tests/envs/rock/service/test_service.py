@@ -222,6 +222,7 @@ async def _until(holds):
     raise AssertionError("it did not come about within 60 s")
 
 
+@pytest.mark.long
 def test_what_nobody_uses_is_cleared_and_what_is_used_is_not(tmp_path):
     async def work():
         # Long enough that no pause of a busy machine is taken for idleness.

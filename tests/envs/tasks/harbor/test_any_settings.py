@@ -126,6 +126,7 @@ def test_any_task_toml_gives_a_task_or_a_typed_error(fuzzed, text):
     _loads_or_says_why(fuzzed / "task", "task.toml", text)
 
 
+@pytest.mark.long
 @settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -79,6 +79,7 @@ def test_what_is_no_valid_reward_is_0_with_the_reason(harbor, run):
         assert note in info["note"], (script, info)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "trick",
     [
@@ -126,6 +127,7 @@ KILL_PARENTS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "also",
     [

@@ -90,6 +90,7 @@ RUNS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "form",
     [pytest.param(form, marks=[] if form == "uv" else pytest.mark.slow) for form in RUNS],
@@ -101,6 +102,7 @@ def test_tests_find_what_they_install_and_nothing_earns_nothing(tmp_path, run, c
     assert reward == 0.0 and "FAILED" in info["test_output"], info
 
 
+@pytest.mark.long
 def test_tests_of_terminal_bench_2_find_uvx(harbor, run, config):
     task = load_task(
         harbor(
@@ -136,6 +138,7 @@ TRICKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [

@@ -59,6 +59,7 @@ def test_a_separate_verifier_gets_the_artifacts_and_nothing_else(apart, run):
     assert run(play(folder))[0] == 0.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "trick",
     [

@@ -55,6 +55,7 @@ def repository(tmp_path):
     return folder, commits
 
 
+@pytest.mark.long
 def test_a_commit_that_its_tests_tell_apart_is_a_task(repository, tmp_path):
     folder, commits = repository
     marker = tmp_path / "ran"

@@ -64,6 +64,7 @@ def test_a_python_program_finds_its_own_modules_and_not_the_verifiers(tmp_path, 
     assert found == (0, "42 None\n")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("program", "reward"),
     [

@@ -155,6 +155,7 @@ def write_package(folder, name="small", **files):
     return folder
 
 
+@pytest.mark.long
 def test_a_package_of_ones_own_is_judged_by_pytest_and_bugs_that_nobody_notices_are_no_tasks(
     tmp_path,
 ):
@@ -189,6 +190,7 @@ def test_a_package_with_fewer_bugs_than_are_asked_for_is_refused(tmp_path):
         repair_tasks([str(folder)], 50)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "files, message",
     [
@@ -294,6 +296,7 @@ def tasks():
     return repair_tasks(["rational", "csvlite"], 2)
 
 
+@pytest.mark.long
 def test_tasks_are_the_same_again_and_spread_over_packages_and_kinds(tasks):
     assert [task.name for task in repair_tasks(["rational", "csvlite"], 2)] == [
         task.name for task in tasks
@@ -309,6 +312,7 @@ def test_tasks_are_the_same_again_and_spread_over_packages_and_kinds(tasks):
     )
 
 
+@pytest.mark.long
 def test_the_oracle_earns_1_and_nothing_or_tampering_with_the_tests_0(tasks):
     async def all_of_them():
         return await asyncio.gather(
@@ -354,6 +358,7 @@ def test_tasks_are_graded_in_the_landlock_tier_too(tasks):
     )
 
 
+@pytest.mark.long
 def test_a_package_that_cannot_be_used_is_left_out_by_name(tmp_path):
     (tmp_path / "nothing").mkdir()
     faults = []

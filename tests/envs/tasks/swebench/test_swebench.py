@@ -328,6 +328,7 @@ def play_all(games):
     return asyncio.run(all_of_them())
 
 
+@pytest.mark.long
 def test_a_mending_earns_1_whatever_else_was_done_to_tests_and_history(task):
     rewards = play_all(
         {
@@ -343,6 +344,7 @@ def test_a_mending_earns_1_whatever_else_was_done_to_tests_and_history(task):
     }, rewards
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [FAST, pytest.param(tuple(CHEATS), marks=pytest.mark.slow)])
 def test_nothing_and_no_cheat_does(task, names):
     rewards = play_all(
@@ -404,6 +406,7 @@ def test_all_of_a_file_is_loaded_and_faults_are_kept_apart(made, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_dependency_that_the_sandbox_lacks_is_nobodys_failure(made):
     patch = made.row["test_patch"].replace("+from stats", "+import nosuchlib; from stats")
     file = made.path.parents[2] / "lacking.jsonl"

@@ -276,6 +276,7 @@ def test_memory_filled_with_files_that_starves_the_verifier_is_a_failure(command
     assert info["ending"] == "failure", info
 
 
+@pytest.mark.long
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(turns=st.lists(TURNS, min_size=1, max_size=3))
 def test_no_text_raises_out_of_step(turns):

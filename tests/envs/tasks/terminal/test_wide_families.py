@@ -120,6 +120,7 @@ def played():
 # -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HERE)
 def test_the_demonstrator_earns_1_and_looks_before_it_acts(played, name):
     episode = played[name][0]

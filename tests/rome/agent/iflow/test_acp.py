@@ -101,6 +101,7 @@ def test_a_diff_has_the_old_and_the_new_text(old, new, is_ended):
     assert whole == after or len(contents) > 1  # with several, a text may fit at several places
 
 
+@pytest.mark.long
 def test_a_turn_with_thoughts_a_plan_a_permission_and_a_diff(tmp_path):
     async def body(editor, agent):
         (tmp_path / "a.txt").write_text("one\ntwo\n")

@@ -89,6 +89,7 @@ def test_tools_of_a_server_are_offered_under_its_name_and_called(place):
     asyncio.run(play())
 
 
+@pytest.mark.long
 def test_a_dead_a_hanging_and_a_missing_server_cost_their_own_tools_only(place):
     place.set(tools=[tool(name) for name in ("echo", "fail", "die", "hang", "long", "picture")])
     configs = [

@@ -110,6 +110,7 @@ def test_a_changed_list_is_shown_once():
     assert "swept" in text
 
 
+@pytest.mark.long
 def test_as_a_filter_each_line_is_a_message_and_nothing_is_asked(tmp_path):
     lines = [
         "say hello **you**",

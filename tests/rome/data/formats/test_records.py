@@ -14,6 +14,8 @@ from rome.stopping import Stopped
 from tests.paths import shared_data
 from tests.rome.data.formats import samples
 
+pytestmark = pytest.mark.long
+
 TOKENIZER = Tokenizer.load(TINY)
 LIMITS = Limits(100_000, 100)
 

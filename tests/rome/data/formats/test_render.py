@@ -14,6 +14,8 @@ from rome.model.tokenizer import TINY, Tokenizer
 from tests.paths import shared_data
 from tests.rome.data.formats.samples import TOOL
 
+pytestmark = pytest.mark.long
+
 TOKENIZER = Tokenizer.load(TINY)
 BORDERS = (
     "",

@@ -68,6 +68,7 @@ def compare(ours, our_gradients, theirs, their_gradients):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", record_golden.CASES)
 def test_logits_and_gradients_equal_those_recorded_from_transformers(case, tmp_path):
     hf = record_golden.CASES[case]
@@ -307,6 +308,7 @@ def test_a_checkpoint_config_is_read_by_a_plain_dict_reader(params, tmp_path):
 # -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "preset, parameters",
     [
@@ -384,6 +386,7 @@ def configs(draw):
     )
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None)
 @given(
     config=configs(),

@@ -32,6 +32,7 @@ def assert_same(params, directory, dtype):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "expert, tensor", [(1, 1), pytest.param(1, 2, marks=pytest.mark.slow), (2, 2)]
@@ -47,6 +48,7 @@ def test_every_bit_is_that_of_a_load_in_one_piece(checkpoint, expert, tensor, dt
     assert_same(params, checkpoint, dtype)
 
 
+@pytest.mark.long
 def test_a_mesh_holds_each_expert_head_and_hidden_unit_once(checkpoint):
     with LeafReader(checkpoint, "float32") as reader:
         config = reader.config
@@ -82,6 +84,7 @@ class Ledger:
         return sum(one.nbytes for one in arrays)
 
 
+@pytest.mark.long
 def test_old_weights_make_room_one_by_one(checkpoint, monkeypatch):
     device = jax.devices()[0]
     with LeafReader(checkpoint, "float32") as reader:

@@ -58,6 +58,7 @@ def test_adapters_come_back_from_pefts_layout_bit_by_bit(written):
     assert one.shape == (3, MIXED.hidden_size)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_merged_checkpoint_holds_what_the_model_computes_with(tmp_path, dtype):
     config = dataclasses.replace(MIXED, dtype=dtype)
@@ -135,6 +136,7 @@ def digest_of_blocks(params, config, rows):
     return digest.result()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_digest_is_of_the_weights_and_not_of_how_they_lie(dtype):
     config = small.CONFIG

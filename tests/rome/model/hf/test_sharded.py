@@ -49,6 +49,7 @@ def params():
     return small.random_params(SMALL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config, mesh_shape, dtype",
     [
@@ -171,6 +172,7 @@ def reads(monkeypatch):
     return seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh_shape", [{}, {"replica": 4, "fsdp": 2}], ids=str)
 def test_every_byte_is_read_once_however_many_devices_hold_it(
     mesh_shape, reads, tmp_path, monkeypatch
@@ -317,6 +319,7 @@ def traced_peak(run):
     return peak, result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mesh_shape", [pytest.param({}, marks=pytest.mark.slow), {"expert": 2}], ids=str
 )

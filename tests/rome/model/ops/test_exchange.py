@@ -89,6 +89,7 @@ def value_and_gradients(form, *floats, ids):
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3, 4), has_aux=True))(*floats)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape, load, rows, chunk",
     [  # rows that a device makes room for: of 32 choices on average
@@ -114,6 +115,7 @@ def test_exchanged_choices_give_the_numbers_and_gradients_of_the_dense_oracle(
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)
 
 
+@pytest.mark.long
 def test_a_capacity_drops_what_the_ring_drops_and_the_rest_is_right():
     *floats, ids = arrays("all_to_one_device")
     with jax.set_mesh(make_mesh({"fsdp": 2, "expert": 4})):
@@ -126,6 +128,7 @@ def test_a_capacity_drops_what_the_ring_drops_and_the_rest_is_right():
     np.testing.assert_allclose(out, oracle(*floats, ran), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_in_bfloat16_choices_are_added_up_in_float32():
     *floats, ids = arrays("random")
     low = [jnp.asarray(a, jnp.bfloat16) for a in floats[:4]] + [floats[4]]
@@ -163,6 +166,7 @@ def test_tokens_go_in_the_fewest_equal_chunks():
     assert [chunks_of(tokens) for tokens in (1, 2048, 2049, 8192, 6000)] == [1, 1, 3, 4, 3]
 
 
+@pytest.mark.long
 def test_the_model_hands_the_form_down_to_its_experts(monkeypatch):
     sent = []
     monkeypatch.setattr(

@@ -81,6 +81,7 @@ def assert_same(got, expected):
     )
 
 
+@pytest.mark.long
 def test_splash_equals_the_reference_over_packed_rows_forward_and_backward():
     inputs = packed_row()
     got = value_and_gradients(interpreted, *inputs)
@@ -88,6 +89,7 @@ def test_splash_equals_the_reference_over_packed_rows_forward_and_backward():
     assert not np.any(got[0][1][0, -16:])  # padding
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape, T, one_backward_kernel",
     [

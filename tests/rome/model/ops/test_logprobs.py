@@ -50,6 +50,7 @@ def test_logprobs_and_entropy_equal_the_float64_loop(inputs, block, temperature)
     np.testing.assert_array_equal(logp_BT, chunked_logprobs(*inputs, temperature, block=block))
 
 
+@pytest.mark.long
 def test_gradients_do_not_depend_on_the_block(inputs):
     hidden_BTD, kernel_DV, tokens_BT, segments_BT = inputs
     weight_BT = jnp.asarray(np.random.default_rng(1).normal(size=(B, T)), jnp.float32)
@@ -146,6 +147,7 @@ def test_bfloat16_hidden_states_still_give_float32_logprobs(inputs):
     np.testing.assert_allclose(logp_BT, loop(*inputs, 1.0)[0], atol=0.15)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape",
     [

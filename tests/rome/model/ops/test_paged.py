@@ -141,6 +141,7 @@ WHOLE = [([LENGTH if row == own else 0 for row in range(ROWS)], 128) for own in 
 MOST = [([32] * ROWS, 128), ([8] * ROWS, 32)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -176,6 +177,7 @@ def random_pieces(rng, form):
             yield lengths, size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), fill=st.floats(-9, 9))
@@ -187,6 +189,7 @@ def test_no_bit_depends_on_the_pieces_the_company_the_size_of_a_call_or_the_page
         assert np.array_equal(own, expected_TD)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_writes_nothing(config, form):
     cache = Cache(config, form)

@@ -16,6 +16,7 @@ from rome.serve.decoding import CPU_OPTIONS
 from rome.serve.programs import Pages, Shapes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [1, 3, 32, 96, 128, 512])
 def test_a_row_is_summed_alike_in_every_company(width):
     x_ND = np.random.RandomState(0).standard_normal((64, width)).astype(np.float32)
@@ -27,6 +28,7 @@ def test_a_row_is_summed_alike_in_every_company(width):
     np.testing.assert_allclose(shares, np.asarray(jax.nn.softmax(x_ND)), rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernels", ["chosen", pytest.param("plain", marks=pytest.mark.slow)])
 def test_hidden_states_over_pages_do_not_depend_on_how_a_prompt_is_cut(kernels):
     """On the preset that `make train` trains: XLA sums its width otherwise from 32 rows on."""

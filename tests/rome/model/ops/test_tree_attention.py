@@ -118,6 +118,7 @@ FORMS = {name: functools.partial(generic, name) for name in ("reference", "block
 FORMS["tiled"] = tiled
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
@@ -142,6 +143,7 @@ def test_long_rows_of_trees_on_a_cpu_leave_tiles_out_by_themselves():
     assert_is_over_ancestors(FORMS["blocked"], seed=6, T=1024, H=8, longest=300)
 
 
+@pytest.mark.long
 def test_splash_attends_to_ancestors_only(monkeypatch):
     monkeypatch.setattr(attention_tree_tpu, "TILE", 128)
     form = functools.partial(splash, interpret=True)

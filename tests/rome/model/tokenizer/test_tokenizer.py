@@ -43,6 +43,7 @@ def qwen3():
 # -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @given(text=st.text())
 def test_every_text_comes_back_in_normal_form(tiny, text):
     assert tiny.decode(tiny.encode(text)) == unicodedata.normalize("NFC", text)
@@ -170,6 +171,7 @@ def test_no_text_can_open_or_close_a_turn(tiny, user, result):
     )
 
 
+@pytest.mark.long
 def test_appended_chats_equal_the_rendered_template(qwen3):
     """Compare one encoding of the whole text by Qwen3's own template with turns appended."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
