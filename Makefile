@@ -48,10 +48,8 @@ format:
 	.venv/bin/ruff check --fix --exit-zero .
 	.venv/bin/ruff format .
 
-# In a fresh clone the tests are compiled once, before each worker would do it by itself.
 test:
 	@$(SETUP) $(DEV)
-	@[ -d tests/__pycache__ ] || printf '%s\n' tests/*/ | xargs -P $$(nproc) -n 4 .venv/bin/python -m pytest --collect-only -q > /dev/null 2>&1 || true
 	@exec .venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-long:
