@@ -208,6 +208,20 @@ void over_columns(int64_t begin, int64_t end, const Block& block) {
   }
 }
 
+// Rows of sums that a thread keeps.
+struct Sums {
+  std::vector<float> values;
+  std::vector<float*> rows;
+
+  // `count` rows of zeros.
+  float* const* zeros(int64_t count, int64_t width) {
+    values.assign(count * width, 0.0f);
+    rows.resize(count);
+    for (int64_t r = 0; r < count; ++r) rows[r] = values.data() + r * width;
+    return rows.data();
+  }
+};
+
 // sums[r][0:width] += sum over s of x[r][d + s] * w[s][0:width], for `Rows` rows and `Steps` s.
 template <int Rows, int Steps>
 inline void stream_steps(const float* const* x, int64_t d, const float* w, int64_t stride,

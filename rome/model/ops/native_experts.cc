@@ -26,20 +26,6 @@ struct Addend {
   const float* b = nullptr;
 };
 
-// Rows of sums that a thread keeps.
-struct Sums {
-  std::vector<float> values;
-  std::vector<float*> rows;
-
-  // `count` rows of zeros.
-  float* const* zeros(int64_t count, int64_t width) {
-    values.assign(count * width, 0.0f);
-    rows.resize(count);
-    for (int64_t r = 0; r < count; ++r) rows[r] = values.data() + r * width;
-    return rows.data();
-  }
-};
-
 // Add what an adapter adds to columns [begin, begin + width) of rows.
 void add_low_rank(const Addend& addend, int64_t count, int64_t begin, int64_t width, int64_t stride,
                   float* const* sums) {

@@ -45,27 +45,23 @@ void fill_up(const Matrix& matrix, int64_t I, int64_t first, int64_t last, int64
 }
 
 void multiply(const Unit& unit, const float* x_TI, int64_t I) {
-  thread_local std::vector<float> filled, values;
+  thread_local std::vector<float> filled;
   thread_local std::vector<const float*> x;
-  thread_local std::vector<float*> sums;
+  thread_local Sums kept;
   const Matrix& matrix = *unit.matrix;
   const int64_t columns = unit.end - unit.begin, rows = unit.last - unit.first;
   const int64_t width = (columns + kLanes - 1) / kLanes * kLanes;
-  values.assign(rows * width, 0.0f);
+  float* const* sums = kept.zeros(rows, width);
   x.resize(rows);
-  sums.resize(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    x[row] = x_TI + (unit.first + row) * I;
-    sums[row] = values.data() + row * width;
-  }
+  for (int64_t row = 0; row < rows; ++row) x[row] = x_TI + (unit.first + row) * I;
   if (!matrix.transposed && columns == width) {
-    multiply_rows(rows, x.data(), matrix.w + unit.begin, I, matrix.O, width, sums.data());
+    multiply_rows(rows, x.data(), matrix.w + unit.begin, I, matrix.O, width, sums);
   } else {
     filled.resize(kDepth * width);
     for (int64_t i = 0; i < I; i += kDepth) {
       const int64_t depth = std::min(kDepth, I - i);
       fill_up(matrix, I, i, i + depth, unit.begin, unit.end, width, filled.data());
-      multiply_rows(rows, x.data(), filled.data(), depth, width, width, sums.data());
+      multiply_rows(rows, x.data(), filled.data(), depth, width, width, sums);
       for (const float*& row : x) row += depth;
     }
   }
