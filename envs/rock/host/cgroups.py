@@ -133,8 +133,7 @@ def _enable(parent: str) -> list[str]:
 
 
 def _write(path: str, value: object) -> None:
-    with open(path, "w") as file:
-        file.write(str(value))
+    linux.write_file(path, str(value).encode())
 
 
 def create(place: Place, name: str, memory_bytes: int, pids: int, cpus: float) -> list[str]:
@@ -298,6 +297,5 @@ def remove(directories: list[str], kill: bool = False) -> list[str]:
 
 
 def _kill_members(directory: str) -> None:
-    with open(f"{directory}/cgroup.procs") as file:
-        for pid in file.read().split():
-            os.kill(int(pid), signal.SIGKILL)
+    for pid in linux.read_file(f"{directory}/cgroup.procs").split():
+        os.kill(int(pid), signal.SIGKILL)

@@ -307,7 +307,7 @@ def _open_raw(family: int, protocol: int) -> socket.socket | None:
             return None
         raise
     program = packet_filter.build(family == socket.AF_INET, _PROTOCOLS[family, protocol])
-    linux.attach_filter(raw, program)
+    linux.attach_filter(raw, linux.Filter(program))
     if family == socket.AF_INET6:
         raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     return raw

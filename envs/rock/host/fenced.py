@@ -52,7 +52,9 @@ class Tier:
                 _check_others_may_enter(self._tools)
             self._verifier_ruleset = landlock.ruleset(writable, (self._hidden, self._tools))
         own_processes = self._own_uid or landlock.abi() >= landlock.FIRST_ABI_WITH_SCOPES
-        self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=own_processes)
+        self._filter = linux.Filter(
+            seccomp.build(linux.ARCHITECTURE, network=False, own_processes=own_processes)
+        )
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _make_directories(self) -> None:

@@ -56,9 +56,7 @@ class _PathBeneath(ctypes.Structure):
 def abi() -> int:
     """Return the kernel's Landlock version; 0 where it has none or hides it."""
     try:
-        return linux.syscall(
-            "landlock version", linux.SYS_LANDLOCK_CREATE, ctypes.c_void_p(0), 0, _VERSION_FLAG
-        )
+        return linux.syscall("landlock version", linux.SYS_LANDLOCK_CREATE, 0, 0, _VERSION_FLAG)
     except OSError:
         return 0
 

@@ -109,7 +109,7 @@ class Tier:
         self._spec = spec
         self._cgroup_entries = cgroup_entries
         self._is_shm_abandoned = False  # whether nobody uses what is in /dev/shm
-        self._filter = seccomp.build(linux.ARCHITECTURE, network=True)
+        self._filter = linux.Filter(seccomp.build(linux.ARCHITECTURE, network=True))
         if spec["verifier_tools"]:
             # Entered here, because the path may be closed to the sandbox's own user id, and the
             # current directory follows a process into its new mount namespace.

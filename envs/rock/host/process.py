@@ -5,6 +5,8 @@ import os
 import signal
 from collections.abc import Callable
 
+from . import linux
+
 # Python ignores these itself, and a new program would inherit that: `yes | head` would never end.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
 COULD_NOT_START = 125
@@ -51,8 +53,11 @@ def start(become: Callable[[], None], cgroup_entries: list[int], out: int, err: 
         finally:
             os._exit(COULD_NOT_START)
     os.close(failure_write)
-    with open(failure_read, "rb") as failure:  # the pipe closes when the new program starts
-        number, _, text = failure.read().decode(errors="replace").partition(" ")
+    try:
+        said = linux.read_all(failure_read)  # the pipe closes when the new program starts
+    finally:
+        os.close(failure_read)
+    number, _, text = said.decode(errors="replace").partition(" ")
     return Started(pid, text, number.isdecimal() and int(number) in MACHINE_ERRORS)
 
 
