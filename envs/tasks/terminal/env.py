@@ -28,6 +28,7 @@ from envs.tasks.terminal.task import VERIFIER_PATH, Task, make_task
 
 VERIFIER_TIMEOUT_SECONDS = 30.0  # by the clock: a busy machine must not fail an honest agent
 SETUP_TIMEOUT_SECONDS = 20.0
+_MISSING_STATUS = 90  # of a setup whose programs are missing, which it then names
 KILLED = 137  # the exit code of a verifier that was killed
 __all__ = [
     "BASH_TOOL",
@@ -266,23 +267,25 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
     """
     if not task.programs and not task.setup:
         return
+    # One command: each one that is started costs as much as a short setup.
     wanted = " ".join(shlex.quote(program) for program in task.programs)
-    result = await sandbox.execute(
-        f"PATH={VERIFIER_PATH}; for p in {wanted}; do command -v $p > /dev/null || echo $p; done",
-        timeout=SETUP_TIMEOUT_SECONDS,
+    check = (
+        f'for p in {wanted}; do PATH={VERIFIER_PATH} command -v "$p" > /dev/null'
+        f' || missing="$missing $p"; done; [ -z "$missing" ] || {{ echo $missing;'
+        f" exit {_MISSING_STATUS}; }}; unset p missing"
     )
-    if missing := result.stdout.split():
+    result = await sandbox.execute(f"{check}\nset -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS)
+    missing = result.stdout.split()
+    if result.exit_code == _MISSING_STATUS and missing and set(missing) <= set(task.programs):
         raise MissingProgramsError(
             f"task {task.name} needs {', '.join(missing)} in {VERIFIER_PATH}, which the sandbox"
             f" lacks; install it or leave out family {task.family!r}"
         )
-    if task.setup:
-        result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS)
-        if result.exit_code != 0:
-            raise SandboxError(
-                f"setup of task {task.name} ended with exit {result.exit_code}:"
-                f" {result.stderr[-300:]!r}"
-            )
+    if result.exit_code != 0:
+        raise SandboxError(
+            f"setup of task {task.name} ended with exit {result.exit_code}:"
+            f" {result.stderr[-300:]!r}"
+        )
 
 
 def _split_name(name: str) -> tuple[str, int]:
