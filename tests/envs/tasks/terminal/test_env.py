@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from envs.gem import format_tool_call, make
 from envs.rock import SandboxConfig, SandboxError, probe
 from envs.tasks.terminal import make_task
-from envs.tasks.terminal.env import MAX_COMMAND_BYTES, TerminalEnv, read_command, trim
+from envs.tasks.terminal.env import (
+    MAX_COMMAND_BYTES,
+    MissingProgramsError,
+    TerminalEnv,
+    read_command,
+    trim,
+)
 from envs.tasks.terminal.reward import VerifierError, parse_reward
 
 CONFIG = SandboxConfig(isolation="best_available")
@@ -59,6 +65,29 @@ def test_reset_gives_the_instruction(env):
     observation, info = env.reset()
     assert observation == make_task("count", 3).instruction
     assert (info["task"], info["family"], info["seed"]) == ("count/3", "count", 3)
+
+
+@pytest.mark.parametrize(
+    ("programs", "setup", "error", "says"),
+    [
+        (("no-such", "ls", "nor-this"), "true", MissingProgramsError, "no-such, nor-this in"),
+        (("ls",), "no_such_command", SandboxError, "exit 127"),
+        (("ls",), "false; true", SandboxError, "exit 1:"),  # it stops at the first failure
+        (("ls",), "echo odd; exit 90", SandboxError, "exit 90"),
+        ((), '[ -z "${p+x}${missing+x}" ]', None, ""),  # it sees no variables of the check
+    ],
+)
+def test_a_setup_that_fails_is_told_from_programs_that_are_missing(programs, setup, error, says):
+    task = dataclasses.replace(make_task("count", 3), programs=programs, setup=setup)
+    env = TerminalEnv(task, CONFIG)
+    try:
+        if error is None:
+            env.reset()
+            return
+        with pytest.raises(error, match=says):
+            env.reset()
+    finally:
+        env.close()
 
 
 def test_a_command_runs_among_the_tasks_files_and_its_output_is_the_observation(env):
