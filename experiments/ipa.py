@@ -95,7 +95,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.routing_replay = "off"
 
     # The optimizer.
-    config.steps = 180  # training steps, at most where the stage may end early
+    config.steps = 90  # training steps, at most where the stage may end early
     config.groups = 32  # tasks a step; families with undecided outcomes get more of them
     config.group_size = 4  # episodes a task
     config.minibatches = 2  # parts of a step's groups; each is an update of its own
@@ -216,10 +216,13 @@ def _apply_games(config: ml_collections.ConfigDict) -> None:
 def _apply_mixture(config: ml_collections.ConfigDict) -> None:
     """Train on a mixture of terminal tasks and a world with a scripted user."""
     common.apply_mixture(config)
-    config.steps = 60
+    config.steps = 20
+    config.groups = 12
+    config.epochs = 1
     config.learning_rate = 3e-4
-    config.eval_every = 20
+    config.eval_every = 10
     config.eval_tasks = 8
+    config.checkpoint_every = 5
 
 
 def _apply_small(config: ml_collections.ConfigDict) -> None:

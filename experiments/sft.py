@@ -166,9 +166,11 @@ def _apply_games(config: ml_collections.ConfigDict) -> None:
 def _apply_mixture(config: ml_collections.ConfigDict) -> None:
     """Learn a mixture of terminal tasks and a world with a scripted user."""
     common.apply_mixture(config)
-    config.steps = 1200
+    config.steps = 250
+    config.until_success = 0.0
     config.rows = 4
     config.learning_rate = 2e-3
+    config.decay = True
     config.eval_every = 200
     config.eval_tasks = 8
 
