@@ -3,7 +3,7 @@ r"""SFT on demonstrations of the terminal curriculum; experiments/ipa.py starts 
 The presets stage1 and stage2 are the two stages of experiments/rome.py (docs/pipeline.md): stage1
 learns a filtered mixture after CPT, stage2 the preferred of verified demonstrations after stage1.
 
-python -m launch.train --config=experiments/sft.py          # tiny: 4 to 8 min on 2 CPU cores
+python -m launch.train --config=experiments/sft.py          # tiny: 5 to 13 min on 2 CPU cores
 python -m launch.train --config=experiments/sft.py:smoke    # under a minute; runs every stage once
 python -m launch.train --config=experiments/sft.py:qwen3_30b_a3b \
     --config.engine.urls=http://a:30000                     # a pod; not run
@@ -12,11 +12,12 @@ python -m launch.train --config=experiments/sft.py:stage2        # CPT, stage 1,
 python -m launch.train --config=experiments/sft.py:stage2_smoke  # the same in minutes
 python -m launch.train --config=experiments/sft.py --config.trajectories=DIR   # your own data
 
-The presets games, mixture and small are what those of experiments/ipa.py start from.
+The presets games, mixture and small are what those of experiments/ipa.py start from. The mixture's
+250 steps, 1.6 million tokens, solve 4 % (2 to 8) of 184 held-out tasks (34 min on 2 busy cores).
 
 Scripted demonstrators play in real sandboxes and sometimes make a typical mistake. Erroneous turns
 stay in the context but are masked from the loss (Eq. 1-2 of "Let It Flow"). The tiny preset ends
-as soon as an evaluation solves a quarter of the held-out tasks.
+as soon as an evaluation solves 35 % of the held-out tasks.
 """
 
 import ml_collections
@@ -46,7 +47,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.steps = 2400  # at most, where until_success is set
     # held-out success at which the stage ends: IPA starts where many outcomes are undecided.
     # 0: all steps are run
-    config.until_success = 0.25
+    config.until_success = 0.35
     config.rows = 8  # rows a step
     config.row_length = 160  # tokens a row
     config.chunks_per_row = 16
