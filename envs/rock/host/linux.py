@@ -8,6 +8,7 @@ objects of ctypes made for each call, giving up capabilities took a millisecond 
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import platform
 import resource
@@ -24,8 +25,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _declare(
     name: str, arguments: tuple[type, ...], result: type = ctypes.c_int
 ) -> Callable[..., int]:
-    """Return a function of the C library."""
-    return ctypes.CFUNCTYPE(result, *arguments, use_errno=True)((name, _libc))
+    """Return a function of the C library.
+
+    Where it has none of this name, as on a Mac that only asks for remote sandboxes, a call fails.
+    """
+    try:
+        return ctypes.CFUNCTYPE(result, *arguments, use_errno=True)((name, _libc))
+    except AttributeError:
+        return functools.partial(_fail, name)
+
+
+def _fail(name: str, *arguments: object) -> int:
+    raise OSError(errno.ENOSYS, f"this system has no {name}, which sandboxes of Linux need")
 
 
 _capset = _declare("capset", (ctypes.c_void_p, ctypes.c_void_p))
