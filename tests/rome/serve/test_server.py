@@ -341,7 +341,11 @@ def test_an_update_that_fails_midway_leaves_no_weights_and_the_next_one_serves_a
         before = await http.generate(sampling_seed=9)
         running = asyncio.ensure_future(
             http.post(
-                "/generate", {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 460}}
+                "/generate",
+                {
+                    "input_ids": PROMPT,
+                    "sampling_params": {"max_new_tokens": 460, "ignore_eos": True},
+                },
             )
         )
         await http.until(lambda figures: figures["running"] == 1)
